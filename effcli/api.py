@@ -1,0 +1,34 @@
+"""effcli from Python: the same runs as on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effcli import recipe as recipes
+from effcli.contract import PassConfig
+from effcli.report import Report
+
+if TYPE_CHECKING:
+    from effcli.pipeline import Listener
+
+
+def compress(
+    model: str | Path,
+    passes: str | Sequence[str | dict[str, Any] | PassConfig],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    **keys: Any,
+) -> Report:
+    """Compress `model` with `passes` into the directory `output`, and return what was measured.
+
+    model: a directory, a Hub id, or `sample:lm`. passes: `"awq:bits=4"`, `{"awq": {"bits": 4}}` or a pass's `Config`.
+    keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
+    """
+    from effcli import pipeline
+
+    recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
+    return pipeline.run(recipe, overwrite=overwrite, listener=listener)

@@ -1,0 +1,103 @@
+"""What a pass sees and returns. The runner reads `needs` and `scope`; it never asks which pass it has.
+
+A pass module `passes/<name>.py` holds
+
+- `Config`, a `PassConfig`: its options, and what it needs;
+- `apply(config, layer, seen) -> Outcome`: what becomes of one layer's weight;
+- with `Scope.GROUP` also `scale(configs, group, seen) -> (Tensor, notes)`: a factor per input channel of layers that
+  share one input. The runner folds its inverse into the module that produces the input and hands `apply` the scaled
+  weight and the Gram matrix of the scaled input.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from effcli.formats import AffineWeight
+from effcli.observers import Gram
+
+Kind = Literal["linear", "conv1d", "expert", "conv"]
+
+
+class Needs(enum.Enum):
+    """What a pass must be given besides the weights."""
+
+    NOTHING = "nothing"
+    INPUTS = "inputs"
+
+
+class Scope(enum.Enum):
+    """What a pass looks at in one step."""
+
+    LAYER = "layer"
+    GROUP = "group"
+
+
+class Options(BaseModel):
+    """Options are frozen and know their keys: a misspelt one is an error, not a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PassConfig(Options):
+    """Options that every weight pass has."""
+
+    needs: ClassVar[Needs] = Needs.NOTHING
+    scope: ClassVar[Scope] = Scope.LAYER
+
+    ignore: tuple[str, ...] = Field((), description="Layers to leave alone, as glob patterns of their names.")
+    layers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Other options for the layers that match a glob pattern; the last match wins."
+    )
+    lm_head: bool = Field(False, description="Also take the output head, which stands outside the repeated blocks.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight with inputs, as a pass sees it.
+
+    weight: float32 (out, in); for a convolution in = in_channels / groups · kernel height · kernel width, the inputs
+    being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in.
+    """
+
+    name: str
+    kind: Kind
+    weight: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read one input, so that one scale per channel serves them all.
+
+    channel: int64 (in,), the producer's output channel behind each input channel, None when they are free.
+    """
+
+    layers: tuple[Layer, ...]
+    channel: Tensor | None = None
+
+    def tied(self, values: Tensor) -> Tensor:
+        """Average positive values (in,) geometrically over inputs behind one channel (the repeats of a shared head)."""
+        if self.channel is None:
+            return values
+        size = int(self.channel.max()) + 1
+        total = values.new_zeros(size).index_add_(0, self.channel, values.log())
+        count = values.new_zeros(size).index_add_(0, self.channel, torch.ones_like(values))
+        return (total / count.clamp(min=1)).exp()[self.channel]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one layer: a quantized weight or a dense one (out, in), and notes for the ledger."""
+
+    weight: AffineWeight | Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+__all__ = ["Gram", "Group", "Kind", "Layer", "Needs", "Options", "Outcome", "PassConfig", "Scope"]

@@ -1,0 +1,150 @@
+"""Modules that stand in for dense ones and multiply with the packed weight: `AffineLinear` and `AffineExperts`.
+
+Both hold their weights in the form that the kernel of their device reads and nothing dense; moved to another device
+they are laid out anew. Their `state_dict()` is empty: what stands in a file is written by the checkpoint writer from
+`AffineWeight.pack()`, and the layouts of one machine are no business of another. Nothing in them is trainable;
+gradients flow through them to their input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effcli.formats import AffineWeight
+from effcli.kernels.affine_matmul import Packed, matmul, prepare, route_name
+
+
+class AffineLinear(nn.Module):
+    """y = Ŵ (x / s) + b in place of `nn.Linear` or transformers' `Conv1D`.
+
+    weight: (out, in), whose input scale s, if any, stays explicit; bias: floating (out,) or None.
+    `device` defaults to where the codes are.
+    """
+
+    bias: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(
+        self, weight: AffineWeight, bias: Tensor | None = None, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed = prepare(weight, device)
+        for name, tensor in (("bias", bias), ("input_scale", weight.input_scale)):
+            held = None if tensor is None else tensor.detach().to(self.packed.device)
+            self.register_buffer(name, held, persistent=False)
+        self._register_packed()
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), dequantized for this one look, the input scale divided in: what a dense layer would hold."""
+        weight = self.packed.restore()
+        return AffineWeight(weight.format, weight.codes, weight.scale, weight.zero, self.input_scale).effective()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype."""
+        if self.input_scale is not None:
+            x = (x / self.input_scale).to(x.dtype)
+        y = matmul(x, self.packed)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        kernel = route_name(self.packed, 1, self.packed.scale_dtype)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.packed.format}, kernel={kernel!r}"
+        )
+
+    def _register_packed(self) -> None:
+        """Show the packed tensors as buffers, so that a model's memory is counted as it is."""
+        for name, tensor in self.packed.tensors().items():
+            self.register_buffer(f"packed_{name}", tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AffineLinear:
+        # A layout belongs to its device and its scales keep their dtype: `fn` is asked where to, and no more.
+        for name in [name for name in self._buffers if name.startswith("packed_")]:
+            del self._buffers[name]
+        base: Any = super()
+        base._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.packed.device)).device
+        if device != self.packed.device:
+            self.packed = prepare(self.packed.restore(), device)
+        self._register_packed()
+        return self
+
+
+class AffineExperts(nn.Module):
+    """Stands in for a stacked parameter (experts, out, in) that is read as `F.linear(x, stack[expert])`.
+
+    weights: one (out, in) per expert; an expert kept dense is a plain tensor. Whoever multiplies the whole stack at
+    once must be told not to: transformers does so unless the experts' implementation is "eager".
+    """
+
+    def __init__(self, weights: Sequence[AffineWeight | Tensor], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            AffineLinear(weight, device=device) if isinstance(weight, AffineWeight) else _Dense(weight, device)
+            for weight in weights
+        )
+        self.shape = torch.Size((len(weights), *weights[0].shape)) if weights else torch.Size((0, 0, 0))
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, expert: int | Tensor) -> Any:
+        """Expert number `expert` (an int or a 0-dimensional tensor): a tensor, or what serves as one in F.linear."""
+        held = self.experts[int(expert)]
+        return held.dense if isinstance(held, _Dense) else Expert(held)
+
+
+class Expert:
+    """One quantized expert, (out, in): `F.linear` multiplies with the packed weight, all else with a dense copy."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        assert isinstance(linear, AffineLinear)
+        self.linear = linear
+        self.shape = torch.Size((linear.out_features, linear.in_features))
+        self.dtype = linear.packed.scale_dtype
+        self.device = linear.packed.device
+
+    @property
+    def T(self) -> Tensor:
+        return self.linear.weight.T
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func is F.linear:
+            x, weight, bias = _linear_arguments(*args, **named)
+            if isinstance(weight, Expert) and isinstance(x, Tensor):
+                y = weight.linear(x)
+                return y if bias is None else y + bias
+        return func(*map(_dense, args), **{name: _dense(value) for name, value in named.items()})
+
+
+class _Dense(nn.Module):
+    """An expert that stayed dense."""
+
+    dense: Tensor
+
+    def __init__(self, weight: Tensor, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.register_buffer("dense", weight.detach().to(device), persistent=False)
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
+
+
+def _dense(value: Any) -> Any:
+    return value.linear.weight if isinstance(value, Expert) else value
+
+
+__all__ = ["AffineExperts", "AffineLinear", "Expert", "Packed"]

@@ -1,0 +1,104 @@
+"""What a pass remembers of a layer's inputs: sums over the calibration tokens, never the tokens themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effcli.errors import NumericsError
+
+# Tokens whose products are summed before they are added up in float32.
+_CHUNK = 2048
+# How many parts a Gram matrix is summed in, and how narrow they may get.
+_PARTS = 3
+_NARROWEST = 64
+# Rows of a candidate multiplied with it at once.
+_ROWS = 1024
+
+
+class Gram:
+    """G = X Xᵀ of a layer's inputs, and the mean magnitude of each channel.
+
+    The output error of any candidate Ŵ for W is tr((W - Ŵ) G (W - Ŵ)ᵀ), so a search over candidates costs no
+    forward pass.
+
+    magnitude_sum: float32 (in,), Σ|x|; tokens: how many were seen.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._mirrored = True
+        self.magnitude_sum = torch.zeros(features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in inputs (..., in). Chunks are multiplied in the inputs' dtype, bf16 or float32, and summed in float32.
+
+        float16 is multiplied in float32: a sum of squares soon passes its largest number, 65504.
+        """
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        for start in range(0, rows.shape[0], _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            chunk = chunk.float() if chunk.dtype == torch.float16 else chunk
+            for part in self._parts():
+                self._sum[part, part.start :] += (chunk[:, part].t() @ chunk[:, part.start :]).float()
+            # A product with ones: far faster than a sum over the rows of a wide matrix.
+            self.magnitude_sum += torch.ones(chunk.shape[0], device=chunk.device) @ chunk.abs().float()
+        self._mirrored = False
+        self.tokens += rows.shape[0]
+
+    def _parts(self) -> list[slice]:
+        """G is symmetric: rows of each part are summed from its diagonal on, a third of the work less."""
+        width = max(-(-self._sum.shape[0] // _PARTS), _NARROWEST)
+        return [slice(start, start + width) for start in range(0, self._sum.shape[0], width)]
+
+    @property
+    def matrix(self) -> Tensor:
+        """G, float32 (in, in), summed over the tokens."""
+        if not self._mirrored:
+            for part in self._parts():
+                self._sum[part.stop :, part] = self._sum[part, part.stop :].t()
+            self._mirrored = True
+        return self._sum
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Mean |x| of each channel, float32 (in,)."""
+        return self.magnitude_sum / max(self.tokens, 1)
+
+    def check_finite(self, name: str) -> None:
+        """Raise `NumericsError` when the inputs of layer `name` held NaN or infinity."""
+        if not torch.isfinite(self._sum.diagonal()).all():
+            raise NumericsError(
+                f"the inputs of {name} are NaN or infinite on the calibration data",
+                "the checkpoint overflows in its own dtype or is damaged; check it with `effcli eval`",
+            )
+
+    def rescaled(self, scale: Tensor) -> Gram:
+        """The Gram matrix of the inputs divided by scale (in,)."""
+        other = Gram.__new__(Gram)
+        inverse = 1.0 / scale.float()
+        other._sum = (self.matrix * inverse.unsqueeze(1)).mul_(inverse)
+        other._mirrored = True
+        other.magnitude_sum = self.magnitude_sum * inverse
+        other.tokens = self.tokens
+        return other
+
+    def working(self) -> Tensor:
+        """G in the dtype that multiplies fastest here: for ranking candidates, where three digits are enough."""
+        gram = self.matrix
+        fast = gram.is_cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return gram.to(torch.bfloat16) if fast else gram
+
+    def output_energy(self, difference: Tensor, quick: bool = False) -> float:
+        """tr(D G Dᵀ) / tokens for D (out, in): the mean squared norm of D x over the calibration tokens.
+
+        quick: multiply in `working`'s dtype, right to about three digits unless the terms cancel.
+        """
+        gram = self.working() if quick else self.matrix
+        total = 0.0
+        for start in range(0, difference.shape[0], _ROWS):
+            rows = difference[start : start + _ROWS].float()
+            product = (rows.to(gram.dtype) @ gram).float()
+            total += float(product.mul_(rows).sum(1).sum(dtype=torch.float64))
+        return total / max(self.tokens, 1)

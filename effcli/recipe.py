@@ -1,0 +1,324 @@
+"""The recipe: what to compress, with which passes, and how to measure it. Checked whole before a weight is read.
+
+A recipe comes from a YAML file (`load`) or from the command line (`from_arguments`); both end in `check`, which
+reports every mistake at once with its key path. `dump` writes it back with all defaults filled in, so that a resolved
+recipe does the same thing under a later version whose defaults differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import model_serializer as serializer
+
+from effcli import exporters, passes, yamls
+from effcli.contract import Options, PassConfig
+from effcli.errors import EffcliError, RecipeError, did_you_mean
+from effcli.mistakes import Mistakes, join, shown, validated
+from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_step
+
+# What a pass's `layers` may not override: these say which layers are taken, not how.
+_NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
+
+
+class Calibration(Options):
+    """The text that passes observe, cut into windows of tokens."""
+
+    data: str | None = Field(None, description="A text file; without one, the sample model's own text.")
+    samples: int = Field(32, ge=1, description="Windows of text.")
+    length: int = Field(512, ge=2, description="Tokens per window.")
+    batch_size: int = Field(4, ge=1, description="Windows per forward.")
+    inputs: Literal["original", "compressed"] = Field(
+        "original", description="Whose outputs feed the next block: the original block's or the compressed one's."
+    )
+
+
+class Evaluate(Options):
+    """What to measure on the input and after every pass. `evaluate: false` in a recipe measures nothing."""
+
+    perplexity: str | bool = Field(
+        True,
+        description="A text file; true: the sample model's own held-out text, or the end of the calibration text, "
+        "which calibration does not touch.",
+    )
+    samples: int = Field(20, ge=1, description="Windows of text.")
+    length: int = Field(512, ge=2, description="Tokens per window.")
+    choices: str | None = Field(None, description="A jsonl file of multiple-choice questions.")
+    limit: int | None = Field(None, ge=1, description="Take only the first questions of `choices`.")
+    latency: bool = Field(True, description="Time prefill and decode with the kernels that will run.")
+    prefill: int = Field(128, ge=1, description="Tokens of the prompt whose prefill is timed.")
+    decode: int = Field(32, ge=1, description="Tokens whose decoding is timed.")
+
+    @staticmethod
+    def nothing() -> Evaluate:
+        """Measure nothing but bytes."""
+        return Evaluate(perplexity=False, latency=False)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything at all is measured by running the network."""
+        return self.quality or self.latency
+
+    @property
+    def quality(self) -> bool:
+        """Whether anything is measured on data."""
+        return self.perplexity is not False or self.choices is not None
+
+    @field_validator("perplexity", mode="before")
+    @classmethod
+    def _null_is_off(cls, value: Any) -> Any:
+        return False if value is None else value
+
+
+class PassStep(Options):
+    """One step of a recipe: a pass by name, with its options. In YAML `name` or `{name: {option: value}}`."""
+
+    name: str
+    config: SerializeAsAny[PassConfig]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and {"name", "config"} == set(data):
+            if isinstance(data["config"], PassConfig):
+                return data
+            data = {data["name"]: data["config"]}
+        mistakes = Mistakes()
+        step = _check_step(data, "", mistakes)
+        mistakes.raise_if_any("this step")
+        assert step is not None
+        return {"name": step.name, "config": step.config}
+
+    @serializer(mode="wrap")
+    def _to_yaml(self, handler: Any) -> dict[str, Any]:
+        return {self.name: handler(self)["config"]}
+
+    def for_layer(self, overrides: Mapping[str, Any]) -> PassConfig:
+        """The options of this step with some replaced, as `layers` asks for the layers that match a pattern."""
+        return type(self.config).model_validate(self.config.model_dump() | dict(overrides))
+
+
+class Recipe(Options):
+    """A whole run. Relative paths are taken from the current directory, as on a command line."""
+
+    model: str = Field(description="A directory, a Hub id, or `sample:lm`.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    output: str | None = Field(None, description="The directory to write.")
+    calibration: Calibration = Calibration()
+    evaluate: Evaluate = Evaluate()
+    passes: tuple[PassStep, ...] = Field(min_length=1, description="The steps, in the order they are carried out.")
+    export: tuple[str, ...] = Field((), description="Further formats to write below OUTPUT/exports.")
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    device: str = Field("cpu", description="cpu, cuda, cuda:N or auto.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; without it, what torch takes.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+    @property
+    def target(self) -> Path:
+        """The directory to write; `RecipeError` when the recipe names none."""
+        if self.output is None:
+            raise RecipeError("output: missing", "say where to write: -o OUT, or `output:` in the recipe")
+        return Path(self.output)
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        if value is None or value is False:
+            return Evaluate.nothing()
+        return Evaluate() if value is True else value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", value):
+            raise ValueError(f"must be cpu, cuda, cuda:N or auto, not {value!r}")
+        return value
+
+    @field_validator("export", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("export")
+    @classmethod
+    def _known_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for target in value:
+            try:
+                exporters.check(target)
+            except EffcliError as error:
+                raise ValueError(_one_line(error)) from None
+        return value
+
+
+def check(data: Any, source: str = "recipe") -> Recipe:
+    """A recipe from plain data (as YAML gives it); all mistakes at once in one `RecipeError` that names `source`."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{source} is not a mapping of keys to values", "start with `model:` and `passes:`")
+    mistakes = Mistakes()
+    given = data.get("passes", ())
+    if given is not None and not isinstance(given, list | tuple):
+        mistakes.add("passes", "must be a list; write each step as `- name: {option: value}`")
+        given = ()
+    steps: list[PassStep] = []
+    for index, item in enumerate(given or ()):
+        step = _check_step(item, f"passes.{index}", mistakes)
+        if step is not None:
+            steps.append(step)
+    if not given and "passes" not in mistakes.found:
+        mistakes.add("passes", f"name at least one pass; known: {', '.join(passes.PASSES)}")
+    recipe = validated(Recipe, {**data, "passes": tuple(steps)}, "", mistakes, skip="passes")
+    mistakes.raise_if_any(source)
+    assert recipe is not None
+    return recipe
+
+
+def check_evaluate(data: Mapping[str, Any]) -> Evaluate:
+    """The `evaluate` part alone, for commands that only measure."""
+    mistakes = Mistakes()
+    options = validated(Evaluate, data, "", mistakes)
+    mistakes.raise_if_any("the request")
+    assert options is not None
+    return options
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe from the YAML file `path`, with `KEY=VALUE` overrides (see `apply_overrides`)."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}", _near_recipes(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {path}: {error}", "give a YAML file in UTF-8") from None
+    return check(apply_overrides(yamls.parse(text, str(path)) or {}, overrides), str(path))
+
+
+def from_arguments(
+    model: str,
+    *,
+    output: str | None = None,
+    passes: Any = (),
+    bits: int | None = None,
+    group_size: int | None = None,
+    calib: str | None = None,
+    evals: Sequence[str] = (),
+    no_eval: bool = False,
+    export: Sequence[str] = (),
+    overrides: Iterable[str] = (),
+    **keys: Any,
+) -> Recipe:
+    """A recipe from the arguments of `effcli compress` or `effcli.compress`.
+
+    passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass's `Config`. evals: text
+    files for perplexity and `.jsonl` files for multiple choice. keys: any other keys of the recipe; None is left out.
+    """
+    if isinstance(passes, str | Mapping | PassConfig | PassStep):
+        passes = [passes]
+    steps = [parse_pass(item) if isinstance(item, str) else _plain_step(item) for item in passes]
+    for option, flag, value in (("bits", "--bits", bits), ("group_size", "--group-size", group_size)):
+        if value is not None:
+            set_on_only_step(steps, option, flag, value)
+    data: dict[str, Any] = {"model": model, "passes": steps}
+    data |= {key: value for key, value in keys.items() if value is not None}
+    if output is not None:
+        data["output"] = output
+    if calib is not None:
+        data["calibration"] = _nested(data, "calibration") | {"data": calib}
+    if no_eval:
+        if evals:
+            raise RecipeError("--eval and --no-eval contradict each other", "leave one of them out")
+        data["evaluate"] = False
+    for path in evals:
+        data["evaluate"] = _nested(data, "evaluate") | _measure(path, _nested(data, "evaluate"))
+    if export:
+        data["export"] = list(export)
+    return check(apply_overrides(data, overrides), "the request")
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; it loads back to an equal recipe."""
+    return yamls.dump(recipe.model_dump(mode="json"))
+
+
+def _check_step(item: Any, path: str, mistakes: Mistakes) -> PassStep | None:
+    """A step from `name`, `{name: {options}}` or a `PassStep`; None when it holds a mistake."""
+    if isinstance(item, PassStep):
+        return item
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        hint = "more than one key; indent the options below the name" if isinstance(item, Mapping) and item else "empty"
+        mistakes.add(path, f"a step is a name or `name: {{option: value}}`, not {shown(item)} ({hint})")
+        return None
+    name, options = next(iter(item.items()))
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        mistakes.add(path, f"the options of {name} must be a mapping, not {shown(options)}")
+        return None
+    if name not in passes.PASSES:
+        mistakes.add(path, f"there is no pass {name!r}; {did_you_mean(str(name), passes.PASSES)}")
+        return None
+    config_type: type[PassConfig] = passes.load(name).Config
+    config = validated(config_type, options, path, mistakes, owner=name)
+    _check_layers(config_type, options, path, name, mistakes)
+    return None if config is None else PassStep(name=name, config=config)
+
+
+def _check_layers(
+    config_type: type[PassConfig], options: Mapping[str, Any], path: str, name: str, mistakes: Mistakes
+) -> None:
+    """Check each entry of `layers` against the pass's own options."""
+    layers = options.get("layers")
+    if not isinstance(layers, Mapping):
+        return
+    common = {key: value for key, value in options.items() if key in config_type.model_fields and key != "layers"}
+    for pattern, override in layers.items():
+        here = join(path, "layers", str(pattern))
+        if not isinstance(override, Mapping):
+            continue  # said by the type of `layers` itself
+        allowed = [key for key in config_type.model_fields if key not in _NOT_PER_LAYER]
+        for key in override:
+            if key in _NOT_PER_LAYER:
+                mistakes.add(join(here, str(key)), f"belongs to the whole pass; one layer can set {', '.join(allowed)}")
+        own = {key: value for key, value in override.items() if key not in _NOT_PER_LAYER}
+        found = Mistakes()
+        validated(config_type, common | own, here, found, owner=name, known=allowed)
+        # The pass's own mistakes were reported at their own place; here only those of this entry count.
+        for place, messages in found.found.items():
+            if place == here or place.removeprefix(here + ".").split(".")[0] in own:
+                for message in messages:
+                    if place != here or message not in mistakes.found.get(path, []):
+                        mistakes.add(place, message)
+
+
+def _plain_step(step: Any) -> Any:
+    """A step given from Python as plain data, so that overrides reach its options."""
+    if isinstance(step, PassConfig):
+        names = [name for name, entry in passes.PASSES.items() if entry.module == type(step).__module__]
+        return {name: step.model_dump(mode="json", exclude_unset=True) for name in names}
+    return plain(step)
+
+
+def _measure(path: str, sofar: Mapping[str, Any]) -> dict[str, Any]:
+    key = "choices" if path.endswith(".jsonl") else "perplexity"
+    if key in sofar:
+        raise RecipeError(f"--eval {path}: there is already {sofar[key]}", "give one text file and one .jsonl file")
+    return {key: path}
+
+
+def _nested(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = plain(data.get(key, {}))
+    return value if isinstance(value, dict) else {}
+
+
+def _near_recipes(path: Path) -> str:
+    found = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    return did_you_mean(path.name, found) or "check the path"
+
+
+def _one_line(error: EffcliError) -> str:
+    return f"{error.cause}; {error.remedy}" if error.remedy else error.cause

@@ -1,0 +1,43 @@
+"""Models by name: the samples that ship with the package, local directories, and ids on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effcli.errors import CheckpointError, did_you_mean
+
+_FOLDER = Path(__file__).parent / "samples"
+SAMPLES = {"sample:lm": _FOLDER / "lm"}
+CALIBRATION_TEXT = _FOLDER / "lm" / "calibration.txt"
+EVALUATION_TEXT = _FOLDER / "lm" / "evaluation.txt"
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The directory of `model`: `sample:NAME`, a local path, or a Hub id that is downloaded or in the cache."""
+    if model.startswith("sample:"):
+        if model not in SAMPLES:
+            raise CheckpointError(f"there is no {model}", did_you_mean(model, SAMPLES))
+        return SAMPLES[model]
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local:
+        raise CheckpointError(f"{model} does not exist", "give a directory, a Hub id like org/name, or sample:lm")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise CheckpointError(f"{model} is neither a directory nor a Hub id", str(error).splitlines()[0]) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{model} is no local directory, and the Hub did not give it: {str(error).splitlines()[0]}",
+            "check the name and the network, log in with `hf auth login`, or give a local directory",
+        ) from error

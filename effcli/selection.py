@@ -1,0 +1,116 @@
+"""Which layers a pass takes, with which options, and why it leaves the others: decided from names and shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from effcli.contract import PassConfig
+from effcli.errors import SelectionError, did_you_mean
+from effcli.formats import Affine
+from effcli.skeleton import LayerSite, Skeleton
+
+if TYPE_CHECKING:
+    from effcli.recipe import PassStep
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer: the options it is compressed with, or None and the reason."""
+
+    site: LayerSite
+    config: PassConfig | None
+    reason: str = ""
+
+
+def choose(skeleton: Skeleton, step: PassStep) -> dict[str, Choice]:
+    """Every layer of the network by name, in the network's order.
+
+    Raises `SelectionError` for a pattern that matches nothing, for options of layers that are left alone, and for a
+    group size that does not divide a layer.
+    """
+    inner = [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)]
+    outer = skeleton.outer_layers()
+    names = [site.name for site in (*inner, *outer)]
+    config = step.config
+    for key, patterns in (("ignore", config.ignore), ("layers", tuple(config.layers))):
+        for pattern in patterns:
+            _must_match(pattern, names, f"{step.name}.{key}")
+    choices = {}
+    for site in (*inner, *outer):
+        reason = _reason_to_keep(site, config, skeleton, site in outer)
+        choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
+    taken = [name for name, choice in choices.items() if choice.config is not None]
+    if not taken:
+        raise SelectionError(f"{step.name} would take no layer at all", "make `ignore` narrower")
+    for pattern in config.layers:
+        if not any(matches(name, pattern) for name in taken):
+            kept = next(choice for name, choice in choices.items() if matches(name, pattern))
+            raise SelectionError(
+                f"{step.name}.layers: {pattern!r} matches only layers that are left alone, such as {kept.site.name}",
+                f"{kept.reason}; take the entry out, or take the layer in",
+            )
+    _check_group_sizes(choices.values())
+    return choices
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob pattern names this layer; a bare last part (`down_proj`) does not, `*.down_proj` does."""
+    return fnmatchcase(name, pattern)
+
+
+def _reason_to_keep(site: LayerSite, config: PassConfig, skeleton: Skeleton, outside: bool) -> str:
+    ignored = next((pattern for pattern in config.ignore if matches(site.name, pattern)), None)
+    if ignored is not None:
+        return f"ignored by {ignored!r}"
+    if outside and site.name == skeleton.head:
+        if config.lm_head:
+            return ""
+        tied = ", and it shares its weight with the input embedding" if skeleton.tied else ""
+        return f"the output head is kept unless lm_head is set{tied}"
+    return "outside the repeated blocks" if outside else ""
+
+
+def _options(name: str, step: PassStep) -> PassConfig:
+    """The options of one layer: of several patterns that match, the last one's."""
+    config: PassConfig = step.config
+    for pattern, overrides in step.config.layers.items():
+        if matches(name, pattern):
+            config = step.for_layer(overrides)
+    return config
+
+
+def _must_match(pattern: str, names: Sequence[str], key: str) -> None:
+    """Raise `SelectionError` with near names unless `pattern` names a layer."""
+    if any(matches(name, pattern) for name in names):
+        return
+    tails = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+    wanted = pattern.rpartition(".")[2]
+    near = did_you_mean(wanted, tails)
+    if wanted in tails:
+        near = f"write '*.{wanted}'" if f"*.{wanted}" != pattern else did_you_mean(pattern, names)
+    raise SelectionError(f"{key}: the pattern {pattern!r} matches no layer", near)
+
+
+def _check_group_sizes(choices: Iterable[Choice]) -> None:
+    """Raise `SelectionError` with the sizes that would do when a group size does not divide its layers."""
+    misfits: dict[int, list[LayerSite]] = {}
+    widths: set[int] = set()
+    for choice in choices:
+        format = getattr(choice.config, "format", None)
+        if isinstance(format, Affine) and format.group_size:
+            widths.add(choice.site.columns)
+            if choice.site.columns % format.group_size:
+                misfits.setdefault(format.group_size, []).append(choice.site)
+    for size, sites in misfits.items():
+        common = math.gcd(*widths)
+        fitting = sorted((n for n in range(8, 513) if common % n == 0), key=lambda n: abs(n - size))
+        remedy = "give those layers another group_size under `layers`, or `ignore` them"
+        if fitting:
+            remedy = f"group sizes that divide every layer: {', '.join(map(str, sorted(fitting[:6])))}"
+        shown = ", ".join(f"{site.name} ({site.columns})" for site in sites[:3])
+        more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+        raise SelectionError(f"group size {size} does not divide the input channels of {shown}{more}", remedy)

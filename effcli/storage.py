@@ -1,0 +1,161 @@
+"""Where compressed layers are described: the `quantization_config` of a stock checkpoint, or effcli's own layout.
+
+A layer with a standard place is an affine linear without an explicit input scale: compressed-tensors'
+`pack-quantized`, which stock transformers loads, with zero points as long as all layers have the same bits. Any other
+compressed layer puts the whole checkpoint into effcli's own layout, made so that stock loaders refuse it: the
+`model_type` is "effcli" and the weight files carry names that no stock loader looks for. (An unknown `quant_method`
+alone would be ignored and random weights be loaded.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from effcli.contract import Kind
+from effcli.errors import CheckpointError, UnsupportedError
+from effcli.formats import Affine
+
+LAYOUT_VERSION = 1
+OWN_TYPE = "effcli"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one compressed layer stands in the file."""
+
+    format: Affine
+    kind: Kind = "linear"
+    input_scale: bool = False
+
+    @property
+    def obstacle(self) -> str:
+        """Why the standard format has no place for this layer; empty when it has one."""
+        if self.kind == "conv1d":
+            return "a Conv1D stores its weight transposed"
+        if self.kind == "expert":
+            return "an expert is a slice of a 3-D parameter"
+        if self.kind != "linear":
+            return f"a {self.kind} is not a linear"
+        if self.input_scale:
+            return "its input scale is explicit"
+        return ""
+
+
+def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
+    """The layers that the standard format has no place for, and why: each for itself, or because of the others."""
+    alone = {name: stored.obstacle for name, stored in layers.items() if stored.obstacle}
+    if alone:
+        return alone
+    # Transformers reads zero points only when it dequantizes, and then takes every layer for one like the first.
+    kinds = [(s.format.bits, s.format.symmetric, s.format.strategy == "tensor") for s in layers.values()]
+    if len(set(kinds)) < 2 or all(stored.format.symmetric for stored in layers.values()):
+        return {}
+    usual = max(kinds, key=kinds.count)
+    reason = "stock transformers reads mixed bits only where all layers are symmetric"
+    return {name: reason for name, kind in zip(layers, kinds, strict=True) if kind != usual}
+
+
+def network_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The network's own config, without what describes compressed layers."""
+    if config.get("model_type") == OWN_TYPE:
+        return dict(config["effcli"]["config"])
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def is_own(config: dict[str, Any]) -> bool:
+    return config.get("model_type") == OWN_TYPE
+
+
+def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[str, Stored]:
+    """The compressed layers of a checkpoint, by module name.
+
+    packed: names of modules that have a `weight_packed` tensor, and whether they have a `weight_zero_point`.
+    """
+    if is_own(config):
+        own = config["effcli"]
+        if own.get("version") != LAYOUT_VERSION:
+            raise UnsupportedError(
+                f"the checkpoint has effcli layout {own.get('version')}, this effcli reads {LAYOUT_VERSION}",
+                "use the effcli that wrote it",
+            )
+        return {
+            name: Stored(Affine.from_json(data), data["kind"], data["input_scale"])
+            for name, data in own["layers"].items()
+        }
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        if packed:
+            raise CheckpointError("the weights are packed but config.json has no quantization_config", "restore it")
+        return {}
+    if quantization.get("quant_method") != "compressed-tensors" or quantization.get("format") != "pack-quantized":
+        what = f"{quantization.get('quant_method')}/{quantization.get('format')}"
+        raise UnsupportedError(
+            f"the checkpoint is already quantized as {what}, which effcli does not read",
+            "start from the original checkpoint",
+        )
+    return {name: Stored(_scheme_of(name, quantization, zero)) for name, zero in packed.items()}
+
+
+def _scheme_of(name: str, quantization: dict[str, Any], has_zero: bool) -> Affine:
+    groups = quantization["config_groups"].values()
+
+    def matches(target: str) -> bool:
+        return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+    chosen = next((g for g in groups if any(matches(t) for t in g["targets"])), None)
+    chosen = chosen or next((g for g in groups if "Linear" in g["targets"]), None)
+    if chosen is None:
+        raise CheckpointError(f"no config group of quantization_config names {name}", "restore config.json")
+    weights = chosen["weights"]
+    return Affine(weights["num_bits"], weights["strategy"], weights.get("group_size") or 0, not has_zero)
+
+
+def own_config(config: dict[str, Any], layers: Mapping[str, Stored]) -> dict[str, Any]:
+    """`config.json` of a checkpoint in effcli's own layout."""
+    described = {
+        name: {**stored.format.to_json(), "kind": stored.kind, "input_scale": stored.input_scale}
+        for name, stored in sorted(layers.items())
+    }
+    return {"model_type": OWN_TYPE, "effcli": {"version": LAYOUT_VERSION, "config": config, "layers": described}}
+
+
+def standard_config(config: dict[str, Any], layers: Mapping[str, Stored], linears: Iterable[str]) -> dict[str, Any]:
+    """`config.json` of a stock checkpoint whose `layers` are packed; `linears` are all linear modules by name.
+
+    Every group names its layers, so that no class name catches a linear that stayed dense, and the dense ones stand
+    under `ignore`, without which the stock loader would look for their packed weights.
+    """
+    if not layers:
+        return dict(config)
+    by_format: dict[Affine, list[str]] = {}
+    for name, stored in sorted(layers.items()):
+        by_format.setdefault(stored.format, []).append(name)
+    groups = {}
+    for number, (format, names) in enumerate(sorted(by_format.items(), key=lambda item: item[1][0])):
+        groups[f"group_{number}"] = {
+            "targets": names,
+            "weights": {
+                "num_bits": format.bits,
+                "type": "int",
+                "symmetric": format.symmetric,
+                "strategy": format.strategy,
+                "group_size": format.group_size or None,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+    quantization: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(set(linears) - layers.keys()),
+    }
+    if len({stored.format.bits for stored in layers.values()}) == 1:
+        # Zero points load in transformers only through its dequantizing route, mixed bits only through the other.
+        quantization["dequantize"] = True
+    return {**config, "quantization_config": quantization}

@@ -1,0 +1,47 @@
+"""The export targets by name. Explicit, so that listing them imports neither torch nor the exporters themselves."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+from effcli.errors import UnsupportedError, did_you_mean
+
+
+class Entry(NamedTuple):
+    """Where an exporter lives, and one line about it."""
+
+    module: str
+    summary: str
+
+
+TARGETS: dict[str, Entry] = {
+    "safetensors": Entry("effcli.exporters.safetensors", "Packed weights for transformers and vLLM, or dense ones."),
+}
+
+# Named here so that asking for one gets an answer and not a guess at a misspelling.
+LATER: dict[str, str] = {
+    "onnx": "ONNX for onnxruntime",
+    "c": "C for microcontrollers",
+}
+
+
+def check(target: str) -> None:
+    """Raise `UnsupportedError` unless this version exports to `target`."""
+    if target in TARGETS:
+        return
+    if target in LATER:
+        raise UnsupportedError(
+            f"this version does not export {LATER[target]} yet", f"it exports to {', '.join(TARGETS)}"
+        )
+    raise UnsupportedError(f"there is no export target {target!r}", did_you_mean(target, TARGETS))
+
+
+def load(target: str) -> ModuleType:
+    """The module that exports to `target`."""
+    check(target)
+    return import_module(TARGETS[target].module)
+
+
+__all__ = ["LATER", "TARGETS", "Entry", "check", "load"]

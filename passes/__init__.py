@@ -1,0 +1,32 @@
+"""The passes by name. Explicit, so that listing them imports neither torch nor the passes themselves."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+from effcli.errors import RecipeError, did_you_mean
+
+
+class Entry(NamedTuple):
+    """Where a pass lives, and one line about it."""
+
+    module: str
+    summary: str
+
+
+PASSES: dict[str, Entry] = {
+    "linear": Entry("effcli.passes.linear", "Round weights to the nearest of 2^bits evenly spaced values."),
+    "awq": Entry("effcli.passes.awq", "Scale channels by their activations, clip, then round (arXiv:2306.00978)."),
+}
+
+
+def load(name: str) -> ModuleType:
+    """The module of the pass `name`; `RecipeError` with the nearest names when there is none."""
+    if name not in PASSES:
+        raise RecipeError(f"there is no pass {name!r}", did_you_mean(name, PASSES))
+    return import_module(PASSES[name].module)
+
+
+__all__ = ["PASSES", "Entry", "load"]

@@ -1,0 +1,246 @@
+"""The command line: what it says when something is wrong, with which exit code, and what a script gets to read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effcli import passes
+from effcli.cli import main
+from effcli.errors import MachineError, NumericsError
+from effcli.report import Report
+
+COMMANDS = ["compress", "run", "plan", "inspect", "eval", "bench", "passes", "export", "verify", "compare", "report"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 1) -> str:
+    """Standard error of a command that must fail with `code`, leaving standard output empty."""
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert [command for command in COMMANDS if command not in text] == []
+    assert main([]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "Usage: effcli" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import effcli
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"effcli {effcli.__version__}\n"
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "effcli", "verfy"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "error: No such command 'verfy'\n  did you mean 'verify'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause", "remedy"),
+    [
+        (["comprss"], "'comprss'", "did you mean 'compress'"),
+        (["compress", "m", "--bitz", "4"], "--bitz", "did you mean --bits?"),
+        (["compress"], "MODEL", "see `effcli compress --help`"),
+        (["compress", "m", "--bits", "four"], "--bits", "see `effcli compress --help`"),
+        (["compress", "m", "--pass", "awk", "-o", "o"], "no pass 'awk'", "did you mean 'awq'?"),
+        (["compress", "m", "--pass", "awq:bitz=4", "-o", "o"], "passes.0.bitz", "did you mean 'bits'?"),
+        (["compress", "m", "--pass", "awq", "--set", "sed=4", "-o", "o"], "'sed'", "did you mean 'seed'?"),
+        (
+            ["compress", "m", "--pass", "awq", "--pass", "linear", "--bits", "4"],
+            "--bits is ambiguous",
+            "--pass NAME:bits",
+        ),
+        (["compress", "m", "--pass", "awq"], "output: missing", "-o OUT"),
+        (["compress", "m", "-o", "o"], "at least one pass", "known: linear, awq"),
+        (["compress", "m", "--pass", "awq", "--export", "c", "-o", "o"], "C for microcontrollers yet", "safetensors"),
+        (["run", "none.yaml"], "no recipe none.yaml", "check the path"),
+        (["plan", "none.yaml", "--pass", "awq"], "none.yaml is a recipe", "--set"),
+        (["passes", "show", "awk"], "no pass 'awk'", "did you mean 'awq'?"),
+        (["export", "o", "--to", "onnx"], "does not export ONNX", "safetensors"),
+        (["export", "o", "--to", "safetensor"], "'safetensor'", "did you mean 'safetensors'?"),
+        (["report", "none"], "none holds no report.json", "effcli compress"),
+        (["compare", "none", "none"], "none holds no report.json", "effcli compress"),
+        (["eval", "m", "--samples", "0"], "samples: should be greater", ""),
+    ],
+)
+def test_mistakes(arguments: list[str], cause: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = fails(capsys, *arguments).splitlines()
+    assert len(lines) == 1 + bool(remedy)
+    assert lines[0].startswith("error: ")
+    assert cause in lines[0]
+    assert remedy in lines[-1]
+
+
+def test_a_recipe_with_several_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("modle: m\npasses: [awk]\n")
+    text = fails(capsys, "run", str(path), "--set", "seed=x")
+    assert f"{path} has 4 mistakes" in text
+    for key in ("modle: ", "model: missing", "passes.0: ", "seed: "):
+        assert f"  {key}" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (NumericsError("NaN in x", "check it"), 1, "error: NaN in x\n  check it\n"),
+        (MachineError("no"), 2, "error: no\n"),
+        (MemoryError(), 2, "error: out of memory\n"),
+        (ZeroDivisionError("a\nb"), 2, "error: internal error: ZeroDivisionError: a b\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n  the same command goes on where this one stopped"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(passes, "load", fail)
+    assert text in fails(capsys, "passes", "show", "awq", code=code)
+    assert main(["passes", "show", "awq", "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in passes.PASSES)
+    assert main(["passes", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(passes.PASSES)
+
+
+@pytest.mark.parametrize("name", passes.PASSES)
+def test_passes_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes", "show", name]) == 0
+    text = capsys.readouterr().out
+    options = passes.load(name).Config.model_fields
+    assert [option for option in options if option not in text] == []
+    assert main(["passes", "show", name, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == set(options)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, make_report: Callable[..., Report]) -> Path:
+    """A folder with the report of a run."""
+    make_report().write(tmp_path)
+    return tmp_path
+
+
+def test_report(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(finished)]) == 0
+    out, err = capsys.readouterr()
+    assert "perplexity" in out
+    assert err == ""
+    assert (finished / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert main(["report", str(finished), "--json"]) == 0
+    assert Report.model_validate_json(capsys.readouterr().out) == Report.read(finished)
+
+
+def test_compare(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(finished), str(finished)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["compare", str(finished), str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_bench_and_eval_print_what_was_measured(
+    make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from effcli import evaluate, latency
+
+    stage = make_report().stages[-1]
+    assert stage.quality is not None and stage.speed is not None
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(evaluate, "evaluate", lambda model, options, **keys: asked.update(o=options) or stage.quality)
+    monkeypatch.setattr(latency, "measure", lambda model, **keys: asked.update(keys) or stage.speed)
+
+    assert main(["eval", "m", "--choices", "piqa.jsonl", "--limit", "5"]) == 0
+    assert asked["o"].model_dump(include={"perplexity", "choices", "limit"}) == {
+        "perplexity": False,
+        "choices": "piqa.jsonl",
+        "limit": 5,
+    }
+    assert "perplexity  32.40" in capsys.readouterr().out
+    assert main(["eval", "m", "--json"]) == 0
+    assert asked["o"].perplexity is True
+    assert json.loads(capsys.readouterr().out)["perplexity"] == stage.quality.perplexity
+
+    assert main(["bench", "m", "--threads", "2"]) == 0
+    assert (asked["threads"], asked["prefill"], asked["device"]) == (2, 128, "cpu")
+    assert stage.speed.kernel in capsys.readouterr().out
+    assert main(["bench", "m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernel"] == stage.speed.kernel
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_compress_shows_the_run(
+    quiet: bool, make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from effcli import pipeline
+
+    report = make_report()
+
+    def run(recipe: Any, *, overwrite: bool, listener: Any) -> Report:
+        assert (recipe.model, recipe.output, overwrite) == ("m", "o", True)
+        for stage in report.stages:
+            listener.progress_start(stage.name, 2)
+            listener.progress(1)
+            listener.progress(2)
+            listener.progress_end()
+            listener.stage(stage)
+        listener.say("a [remark]")
+        return report
+
+    monkeypatch.setattr(pipeline, "run", run)
+    arguments = ["compress", "m", "--pass", "awq", "-o", "o", "--overwrite"]
+    assert main([*arguments, *(["--quiet"] if quiet else [])]) == 0
+    out, err = capsys.readouterr()
+    if quiet:
+        assert (out, err) == ("", "")
+    else:
+        assert "perplexity" in out and "written: o" in out
+        assert "gptq: 2 blocks in" in err and "a [remark]" in err
+    assert main([*arguments, "--json"]) == 0
+    assert Report.model_validate_json(capsys.readouterr().out) == report
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
+def test_verify(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from effcli import verify
+
+    class Found:
+        line = "the line"
+
+        def __init__(self) -> None:
+            self.passed = passed
+
+        def to_json(self) -> str:
+            return "{}"
+
+    monkeypatch.setattr(verify, "verify", lambda path: Found())
+    assert main(["verify", "o"]) == code
+    assert capsys.readouterr().out == "the line\n"
+    assert main(["verify", "o", "--json"]) == code
+    assert capsys.readouterr().out == "{}\n"

@@ -1,0 +1,99 @@
+"""Small random-weight networks of every architecture that effcli is held against."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from effcli import samples
+
+VOCABULARY = 1024
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_ONE_HEAD_EACH = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+_SPECIAL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def config(name: str) -> PreTrainedConfig:
+    """The config of architecture `name`, one of `NAMES`."""
+    return _CONFIGS[name]()
+
+
+_CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "qwen2": lambda: Qwen2Config(**_COMMON),
+    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16),
+    "mistral": lambda: MistralConfig(**_COMMON),
+    "gemma2": lambda: Gemma2Config(**_COMMON, head_dim=16),
+    "phi3": lambda: Phi3Config(**_COMMON),
+    "gpt2": lambda: GPT2Config(**_SPECIAL, n_embd=64, n_layer=2, n_head=4, n_positions=128),
+    "opt": lambda: OPTConfig(
+        **_SPECIAL,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**_ONE_HEAD_EACH),
+    "falcon": lambda: FalconConfig(**_SPECIAL, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+    "falcon_new": lambda: FalconConfig(
+        **_SPECIAL,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+    ),
+    "bloom": lambda: BloomConfig(**_SPECIAL, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0),
+    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=4),
+}
+NAMES = tuple(_CONFIGS)
+
+
+def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write a network of architecture `name` with the sample's tokenizer into `folder`; `changes` are of its config."""
+    torch.manual_seed(0)
+    network = config(name)
+    for key, value in changes.items():
+        setattr(network, key, value)
+    model = AutoModelForCausalLM.from_config(network).eval()
+    for parameter in model.parameters():
+        # Norm weights start at 1 and biases at 0: moved off them, so that a fold which forgets one shows.
+        parameter.data += (0.1 if parameter.ndim == 1 else 0.02) * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(folder)
+    source = samples.resolve("sample:lm")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / file, folder / file)
+    return folder

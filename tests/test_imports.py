@@ -1,0 +1,101 @@
+"""Imports go one way: cli -> pipeline -> passes -> kernels, and all of them may use the core."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from effcli import exporters, passes
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path for folder in ("effcli", "passes", "kernels", "exporters") for path in (ROOT / folder).glob("*.py")
+)
+
+# Who may look up a pass by name. Nobody may import a particular one.
+KNOW_PASSES = {"cli", "flags", "recipe", "pipeline", "plan", "sweep", "blockwork"}
+# The modules that stand above the passes: nothing below may lean on them.
+ABOVE = {f"effcli.{name}" for name in ("cli", "api", "screen", "pipeline", "recipe", "plan", "sweep")}
+
+
+def module_name(path: Path) -> str:
+    folder = path.parent.name
+    return (f"effcli.{path.stem}" if folder == "effcli" else f"effcli.{folder}.{path.stem}").removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that `path` imports, at the top or inside a function; `from effcli import x` gives `effcli.x`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def below(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_go_one_way(path: Path) -> None:
+    here, folder = module_name(path), path.parent.name
+    for name in imports(path):
+        # A bare name would import a second copy of the folder from the checkout.
+        assert name.split(".")[0] not in {"passes", "kernels", "exporters"}, name
+        if folder == "effcli":
+            particular = below(name, "effcli.passes") and name.removeprefix("effcli.passes.").split(".")[0]
+            assert particular not in passes.PASSES, f"{here} names a pass: {name}"
+            if below(name, "effcli.passes"):
+                assert path.stem in KNOW_PASSES, f"{here} imports {name}"
+        else:
+            assert not any(below(name, module) for module in ABOVE), f"{here} imports {name}"
+        if folder == "passes":
+            assert not below(name, "effcli.exporters"), f"{here} imports {name}"
+            other = name.removeprefix("effcli.passes.").split(".")[0] if below(name, "effcli.passes") else ""
+            assert other not in passes.PASSES, f"{here} imports another pass: {name}"
+        if folder == "exporters":
+            assert not below(name, "effcli.passes"), f"{here} imports {name}"
+        if folder == "kernels" and below(name, "effcli"):
+            allowed = ("effcli.kernels", "effcli.formats", "effcli.errors")
+            assert name == "effcli" or any(below(name, module) for module in allowed), f"{here} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "table"),
+    [
+        ("passes", {name: entry.module for name, entry in passes.PASSES.items()}),
+        ("exporters", {name: entry.module for name, entry in exporters.TARGETS.items()}),
+    ],
+)
+def test_tables_match_the_folders(folder: str, table: dict[str, str]) -> None:
+    found = {path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("_")}
+    assert set(table) == found
+    assert table == {name: f"effcli.{folder}.{name}" for name in found}
+
+
+def test_kernels_package_is_a_docstring() -> None:
+    tree = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    assert len(tree.body) == 1
+
+
+@pytest.mark.parametrize("module", ["effcli", "effcli.cli", "effcli.passes", "effcli.exporters"])
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    heavy = "torch", "transformers", "triton", "pydantic", "numpy"
+    code = f"import {module}, sys; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", ["effcli.pipeline", "effcli.recipe", "effcli.runtime"])
+def test_triton_waits_for_a_kernel(module: str) -> None:
+    code = f"import {module}, sys; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
