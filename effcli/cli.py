@@ -249,12 +249,12 @@ def plan(
 
 @app.command()
 @_guarded
-def inspect(model: Model, json: Json = False, debug: Debug = False) -> None:
+def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, json: Json = False, debug: Debug = False) -> None:
     """Say what MODEL consists of, from the headers of its files."""
     from effcli import plan as planning
     from effcli import screen
 
-    found = planning.inspect(model)
+    found = planning.inspect(model, trust_remote_code)
     if json:
         print(found.to_json())
     else:
@@ -282,6 +282,7 @@ def evaluate(
             "--reference", metavar="MODEL", help="Also the KL divergence from this model.", show_default=False
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -295,7 +296,7 @@ def evaluate(
     from effcli import evaluate as evaluation
     from effcli import screen
 
-    quality = evaluation.evaluate(model, options, reference=reference)
+    quality = evaluation.evaluate(model, options, reference=reference, trust_remote_code=trust_remote_code)
     if json:
         print(quality.model_dump_json(indent=1))
     else:
@@ -310,13 +311,21 @@ def bench(
     decode: Annotated[int, typer.Option("--decode", help="Tokens to generate.", min=1)] = 32,
     threads: Threads = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure the speed of MODEL: prefill and decode, with the kernels that run."""
     from effcli import latency, screen
 
-    speed = latency.measure(model, prefill=prefill, decode=decode, threads=threads, device=device or "cpu")
+    speed = latency.measure(
+        model,
+        prefill=prefill,
+        decode=decode,
+        threads=threads,
+        device=device or "cpu",
+        trust_remote_code=trust_remote_code,
+    )
     if json:
         print(speed.model_dump_json(indent=1))
     else:
@@ -392,11 +401,11 @@ def export(
 
 @app.command()
 @_guarded
-def verify(path: Folder, json: Json = False, debug: Debug = False) -> None:
+def verify(path: Folder, trust_remote_code: TrustRemoteCode = False, json: Json = False, debug: Debug = False) -> None:
     """Load OUT as its users will and compare its logits with effcli's own arithmetic."""
     from effcli import verify as verification
 
-    result = verification.verify(path)
+    result = verification.verify(path, trust_remote_code=trust_remote_code)
     print(result.to_json() if json else result.line)
     if not result.passed:
         raise typer.Exit(UserError.exit_code)

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def evaluate(model: str, options: Evaluate, *, reference: str | None = None) -> Quality:
+def evaluate(
+    model: str, options: Evaluate, *, reference: str | None = None, trust_remote_code: bool = False
+) -> Quality:
     """Measure `model` on what `options` name, and its divergence from `reference` if there is one.
 
     model, reference: a directory, a Hub id, or `sample:lm`. What the user should know is logged as a warning.
@@ -41,7 +43,9 @@ def evaluate(model: str, options: Evaluate, *, reference: str | None = None) -> 
     path = samples.resolve(model)
     original = path if reference is None else samples.resolve(reference)
     with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
-        yardstick = Yardstick(original, options, Path(folder), compare=reference is not None)
+        yardstick = Yardstick(
+            original, options, Path(folder), trust_remote_code=trust_remote_code, compare=reference is not None
+        )
         for remark in yardstick.remarks:
             _log.warning(remark)
         return yardstick.measure(path)

@@ -88,7 +88,11 @@ def by_loops(weight: Tensor, format: Affine, dtype: torch.dtype) -> Tensor:
 
 
 @given(
-    format=formats, dtype=st.sampled_from(DTYPES), rows=st.integers(1, 5), groups=st.integers(1, 4), seed=st.integers(0)
+    format=formats,
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    seed=st.integers(0, 99),
 )
 def test_rounding_against_loops(format: Affine, dtype: torch.dtype, rows: int, groups: int, seed: int) -> None:
     weight = weights(rows, groups, seed, format)
