@@ -182,6 +182,8 @@ def _short_roles(roles: Sequence[str]) -> tuple[str, ...]:
 
 def _tail(name: str, most: int = 12) -> str:
     """The end of a name, which tells layers apart, with a mark where it was cut."""
+    # An embedding is listed by its parameter; `weight` alone would say nothing.
+    name = name.removesuffix(".weight")
     if len(name) <= most:
         return name
     tail = name.rsplit(".", 1)[-1]
@@ -214,7 +216,11 @@ def _log_scale(values: Iterable[float]) -> tuple[Callable[[float], float], list[
     digits = (1,) if high - low > 2.5 else (1, 2, 5)
     step = max(1, math.ceil((high - low) / 7))
     ticks = [digit * 10.0**power for power in decades if power % step == 0 for digit in digits]
-    return to_unit, [(tick, f"{tick:.0e}") for tick in ticks if 0 <= to_unit(tick) <= 1]
+    inside = [(tick, f"{tick:.0e}") for tick in ticks if 0 <= to_unit(tick) <= 1]
+    if not inside and positive:
+        # Values so close together that no round number lies among them: name the ends.
+        inside = [(end, f"{end:.1e}") for end in sorted({min(positive), max(positive)})]
+    return to_unit, inside
 
 
 def _linear_scale(values: Iterable[float]) -> tuple[Callable[[float], float], list[tuple[float, str]]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from effcli import passes
+from effcli import memory, passes
 from effcli.blockwork import BlockWork, Part, dense_row
 from effcli.checkpoint import OWN_STEM, STOCK_STEM, Checkpoint, assemble, copy_companions, write_shard, write_text
 from effcli.contract import Needs, Scope
@@ -150,6 +150,8 @@ class _Sweep:
                 flow.propagate(stream, k)
         self._write(f"block-{k:05d}", part)
         self.journal.advance(k + 1)
+        del part
+        memory.trim()
 
     def _wanted(self, sites: Sequence[LayerSite]) -> set[str]:
         return {site.name for site in sites if self.choices[site.name].config is not None}
