@@ -17,8 +17,9 @@ from effcli.observers import Gram
 from effcli.pairs import SharedInput, divide_bias, divide_norm, output_factors, scale_columns, weights_with_inputs
 from effcli.report import Histogram, LedgerRow
 from effcli.selection import Choice
-from effcli.skeleton import LayerSite, Weights
+from effcli.skeleton import LayerSite
 from effcli.storage import Stored
+from effcli.weights import Weights
 
 _BINS = 64
 _HISTOGRAM_SAMPLE = 1 << 16

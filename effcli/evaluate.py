@@ -21,11 +21,11 @@ from torch import Tensor
 from effcli import choices as multiple_choice
 from effcli import samples, text
 from effcli.errors import DataError, NumericsError
-from effcli.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits, open_weights
+from effcli.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits
 from effcli.report import Quality
-from effcli.skeleton import Weights
 from effcli.spool import Spool
 from effcli.stream import Stream
+from effcli.weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from effcli.recipe import Calibration, Evaluate

@@ -12,24 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from effcli.checkpoint import Checkpoint
-from effcli.skeleton import Skeleton, Weights
+from effcli import memory
 from effcli.spool import Spool
-from effcli.storage import network_config
 from effcli.stream import Call, Stream
 
 TOKENS_PER_BATCH = 2048
 # float32 numbers of one chunk of logits: 16 MiB, of which computing a divergence holds five.
 _LOGITS = 1 << 22
-
-
-def open_weights(path: Path, trust_remote_code: bool = False) -> Weights:
-    """The network in `path`, dense or compressed, ready to be read block by block."""
-    checkpoint = Checkpoint.open(path)
-    skeleton = Skeleton(path, network_config(checkpoint.config), trust_remote_code)
-    weights = Weights(checkpoint, skeleton)
-    weights.check_complete()
-    return weights
 
 
 def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
@@ -58,6 +47,7 @@ def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
         ):
             for number, ids in enumerate(batches):
                 spool.write(number, stream.through(k, spool.read(number), calls[tuple(ids.shape)][k]))
+        memory.trim()
     return spool
 
 

@@ -26,11 +26,12 @@ from effcli.errors import OutputError, UnsupportedError, writing
 from effcli.evaluate import Yardstick
 from effcli.exporters import load as load_exporter
 from effcli.human import size
-from effcli.plan import Plan, count_weights, make, open_weights
+from effcli.plan import Plan, count_weights, make
 from effcli.recipe import PassStep, Recipe
 from effcli.report import Quality, Report, Speed, Stage
 from effcli.storage import is_own
 from effcli.sweep import Swept, Windows, sweep
+from effcli.weights import open_weights
 
 # Room that a run needs beside the planned bytes: hidden states, the parts before they are joined, the report.
 _DISK_FACTOR = 2.2

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 from pydantic import Field
 
 from effcli import samples
-from effcli.checkpoint import Checkpoint
 from effcli.contract import Needs, Options
 from effcli.errors import SelectionError
 from effcli.formats import Affine
 from effcli.human import size
 from effcli.recipe import Recipe
 from effcli.selection import Choice, choose
-from effcli.skeleton import LayerSite, Skeleton, Weights
-from effcli.storage import Stored, network_config, obstacles_of
+from effcli.skeleton import LayerSite, Skeleton
+from effcli.storage import Stored, obstacles_of
+from effcli.weights import Weights, open_weights
 
 
 class Row(Options):
@@ -179,14 +178,6 @@ def inspect(model: str, trust_remote_code: bool = False) -> Inspection:
     )
 
 
-def open_weights(path: Path, trust_remote_code: bool) -> Weights:
-    """The network of a checkpoint and where its parameters stand; every one must be there."""
-    checkpoint = Checkpoint.open(path)
-    weights = Weights(checkpoint, Skeleton(path, network_config(checkpoint.config), trust_remote_code))
-    weights.check_complete()
-    return weights
-
-
 def count_weights(skeleton: Skeleton) -> int:
     """Number of parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in skeleton.model.parameters())
@@ -304,4 +295,4 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     return total
 
 
-__all__ = ["Inspection", "Layers", "Plan", "Row", "count_weights", "inspect", "make", "open_weights", "summary"]
+__all__ = ["Inspection", "Layers", "Plan", "Row", "count_weights", "inspect", "make", "summary"]

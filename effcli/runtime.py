@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from effcli import samples
-from effcli.checkpoint import Checkpoint
 from effcli.modules import AffineExperts, AffineLinear
-from effcli.skeleton import LayerSite, Skeleton, Weights, place
-from effcli.storage import network_config
+from effcli.skeleton import LayerSite
+from effcli.weights import Weights, open_weights, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +26,8 @@ def load(
     Raises `CheckpointError` for a checkpoint that is damaged or incomplete.
     """
     path = samples.resolve(str(model))
-    checkpoint = Checkpoint.open(path)
-    skeleton = Skeleton(path, network_config(checkpoint.config), trust_remote_code)
-    weights = Weights(checkpoint, skeleton)
-    weights.check_complete()
+    weights = open_weights(path, trust_remote_code)
+    skeleton = weights.skeleton
     network = skeleton.model
     names = skeleton.outer_parameters()
     for k in range(len(skeleton.blocks)):

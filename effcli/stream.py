@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from effcli.skeleton import LayerSite, Skeleton, Weights, empty
+from effcli.skeleton import LayerSite, Skeleton
+from effcli.weights import Weights, empty
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ from effcli.observers import Gram
 from effcli.pairs import SharedInput, find_pairs
 from effcli.report import Histogram, LedgerRow
 from effcli.selection import choose
-from effcli.skeleton import LayerSite, Skeleton, Weights
+from effcli.skeleton import LayerSite, Skeleton
 from effcli.spool import Spool
 from effcli.storage import network_config, obstacles_of, own_config, standard_config
 from effcli.stream import Call, Stream, WatchLayers
+from effcli.weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from effcli.recipe import PassStep
@@ -76,10 +77,8 @@ def sweep(
 
     work: a folder for what is unfinished; when it holds unfinished work of the same request, that is continued.
     """
-    checkpoint = Checkpoint.open(source)
-    skeleton = Skeleton(source, network_config(checkpoint.config), trust_remote_code)
-    weights = Weights(checkpoint, skeleton)
-    weights.check_complete()
+    weights = open_weights(source, trust_remote_code)
+    checkpoint = weights.checkpoint
     run = _Sweep(weights, step, windows, Journal.open(work, fingerprint(checkpoint, step, windows)), progress)
     run.blocks()
     run.outside()

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from effcli.checkpoint import STOCK_STEM, Checkpoint, assemble, copy_companions, weight_files, write_shard, write_text
 from effcli.errors import OutputError, UnsupportedError, writing
-from effcli.skeleton import Skeleton, Weights
+from effcli.skeleton import Skeleton
 from effcli.storage import is_own, network_config, stored_layers
+from effcli.weights import Weights, open_weights
 
 SHARD_BYTES = 4 << 30
 _SHOWN = 3
@@ -70,9 +71,8 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _write_dense(checkpoint: Checkpoint, folder: Path) -> None:
-    skeleton = Skeleton(checkpoint.path, network_config(checkpoint.config))
-    weights = Weights(checkpoint, skeleton)
-    weights.check_complete()
+    weights = open_weights(checkpoint.path)
+    skeleton = weights.skeleton
     names = [skeleton.outer_parameters()]
     names += [skeleton.block_parameters(k) for k in range(len(skeleton.blocks))]
     parts = []

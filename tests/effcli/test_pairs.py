@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from effcli.checkpoint import Checkpoint
 from effcli.pairs import Producer, SharedInput, divide_norm, find_pairs, match_channels, output_factors
-from effcli.skeleton import Skeleton, Weights
+from effcli.skeleton import Skeleton
 from effcli.stream import Call, Stream
+from effcli.weights import Weights
 
 LLAMA = {
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): ("input_layernorm", "norm"),

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from effcli.checkpoint import Checkpoint
 from effcli.errors import CheckpointError, UnsupportedError
-from effcli.skeleton import Skeleton, Weights, find_blocks, find_layers
+from effcli.skeleton import Skeleton, find_blocks, find_layers
 from effcli.storage import network_config
+from effcli.weights import Weights
 
 
 def opened(path: Path) -> Weights:

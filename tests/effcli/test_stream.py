@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from effcli.checkpoint import Checkpoint
-from effcli.skeleton import LayerSite, Skeleton, Weights, find_layers
+from effcli.skeleton import LayerSite, Skeleton, find_layers
 from effcli.stream import Stream, WatchLayers
+from effcli.weights import Weights
 
 
 def streamed(path: Path, ids: Tensor) -> Tensor:

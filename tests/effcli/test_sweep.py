@@ -24,10 +24,10 @@ from effcli.contract import Group, Layer, Outcome
 from effcli.errors import NumericsError
 from effcli.journal import Journal
 from effcli.passes import awq
-from effcli.plan import open_weights
 from effcli.recipe import PassStep
 from effcli.storage import is_own
 from effcli.sweep import Swept, Windows
+from effcli.weights import open_weights
 
 LINEAR = {"linear": {"bits": 4}}
 AWQ = {"awq": {"bits": 4}}
