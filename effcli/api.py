@@ -29,6 +29,8 @@ def compress(
     keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
     """
     from effcli import pipeline
+    from effcli.skeleton import restoring_verbosity
 
     recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
-    return pipeline.run(recipe, overwrite=overwrite, listener=listener)
+    with restoring_verbosity():
+        return pipeline.run(recipe, overwrite=overwrite, listener=listener)

@@ -10,7 +10,7 @@ from torch import nn
 
 from effcli import samples
 from effcli.modules import AffineExperts, AffineLinear
-from effcli.skeleton import LayerSite
+from effcli.skeleton import LayerSite, restoring_verbosity
 from effcli.weights import Weights, open_weights, place
 
 if TYPE_CHECKING:
@@ -25,7 +25,11 @@ def load(
     packed: False gives a dense model with the dequantized weights, the reference that packed kernels are held against.
     Raises `CheckpointError` for a checkpoint that is damaged or incomplete.
     """
-    path = samples.resolve(str(model))
+    with restoring_verbosity():
+        return _load(samples.resolve(str(model)), device, trust_remote_code, packed)
+
+
+def _load(path: Path, device: str | torch.device, trust_remote_code: bool, packed: bool) -> PreTrainedModel:
     weights = open_weights(path, trust_remote_code)
     skeleton = weights.skeleton
     network = skeleton.model

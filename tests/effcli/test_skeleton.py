@@ -228,3 +228,19 @@ def test_tensors_that_no_parameter_takes_are_listed(tmp_path: Path) -> None:
     extra = {"model.layers.2.mtp.weight": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     rewrite(tmp_path, lambda tensors: tensors.update(extra))
     assert "model.layers.2.mtp.weight" in opened(tmp_path).unused()
+
+
+def test_a_caller_gets_transformers_logging_back() -> None:
+    from transformers.utils import logging as hf_logging
+
+    from effcli import runtime
+
+    before = hf_logging.get_verbosity()
+    try:
+        hf_logging.set_verbosity_info()
+        hf_logging.enable_progress_bar()
+        runtime.load("sample:lm")
+        assert hf_logging.get_verbosity() == hf_logging.INFO
+        assert hf_logging.is_progress_bar_enabled()
+    finally:
+        hf_logging.set_verbosity(before)
