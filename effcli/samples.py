@@ -6,7 +6,7 @@ from pathlib import Path
 
 from effcli.errors import CheckpointError, did_you_mean
 
-_FOLDER = Path(__file__).parent / "samples"
+_FOLDER = Path(__file__).parent / "data"
 SAMPLES = {"sample:lm": _FOLDER / "lm"}
 CALIBRATION_TEXT = _FOLDER / "lm" / "calibration.txt"
 EVALUATION_TEXT = _FOLDER / "lm" / "evaluation.txt"
