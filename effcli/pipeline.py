@@ -22,7 +22,7 @@ from effcli import card, html, latency, memory, samples, text, verify
 from effcli import recipe as recipes
 from effcli.checkpoint import Checkpoint, read_config, write_text
 from effcli.contract import Needs
-from effcli.errors import OutputError, UnsupportedError, writing
+from effcli.errors import OutputError, UnsupportedError, UserError, writing
 from effcli.evaluate import Yardstick
 from effcli.exporters import load as load_exporter
 from effcli.human import size
@@ -114,6 +114,16 @@ class _Run:
         self._check_space(plan)
         windows, remarks = self._windows()
         self._open_work()
+        try:
+            return self._compress(windows, remarks)
+        except OutputError:
+            raise  # a disk with room again goes on from here
+        except UserError:
+            # The input is at fault: nothing written so far can serve a second try.
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise
+
+    def _compress(self, windows: Windows | None, remarks: list[str]) -> Report:
         weights = open_weights(self.source, self.recipe.trust_remote_code)
         count = count_weights(weights.skeleton)
         del weights
