@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effcli.contract import Group, Layer, Scope
-from effcli.formats import Affine, AffineWeight, Dense
+from effcli.formats import AffineWeight, Dense
 from effcli.observers import Gram
 from effcli.pairs import SharedInput, divide_bias, divide_norm, output_factors, scale_columns, weights_with_inputs
 from effcli.report import Histogram, LedgerRow
@@ -45,14 +45,16 @@ class Part:
             self.tensors[key] = weights.parameter(key) if value is None else value.to(dtype).contiguous()
         for site in sites:
             if packed:
-                self._keep_site(weights, site)
-            self.ledger.append(kept_row(weights, site, self.stored, dtype, choices[site.name].reason))
+                self.keep_site(weights, site, choices)
+            else:
+                self.ledger.append(kept_row(weights, site, self.stored, dtype, choices[site.name].reason))
         if not sites and self.tensors[key].ndim > 1:
             shape = tuple(self.tensors[key].shape)
             reason = "an embedding or a matrix that is no linear layer"
             self.ledger.append(dense_row(key, "embedding", shape, dtype, reason))
 
-    def _keep_site(self, weights: Weights, site: LayerSite) -> None:
+    def keep_site(self, weights: Weights, site: LayerSite, choices: Mapping[str, Choice]) -> None:
+        """Carry one layer over on its own, as where others of its parameter are packed."""
         if site.name in weights.stored:
             self.tensors.update({f"{site.name}.{suffix}": t for suffix, t in weights.raw(site.name).items()})
             self.stored[site.name] = weights.stored[site.name]
@@ -60,13 +62,12 @@ class Part:
             partly = any(other.name in weights.stored for other in weights.sites(site.parameter))
             dense = weights.dense_matrix(site) if partly else site.view(weights.parameter(site.parameter))
             self.tensors[f"{site.name}.weight"] = dense.contiguous()
+        dtype = weights.dtype_of(site.parameter)
+        self.ledger.append(kept_row(weights, site, self.stored, dtype, choices[site.name].reason))
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "stored": {
-                name: {**item.format.to_json(), "kind": item.kind, "input_scale": item.input_scale}
-                for name, item in self.stored.items()
-            },
+            "stored": {name: item.to_json() for name, item in self.stored.items()},
             "ledger": [row.model_dump(mode="json") for row in self.ledger],
             "histograms": [item.model_dump(mode="json") for item in self.histograms],
             "remarks": self.remarks,
@@ -76,10 +77,7 @@ class Part:
     def from_json(data: dict[str, Any]) -> Part:
         return Part(
             {},
-            {
-                name: Stored(Affine.from_json(item), item["kind"], item["input_scale"])
-                for name, item in data["stored"].items()
-            },
+            {name: Stored.from_json(item) for name, item in data["stored"].items()},
             [LedgerRow.model_validate(row) for row in data["ledger"]],
             [Histogram.model_validate(item) for item in data["histograms"]],
             list(data["remarks"]),
@@ -120,19 +118,17 @@ class BlockWork:
         for item in shared:
             self._scale(item, grams)
         part = Part()
-        for key in self.block.state_dict():
+        for key, current in self.block.state_dict().items():
             parameter = self.prefix + key
             sites = [site for site in self.weights.sites(parameter) if self._config(site.name) is not None]
             if not sites:
-                value = self.block.state_dict()[key] if parameter in self.changed else None
+                value = current if parameter in self.changed else None
                 part.keep(self.weights, parameter, self.choices, value)
                 continue
             tensor = self.block.get_parameter(key)
             for site in self.weights.sites(parameter):
                 if self._config(site.name) is None:
-                    part._keep_site(self.weights, site)
-                    dtype = self.weights.dtype_of(parameter)
-                    part.ledger.append(kept_row(self.weights, site, part.stored, dtype, self.choices[site.name].reason))
+                    part.keep_site(self.weights, site, self.choices)
                 else:
                     self.quantize(part, site, tensor, grams.get(site.name))
             self._join(part, parameter)

@@ -20,18 +20,17 @@ import torch
 
 from effcli import card, html, latency, memory, samples, text, verify
 from effcli import recipe as recipes
-from effcli.checkpoint import Checkpoint, read_config, write_text
+from effcli.checkpoint import read_config, weight_files, write_text
 from effcli.contract import Needs
 from effcli.errors import OutputError, UnsupportedError, UserError, writing
 from effcli.evaluate import Yardstick
 from effcli.exporters import load as load_exporter
 from effcli.human import size
-from effcli.plan import Plan, count_weights, make
+from effcli.plan import Plan, make
 from effcli.recipe import PassStep, Recipe
 from effcli.report import Quality, Report, Speed, Stage
 from effcli.storage import is_own
 from effcli.sweep import Swept, Windows, sweep
-from effcli.weights import open_weights
 
 # Room that a run needs beside the planned bytes: hidden states, the parts before they are joined, the report.
 _DISK_FACTOR = 2.2
@@ -92,11 +91,16 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(
             f"{output} exists and is not empty", "choose another --output, or replace it with --overwrite"
         )
-    parent = output.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing(output.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write to {parent}", "choose a writable --output")
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 class _Run:
@@ -115,7 +119,7 @@ class _Run:
         windows, remarks = self._windows()
         self._open_work()
         try:
-            return self._compress(windows, remarks)
+            return self._compress(windows, remarks, plan.weights)
         except OutputError:
             raise  # a disk with room again goes on from here
         except UserError:
@@ -123,10 +127,7 @@ class _Run:
             shutil.rmtree(self.work, ignore_errors=True)
             raise
 
-    def _compress(self, windows: Windows | None, remarks: list[str]) -> Report:
-        weights = open_weights(self.source, self.recipe.trust_remote_code)
-        count = count_weights(weights.skeleton)
-        del weights
+    def _compress(self, windows: Windows | None, remarks: list[str], count: int) -> Report:
         yardstick = self._yardstick()
         stages = [self._stage(0, lambda: self._measured(self.source, "input", {}, count, yardstick))]
         current = self.source
@@ -155,7 +156,7 @@ class _Run:
 
     def _open_work(self) -> None:
         """Continue unfinished work of the same request; start anew otherwise."""
-        files = sorted({entry.file for entry in Checkpoint.open(self.source).entries.values()})
+        files = weight_files(self.source)
         request = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
             "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
@@ -172,10 +173,7 @@ class _Run:
         write_text(marker, digest)
 
     def _check_space(self, plan: Plan) -> None:
-        parent = self.output.parent
-        while not parent.exists():
-            parent = parent.parent
-        free = shutil.disk_usage(parent).free
+        free = shutil.disk_usage(_existing(self.output.parent)).free
         needed = int(plan.output_bytes * _DISK_FACTOR)
         if free < needed:
             raise OutputError(
@@ -264,7 +262,7 @@ class _Run:
                 threads=self.recipe.threads,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
-        nbytes = Checkpoint.open(path).nbytes
+        nbytes = sum(file.stat().st_size for file in weight_files(path))
         remarks = tuple(yardstick.remarks) if yardstick is not None and name == "input" else ()
         return Stage(
             name=name,
@@ -315,12 +313,7 @@ class _Run:
 
 
 def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{latency.device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def _software() -> dict[str, str]:

@@ -71,6 +71,7 @@ class Plan(Options):
     model: str
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
+    weights: int = Field(description="number of parameters, tied ones counted once")
     input_bytes: int
     output_bytes: int = Field(description="as planned, file headers left out")
     memory_bytes: int = Field(description="estimated peak of the process")
@@ -143,6 +144,7 @@ def make(recipe: Recipe) -> Plan:
         model=recipe.model,
         rows=tuple(rows),
         remarks=tuple(remarks),
+        weights=count_weights(weights.skeleton),
         input_bytes=before,
         output_bytes=after,
         memory_bytes=memory,

@@ -30,6 +30,13 @@ class Stored:
     kind: Kind = "linear"
     input_scale: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        return {**self.format.to_json(), "kind": self.kind, "input_scale": self.input_scale}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Stored:
+        return Stored(Affine.from_json(data), data["kind"], data["input_scale"])
+
     @property
     def obstacle(self) -> str:
         """Why the standard format has no place for this layer; empty when it has one."""
@@ -81,10 +88,7 @@ def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[st
                 f"the checkpoint has effcli layout {own.get('version')}, this effcli reads {LAYOUT_VERSION}",
                 "use the effcli that wrote it",
             )
-        return {
-            name: Stored(Affine.from_json(data), data["kind"], data["input_scale"])
-            for name, data in own["layers"].items()
-        }
+        return {name: Stored.from_json(data) for name, data in own["layers"].items()}
     quantization = config.get("quantization_config")
     if quantization is None:
         if packed:
@@ -115,10 +119,7 @@ def _scheme_of(name: str, quantization: dict[str, Any], has_zero: bool) -> Affin
 
 def own_config(config: dict[str, Any], layers: Mapping[str, Stored]) -> dict[str, Any]:
     """`config.json` of a checkpoint in effcli's own layout."""
-    described = {
-        name: {**stored.format.to_json(), "kind": stored.kind, "input_scale": stored.input_scale}
-        for name, stored in sorted(layers.items())
-    }
+    described = {name: stored.to_json() for name, stored in sorted(layers.items())}
     return {"model_type": OWN_TYPE, "effcli": {"version": LAYOUT_VERSION, "config": config, "layers": described}}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from effcli import human
+from effcli import human, memory
 from effcli.columns import EMPTY_TEXT, Cell, Column, columns, conditions
 
 if TYPE_CHECKING:
@@ -227,21 +226,8 @@ class SweepProgress:
         if 0 < self._done < self._total:
             left = (self._clock() - self._began) / self._done * (self._total - self._done)
             parts.append(f"{human.duration(left)} left")
-        resident = resident_memory()
-        if resident is not None:
-            parts.append(human.size(resident))
+        parts.append(human.size(memory.current()))
         return ", ".join(parts)
-
-
-def resident_memory() -> int | None:
-    """Bytes of physical memory this process holds now, or None where the system does not say."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-    except (ImportError, OSError, ValueError, IndexError):
-        return None
 
 
 def _table() -> Table:
@@ -338,7 +324,6 @@ __all__ = [
     "compare_table",
     "ledger_table",
     "remarks",
-    "resident_memory",
     "stage_line",
     "stage_table",
 ]

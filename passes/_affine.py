@@ -59,7 +59,7 @@ def encode(weight: Tensor, low: Tensor, high: Tensor, format: Affine, dtype: tor
 
 
 def clipped_range(
-    weight: Tensor, gram: Tensor | None, format: Affine, dtype: torch.dtype, shrinks: tuple[float, ...], rounds: int = 1
+    weight: Tensor, gram: Tensor | None, format: Affine, dtype: torch.dtype, shrinks: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """Shrink each range to the factor in `shrinks` whose output error tr(D G Dᵀ) is least, D = Ŵ - W.
 
@@ -73,7 +73,7 @@ def clipped_range(
     low, high = extremes(weight, format)
     size = format.group_size or weight.shape[1]
     for rows in _row_chunks(weight.shape[0], max(_STEP // (size * len(shrinks)), _FEWEST_ROWS)):
-        _descend(weight[rows], gram, low[rows], high[rows], format, dtype, shrinks, rounds)
+        _descend(weight[rows], gram, low[rows], high[rows], format, dtype, shrinks)
     return low, high
 
 
@@ -89,7 +89,6 @@ def _descend(
     format: Affine,
     dtype: torch.dtype,
     shrinks: tuple[float, ...],
-    rounds: int,
 ) -> None:
     """Coordinate descent over the groups of some rows; writes the ranges into `low` and `high`."""
     size = format.group_size or weight.shape[1]
@@ -99,24 +98,23 @@ def _descend(
     scale, zero = parameters(lows, highs, format, dtype)
     difference = nearest(weight, format, dtype).sub_(weight)
     chosen = torch.zeros(low.shape, dtype=torch.int64, device=weight.device)
-    for _ in range(rounds if gram is not None else 1):
-        for group in range(low.shape[1]):
-            columns = slice(group * size, (group + 1) * size)
-            values = weight[:, columns]
-            here = slice(group, group + 1)
-            steps = rounded(values, scale[..., here], zero[..., here], format.levels).sub_(values)
-            if gram is None:
-                errors = steps.square().sum(-1)
-            else:
-                own = gram[columns, columns]
-                cross = difference @ gram[:, columns]
-                cross.addmm_(difference[:, columns], own, alpha=-1).mul_(2)
-                errors = (steps @ own).add_(cross).mul_(steps).sum(-1)
-            # The first of equal ones, which is the widest range: (rows,).
-            best = errors.argmin(0)
-            chosen[:, group] = best
-            index = best.view(1, -1, 1).expand(1, *values.shape)
-            difference[:, columns] = steps.gather(0, index).squeeze(0)
+    for group in range(low.shape[1]):
+        columns = slice(group * size, (group + 1) * size)
+        values = weight[:, columns]
+        here = slice(group, group + 1)
+        steps = rounded(values, scale[..., here], zero[..., here], format.levels).sub_(values)
+        if gram is None:
+            errors = steps.square().sum(-1)
+        else:
+            own = gram[columns, columns]
+            cross = difference @ gram[:, columns]
+            cross.addmm_(difference[:, columns], own, alpha=-1).mul_(2)
+            errors = (steps @ own).add_(cross).mul_(steps).sum(-1)
+        # The first of equal ones, which is the widest range: (rows,).
+        best = errors.argmin(0)
+        chosen[:, group] = best
+        index = best.view(1, -1, 1).expand(1, *values.shape)
+        difference[:, columns] = steps.gather(0, index).squeeze(0)
     low.copy_(lows.gather(0, chosen.unsqueeze(0)).squeeze(0))
     high.copy_(highs.gather(0, chosen.unsqueeze(0)).squeeze(0))
 
