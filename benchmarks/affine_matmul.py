@@ -211,7 +211,7 @@ def model() -> None:
     """Eight random layers of Llama's shapes: one token after 128, and 128 tokens, bf16 against 4 bits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from effcli.modules import AffineLinear
+    from effcli.language.modules import AffineLinear
 
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=8, num_attention_heads=32, vocab_size=32000

@@ -66,7 +66,7 @@ def _compare(networks: dict[str, Any], threads: int, prefill: int, decode: int, 
     """One row for each network; ratios are of speeds, so above 1 is faster than the first network."""
     import torch
 
-    from effcli.latency import kernel_name
+    from effcli.language.latency import kernel_name
 
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter

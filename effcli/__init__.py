@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effcli.api import compress as compress
     from effcli.recipe import Recipe as Recipe
-    from effcli.report import Report as Report
+    from effcli.reports.report import Report as Report
     from effcli.runtime import load as load
 
 _HOMES = {
     "Recipe": "effcli.recipe",
-    "Report": "effcli.report",
+    "Report": "effcli.reports.report",
     "compress": "effcli.api",
     "load": "effcli.runtime",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from effcli import recipe as recipes
 from effcli.contract import PassConfig
-from effcli.report import Report
+from effcli.reports.report import Report
 
 if TYPE_CHECKING:
     from effcli.pipeline import Listener
@@ -29,7 +29,7 @@ def compress(
     keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
     """
     from effcli import pipeline
-    from effcli.skeleton import restoring_verbosity
+    from effcli.stock import restoring_verbosity
 
     recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
     with restoring_verbosity():

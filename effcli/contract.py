@@ -6,14 +6,20 @@ A pass module `passes/<name>.py` holds
 - `apply(config, layer, seen) -> Outcome`: what becomes of one layer's weight;
 - with `Scope.GROUP` also `scale(configs, group, seen) -> (Tensor, notes)`: a factor per input channel of layers that
   share one input. The runner folds its inverse into the module that produces the input and hands `apply` the scaled
-  weight and the Gram matrix of the scaled input.
+  weight and the Gram matrix of the scaled input;
+- with `Scope.GRAPH` instead of `apply` `transform(config, graph, seen) -> Transformed`: what becomes of a whole graph.
+
+A convolution is a layer whose inputs are its patches. A grouped one is as many independent layers as it has groups:
+where a pass needs inputs, `apply` sees one group at a time, with the Gram matrix of that group's patches, unless the
+module also holds `apply_groups(config, layer, seen) -> Outcome`, which takes the whole layer and one Gram per group.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +27,11 @@ from torch import Tensor
 
 from effcli.formats import AffineWeight
 from effcli.observers import Gram
+
+if TYPE_CHECKING:
+    from effcli.graphs.graph import Graph
+    from effcli.graphs.integer import IntegerNetwork
+    from effcli.reports.report import ActivationRange
 
 Kind = Literal["linear", "conv1d", "expert", "conv"]
 
@@ -30,6 +41,7 @@ class Needs(enum.Enum):
 
     NOTHING = "nothing"
     INPUTS = "inputs"
+    REFERENCE = "reference"  # inputs, and the network as it was before its weights were first compressed
 
 
 class Scope(enum.Enum):
@@ -37,6 +49,7 @@ class Scope(enum.Enum):
 
     LAYER = "layer"
     GROUP = "group"
+    GRAPH = "graph"
 
 
 class Options(BaseModel):
@@ -50,12 +63,19 @@ class PassConfig(Options):
 
     needs: ClassVar[Needs] = Needs.NOTHING
     scope: ClassVar[Scope] = Scope.LAYER
+    # Defaults that differ in networks read as a graph: their layers are too narrow for groups of weights.
+    graph_defaults: ClassVar[Mapping[str, Any]] = {}
 
     ignore: tuple[str, ...] = Field((), description="Layers to leave alone, as glob patterns of their names.")
     layers: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Other options for the layers that match a glob pattern; the last match wins."
     )
     lm_head: bool = Field(False, description="Also take the output head, which stands outside the repeated blocks.")
+
+    def for_graph(self) -> Self:
+        """These options in a network read as a graph: what was not set takes the defaults for graphs."""
+        defaults = {key: value for key, value in self.graph_defaults.items() if key not in self.model_fields_set}
+        return self.model_copy(update=defaults)
 
 
 @dataclass(frozen=True)
@@ -100,4 +120,40 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-__all__ = ["Gram", "Group", "Kind", "Layer", "Needs", "Options", "Outcome", "PassConfig", "Scope"]
+@dataclass(frozen=True)
+class Observed:
+    """What a pass over a whole graph is given, as far as it asked for it.
+
+    batches: the calibration inputs, float32 (n, *shape), anew on each call; empty with `Needs.NOTHING`. reference: the
+    network before its weights were first compressed, with the same layers; None unless asked for. chosen: the options
+    of every layer that the pass may change, by name.
+    """
+
+    batches: Callable[[], Iterator[Tensor]] = lambda: iter(())
+    reference: Graph | None = None
+    chosen: Mapping[str, PassConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What became of a whole graph. notes: for the ledger, by layer; a layer without any was left as it was."""
+
+    network: Graph | IntegerNetwork
+    notes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    activations: tuple[ActivationRange, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+__all__ = [
+    "Gram",
+    "Group",
+    "Kind",
+    "Layer",
+    "Needs",
+    "Observed",
+    "Options",
+    "Outcome",
+    "PassConfig",
+    "Scope",
+    "Transformed",
+]

@@ -31,6 +31,14 @@ class Gram:
         self.magnitude_sum = torch.zeros(features, dtype=torch.float32, device=device)
         self.tokens = 0
 
+    @staticmethod
+    def of(matrix: Tensor, magnitude_sum: Tensor, tokens: int) -> Gram:
+        """What was summed elsewhere: matrix float32 (in, in), magnitude_sum float32 (in,)."""
+        gram = Gram.__new__(Gram)
+        gram._sum, gram._mirrored = matrix, True
+        gram.magnitude_sum, gram.tokens = magnitude_sum, tokens
+        return gram
+
     def add(self, inputs: Tensor) -> None:
         """Take in inputs (..., in). Chunks are multiplied in the inputs' dtype, bf16 or float32, and summed in float32.
 
@@ -76,13 +84,9 @@ class Gram:
 
     def rescaled(self, scale: Tensor) -> Gram:
         """The Gram matrix of the inputs divided by scale (in,)."""
-        other = Gram.__new__(Gram)
         inverse = 1.0 / scale.float()
-        other._sum = (self.matrix * inverse.unsqueeze(1)).mul_(inverse)
-        other._mirrored = True
-        other.magnitude_sum = self.magnitude_sum * inverse
-        other.tokens = self.tokens
-        return other
+        matrix = (self.matrix * inverse.unsqueeze(1)).mul_(inverse)
+        return Gram.of(matrix, self.magnitude_sum * inverse, self.tokens)
 
     def working(self) -> Tensor:
         """G in the dtype that multiplies fastest here: for ranking candidates, where three digits are enough."""
@@ -102,3 +106,27 @@ class Gram:
             product = (rows.to(gram.dtype) @ gram).float()
             total += float(product.mul_(rows).sum(1).sum(dtype=torch.float64))
         return total / max(self.tokens, 1)
+
+
+class GroupedGram:
+    """The Gram matrices of the groups of one convolution, summed side by side.
+
+    matrices: float32 (groups, in, in); magnitude_sums: float32 (groups, in); tokens: how many each group has seen.
+    """
+
+    def __init__(self, groups: int, features: int) -> None:
+        self.matrices = torch.zeros(groups, features, features)
+        self.magnitude_sums = torch.zeros(groups, features)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in inputs float32 (groups, tokens, in)."""
+        self.matrices.baddbmm_(inputs.mT, inputs)
+        self.magnitude_sums += inputs.abs().sum(1)
+        self.tokens += inputs.shape[1]
+
+    def each(self) -> tuple[Gram, ...]:
+        """One Gram per group."""
+        return tuple(
+            Gram.of(matrix, sums, self.tokens) for matrix, sums in zip(self.matrices, self.magnitude_sums, strict=True)
+        )

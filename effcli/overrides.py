@@ -12,8 +12,8 @@ from effcli.errors import RecipeError
 from effcli.mistakes import shown
 
 
-def parse_pass(text: str) -> dict[str, Any]:
-    """`wanda:sparsity=0.5,pattern=2:4` -> {"wanda": {"sparsity": 0.5, "pattern": "2:4"}}.
+def parse_pass(text: str, flag: str = "--pass") -> dict[str, Any]:
+    """`wanda:sparsity=0.5,pattern=2:4` -> {"wanda": {"sparsity": 0.5, "pattern": "2:4"}}; `flag` is for messages.
 
     Values are YAML: numbers, true, text, or lists and mappings in brackets, whose commas do not end the option.
     """
@@ -22,10 +22,10 @@ def parse_pass(text: str) -> dict[str, Any]:
     for part in _split(rest) if colon else ():
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--pass {text}: {part!r} is not KEY=VALUE", "write --pass NAME:KEY=VALUE,KEY=VALUE")
+            raise RecipeError(f"{flag} {text}: {part!r} is not KEY=VALUE", f"write {flag} NAME:KEY=VALUE,KEY=VALUE")
         if key.strip() in options:
-            raise RecipeError(f"--pass {text}: {key.strip()!r} stands twice", "give each option once")
-        options[key.strip()] = yamls.parse(value, f"--pass {text}")
+            raise RecipeError(f"{flag} {text}: {key.strip()!r} stands twice", "give each option once")
+        options[key.strip()] = yamls.parse(value, f"{flag} {text}")
     return {name.strip(): options}
 
 

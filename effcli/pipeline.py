@@ -12,25 +12,29 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from effcli import card, html, latency, memory, samples, text, verify
+from effcli import importers, memory, samples
 from effcli import recipe as recipes
-from effcli.checkpoint import read_config, weight_files, write_text
+from effcli.checkpoint import weight_files, write_text
 from effcli.contract import Needs
 from effcli.errors import OutputError, UnsupportedError, UserError, writing
-from effcli.evaluate import Yardstick
 from effcli.exporters import load as load_exporter
-from effcli.human import size
-from effcli.plan import Plan, make
-from effcli.recipe import PassStep, Recipe
-from effcli.report import Quality, Report, Speed, Stage
-from effcli.storage import is_own
-from effcli.sweep import Swept, Windows, sweep
+from effcli.machine import device_name
+from effcli.plan import Plan
+from effcli.recipe import ExportStep, PassStep, Recipe
+from effcli.reports import card, html
+from effcli.reports.human import size
+from effcli.reports.report import Exported, Report, Stage
+
+if TYPE_CHECKING:
+    from effcli.subject import Subject
+    from effcli.swept import Swept
 
 # Room that a run needs beside the planned bytes: hidden states, the parts before they are joined, the report.
 _DISK_FACTOR = 2.2
@@ -105,21 +109,21 @@ def _existing(folder: Path) -> Path:
 
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, listener: Listener) -> None:
-        self.recipe = recipe
+        self.subject = subject_of(recipe)
+        self.recipe = self.subject.recipe
         self.output = output
         self.listener = listener
-        self.source = samples.resolve(recipe.model, recipe.revision)
-        if self.source.resolve() == output.resolve():
+        if self.subject.source.resolve() == output.resolve():
             raise OutputError(f"{output} is the model itself", "choose another --output; the input is never changed")
         self.work = output.parent / f".{output.name}.effcli"
 
     def carry_out(self) -> Report:
-        plan = make(self.recipe)
+        plan = self.subject.plan()
         self._check_space(plan)
-        windows, remarks = self._windows()
+        remarks = self.subject.calibrate()
         self._open_work()
         try:
-            return self._compress(windows, remarks, plan.weights)
+            return self._compress(remarks, plan.weights)
         except OutputError:
             raise  # a disk with room again goes on from here
         except UserError:
@@ -127,39 +131,27 @@ class _Run:
             shutil.rmtree(self.work, ignore_errors=True)
             raise
 
-    def _compress(self, windows: Windows | None, remarks: list[str], count: int) -> Report:
-        yardstick = self._yardstick()
-        stages = [self._stage(0, lambda: self._measured(self.source, "input", {}, count, yardstick))]
-        current = self.source
+    def _compress(self, remarks: tuple[str, ...], count: int) -> Report:
+        self.subject.open(self.work)
+        base = self.subject.base
+        stages = [self._stage(0, lambda: self._measured(base, "input", {}, count, first=True))]
+        current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
-            needs = windows if step.config.needs is Needs.INPUTS else None
-            said = tuple(remarks) if needs is not None else ()
-            current = self._pass(number, step, current, needs, said, count, yardstick, stages)
+            said = remarks if step.config.needs is not Needs.NOTHING else ()
+            target = self._pass(number, step, current, reference, said, count, stages)
+            dense = not any(row.status == "compressed" for row in stages[-1].ledger)
+            former, current = current, target
+            if reference == former and dense:
+                reference = target
+            if former not in (base, reference):
+                shutil.rmtree(former, ignore_errors=True)
         return self._finish(current, stages)
-
-    def _windows(self) -> tuple[Windows | None, list[str]]:
-        if all(step.config.needs is Needs.NOTHING for step in self.recipe.passes):
-            return None, []
-        return text.calibration_windows(self.recipe, self.source)
-
-    def _yardstick(self) -> Yardstick | None:
-        if not self.recipe.evaluate.quality:
-            return None
-        recipe = self.recipe
-        return Yardstick(
-            self.source,
-            recipe.evaluate,
-            self.work,
-            calibration=recipe.calibration,
-            trust_remote_code=recipe.trust_remote_code,
-        )
 
     def _open_work(self) -> None:
         """Continue unfinished work of the same request; start anew otherwise."""
-        files = weight_files(self.source)
         request = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
-            "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            "files": self.subject.request,
             "versions": _software(),
         }
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -181,7 +173,7 @@ class _Run:
                 "free some space or choose another --output",
             )
 
-    def _stage(self, number: int, measure: Any) -> Stage:
+    def _stage(self, number: int, measure: Callable[[], Stage]) -> Stage:
         """A stage from the working folder when a run before this one measured it, else measured now."""
         file = self.work / f"stage-{number}.json"
         if file.is_file():
@@ -197,41 +189,38 @@ class _Run:
         number: int,
         step: PassStep,
         source: Path,
-        windows: Windows | None,
+        reference: Path,
         said: tuple[str, ...],
         count: int,
-        yardstick: Yardstick | None,
         stages: list[Stage],
     ) -> Path:
+        """Carry out one step and measure what came out; the new checkpoint."""
         target = self.work / f"checkpoint-{number}"
-        if not (self.work / f"stage-{number}.json").is_file():
+
+        def measure() -> Stage:
             with writing(target):
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir()
             memory.reset_peak()
             started = time.perf_counter()
-            swept = self._sweep(number, step, source, target, windows)
+            swept = self._sweep(number, step, source, target, reference)
             seconds, peak = time.perf_counter() - started, memory.peak()
-        options = step.config.model_dump(mode="json")
-
-        def measure() -> Stage:
-            measured = self._measured(target, step.name, options, count, yardstick)
+            measured = self._measured(target, step.name, step.config.model_dump(mode="json"), count)
             return measured.model_copy(
                 update={
                     "seconds": seconds,
                     "peak_memory": peak,
-                    "remarks": (*said, *swept.remarks),
+                    "remarks": (*said, *swept.remarks, *measured.remarks),
                     "ledger": tuple(swept.ledger),
                     "histograms": tuple(swept.histograms),
+                    "activations": tuple(swept.activations),
                 }
             )
 
         stages.append(self._stage(number, measure))
-        if source != self.source:
-            shutil.rmtree(source, ignore_errors=True)
         return target
 
-    def _sweep(self, number: int, step: PassStep, source: Path, target: Path, windows: Windows | None) -> Swept:
+    def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> Swept:
         started = False
 
         def progress(done: int, total: int) -> None:
@@ -242,43 +231,29 @@ class _Run:
             self.listener.progress(done)
 
         try:
-            return sweep(
-                source, target, step, windows, self.work / f"pass-{number}", progress, self.recipe.trust_remote_code
-            )
+            return self.subject.sweep(step, source, target, reference, self.work / f"pass-{number}", progress)
         finally:
             self.listener.progress_end()
 
-    def _measured(
-        self, path: Path, name: str, options: dict[str, Any], count: int, yardstick: Yardstick | None
-    ) -> Stage:
-        wanted = self.recipe.evaluate
-        quality: Quality | None = yardstick.measure(path) if yardstick is not None else None
-        speed: Speed | None = None
-        if wanted.latency:
-            speed = latency.measure(
-                str(path),
-                prefill=wanted.prefill,
-                decode=wanted.decode,
-                threads=self.recipe.threads,
-                trust_remote_code=self.recipe.trust_remote_code,
-            )
+    def _measured(self, path: Path, name: str, options: dict[str, Any], count: int, first: bool = False) -> Stage:
+        found = self.subject.measure(path, first)
         nbytes = sum(file.stat().st_size for file in weight_files(path))
-        remarks = tuple(yardstick.remarks) if yardstick is not None and name == "input" else ()
         return Stage(
             name=name,
             options=options,
             nbytes=nbytes,
             weights=count,
             bits_per_weight=8 * nbytes / count,
-            quality=quality,
-            speed=speed,
-            remarks=remarks,
+            quality=found.quality,
+            speed=found.speed,
+            latencies=found.latencies,
+            remarks=found.remarks,
         )
 
     def _finish(self, finished: Path, stages: list[Stage]) -> Report:
-        verified = None
-        if self.recipe.evaluate.enabled:
-            verified = verify.verify(finished, trust_remote_code=self.recipe.trust_remote_code).line
+        verified = self.subject.verify(finished) if self.recipe.evaluate.enabled else None
+        base = self.subject.source / "README.md"
+        base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
         report = Report(
             effcli_version=version("effcli"),
             model=self.recipe.model,
@@ -287,21 +262,25 @@ class _Run:
             software=_software(),
             stages=tuple(stages),
             verified=verified,
+            exports=tuple(self._export(finished, target) for target in self.recipe.export),
             recipe=self.recipe.model_dump(mode="json"),
         )
-        layout: card.Layout = "effcli" if is_own(read_config(finished)) else "standard"
-        base = self.source / "README.md"
-        base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
         report.write(finished)
         html.write(report, finished)
-        write_text(finished / card.FILE_NAME, card.model_card(report, base_card, layout=layout))
+        card_text = card.model_card(report, base_card, layout=self.subject.layout(finished))
+        write_text(finished / card.FILE_NAME, card_text)
         write_text(finished / "recipe.yaml", recipes.dump(self.recipe))
-        for target in self.recipe.export:
-            with writing(finished):
-                (finished / "exports").mkdir(exist_ok=True)
-            load_exporter(target).export(finished, finished / "exports" / target)
         self._put_in_place(finished)
         return report
+
+    def _export(self, finished: Path, step: ExportStep) -> Exported:
+        folder = finished / "exports" / step.target
+        with writing(finished):
+            folder.parent.mkdir(exist_ok=True)
+        exported: Exported = load_exporter(step.target).export(finished, folder, step.options, overwrite=True)
+        exported = self.subject.time_export(exported, folder)
+        self.listener.say(f"exported to {step.target}: {exported.checked or size(exported.nbytes)}")
+        return exported
 
     def _put_in_place(self, finished: Path) -> None:
         with writing(self.output):
@@ -312,8 +291,20 @@ class _Run:
             shutil.rmtree(self.work, ignore_errors=True)
 
 
+def subject_of(recipe: Recipe) -> Subject:
+    """The network that `recipe` names, as a run works on it."""
+    source = samples.locate(recipe.model, recipe.revision)
+    if importers.recognises(source):
+        from effcli.graphs.network import GraphNetwork
+
+        return GraphNetwork(recipe, source)
+    from effcli.language.model import LanguageModel
+
+    return LanguageModel(recipe, Path(source))
+
+
 def _machine() -> str:
-    return f"{latency.device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def _software() -> dict[str, str]:

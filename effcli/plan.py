@@ -11,12 +11,13 @@ from effcli import samples
 from effcli.contract import Needs, Options
 from effcli.errors import SelectionError
 from effcli.formats import Affine
-from effcli.human import size
+from effcli.language.skeleton import Skeleton
+from effcli.language.weights import Weights, open_weights
 from effcli.recipe import Recipe
+from effcli.reports.human import size
 from effcli.selection import Choice, choose
-from effcli.skeleton import LayerSite, Skeleton
+from effcli.sites import LayerSite
 from effcli.storage import Stored, obstacles_of
-from effcli.weights import Weights, open_weights
 
 
 class Row(Options):
@@ -29,6 +30,7 @@ class Row(Options):
     format: str
     bits_per_weight: float
     nbytes: int
+    macs: int | None = Field(default=None, description="multiplications for one input; None for language models")
     status: str = ""
     reason: str = ""
 
@@ -42,6 +44,7 @@ class Layers(Options):
     shape: tuple[int, ...]
     format: str
     nbytes: int
+    macs: int | None = None
     status: str = ""
 
 
@@ -59,6 +62,7 @@ def summary(rows: Iterable[Row]) -> list[Layers]:
             shape=shape,
             format=format,
             nbytes=sum(row.nbytes for row in found),
+            macs=sum(row.macs or 0 for row in found) or None,
             status=status,
         )
         for (step, pattern, shape, format, status), found in alike.items()
@@ -96,7 +100,7 @@ class Inspection(Options):
 
 
 # What the interpreter with torch and transformers takes before any weight is read.
-_BASE_MEMORY = 450_000_000
+BASE_MEMORY = 450_000_000
 
 
 def make(recipe: Recipe) -> Plan:
@@ -281,7 +285,7 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     itemsize: int = skeleton.dtype.itemsize
     inputs = any(step.config.needs is Needs.INPUTS for step in recipe.passes)
     outer = sum(state[name].numel() for name in skeleton.outer_parameters()) * itemsize
-    total: int = _BASE_MEMORY + outer
+    total: int = BASE_MEMORY + outer
     sites = [skeleton.block_layers(k) for k in range(len(skeleton.blocks))]
     if not any(sites):
         raise SelectionError(f"{skeleton.block_path} holds no layer", "this version compresses linear layers")

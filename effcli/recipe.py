@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from pydantic import model_serializer as serializer
@@ -18,6 +18,7 @@ from pydantic import model_serializer as serializer
 from effcli import exporters, passes, yamls
 from effcli.contract import Options, PassConfig
 from effcli.errors import EffcliError, RecipeError, did_you_mean
+from effcli.inputs.preprocess import Preprocess
 from effcli.mistakes import Mistakes, join, shown, validated
 from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_step
 
@@ -25,13 +26,29 @@ from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_ste
 _NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
 
 
-class Calibration(Options):
-    """The text that passes observe, cut into windows of tokens."""
+# What reads no text needs more samples than windows of hundreds of tokens, and takes more of them at once.
+_GRAPH_SAMPLES = 512
+_GRAPH_BATCH = 64
+_GRAPH_TESTED = 2000
+# Keys that say something to one kind of network alone.
+_FOR_TEXT = {
+    "calibration": ("length",),
+    "evaluate": ("choices", "limit", "length", "prefill", "decode"),
+}
+_FOR_GRAPHS = ("weights", "shape", "preprocess")
 
-    data: str | None = Field(None, description="A text file; without one, the sample model's own text.")
-    samples: int = Field(32, ge=1, description="Windows of text.")
+
+class Calibration(Options):
+    """What passes observe: text cut into windows of tokens, or images and other inputs."""
+
+    data: str | None = Field(
+        None,
+        description="A text file, or an npz, an image folder, a parquet file or a `datasets` directory; without one, "
+        "the sample model's own.",
+    )
+    samples: int = Field(32, ge=1, description="Windows of text, or inputs (512 unless set).")
     length: int = Field(512, ge=2, description="Tokens per window.")
-    batch_size: int = Field(4, ge=1, description="Windows per forward.")
+    batch_size: int = Field(4, ge=1, description="Windows or inputs (64 unless set) per forward.")
     inputs: Literal["original", "compressed"] = Field(
         "original", description="Whose outputs feed the next block: the original block's or the compressed one's."
     )
@@ -45,7 +62,12 @@ class Evaluate(Options):
         description="A text file; true: the sample model's own held-out text, or the end of the calibration text, "
         "which calibration does not touch.",
     )
-    samples: int = Field(20, ge=1, description="Windows of text.")
+    images: str | bool = Field(
+        True,
+        description="Labelled images or other inputs: npz, image folder, parquet or `datasets` directory; true: those "
+        "beside the model, or else the calibration inputs, on which only the agreement with the original counts.",
+    )
+    samples: int = Field(20, ge=1, description="Windows of text, or inputs (2,000 unless set).")
     length: int = Field(512, ge=2, description="Tokens per window.")
     choices: str | None = Field(None, description="A jsonl file of multiple-choice questions.")
     limit: int | None = Field(None, ge=1, description="Take only the first questions of `choices`.")
@@ -56,7 +78,7 @@ class Evaluate(Options):
     @staticmethod
     def nothing() -> Evaluate:
         """Measure nothing but bytes."""
-        return Evaluate(perplexity=False, latency=False)
+        return Evaluate(perplexity=False, images=False, latency=False)
 
     @property
     def enabled(self) -> bool:
@@ -65,10 +87,10 @@ class Evaluate(Options):
 
     @property
     def quality(self) -> bool:
-        """Whether anything is measured on data."""
+        """Whether anything is measured on text."""
         return self.perplexity is not False or self.choices is not None
 
-    @field_validator("perplexity", mode="before")
+    @field_validator("perplexity", "images", mode="before")
     @classmethod
     def _null_is_off(cls, value: Any) -> Any:
         return False if value is None else value
@@ -97,21 +119,59 @@ class PassStep(Options):
     def _to_yaml(self, handler: Any) -> dict[str, Any]:
         return {self.name: handler(self)["config"]}
 
+    def for_graph(self) -> PassStep:
+        """This step in a network read as a graph: defaults that differ there filled in."""
+        return self.model_copy(update={"config": self.config.for_graph()})
+
     def for_layer(self, overrides: Mapping[str, Any]) -> PassConfig:
         """The options of this step with some replaced, as `layers` asks for the layers that match a pattern."""
         return type(self.config).model_validate(self.config.model_dump() | dict(overrides))
 
 
+class ExportStep(Options):
+    """A further format to write: a target by name, with its options. In YAML `name` or `{name: {option: value}}`."""
+
+    target: str
+    options: SerializeAsAny[Options]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and {"target", "options"} == set(data):
+            if isinstance(data["options"], Options):
+                return data
+            data = {data["target"]: data["options"]}
+        mistakes = Mistakes()
+        step = _check_export(data, "", mistakes)
+        mistakes.raise_if_any("this export")
+        assert step is not None
+        return {"target": step.target, "options": step.options}
+
+    @serializer(mode="wrap")
+    def _to_yaml(self, handler: Any) -> dict[str, Any]:
+        return {self.target: handler(self)["options"]}
+
+
 class Recipe(Options):
     """A whole run. Relative paths are taken from the current directory, as on a command line."""
 
-    model: str = Field(description="A directory, a Hub id, or `sample:lm`.")
+    model: str = Field(
+        description="A directory, a .pt2 or .onnx file, `package.module:function`, a Hub id, `sample:lm` or "
+        "`sample:cnn`."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    weights: str | None = Field(None, description="A safetensors file for a network that a Python function makes.")
+    shape: tuple[int, ...] | None = Field(
+        None, description="Shape of one input of a network that a Python function makes, without the batch."
+    )
+    preprocess: Preprocess | None = Field(
+        None, description="From pixels to inputs, where the model does not say or something else is wanted."
+    )
     output: str | None = Field(None, description="The directory to write.")
     calibration: Calibration = Calibration()
     evaluate: Evaluate = Evaluate()
     passes: tuple[PassStep, ...] = Field(min_length=1, description="The steps, in the order they are carried out.")
-    export: tuple[str, ...] = Field((), description="Further formats to write below OUTPUT/exports.")
+    export: tuple[ExportStep, ...] = Field((), description="Further formats to write below OUTPUT/exports.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     device: str = Field("cpu", description="cpu, cuda, cuda:N or auto.")
     threads: int | None = Field(None, ge=1, description="CPU threads; without it, what torch takes.")
@@ -123,6 +183,36 @@ class Recipe(Options):
         if self.output is None:
             raise RecipeError("output: missing", "say where to write: -o OUT, or `output:` in the recipe")
         return Path(self.output)
+
+    def for_graph(self) -> Recipe:
+        """The recipe of a network read as a graph: what was not set takes the defaults of such networks.
+
+        Raises `RecipeError` for a key that says something of language models alone.
+        """
+        for part, keys in _FOR_TEXT.items():
+            options = getattr(self, part)
+            for key in keys:
+                if getattr(options, key) != type(options).model_fields[key].default:
+                    raise RecipeError(f"{part}.{key}: {self.model} reads no text", "leave the key out")
+        if isinstance(self.evaluate.perplexity, str):
+            raise RecipeError(
+                f"evaluate.perplexity: {self.model} reads no text", "give labelled images: evaluate.images or --eval"
+            )
+        return self.model_copy(
+            update={
+                "calibration": _filled(self.calibration, samples=_GRAPH_SAMPLES, batch_size=_GRAPH_BATCH),
+                "evaluate": _filled(self.evaluate, samples=_GRAPH_TESTED),
+                "passes": tuple(step.for_graph() for step in self.passes),
+            }
+        )
+
+    def for_language(self) -> Recipe:
+        """The recipe of a language model. Raises `RecipeError` for a key that only says something of other networks."""
+        given = [key for key in _FOR_GRAPHS if getattr(self, key) is not None]
+        given += ["evaluate.images"] if isinstance(self.evaluate.images, str) else []
+        if given:
+            raise RecipeError(f"{given[0]}: {self.model} is a language model", "leave the key out")
+        return self
 
     @field_validator("evaluate", mode="before")
     @classmethod
@@ -136,21 +226,6 @@ class Recipe(Options):
     def _known_device(cls, value: str) -> str:
         if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", value):
             raise ValueError(f"must be cpu, cuda, cuda:N or auto, not {value!r}")
-        return value
-
-    @field_validator("export", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("export")
-    @classmethod
-    def _known_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for target in value:
-            try:
-                exporters.check(target)
-            except EffcliError as error:
-                raise ValueError(_one_line(error)) from None
         return value
 
 
@@ -170,7 +245,14 @@ def check(data: Any, source: str = "recipe") -> Recipe:
             steps.append(step)
     if not given and "passes" not in mistakes.found:
         mistakes.add("passes", f"name at least one pass; known: {', '.join(passes.PASSES)}")
-    recipe = validated(Recipe, {**data, "passes": tuple(steps)}, "", mistakes, skip="passes")
+    wanted = data.get("export", ())
+    targets: list[ExportStep] = []
+    for item in wanted if isinstance(wanted, list | tuple) else [wanted] if wanted is not None else []:
+        target = _check_export(item, "export", mistakes)
+        if target is not None:
+            targets.append(target)
+    whole = {**data, "passes": tuple(steps), "export": tuple(targets)}
+    recipe = validated(Recipe, whole, "", mistakes, skip="passes")
     mistakes.raise_if_any(source)
     assert recipe is not None
     return recipe
@@ -183,6 +265,27 @@ def check_evaluate(data: Mapping[str, Any]) -> Evaluate:
     mistakes.raise_if_any("the request")
     assert options is not None
     return options
+
+
+def check_preprocess(overrides: Iterable[str]) -> Preprocess | None:
+    """The `preprocess` part alone from `preprocess.KEY=VALUE`, for commands that only measure; None without any."""
+    data = apply_overrides({}, overrides)
+    mistakes = Mistakes()
+    for key in data.keys() - {"preprocess"}:
+        mistakes.add(key, "only preprocess can be set here")
+    options = validated(Preprocess, data["preprocess"], "preprocess", mistakes) if "preprocess" in data else None
+    mistakes.raise_if_any("the request")
+    return options
+
+
+def check_export(text: str, more: Mapping[str, Any]) -> ExportStep:
+    """One export from chain syntax (`onnx:precision=float16`), with `more` options, for commands that only export."""
+    ((target, options),) = parse_pass(text, "--to").items()
+    mistakes = Mistakes()
+    step = _check_export({target: options | dict(more)}, "", mistakes)
+    mistakes.raise_if_any(f"--to {text}")
+    assert step is not None
+    return step
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -235,7 +338,7 @@ def from_arguments(
     for path in evals:
         data["evaluate"] = _nested(data, "evaluate") | _measure(path, _nested(data, "evaluate"))
     if export:
-        data["export"] = list(export)
+        data["export"] = [parse_pass(item, "--export") for item in export]
     return check(apply_overrides(data, overrides), "the request")
 
 
@@ -248,17 +351,10 @@ def _check_step(item: Any, path: str, mistakes: Mistakes) -> PassStep | None:
     """A step from `name`, `{name: {options}}` or a `PassStep`; None when it holds a mistake."""
     if isinstance(item, PassStep):
         return item
-    if isinstance(item, str):
-        item = {item: {}}
-    if not isinstance(item, Mapping) or len(item) != 1:
-        hint = "more than one key; indent the options below the name" if isinstance(item, Mapping) and item else "empty"
-        mistakes.add(path, f"a step is a name or `name: {{option: value}}`, not {shown(item)} ({hint})")
+    named = _named(item, path, "a step", mistakes)
+    if named is None:
         return None
-    name, options = next(iter(item.items()))
-    options = {} if options is None else options
-    if not isinstance(options, Mapping):
-        mistakes.add(path, f"the options of {name} must be a mapping, not {shown(options)}")
-        return None
+    name, options = named
     if name not in passes.PASSES:
         mistakes.add(path, f"there is no pass {name!r}; {did_you_mean(str(name), passes.PASSES)}")
         return None
@@ -266,6 +362,39 @@ def _check_step(item: Any, path: str, mistakes: Mistakes) -> PassStep | None:
     config = validated(config_type, options, path, mistakes, owner=name)
     _check_layers(config_type, options, path, name, mistakes)
     return None if config is None else PassStep(name=name, config=config)
+
+
+def _check_export(item: Any, path: str, mistakes: Mistakes) -> ExportStep | None:
+    """An export from `target`, `{target: {options}}` or an `ExportStep`; None when it holds a mistake."""
+    if isinstance(item, ExportStep):
+        return item
+    named = _named(item, path, "an export", mistakes)
+    if named is None:
+        return None
+    target, given = named
+    try:
+        exporters.check(target)
+    except EffcliError as error:
+        mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
+        return None
+    options: Options | None = validated(exporters.load(target).Config, given, path, mistakes, owner=target)
+    return None if options is None else ExportStep(target=target, options=options)
+
+
+def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Mapping[str, Any]] | None:
+    """Name and options of `name` or `{name: {option: value}}`; None when it is neither."""
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        hint = "more than one key; indent the options below the name" if isinstance(item, Mapping) and item else "empty"
+        mistakes.add(path, f"{what} is a name or `name: {{option: value}}`, not {shown(item)} ({hint})")
+        return None
+    name, options = next(iter(item.items()))
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        mistakes.add(path, f"the options of {name} must be a mapping, not {shown(options)}")
+        return None
+    return str(name), options
 
 
 def _check_layers(
@@ -304,10 +433,23 @@ def _plain_step(step: Any) -> Any:
 
 
 def _measure(path: str, sofar: Mapping[str, Any]) -> dict[str, Any]:
-    key = "choices" if path.endswith(".jsonl") else "perplexity"
+    suffix = Path(path.partition("#")[0]).suffix
+    key = "choices" if suffix == ".jsonl" else "perplexity"
+    if suffix in (".npz", ".parquet") or Path(path.partition("#")[0]).expanduser().is_dir():
+        key = "images"
     if key in sofar:
-        raise RecipeError(f"--eval {path}: there is already {sofar[key]}", "give one text file and one .jsonl file")
+        raise RecipeError(f"--eval {path}: there is already {sofar[key]}", "give one file of each kind")
     return {key: path}
+
+
+Part = TypeVar("Part", bound=Options)
+
+
+def _filled(options: Part, **defaults: Any) -> Part:
+    """The options with other defaults for what was not set."""
+    return options.model_copy(
+        update={key: value for key, value in defaults.items() if key not in options.model_fields_set}
+    )
 
 
 def _nested(data: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -318,7 +460,3 @@ def _nested(data: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _near_recipes(path: Path) -> str:
     found = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     return did_you_mean(path.name, found) or "check the path"
-
-
-def _one_line(error: EffcliError) -> str:
-    return f"{error.cause}; {error.remedy}" if error.remedy else error.cause

@@ -1,32 +1,66 @@
-"""`effcli.load`: a checkpoint as a transformers model whose compressed layers run packed."""
+"""`effcli.load`: a checkpoint as a module that runs.
+
+A language model comes as a transformers model whose compressed layers run packed. A network read as a graph comes as a
+module of a batch of inputs, with dequantized weights; an integer network as one that computes in integers.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from effcli import samples
-from effcli.modules import AffineExperts, AffineLinear
-from effcli.skeleton import LayerSite, restoring_verbosity
-from effcli.weights import Weights, open_weights, place
+from effcli import importers, samples
+from effcli.errors import UnsupportedError
+from effcli.language.modules import AffineExperts, AffineLinear
+from effcli.language.weights import Weights, open_weights, place
+from effcli.sites import LayerSite
+from effcli.stock import restoring_verbosity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from effcli.graphs.integer import IntegerNetwork
+
+
+class IntegerModule(nn.Module):
+    """An integer network: float32 inputs (n, *shape) are quantized, outputs float32 dequantized."""
+
+    def __init__(self, network: IntegerNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        from effcli.graphs import executor
+
+        return torch.from_numpy(executor.run_float(self.network, inputs.detach().numpy()))
+
 
 def load(
     model: str | Path, *, device: str | torch.device = "cpu", trust_remote_code: bool = False, packed: bool = True
-) -> PreTrainedModel:
+) -> Any:
     """Load a dense or compressed checkpoint, in the standard layout or effcli's own.
 
     packed: False gives a dense model with the dequantized weights, the reference that packed kernels are held against.
     Raises `CheckpointError` for a checkpoint that is damaged or incomplete.
     """
+    source = samples.locate(str(model))
+    if importers.recognises(source):
+        return _load_graph(source, device, trust_remote_code)
     with restoring_verbosity():
-        return _load(samples.resolve(str(model)), device, trust_remote_code, packed)
+        return _load(Path(source), device, trust_remote_code, packed)
+
+
+def _load_graph(source: str | Path, device: str | torch.device, trust_remote_code: bool) -> nn.Module:
+    from effcli.graphs.integer import IntegerNetwork, is_integer
+
+    if isinstance(source, Path) and is_integer(source):
+        if torch.device(device).type != "cpu":
+            raise UnsupportedError("an integer network runs on the CPU", "leave out device, or export it to onnx")
+        return IntegerModule(IntegerNetwork.read(source))
+    return importers.read(source, trust_remote_code=trust_remote_code).module.to(device)
 
 
 def _load(path: Path, device: str | torch.device, trust_remote_code: bool, packed: bool) -> PreTrainedModel:

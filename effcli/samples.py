@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from effcli.errors import CheckpointError, did_you_mean
+from effcli.importers import is_factory
 
 _FOLDER = Path(__file__).parent / "data"
-SAMPLES = {"sample:lm": _FOLDER / "lm"}
+SAMPLES = {"sample:lm": _FOLDER / "lm", "sample:cnn": _FOLDER / "cnn"}
 CALIBRATION_TEXT = _FOLDER / "lm" / "calibration.txt"
 EVALUATION_TEXT = _FOLDER / "lm" / "evaluation.txt"
 
@@ -23,15 +24,23 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return path
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_local:
-        raise CheckpointError(f"{model} does not exist", "give a directory, a Hub id like org/name, or sample:lm")
+        raise CheckpointError(
+            f"{model} does not exist",
+            "give a directory, a .pt2 or .onnx file, a Hub id like org/name, sample:lm or sample:cnn",
+        )
     return _download(model, revision)
+
+
+def locate(model: str, revision: str | None = None) -> str | Path:
+    """The directory or file of `model` as `resolve` finds it; `package.module:function` stays as it is."""
+    return model if is_factory(model) and not Path(model).exists() else resolve(model, revision)
 
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.pt2", "*.onnx"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:

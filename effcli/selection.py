@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from effcli.contract import PassConfig
 from effcli.errors import SelectionError, did_you_mean
 from effcli.formats import Affine
-from effcli.skeleton import LayerSite, Skeleton
+from effcli.language.skeleton import Skeleton
+from effcli.sites import LayerSite
 
 if TYPE_CHECKING:
+    from effcli.graphs.graph import Graph
     from effcli.recipe import PassStep
 
 
@@ -34,18 +36,37 @@ def choose(skeleton: Skeleton, step: PassStep) -> dict[str, Choice]:
     """
     inner = [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)]
     outer = skeleton.outer_layers()
-    names = [site.name for site in (*inner, *outer)]
+    return _choose([*inner, *outer], step, lambda site: _outside(site, step.config, skeleton) if site in outer else "")
+
+
+def choose_graph(graph: Graph, step: PassStep) -> dict[str, Choice]:
+    """Every layer of a network read as a graph, in the order in which they run; every one is taken unless ignored.
+
+    Raises `SelectionError` as `choose` does, and for `lm_head`, which means a language model's output head.
+    """
+    if step.config.lm_head:
+        raise SelectionError(
+            f"{step.name}.lm_head: a network read as a graph has no language model's output head",
+            "leave lm_head out; the last layer is taken like any other, and `ignore` keeps it",
+        )
+    return _choose(graph.sites(), step, lambda site: "")
+
+
+def _choose(sites: Sequence[LayerSite], step: PassStep, obstacle: Callable[[LayerSite], str]) -> dict[str, Choice]:
+    """Choices for `sites`; `obstacle` says why a layer that is not ignored is left alone, empty when it is taken."""
+    names = [site.name for site in sites]
     config = step.config
     for key, patterns in (("ignore", config.ignore), ("layers", tuple(config.layers))):
         for pattern in patterns:
             _must_match(pattern, names, f"{step.name}.{key}")
     choices = {}
-    for site in (*inner, *outer):
-        reason = _reason_to_keep(site, config, skeleton, site in outer)
+    for site in sites:
+        reason = _ignored(site, config) or obstacle(site)
         choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
     taken = [name for name, choice in choices.items() if choice.config is not None]
     if not taken:
-        raise SelectionError(f"{step.name} would take no layer at all", "make `ignore` narrower")
+        remedy = "make `ignore` narrower" if choices else "the network has no convolution and no linear layer"
+        raise SelectionError(f"{step.name} would take no layer at all", remedy)
     for pattern in config.layers:
         if not any(matches(name, pattern) for name in taken):
             kept = next(choice for name, choice in choices.items() if matches(name, pattern))
@@ -62,16 +83,19 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _reason_to_keep(site: LayerSite, config: PassConfig, skeleton: Skeleton, outside: bool) -> str:
-    ignored = next((pattern for pattern in config.ignore if matches(site.name, pattern)), None)
-    if ignored is not None:
-        return f"ignored by {ignored!r}"
-    if outside and site.name == skeleton.head:
-        if config.lm_head:
-            return ""
-        tied = ", and it shares its weight with the input embedding" if skeleton.tied else ""
-        return f"the output head is kept unless lm_head is set{tied}"
-    return "outside the repeated blocks" if outside else ""
+def _ignored(site: LayerSite, config: PassConfig) -> str:
+    pattern = next((pattern for pattern in config.ignore if matches(site.name, pattern)), None)
+    return "" if pattern is None else f"ignored by {pattern!r}"
+
+
+def _outside(site: LayerSite, config: PassConfig, skeleton: Skeleton) -> str:
+    """Why a layer outside the repeated blocks is left alone, empty when it is taken."""
+    if site.name != skeleton.head:
+        return "outside the repeated blocks"
+    if config.lm_head:
+        return ""
+    tied = ", and it shares its weight with the input embedding" if skeleton.tied else ""
+    return f"the output head is kept unless lm_head is set{tied}"
 
 
 def _options(name: str, step: PassStep) -> PassConfig:

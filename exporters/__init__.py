@@ -1,4 +1,8 @@
-"""The export targets by name. Explicit, so that listing them imports neither torch nor the exporters themselves."""
+"""The export targets by name. Explicit, so that listing them imports neither torch nor the exporters themselves.
+
+An exporter `exporters/<target>.py` holds `Config`, its options, and `export(source, target, config, overwrite) ->
+Exported`: it writes the finished checkpoint `source` to the directory `target`, whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,12 @@ class Entry(NamedTuple):
 
 TARGETS: dict[str, Entry] = {
     "safetensors": Entry("effcli.exporters.safetensors", "Packed weights for transformers and vLLM, or dense ones."),
+    "onnx": Entry("effcli.exporters.onnx", "Graphs for onnxruntime: float, int8, language models of packed weights."),
+    "pt2": Entry("effcli.exporters.pt2", "A graph that torch.export.load reads, weights dense."),
 }
 
 # Named here so that asking for one gets an answer and not a guess at a misspelling.
 LATER: dict[str, str] = {
-    "onnx": "ONNX for onnxruntime",
     "c": "C for microcontrollers",
 }
 

@@ -1,49 +1,79 @@
 """Export to a stock safetensors checkpoint: packed where the standard format has a place for every layer, else dense.
 
 A checkpoint in the standard layout goes over byte for byte. With `dequantize` every compressed layer becomes a dense
-one of the network's dtype, written block by block, under the names that the architecture's own checkpoints have.
+one of the network's dtype, written block by block, under the names that the architecture's own checkpoints have. A
+network read as a graph becomes `model.safetensors` with the names of the network that it was read from.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from effcli.checkpoint import STOCK_STEM, Checkpoint, assemble, copy_companions, weight_files, write_shard, write_text
-from effcli.errors import OutputError, UnsupportedError, writing
-from effcli.skeleton import Skeleton
+from effcli.contract import Options
+from effcli.errors import UnsupportedError, writing
+from effcli.exporters._target import replacing
+from effcli.graphs.graph import Graph, is_graph
+from effcli.graphs.integer import is_integer
+from effcli.language.skeleton import Skeleton
+from effcli.language.weights import Weights, open_weights
+from effcli.reports.report import Exported
 from effcli.storage import is_own, network_config, stored_layers
-from effcli.weights import Weights, open_weights
 
 SHARD_BYTES = 4 << 30
 _SHOWN = 3
 
 
-def export(source: Path, target: Path, *, dequantize: bool = False, overwrite: bool = False) -> None:
+class Config(Options):
+    """Options of a safetensors export."""
+
+    dequantize: bool = Field(False, description="Write dense weights that any loader reads; the file grows.")
+
+
+def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
     """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
 
     Raises `UnsupportedError` when a layer has no place in the standard format and `dequantize` is not asked for,
     `OutputError` when `target` exists (without `overwrite`) or cannot be written.
     """
-    source, target = Path(source), Path(target)
+    source, target, config = Path(source), Path(target), config or Config()
+    if is_integer(source):
+        raise UnsupportedError(f"{source} is an integer network, which has no float weights", "export it to onnx")
+    if is_graph(source):
+        return _export_graph(source, target, config, overwrite)
     checkpoint = Checkpoint.open(source)
     own = is_own(checkpoint.config)
-    if own and not dequantize:
+    if own and not config.dequantize:
         raise _no_place(checkpoint)
-    with _replacing(source, target, overwrite) as folder:
+    with replacing(source, target, overwrite) as folder:
         copy_companions(source, folder)
-        if dequantize and (own or "quantization_config" in checkpoint.config):
+        if config.dequantize and (own or "quantization_config" in checkpoint.config):
             _write_dense(checkpoint, folder)
         else:
             _copy(checkpoint, folder)
+    return Exported(target="safetensors", nbytes=sum(file.stat().st_size for file in weight_files(target)))
+
+
+def _export_graph(source: Path, target: Path, config: Config, overwrite: bool) -> Exported:
+    graph = Graph.read(source)
+    if graph.stored and not config.dequantize:
+        first = next(iter(graph.stored))
+        raise UnsupportedError(
+            f"the standard format has no place for {first} and {len(graph.stored) - 1} more layers of a graph",
+            "--dequantize writes dense weights; onnx holds packed ones",
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in graph.module.state_dict().items()}
+    with replacing(source, target, overwrite) as folder:
+        write_shard(folder / f"{STOCK_STEM}.safetensors", tensors)
+        text = json.dumps(graph.facts.config or {}, indent=2, sort_keys=True)
+        write_text(folder / "config.json", f"{text}\n")
+    return Exported(target="safetensors", nbytes=sum(file.stat().st_size for file in weight_files(target)))
 
 
 def _no_place(checkpoint: Checkpoint) -> UnsupportedError:
@@ -99,35 +129,3 @@ def _stock_names(skeleton: Skeleton, tensors: dict[str, Tensor]) -> dict[str, Te
         reverted = revert_weight_conversion(skeleton.model, tensors)
         # safetensors refuses tensors that share memory, as the slices of a stack do.
         return {name: tensor.clone() for name, tensor in reverted.items()}
-
-
-@contextmanager
-def _replacing(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place when all went well, and is removed when not."""
-    here, there = source.resolve(), target.resolve()
-    if there == here or there in here.parents:
-        raise OutputError(f"{target} holds the checkpoint that is exported", "choose another --output")
-    if target.exists():
-        if not overwrite:
-            raise OutputError(f"{target} exists", "choose another --output, or replace it with --overwrite")
-        if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-            raise OutputError(f"{target} is no checkpoint, so it is not overwritten", "choose another --output")
-    with writing(target):
-        there.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{there.name}-", dir=there.parent))
-        # mkdtemp makes it private; an output has the permissions of any other directory.
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)
-    try:
-        yield folder
-        with writing(target):
-            if there.exists():
-                former = folder.with_name(folder.name + "-former")
-                there.replace(former)
-                folder.replace(there)
-                shutil.rmtree(former)
-            else:
-                folder.replace(there)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

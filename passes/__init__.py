@@ -19,6 +19,15 @@ class Entry(NamedTuple):
 PASSES: dict[str, Entry] = {
     "linear": Entry("effcli.passes.linear", "Round weights to the nearest of 2^bits evenly spaced values."),
     "awq": Entry("effcli.passes.awq", "Scale channels by their activations, clip, then round (arXiv:2306.00978)."),
+    "fold": Entry("effcli.passes.fold", "Fold batch norms into the layers beside them (arXiv:1712.05877)."),
+    "equalize": Entry(
+        "effcli.passes.equalize", "Even out weight ranges across neighbouring layers (arXiv:1906.04721)."
+    ),
+    "adaround": Entry("effcli.passes.adaround", "Learn whether each weight rounds up or down (arXiv:2004.10568)."),
+    "bias_correction": Entry(
+        "effcli.passes.bias_correction", "Undo the mean error of every channel in the biases (arXiv:1906.04721)."
+    ),
+    "int8": Entry("effcli.passes.int8", "Quantize weights and activations to an integer network (arXiv:1712.05877)."),
 }
 
 

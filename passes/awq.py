@@ -9,7 +9,8 @@ in place.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +38,7 @@ class Config(PassConfig):
 
     needs: ClassVar[Needs] = Needs.INPUTS
     scope: ClassVar[Scope] = Scope.GROUP
+    graph_defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
 
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
     group_size: int | None = Field(

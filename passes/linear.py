@@ -6,7 +6,8 @@ The range of a group is that of its weights (`minmax`), or the shrunk one with t
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +24,8 @@ SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.72, 0.68, 0.64
 class Config(PassConfig):
     """Options of a `linear` step."""
 
+    graph_defaults: ClassVar[Mapping[str, Any]] = {"granularity": "channel", "group_size": None}
+
     bits: Bits = Field(8, description="Bits per weight.")
     granularity: Strategy = Field("group", description="What shares a scale: the tensor, an output channel, a group.")
     group_size: int | None = Field(
@@ -36,6 +39,17 @@ class Config(PassConfig):
         if self.granularity == "group" and self.group_size is None:
             raise ValueError("granularity 'group' needs a group_size")
         return self
+
+    def for_graph(self) -> Self:
+        """As for every pass; but who asks for groups, or for a group size of some layers, gets groups."""
+        layers = {
+            pattern: {"granularity": "group", **own} if own.get("group_size") else own
+            for pattern, own in self.layers.items()
+        }
+        config = self.model_copy(update={"layers": layers})
+        if self.granularity == "group" and {"granularity", "group_size"} & self.model_fields_set:
+            return config
+        return super(Config, config).for_graph()
 
     @property
     def format(self) -> Affine:

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import effcli
-from effcli import runtime, verify
+from effcli import runtime
 from effcli.checkpoint import Checkpoint, read_config
-from effcli.report import Report
-from effcli.skeleton import Skeleton
+from effcli.language import verify
+from effcli.language.skeleton import Skeleton
+from effcli.reports.report import Report
 from effcli.storage import is_own, network_config
 
 OWN_LAYOUT = {"gpt2", "mixtral"}

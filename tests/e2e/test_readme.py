@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
-# The recipes as they are, on less text.
-SMALL = {"calibration.samples": 4, "calibration.length": 128, "evaluate.samples": 2, "evaluate.length": 128}
+# The recipes as they are, on less data.
+SMALL_TEXT = {"calibration.samples": 4, "calibration.length": 128, "evaluate.samples": 2, "evaluate.length": 128}
+SMALL_IMAGES = {"calibration.samples": 16, "evaluate.samples": 100}
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
@@ -56,7 +57,8 @@ def test_first_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = [f"--set={key}={value}" for key, value in SMALL.items()]
+    wanted = SMALL_TEXT if "sample:lm" in path.read_text(encoding="utf-8") else SMALL_IMAGES
+    small = [f"--set={key}={value}" for key, value in wanted.items()]
     assert main(["run", str(path), "-o", str(tmp_path / "out"), *small]) == 0, capsys.readouterr().err
     assert main(["verify", str(tmp_path / "out")]) == 0
 

@@ -19,7 +19,7 @@ ARGUMENTS = [*STEPS, "--no-eval", "--set=calibration.samples=8"]
 # Kills its own process without a goodbye once block 3 of the first pass is on the disk.
 KILLED = """
 import os, signal, sys
-from effcli import journal
+from effcli.language import journal
 from effcli.cli import main
 
 advance = journal.Journal.advance

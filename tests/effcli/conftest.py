@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from effcli.report import Histogram, LedgerRow, Quality, Report, Speed, Stage
+from effcli.reports.report import Histogram, LedgerRow, Quality, Report, Speed, Stage
 
 WEIGHTS = 134_515_008
 PROJECTIONS = {

@@ -15,7 +15,7 @@ import pytest
 from effcli import passes
 from effcli.cli import main
 from effcli.errors import MachineError, NumericsError
-from effcli.report import Report
+from effcli.reports.report import Report
 
 COMMANDS = ["compress", "run", "plan", "inspect", "eval", "bench", "passes", "export", "verify", "compare", "report"]
 
@@ -66,19 +66,19 @@ def test_as_a_module() -> None:
         (["compress", "m", "--bits", "four"], "--bits", "see `effcli compress --help`"),
         (["compress", "m", "--pass", "awk", "-o", "o"], "no pass 'awk'", "did you mean 'awq'?"),
         (["compress", "m", "--pass", "awq:bitz=4", "-o", "o"], "passes.0.bitz", "did you mean 'bits'?"),
-        (["compress", "m", "--pass", "awq", "--set", "sed=4", "-o", "o"], "'sed'", "did you mean 'seed'?"),
+        (["compress", "m", "--pass", "awq", "--set", "sed=4", "-o", "o"], "'sed'", "did you mean 'seed'"),
         (
             ["compress", "m", "--pass", "awq", "--pass", "linear", "--bits", "4"],
             "--bits is ambiguous",
             "--pass NAME:bits",
         ),
         (["compress", "m", "--pass", "awq"], "output: missing", "-o OUT"),
-        (["compress", "m", "-o", "o"], "at least one pass", "known: linear, awq"),
+        (["compress", "m", "-o", "o"], "at least one pass", "known: linear"),
         (["compress", "m", "--pass", "awq", "--export", "c", "-o", "o"], "C for microcontrollers yet", "safetensors"),
         (["run", "none.yaml"], "no recipe none.yaml", "check the path"),
         (["plan", "none.yaml", "--pass", "awq"], "none.yaml is a recipe", "--set"),
         (["passes", "show", "awk"], "no pass 'awk'", "did you mean 'awq'?"),
-        (["export", "o", "--to", "onnx"], "does not export ONNX", "safetensors"),
+        (["export", "o", "--to", "c"], "does not export C", "safetensors"),
         (["export", "o", "--to", "safetensor"], "'safetensor'", "did you mean 'safetensors'?"),
         (["report", "none"], "none holds no report.json", "effcli compress"),
         (["compare", "none", "none"], "none holds no report.json", "effcli compress"),
@@ -169,7 +169,7 @@ def test_compare(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_and_eval_print_what_was_measured(
     make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from effcli import evaluate, latency
+    from effcli.language import evaluate, latency
 
     stage = make_report().stages[-1]
     assert stage.quality is not None and stage.speed is not None
@@ -177,22 +177,37 @@ def test_bench_and_eval_print_what_was_measured(
     monkeypatch.setattr(evaluate, "evaluate", lambda model, options, **keys: asked.update(o=options) or stage.quality)
     monkeypatch.setattr(latency, "measure", lambda model, **keys: asked.update(keys) or stage.speed)
 
-    assert main(["eval", "m", "--choices", "piqa.jsonl", "--limit", "5"]) == 0
+    assert main(["eval", "sample:lm", "--choices", "piqa.jsonl", "--limit", "5"]) == 0
     assert asked["o"].model_dump(include={"perplexity", "choices", "limit"}) == {
         "perplexity": False,
         "choices": "piqa.jsonl",
         "limit": 5,
     }
     assert re.search(r"perplexity +32\.40", capsys.readouterr().out)
-    assert main(["eval", "m", "--json"]) == 0
+    assert main(["eval", "sample:lm", "--json"]) == 0
     assert asked["o"].perplexity is True
     assert json.loads(capsys.readouterr().out)["perplexity"] == stage.quality.perplexity
 
-    assert main(["bench", "m", "--threads", "2"]) == 0
+    assert main(["bench", "sample:lm", "--threads", "2"]) == 0
     assert (asked["threads"], asked["prefill"], asked["device"]) == (2, 128, "cpu")
     assert stage.speed.kernel in capsys.readouterr().out
-    assert main(["bench", "m", "--json"]) == 0
+    assert main(["bench", "sample:lm", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernel"] == stage.speed.kernel
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "sample:lm", "--images", "x.npz"],
+        ["eval", "sample:lm", "--set", "preprocess.scale=2"],
+        ["eval", "sample:cnn", "--text", "x.txt"],
+        ["eval", "sample:cnn", "--limit", "3"],
+        ["bench", "sample:cnn", "--prefill", "64"],
+        ["bench", "sample:cnn", "--device", "cuda"],
+    ],
+)
+def test_options_of_the_other_kind_of_network(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, *arguments).startswith(f"error: {arguments[2]}: {arguments[1]}")
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -229,7 +244,7 @@ def test_compress_shows_the_run(
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
 def test_verify(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from effcli import verify
+    from effcli.language import verify
 
     class Found:
         line = "the line"

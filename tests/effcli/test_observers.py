@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from effcli.errors import NumericsError
-from effcli.observers import Gram
+from effcli.observers import Gram, GroupedGram
 
 
 def observed(batches: list[Tensor]) -> Gram:
@@ -97,3 +97,17 @@ def test_nothing_seen() -> None:
     assert gram.tokens == 0
     assert gram.magnitude.tolist() == [0, 0, 0]
     assert gram.output_energy(torch.ones(2, 3)) == 0
+
+
+@pytest.mark.parametrize(("groups", "columns"), [(1, 5), (4, 9), (7, 1)])
+def test_groups_are_summed_side_by_side(groups: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(groups, tokens, columns, generator=generator) for tokens in (30, 0, 41)]
+    grouped = GroupedGram(groups, columns)
+    for batch in batches:
+        grouped.add(batch)
+    for k, gram in enumerate(grouped.each()):
+        alone = observed([batch[k] for batch in batches])
+        torch.testing.assert_close(gram.matrix, alone.matrix, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(gram.magnitude, alone.magnitude)
+        assert gram.tokens == alone.tokens == 71

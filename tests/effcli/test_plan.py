@@ -12,8 +12,9 @@ import torch
 from effcli import plan
 from effcli.checkpoint import Checkpoint
 from effcli.errors import CheckpointError, SelectionError
+from effcli.inputs.text import Windows
+from effcli.language.sweep import sweep
 from effcli.recipe import Recipe, check
-from effcli.sweep import Windows, sweep
 
 
 def recipe(source: Path, *steps: dict[str, Any]) -> Recipe:

@@ -32,7 +32,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "output": st.none() | TEXT,
         "calibration": st.builds(Calibration, data=st.none() | TEXT, samples=number, length=number),
         "evaluate": st.just(False) | st.builds(Evaluate, perplexity=st.booleans() | TEXT, choices=st.none() | TEXT),
-        "export": st.just(["safetensors"]),
+        "export": st.sampled_from([["safetensors"], [{"onnx": {"precision": "float16"}}]]),
         "seed": number,
         "device": st.sampled_from(["cpu", "cuda:1", "auto"]),
         "threads": st.none() | number,
@@ -86,7 +86,7 @@ def test_every_mistake_is_reported_at_once() -> None:
                 {"linear": {}, "awq": {}},
                 {"linear": 4},
             ],
-            "export": ["onnx"],
+            "export": ["c"],
             "device": "gpu",
             "threads": 0,
         }
@@ -105,7 +105,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         "passes.2.bits: ",
         "passes.3: a step is a name or",
         "passes.4: the options of linear must be a mapping, not 4",
-        "export: this version does not export ONNX",
+        "export: this version does not export C for microcontrollers",
         "device: must be cpu, cuda, cuda:N or auto, not 'gpu'",
         "threads: should be greater than or equal to 1, not 0",
     ):
@@ -263,7 +263,7 @@ def test_from_arguments_refuses(keys: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("off", [False, None, {"perplexity": None, "latency": False}])
+@pytest.mark.parametrize("off", [False, None, {"perplexity": None, "images": None, "latency": False}])
 def test_evaluation_can_be_off(off: Any) -> None:
     made = recipe.check({"model": "m", "passes": ["awq"], "evaluate": off})
     assert made.evaluate == Evaluate.nothing()

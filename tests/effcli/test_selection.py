@@ -8,12 +8,14 @@ from typing import Any
 
 import architectures
 import pytest
+import small_graphs
 
 from effcli.checkpoint import Checkpoint
 from effcli.errors import SelectionError
+from effcli.graphs.graph import Graph
+from effcli.language.skeleton import Skeleton
 from effcli.recipe import PassStep
-from effcli.selection import Choice, choose
-from effcli.skeleton import Skeleton
+from effcli.selection import Choice, choose, choose_graph
 
 
 def make_skeleton(folder: Path, name: str = "llama", **changes: Any) -> Skeleton:
@@ -145,3 +147,56 @@ def test_no_common_group_size(tmp_path: Path) -> None:
     assert caught.value.remedy == "give those layers another group_size under `layers`, or `ignore` them"
     assert chosen(skeleton, group_size=64, ignore=["*.down_proj"])
     assert chosen(skeleton, group_size=64, layers={"*.down_proj": {"granularity": "channel"}})
+
+
+def chosen_of_graph(graph: Graph, **options: Any) -> dict[str, Choice]:
+    return choose_graph(graph, PassStep.model_validate({"linear": options}).for_graph())
+
+
+def test_every_layer_of_a_graph_is_taken_unless_ignored() -> None:
+    choices = chosen_of_graph(small_graphs.separable(), ignore=["layer2"])
+    assert list(choices) == ["layer0", "layer2", "layer4", "layer7"]
+    assert choices["layer2"].reason == "ignored by 'layer2'"
+    assert [name for name, choice in choices.items() if choice.config is None] == ["layer2"]
+
+
+def test_defaults_of_graphs_and_groups_on_request() -> None:
+    graph = small_graphs.separable()
+
+    def formats(**options: Any) -> list[str]:
+        choices = chosen_of_graph(graph, **options).values()
+        return [str(getattr(choice.config, "format", None)) for choice in choices]
+
+    assert formats() == ["int8 channel asym"] * 4
+    assert formats(granularity="tensor") == ["int8 tensor asym"] * 4
+    assert formats(granularity="group", ignore=["layer0", "layer2", "layer4"], group_size=32)[3] == "int8 g32 asym"
+    grouped = formats(layers={"layer7": {"group_size": 16}})
+    assert grouped == ["int8 channel asym"] * 3 + ["int8 g16 asym"]
+
+
+def test_a_group_size_for_all_layers_of_a_graph_must_divide_them() -> None:
+    with pytest.raises(SelectionError, match=r"group size 9 does not divide the input channels of layer4 \(6\)"):
+        chosen_of_graph(small_graphs.separable(), group_size=9)
+    choices = chosen_of_graph(small_graphs.separable(), group_size=9, ignore=["layer4", "layer7"])
+    config: Any = choices["layer0"].config
+    assert str(config.format) == "int8 g9 asym"
+
+
+@pytest.mark.parametrize("key", ["ignore", "layers"])
+def test_a_pattern_that_matches_no_layer_of_a_graph(key: str) -> None:
+    with pytest.raises(SelectionError) as caught:
+        chosen_of_graph(small_graphs.residual(), **{key: ["*.aa"] if key == "ignore" else {"*.aa": {"bits": 3}}})
+    assert caught.value.cause == f"linear.{key}: the pattern '*.aa' matches no layer"
+    assert caught.value.remedy == "did you mean 'a'?"
+
+
+def test_a_graph_has_no_output_head() -> None:
+    with pytest.raises(SelectionError, match="has no language model's output head") as caught:
+        chosen_of_graph(small_graphs.separable(), lm_head=True)
+    assert "leave lm_head out" in caught.value.remedy
+
+
+def test_a_graph_without_layers() -> None:
+    with pytest.raises(SelectionError, match="would take no layer at all") as caught:
+        chosen_of_graph(small_graphs.chain((3,), "relu.default"))
+    assert caught.value.remedy == "the network has no convolution and no linear layer"

@@ -12,9 +12,9 @@ from effcli import runtime
 from effcli.checkpoint import Checkpoint
 from effcli.errors import CheckpointError, OutputError, UnsupportedError
 from effcli.exporters import safetensors as exporter
+from effcli.language.sweep import sweep
 from effcli.overrides import parse_pass
 from effcli.recipe import PassStep
-from effcli.sweep import sweep
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "max_position_embeddings": 64}
@@ -72,7 +72,7 @@ def test_dense_weights_load_with_the_stock_loader(kind: str, compressed: Callabl
     from transformers import AutoModelForCausalLM
 
     source, target = compressed(kind), tmp_path / "dense"
-    exporter.export(source, target, dequantize=True)
+    exporter.export(source, target, exporter.Config(dequantize=True))
     ids = torch.randint(99, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = runtime.load(source, packed=False)(input_ids=ids).logits
@@ -86,9 +86,9 @@ def test_dense_weights_load_with_the_stock_loader(kind: str, compressed: Callabl
 def test_several_shards_hold_the_same(
     compressed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exporter.export(compressed("llama"), tmp_path / "one", dequantize=True)
+    exporter.export(compressed("llama"), tmp_path / "one", exporter.Config(dequantize=True))
     monkeypatch.setattr(exporter, "SHARD_BYTES", 20_000)
-    exporter.export(compressed("llama"), tmp_path / "many", dequantize=True)
+    exporter.export(compressed("llama"), tmp_path / "many", exporter.Config(dequantize=True))
     exporter.export(tmp_path / "many", tmp_path / "copied")
     one, many = Checkpoint.open(tmp_path / "one"), Checkpoint.open(tmp_path / "many")
     assert len(files(tmp_path / "many")) > len(files(tmp_path / "one")) + 2
@@ -99,7 +99,7 @@ def test_several_shards_hold_the_same(
 
 def test_a_dense_checkpoint_is_copied(compressed: Callable[[str], Path], tmp_path: Path) -> None:
     source = compressed("llama").parent / "source"
-    exporter.export(source, tmp_path / "target", dequantize=True)
+    exporter.export(source, tmp_path / "target", exporter.Config(dequantize=True))
     assert files(tmp_path / "target") == files(source)
 
 
@@ -128,7 +128,7 @@ def test_an_output_that_exists(compressed: Callable[[str], Path], tmp_path: Path
 
 def test_overwrite_spares_what_is_no_checkpoint(compressed: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="is no checkpoint"):
+    with pytest.raises(OutputError, match="holds no export"):
         exporter.export(compressed("llama"), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 

@@ -1,0 +1,71 @@
+"""What stands around every command: exceptions become one or two lines and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from effcli.errors import EffcliError, MachineError
+
+
+def usage_error(error: Any) -> tuple[str, str]:
+    """Cause and remedy of an error that Typer found in the arguments."""
+    context = getattr(error, "ctx", None)
+    near = getattr(error, "possibilities", None)
+    if near:
+        return error.message, f"did you mean {near[0]}?"
+    cause, _, suggestion = error.format_message().partition(" Did you mean ")
+    if suggestion:
+        return cause.rstrip("."), f"did you mean {suggestion}"
+    return cause, f"see `{context.command_path if context is not None else 'effcli'} --help`"
+
+
+def complain(cause: str, remedy: str = "") -> None:
+    # Plain text without wrapping: people search for these lines and paste them.
+    print(f"error: {cause}", file=sys.stderr)
+    if remedy:
+        print(f"  {remedy}", file=sys.stderr)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what goes wrong in a command into one or two lines and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            command(*args, debug=debug, **kwargs)
+        except EffcliError as error:
+            _traceback(debug)
+            complain(error.cause, error.remedy)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _traceback(debug)
+            complain("interrupted", "the same command goes on where this one stopped, if it was writing an output")
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except MemoryError:
+            _traceback(debug)
+            complain("out of memory", "ask for less at a time: --set calibration.batch_size=1, or fewer samples")
+            raise typer.Exit(MachineError.exit_code) from None
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                raise
+            _traceback(debug)
+            text = " ".join(str(error).split())
+            remedy = "" if debug else "run it again with --debug for the traceback, and report it"
+            complain(f"internal error: {type(error).__name__}{': ' + text if text else ''}", remedy)
+            raise typer.Exit(MachineError.exit_code) from None
+
+    return guarded
+
+
+def _traceback(debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()

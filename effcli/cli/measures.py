@@ -1,0 +1,160 @@
+"""`inspect`, `eval` and `bench`: what measures one network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from effcli.cli.flags import Debug, Device, Json, Model, Threads, TrustRemoteCode, Weights
+from effcli.cli.printing import path_of, print_json, show
+from effcli.errors import RecipeError
+
+
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what MODEL consists of."""
+    from effcli import importers, samples
+    from effcli import plan as planning
+    from effcli.reports import screen
+
+    source = samples.locate(model)
+    if importers.recognises(source):
+        from effcli.graphs import plan as graphplan
+
+        found = graphplan.inspect(model, source, path_of(weights), trust_remote_code)
+    else:
+        found = planning.inspect(model, trust_remote_code)
+    if json:
+        print(found.to_json())
+    else:
+        show(screen.records_table("", planning.summary(found.rows), found.remarks))
+
+
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", metavar="FILE", help="Text to measure perplexity on.", show_default="the sample's own"),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option("--choices", metavar="FILE", help="A .jsonl of multiple-choice questions.", show_default=False),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            "--images", metavar="DATA", help="Labelled images: npz, folder, parquet.", show_default="those of the model"
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Windows of text, or images.", show_default=False)
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", help="Tokens per window.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first questions.", show_default=False)] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="Also the distance from this model: KL divergence, or agreement.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="E.g. preprocess.scale=0.00392.", show_default=False),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the quality of MODEL: perplexity, multiple-choice or top-1 accuracy, the distance to another model."""
+    from effcli import importers, recipe
+    from effcli import samples as models
+
+    # Without a text, questions are all that was asked for.
+    given: dict[str, Any] = {"perplexity": text if text is not None else choices is None, "latency": False}
+    given |= {"choices": choices, "images": images, "samples": samples, "length": length, "limit": limit}
+    options = recipe.check_evaluate({key: value for key, value in given.items() if value is not None})
+    from effcli.reports import screen
+
+    if importers.recognises(models.locate(model)):
+        from effcli.graphs import network as vision
+
+        given_for_text = {"--text": text, "--choices": choices, "--length": length, "--limit": limit}
+        _refuse(given_for_text, f"{model} reads no text", "give labelled images with --images")
+        quality = vision.evaluate(
+            model,
+            options,
+            reference=reference,
+            weights=path_of(weights),
+            preprocess=recipe.check_preprocess(overrides or ()),
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        from effcli.language import evaluate as evaluation
+
+        _refuse({"--images": images, "--weights": weights, "--set": overrides}, f"{model} is a language model")
+        quality = evaluation.evaluate(model, options, reference=reference, trust_remote_code=trust_remote_code)
+    if json:
+        print(quality.model_dump_json(indent=1))
+    else:
+        show(screen.quality_table(quality))
+
+
+def bench(
+    model: Model,
+    prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt.", min=1)] = 128,
+    decode: Annotated[int, typer.Option("--decode", help="Tokens to generate.", min=1)] = 32,
+    threads: Threads = None,
+    device: Device = None,
+    weights: Weights = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the speed of MODEL: prefill and decode of a language model, one input of any other network."""
+    from effcli import importers, samples
+    from effcli.reports import screen
+
+    if importers.recognises(samples.locate(model)):
+        from effcli.graphs import timing
+
+        given = {"--prefill": prefill != 128, "--decode": decode != 32, "--device": device not in (None, "cpu")}
+        _refuse(given, f"{model} reads no text, and is timed on the CPU")
+        latencies = timing.measure(
+            model, weights=path_of(weights), threads=threads, trust_remote_code=trust_remote_code
+        )
+        if json:
+            print_json([found.model_dump(mode="json") for found in latencies])
+        else:
+            show(screen.records_table("", latencies))
+        return
+    from effcli.language import latency
+
+    speed = latency.measure(
+        model,
+        prefill=prefill,
+        decode=decode,
+        threads=threads,
+        device=device or "cpu",
+        trust_remote_code=trust_remote_code,
+    )
+    if json:
+        print(speed.model_dump_json(indent=1))
+    else:
+        show(screen.speed_table(speed))
+
+
+def _refuse(given: dict[str, Any], why: str, remedy: str = "leave it out") -> None:
+    """Raise `RecipeError` for the first option that was given."""
+    for flag, value in given.items():
+        if value:
+            raise RecipeError(f"{flag}: {why}", remedy)

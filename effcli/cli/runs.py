@@ -1,0 +1,164 @@
+"""`compress`, `run` and `plan`: what carries out a recipe, or says what it would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from effcli.cli.flags import (
+    Bits,
+    Calib,
+    Debug,
+    Device,
+    Evals,
+    Export,
+    GroupSize,
+    Json,
+    Model,
+    NoEval,
+    Output,
+    Overrides,
+    Overwrite,
+    Quiet,
+    Revision,
+    Steps,
+    Threads,
+    TrustRemoteCode,
+    Weights,
+)
+from effcli.cli.printing import print_report, show
+from effcli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from effcli.recipe import Recipe
+
+
+def compress(
+    model: Model,
+    output: Output = None,
+    passes: Steps = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    calib: Calib = None,
+    evals: Evals = None,
+    no_eval: NoEval = False,
+    export: Export = None,
+    overrides: Overrides = None,
+    device: Device = None,
+    threads: Threads = None,
+    weights: Weights = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL with one or more passes into the directory OUT."""
+    from effcli import recipe
+
+    made = recipe.from_arguments(
+        model,
+        output=output,
+        passes=passes or (),
+        bits=bits,
+        group_size=group_size,
+        calib=calib,
+        evals=evals or (),
+        no_eval=no_eval,
+        export=export or (),
+        overrides=overrides or (),
+        device=device,
+        threads=threads,
+        weights=weights,
+        revision=revision,
+        trust_remote_code=trust_remote_code or None,
+    )
+    _run(made, overwrite, quiet, json)
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)],
+    output: Output = None,
+    overrides: Overrides = None,
+    no_eval: NoEval = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out a recipe: the same as `compress`, written down."""
+    _run(_load(recipe, output, overrides, no_eval), overwrite, quiet, json)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a model with --pass.")],
+    passes: Steps = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    calib: Calib = None,
+    overrides: Overrides = None,
+    weights: Weights = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run would do to each layer, to the size and to the memory. Nothing is written.
+
+    Of a language model no weight is read.
+    """
+    from effcli import recipe
+
+    if model.endswith((".yaml", ".yml")):
+        if passes or bits is not None or group_size is not None or calib or weights or revision or trust_remote_code:
+            raise RecipeError(f"{model} is a recipe and names its passes itself", "change keys of it with --set")
+        made = _load(Path(model), None, overrides, False)
+    else:
+        made = recipe.from_arguments(
+            model,
+            passes=passes or (),
+            bits=bits,
+            group_size=group_size,
+            calib=calib,
+            overrides=overrides or (),
+            weights=weights,
+            revision=revision,
+            trust_remote_code=trust_remote_code or None,
+        )
+    from effcli import plan as planning
+    from effcli.pipeline import subject_of
+    from effcli.reports import screen
+
+    found = subject_of(made).plan()
+    if json:
+        print(found.to_json())
+    else:
+        show(screen.records_table("", planning.summary(found.rows), found.remarks))
+
+
+def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: bool) -> Recipe:
+    from effcli import recipe
+
+    given = list(overrides or ())
+    if no_eval:
+        given.append("evaluate=false")
+    made = recipe.load(path, given)
+    return made if output is None else made.model_copy(update={"output": output})
+
+
+def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
+    # Known before torch is imported and the model looked for.
+    target = recipe.target
+    from effcli import pipeline
+    from effcli.reports.screen import Screen
+
+    with Screen(recipe, quiet=quiet) as screen:
+        result = pipeline.run(recipe, overwrite=overwrite, listener=screen)
+    if json:
+        print(result.model_dump_json(indent=1))
+    elif not quiet:
+        print_report(result, layers=None)
+        print(f"written: {target}" + (f" ({result.verified})" if result.verified else ""))

@@ -1,0 +1,155 @@
+"""Which nodes of a graph become one integer operation, and which tensors must share one scale.
+
+A ReLU or a clamp behind a convolution, linear, addition, multiplication or average becomes the bounds of its result;
+zero padding before a convolution becomes the convolution's own. Operations that only move or select numbers (`SHARING`)
+keep the scale of their input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from effcli.graphs.graph import Graph, operation
+
+Padding = tuple[int, int, int, int]
+
+# What returns numbers of its inputs, and perhaps a constant.
+SHARING = {
+    "aten.max_pool1d.default",
+    "aten.max_pool2d.default",
+    "aten.reshape.default",
+    "aten.permute.default",
+    "aten.slice.Tensor",
+    "aten.cat.default",
+    "aten.constant_pad_nd.default",
+}
+ACTIVATIONS = {"aten.relu.default", "aten.hardtanh.default"}
+_AVERAGES = {
+    "aten.avg_pool1d.default",
+    "aten.avg_pool2d.default",
+    "aten.adaptive_avg_pool1d.default",
+    "aten.adaptive_avg_pool2d.default",
+    "aten.mean.dim",
+}
+_ARITHMETIC = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor"}
+# A ReLU commutes with these: the largest of clamped numbers is the largest one, clamped.
+_COMMUTING = {"aten.max_pool1d.default", "aten.max_pool2d.default", "aten.reshape.default", "aten.permute.default"}
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How a graph falls into integer operations.
+
+    bounds: by the node that computes, the activation fused into it, whose name the result has; pads: by convolution,
+    the node of the zero padding folded into it; absorbed: the nodes that are part of another in one of these ways;
+    groups: by the name of each remaining tensor, the name of the one that stands for all that share its scale; roots:
+    the tensors whose numbers make up all others, which is what an observer has to see.
+    """
+
+    bounds: dict[fx.Node, fx.Node]
+    pads: dict[fx.Node, fx.Node]
+    absorbed: set[fx.Node]
+    groups: dict[str, str]
+    roots: tuple[str, ...]
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """The node whose tensor the operation of `node` returns."""
+        return self.bounds.get(node, node)
+
+
+def hoist_activations(graph: Graph) -> None:
+    """Move, in place, activations before the pools and reshapes that commute with them, to where they can be fused."""
+    moved = True
+    while moved:
+        moved = False
+        for node in graph.nodes:
+            if operation(node) not in ACTIVATIONS:
+                continue
+            before = node.args[0]
+            if not isinstance(before, fx.Node) or operation(before) not in _COMMUTING:
+                continue
+            if len(before.users) == 1 and len(before.all_input_nodes[0].users) == 1:
+                _swap(before, node)
+                moved = True
+    graph.module.recompile()
+
+
+def _swap(first: fx.Node, second: fx.Node) -> None:
+    """Let `second`, the only reader of `first`, come before it; both read one tensor."""
+    (source,) = first.all_input_nodes
+    second.replace_all_uses_with(first)
+    second.replace_input_with(first, source)
+    first.replace_input_with(source, second)
+    first.prepend(second)
+
+
+def fuse(graph: Graph) -> Fusion:
+    """Find what belongs together in `graph`."""
+    bounds, pads = {}, {}
+    for node in graph.nodes:
+        user = next(iter(node.users), None)
+        if user is None or len(node.users) > 1:
+            continue
+        if operation(user) in ACTIVATIONS and _clamps(graph, node):
+            bounds[node] = user
+        elif isinstance(graph.module_of(user), nn.Conv1d | nn.Conv2d) and _foldable(node, graph.module_of(user)):
+            pads[user] = node
+    absorbed = {*bounds.values(), *pads.values()}
+    parents: dict[str, str] = {}
+    roots = []
+    for node in graph.nodes:
+        if node.op in ("output", "get_attr") or node in absorbed:
+            continue
+        result = bounds.get(node, node).name
+        parents[result] = result
+        if operation(node) in SHARING:
+            for source in (each for each in node.all_input_nodes if each.name in parents):
+                parents[_top(parents, source.name)] = result
+        else:
+            roots.append(result)
+    groups = {name: _top(parents, name) for name in parents}
+    return Fusion(bounds, pads, absorbed, groups, tuple(roots))
+
+
+def _top(parents: dict[str, str], name: str) -> str:
+    while parents[name] != name:
+        name = parents[name]
+    return name
+
+
+def _foldable(node: fx.Node, convolution: nn.Module | None) -> bool:
+    padding = folded_padding(node)
+    return padding is not None and not (isinstance(convolution, nn.Conv1d) and any(padding[:2]))
+
+
+def folded_padding(node: fx.Node) -> Padding | None:
+    """Rows above and below, columns left and right, if `node` pads the last one or two axes with zeros."""
+    if operation(node) != "aten.constant_pad_nd.default":
+        return None
+    given: list[Any] = list(node.args[1:])
+    amounts, value = list(given[0]), given[1] if len(given) > 1 else 0
+    amounts += [0] * (4 - len(amounts))
+    if value != 0 or min(amounts) < 0 or any(amounts[4:]):
+        return None
+    left, right, above, below = amounts[:4]
+    return above, below, left, right
+
+
+def bounds(activation: fx.Node) -> tuple[float, float]:
+    """The numbers between which a ReLU or a clamp leaves its input as it is."""
+    if operation(activation) == "aten.relu.default":
+        return 0.0, math.inf
+    limits: list[Any] = [*activation.args[1:], *(-1.0, 1.0)[len(activation.args) - 1 :]]
+    return float(limits[0]), float(limits[1])
+
+
+def _clamps(graph: Graph, node: fx.Node) -> bool:
+    """Whether the operation of `node` has bounds of its own."""
+    if isinstance(graph.module_of(node), nn.Conv1d | nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d):
+        return True
+    kind = operation(node)
+    return kind in _AVERAGES or (kind in _ARITHMETIC and all(isinstance(term, fx.Node) for term in node.args[:2]))

@@ -1,0 +1,469 @@
+"""A network as one graph of layers: what every network that reads no text is to the passes, whatever file it came from.
+
+The graph is a `torch.fx.GraphModule`. Every weight with inputs is a module (`MODULES`), named as in the original
+network; everything else is a call of an aten operator. There is one input and one output, and their first axis is the
+batch. On disk it is a checkpoint of effcli's own layout: `config.json`, `graph.json` with the nodes, and the weights in
+`effcli.safetensors`, packed where a pass packed them. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx, nn
+
+from effcli.checkpoint import Checkpoint, read_config, write_shard, write_text
+from effcli.contract import Options
+from effcli.errors import CheckpointError, DataError, UnsupportedError
+from effcli.formats import AffineWeight
+from effcli.inputs.preprocess import Preprocess
+from effcli.sites import LayerSite
+from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored
+
+FILE_NAME = "graph.json"
+WEIGHTS_NAME = "effcli.safetensors"
+
+# The modules a graph may hold, with the arguments that make each again.
+MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Conv1d": (
+        nn.Conv1d,
+        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+    ),
+    "Conv2d": (
+        nn.Conv2d,
+        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+    ),
+    "Linear": (nn.Linear, ("in_features", "out_features", "bias")),
+    "BatchNorm1d": (nn.BatchNorm1d, ("num_features", "eps", "affine")),
+    "BatchNorm2d": (nn.BatchNorm2d, ("num_features", "eps", "affine")),
+    "LayerNorm": (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine", "bias")),
+    "GroupNorm": (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
+    "Embedding": (nn.Embedding, ("num_embeddings", "embedding_dim")),
+}
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
+}
+_DAMAGED = "make the checkpoint again from the original network"
+_NODES = ("placeholder", "get_attr", "call_module", "call_function", "output")
+# torch.fx writes a graph as Python and runs that: what a file calls its modules must not get out of a string there.
+_NAME = re.compile(r"[^\s\"'\\]+")
+
+
+class Facts(Options):
+    """What is to be known of a graph besides its nodes."""
+
+    origin: str = Field(description="what it was read from, e.g. 'exported graph' or 'transformers resnet'")
+    shape: tuple[int, ...] = Field(description="of one input, without the batch axis")
+    classes: tuple[str, ...] | None = Field(default=None, description="names of the classes")
+    preprocess: Preprocess = Field(default=Preprocess(), description="from pixels to inputs")
+    config: dict[str, Any] | None = Field(default=None, description="the transformers config, where there is one")
+    remarks: tuple[str, ...] = Field(default=(), description="what the user should know of how it was read")
+    rescaled: tuple[str, ...] = Field(
+        default=(), description="modules whose output channels are multiples of the original network's"
+    )
+
+
+class Graph:
+    """A network as a graph. `stored` holds the compressed layers by name; the modules hold their dequantized weights.
+
+    Every node carries its source, such as 'networks.py:39 in forward' or an ONNX node's name, in `node.meta["source"]`.
+    """
+
+    def __init__(self, module: fx.GraphModule, facts: Facts, stored: Mapping[str, AffineWeight] | None = None) -> None:
+        self.module = module.eval()
+        self.facts = facts
+        self.stored: dict[str, AffineWeight] = dict(stored or {})
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    @property
+    def input(self) -> fx.Node:
+        return next(node for node in self.nodes if node.op == "placeholder")
+
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value the network returns."""
+        (value,) = next(node for node in self.nodes if node.op == "output").args
+        assert isinstance(value, fx.Node)
+        return value
+
+    def layer(self, name: str) -> nn.Module:
+        return self.module.get_submodule(name)
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, None for an operator."""
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def sites(self) -> list[LayerSite]:
+        """The weights with inputs, in the order in which they first run."""
+        found: dict[str, LayerSite] = {}
+        for node in self.nodes:
+            module = self.module_of(node)
+            name = str(node.target)
+            if isinstance(module, nn.Conv1d | nn.Conv2d):
+                rows, columns = module.weight.shape[0], module.weight[0].numel()
+                found.setdefault(name, LayerSite(name, "conv", f"{name}.weight", rows, columns, groups=module.groups))
+            elif isinstance(module, nn.Linear):
+                rows, columns = module.weight.shape
+                found.setdefault(name, LayerSite(name, "linear", f"{name}.weight", rows, columns))
+        return list(found.values())
+
+    def set_weight(self, name: str, weight: AffineWeight | Tensor) -> None:
+        """Give layer `name` a weight (out, in): compressed, to be stored as it is, or dense."""
+        parameter: Tensor = self.layer(name).weight  # type: ignore[assignment]
+        dense = weight.effective(torch.float32) if isinstance(weight, AffineWeight) else weight
+        with torch.no_grad():
+            parameter.copy_(dense.reshape(parameter.shape))
+        self.stored.pop(name, None)
+        if isinstance(weight, AffineWeight):
+            self.stored[name] = weight
+
+    def set_bias(self, name: str, bias: Tensor) -> None:
+        """Give layer `name` the bias (out,), whether it had one or not."""
+        self.layer(name).bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def mark_rescaled(self, name: str) -> None:
+        """Note that the output channels of module `name` are no longer the original network's, but multiples."""
+        rescaled = dict.fromkeys((*self.facts.rescaled, name))
+        self.facts = self.facts.model_copy(update={"rescaled": tuple(rescaled)})
+
+    def weights(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """The output of a batch of inputs float32 (n, *shape)."""
+        if tuple(inputs.shape[1:]) != self.facts.shape:
+            raise DataError(
+                f"inputs of shape {tuple(inputs.shape[1:])} for a network that takes {self.facts.shape}",
+                "the first axis is the batch; reshape or preprocess the inputs",
+            )
+        with torch.inference_mode():
+            output: Tensor = self.module(inputs)
+        return output
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by the name of its node, for a batch of one; the batch axis is left out."""
+        found: dict[str, tuple[int, ...]] = {}
+
+        class Recorder(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if isinstance(value, Tensor):
+                    found[n.name] = tuple(value.shape[1:]) if n.op != "get_attr" else tuple(value.shape)
+                return value
+
+        with torch.inference_mode():
+            Recorder(self.module).run(torch.zeros(1, *self.facts.shape))
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write the graph as a checkpoint into `folder`, which exists."""
+        tensors: dict[str, Tensor] = {}
+        for key, value in self.module.state_dict().items():
+            owner, _, own = key.rpartition(".")
+            if own == "weight" and owner in self.stored:
+                packed = self.stored[owner].pack()
+                tensors.update({f"{owner}.{suffix}": tensor for suffix, tensor in packed.items()})
+            elif own != "num_batches_tracked":
+                tensors[key] = value.contiguous()
+        kinds = {site.name: site.kind for site in self.sites()}
+        layers = {
+            name: Stored(weight.format, kinds[name], weight.input_scale is not None).to_json()
+            for name, weight in sorted(self.stored.items())
+        }
+        described = {
+            "version": LAYOUT_VERSION,
+            "kind": "graph",
+            "facts": self.facts.model_dump(mode="json"),
+            "layers": layers,
+        }
+        write_shard(folder / WEIGHTS_NAME, tensors)
+        write_text(folder / FILE_NAME, json.dumps(_to_json(self.module), indent=1) + "\n")
+        config = {"model_type": OWN_TYPE, "effcli": described}
+        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Graph:
+        """Read the checkpoint in `folder`; `CheckpointError` when it is damaged or incomplete."""
+        if not is_graph(folder):
+            raise CheckpointError(f"{folder} holds no graph", "give a directory that effcli wrote from a network")
+        described = read_config(folder)["effcli"]
+        try:
+            facts = Facts.model_validate(described["facts"])
+            data = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+            module = _from_json(data)
+            layers = {name: Stored.from_json(item) for name, item in described["layers"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / FILE_NAME} is damaged: {error}", _DAMAGED) from error
+        graph = Graph(module, facts)
+        graph._fill(Checkpoint.open(folder), layers)
+        return graph
+
+    def _fill(self, checkpoint: Checkpoint, layers: Mapping[str, Stored]) -> None:
+        for name, item in layers.items():
+            prefix = f"{name}."
+            tensors = {
+                key.removeprefix(prefix): checkpoint.read(key) for key in checkpoint.entries if key.startswith(prefix)
+            }
+            tensors.pop("bias", None)
+            try:
+                self.set_weight(name, AffineWeight.unpack(item.format, tensors))
+            except (KeyError, AttributeError, RuntimeError) as error:
+                raise CheckpointError(f"{checkpoint.path} does not hold {name} as {item.format}", _DAMAGED) from error
+        for key, value in self.module.state_dict(keep_vars=True).items():
+            owner, _, own = key.rpartition(".")
+            if (own == "weight" and owner in layers) or own == "num_batches_tracked":
+                continue
+            if key not in checkpoint.entries:
+                raise CheckpointError(f"{checkpoint.path} lacks the tensor {key}", _DAMAGED)
+            tensor = checkpoint.read(key)
+            if tensor.shape != value.shape:
+                raise CheckpointError(
+                    f"{key} has the shape {tuple(tensor.shape)}, the graph needs {tuple(value.shape)}", _DAMAGED
+                )
+            with torch.no_grad():
+                value.copy_(tensor)
+
+
+class Builder:
+    """Puts a graph together, node by node, for whoever reads one from a file."""
+
+    def __init__(self) -> None:
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+
+    def input(self, name: str = "input") -> fx.Node:
+        return self._made(self.graph.placeholder(_identifier(name)), "")
+
+    def module(self, name: str, module: nn.Module, *inputs: fx.Node, source: str = "") -> fx.Node:
+        """Call `module`, which stands in the network as `name`; a name in use must mean the same module."""
+        if type(module).__name__ not in MODULES:
+            raise UnsupportedError(f"{name} is a {type(module).__name__}, which a graph does not hold", "")
+        _place(self.root, name, module.requires_grad_(False))
+        return self._made(self.graph.create_node("call_module", name, tuple(inputs), {}, _identifier(name)), source)
+
+    def call(self, operation: str, *args: Any, source: str = "", **kwargs: Any) -> fx.Node:
+        """Call an operator by name, such as 'aten.relu.default' or 'operator.getitem'."""
+        name = operation.split(".")[1]
+        return self._made(
+            self.graph.create_node("call_function", function(operation), args, kwargs, _identifier(name)), source
+        )
+
+    def tensor(self, name: str, value: Tensor, source: str = "") -> fx.Node:
+        """A constant or a parameter that belongs to no layer, such as a position embedding."""
+        _place(self.root, name, value.detach())
+        return self._made(self.graph.create_node("get_attr", name, (), {}, _identifier(name)), source)
+
+    def finish(self, output: fx.Node, facts: Facts) -> Graph:
+        self._made(self.graph.output(output), "")
+        module = fx.GraphModule(self.root, self.graph)
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        # Made again, it holds only what the nodes that are left refer to.
+        return Graph(fx.GraphModule(module, module.graph), facts)
+
+    @staticmethod
+    def _made(node: fx.Node, source: str) -> fx.Node:
+        node.meta["source"] = source
+        return node
+
+
+def is_graph(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint that `Graph.save` wrote."""
+    if not (folder / FILE_NAME).is_file() or not (folder / "config.json").is_file():
+        return False
+    config = read_config(folder)
+    return config.get("model_type") == OWN_TYPE and config.get("effcli", {}).get("kind") == "graph"
+
+
+def operation(node: fx.Node) -> str:
+    """What a node does, as one word: 'Conv2d' for a module, 'aten.relu.default' for an operator, else its `op`."""
+    if node.op == "call_module":
+        assert node.graph.owning_module is not None
+        return type(node.graph.owning_module.get_submodule(str(node.target))).__name__
+    return _function_name(node.target) if node.op == "call_function" else node.op
+
+
+def where(node: fx.Node) -> str:
+    """A node for an error message: its name, what it does, and the line or the ONNX node it comes from."""
+    source = node.meta.get("source")
+    return f"{node.name} ({operation(node)}{f', {source}' if source else ''})"
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The operator called 'aten.relu.default' or 'operator.getitem'; `UnsupportedError` when there is none."""
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    parts = name.split(".")
+    found: Any = None
+    if len(parts) == 3 and parts[0] == "aten":
+        found = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None)
+    if found is None:
+        raise UnsupportedError(f"this torch has no operator {name}", "the graph needs another version of torch")
+    operator_found: Callable[..., Any] = found
+    return operator_found
+
+
+def _function_name(target: Any) -> str:
+    for name, found in _FUNCTIONS.items():
+        if target is found:
+            return name
+    return str(target)
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _place(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
+    """Put a module or a tensor at a dotted path, with plain modules on the way."""
+    if not _NAME.fullmatch(path):
+        raise CheckpointError(f"{path!r} cannot be the name of a layer", "rename it where the network was made")
+    *parents, own = path.split(".")
+    for part in parents:
+        child = root._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            root.add_module(part, child)
+        root = child
+    if isinstance(value, nn.Module):
+        if root._modules.get(own, value) is not value:
+            raise ValueError(f"two modules are called {path}")
+        root.add_module(own, value)
+    elif value.is_floating_point():
+        root.register_parameter(own, nn.Parameter(value, requires_grad=False))
+    else:
+        root.register_buffer(own, value)
+
+
+def _to_json(module: fx.GraphModule) -> dict[str, Any]:
+    modules: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    nodes = []
+    for node in module.graph.nodes:
+        target = _function_name(node.target) if node.op == "call_function" else str(node.target)
+        if node.op == "call_module":
+            modules[target] = _describe(module.get_submodule(target))
+        elif node.op == "get_attr":
+            owner, _, own = target.rpartition(".")
+            value = getattr(module.get_submodule(owner), own)
+            tensors[target] = {"shape": list(value.shape), "dtype": _plain(value.dtype)["dtype"]}
+        nodes.append(
+            {
+                "name": node.name,
+                "op": node.op,
+                "target": target,
+                "args": [_plain(arg) for arg in node.args],
+                "kwargs": {key: _plain(arg) for key, arg in node.kwargs.items()},
+                "source": node.meta.get("source", ""),
+            }
+        )
+    return {"nodes": nodes, "modules": modules, "tensors": tensors}
+
+
+def _from_json(data: dict[str, Any]) -> fx.GraphModule:
+    root, graph = nn.Module(), fx.Graph()
+    for name, described in data["modules"].items():
+        _place(root, name, _made(described))
+    for name, described in data["tensors"].items():
+        _place(root, name, torch.empty(described["shape"], dtype=getattr(torch, described["dtype"])))
+    nodes: dict[str, fx.Node] = {}
+    for item in data["nodes"]:
+        if item["op"] not in _NODES:
+            raise ValueError(f"{item['name']} is a {item['op']}")
+        names = [*item["kwargs"], *([item["target"]] if item["op"] == "placeholder" else [])]
+        if not all(name.isidentifier() for name in names) or not _NAME.fullmatch(item["target"]):
+            raise ValueError(f"{item['name']} has a name that torch.fx cannot write")
+        target = function(item["target"]) if item["op"] == "call_function" else item["target"]
+        args = tuple(_restored(arg, nodes) for arg in item["args"])
+        kwargs = {key: _restored(arg, nodes) for key, arg in item["kwargs"].items()}
+        node = graph.create_node(item["op"], target, args, kwargs, item["name"])
+        node.meta["source"] = item["source"]
+        nodes[item["name"]] = node
+    graph.lint()
+    return fx.GraphModule(root, graph)
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
+    kind = type(module).__name__
+    described: dict[str, Any] = {"type": kind}
+    for name in MODULES[kind][1]:
+        value = getattr(module, name)
+        # Constructors take flags where modules keep tensors.
+        described[name] = value is not None if name == "bias" else list(value) if isinstance(value, tuple) else value
+    return described
+
+
+def _made(described: dict[str, Any]) -> nn.Module:
+    """The module of a description, its weights not yet filled in."""
+    kind, names = MODULES[described["type"]]
+    arguments = {name: described[name] for name in names}
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    with torch.device("cpu"):
+        # Initialising values that are overwritten would be wasted work.
+        module: nn.Module = nn.utils.skip_init(kind, **arguments)  # type: ignore[no-untyped-call]
+    return module.requires_grad_(False)
+
+
+def _plain(value: Any) -> Any:
+    """An argument of a node as JSON."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.layout):
+        return {"layout": str(value).removeprefix("torch.")}
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UnsupportedError(f"an operator takes {value!r}, which a graph cannot hold", "")
+
+
+def _restored(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_restored(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "device":
+        return torch.device(content)
+    return float(content) if kind == "float" else getattr(torch, content)
+
+
+def calls(graph: Graph, name: str) -> Iterator[fx.Node]:
+    """The nodes that call layer `name`."""
+    return (node for node in graph.nodes if node.op == "call_module" and str(node.target) == name)
+
+
+def macs(graph: Graph) -> dict[str, int]:
+    """Multiplications of each layer for one input: its output's numbers times its weight's columns."""
+    shapes = graph.shapes()
+    found: dict[str, int] = {}
+    for site in graph.sites():
+        made = sum(math.prod(shapes[node.name]) for node in calls(graph, site.name))
+        found[site.name] = made * site.columns
+    return found
+
+
+__all__ = ["MODULES", "Builder", "Facts", "Graph", "calls", "function", "is_graph", "macs", "operation", "where"]

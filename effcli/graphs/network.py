@@ -1,0 +1,234 @@
+"""A network read as a graph on its way through a run: swept whole, measured on images or other inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from effcli import importers, samples
+from effcli.contract import Needs
+from effcli.errors import CheckpointError, DataError, writing
+from effcli.graphs import executor, timing
+from effcli.graphs import plan as graphplan
+from effcli.graphs import verify as graphverify
+from effcli.graphs.graph import Facts, Graph
+from effcli.graphs.integer import IntegerNetwork, is_integer
+from effcli.graphs.sweep import graph_sweep
+from effcli.inputs.classify import Scores
+from effcli.inputs.images import Inputs, open_inputs
+from effcli.inputs.preprocess import Preprocess
+from effcli.plan import Plan
+from effcli.recipe import Evaluate, PassStep, Recipe
+from effcli.reports import card
+from effcli.reports.report import Exported, Latency, Quality
+from effcli.subject import Measured
+from effcli.swept import Progress, Swept
+
+# Files beside a model that are its own data.
+CALIBRATION = "calibration.npz"
+EVALUATION = "evaluation.npz"
+
+_BATCH = 64
+
+
+class GraphNetwork:
+    """See `effcli.subject.Subject`."""
+
+    def __init__(self, recipe: Recipe, source: str | Path) -> None:
+        self.recipe = recipe.for_graph()
+        self.source = Path(source)
+        self.graph = importers.read(
+            source,
+            weights=Path(recipe.weights).expanduser() if recipe.weights is not None else None,
+            shape=recipe.shape,
+            preprocess=recipe.preprocess,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        self._calibration: Inputs | None = None
+        self._yardstick: Yardstick | None = None
+        self._work: Path | None = None
+
+    @property
+    def base(self) -> Path:
+        assert self._work is not None
+        return self._work / "checkpoint-0"
+
+    @property
+    def request(self) -> list[tuple[str, int, int]]:
+        digest = hashlib.sha256(repr(self.graph.facts).encode())
+        for name, tensor in self.graph.module.state_dict().items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        return [(digest.hexdigest(), 0, 0)]
+
+    def plan(self) -> Plan:
+        return graphplan.make(self.recipe, self.graph)
+
+    def calibrate(self) -> tuple[str, ...]:
+        if all(step.config.needs is Needs.NOTHING for step in self.recipe.passes):
+            return ()
+        wanted = self.recipe.calibration
+        data = wanted.data or _beside(self.source, CALIBRATION)
+        if data is None:
+            raise DataError(
+                f"{self.recipe.model} brings no calibration inputs", "give them: --calib DATA (npz, folder, parquet)"
+            )
+        facts = self.graph.facts
+        self._calibration = open_inputs(data, facts.shape, facts.preprocess, samples=wanted.samples)
+        return self._calibration.remarks
+
+    def open(self, work: Path) -> None:
+        self._work = work
+        if not (self.base / "config.json").is_file():
+            with writing(self.base):
+                shutil.rmtree(self.base, ignore_errors=True)
+                self.base.mkdir()
+            self.graph.save(self.base)
+        self._yardstick = Yardstick.open(
+            self.graph, self.recipe.evaluate, self.source, self._calibration, self.recipe.calibration.data
+        )
+
+    def measure(self, checkpoint: Path, first: bool) -> Measured:
+        yardstick = self._yardstick
+        quality = yardstick.of(outputs_of(checkpoint), compare=not first) if yardstick is not None else None
+        remarks = yardstick.remarks if yardstick is not None and first else ()
+        latencies: tuple[Latency, ...] = ()
+        if first:
+            remarks = (*self.graph.facts.remarks, *remarks)
+        if self.recipe.evaluate.latency:
+            # Packed floating weights run in the same kernels as the input's: one export of them is enough.
+            latencies = timing.of_checkpoint(checkpoint, self.recipe.threads, onnx=first)
+            if first:
+                remarks += timing.remarks()
+        return Measured(quality, latencies=latencies, remarks=remarks)
+
+    def sweep(
+        self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
+    ) -> Swept:
+        if is_integer(source):
+            raise CheckpointError(
+                f"{step.name} follows a pass that made the network integer", "make that pass the last one"
+            )
+        batches = self._batches if step.config.needs is not Needs.NOTHING else None
+        return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress)
+
+    def _batches(self) -> Iterator[Tensor]:
+        assert self._calibration is not None
+        return (inputs for inputs, _ in self._calibration.batches(self.recipe.calibration.batch_size))
+
+    def verify(self, checkpoint: Path) -> str:
+        return graphverify.verify(checkpoint).line
+
+    def time_export(self, exported: Exported, folder: Path) -> Exported:
+        if exported.target != "onnx" or not self.recipe.evaluate.latency:
+            return exported
+        return exported.model_copy(update={"latencies": (timing.of_onnx(folder, self.recipe.threads),)})
+
+    def layout(self, checkpoint: Path) -> card.Layout:
+        return "graph"
+
+
+class Yardstick:
+    """What the checkpoints of one run are held against: the same inputs for all, and the original's outputs."""
+
+    def __init__(
+        self, original: Callable[[Tensor], Tensor] | None, inputs: Inputs, facts: Facts, *, labelled: bool = True
+    ) -> None:
+        """labelled: whether the labels of `inputs` count."""
+        self._original = original
+        self._labelled = labelled
+        self._inputs = inputs
+        self._names = inputs.names or facts.classes
+        self._shape = facts.shape
+        self._outputs: list[Tensor] = []
+        self.remarks = inputs.remarks
+
+    @staticmethod
+    def open(
+        graph: Graph, options: Evaluate, source: Path, calibration: Inputs | None, data: str | None
+    ) -> Yardstick | None:
+        """The inputs that `options` ask for; None where nothing is to be measured or there is nothing to measure on."""
+        facts = graph.facts
+        if options.images is False:
+            return None
+        wanted = options.images if isinstance(options.images, str) else _beside(source, EVALUATION)
+        if wanted is not None:
+            classes = _classes(graph)
+            inputs = open_inputs(wanted, facts.shape, facts.preprocess, classes=classes, samples=options.samples)
+            return Yardstick(graph.run, inputs, facts)
+        if calibration is None and data is not None:
+            calibration = open_inputs(data, facts.shape, facts.preprocess, samples=options.samples)
+        if calibration is None:
+            return None
+        # Accuracy on what a pass was calibrated on would flatter it.
+        yardstick = Yardstick(graph.run, calibration, facts, labelled=False)
+        yardstick.remarks = ("no evaluation data: only compared with the original, on the calibration inputs",)
+        return yardstick
+
+    def of(self, network: Callable[[Tensor], Tensor], compare: bool = True) -> Quality:
+        """The quality of a network given as a function of a batch of inputs (n, *shape), next to the original's."""
+        scores: Scores | None = None
+        for number, (inputs, labels) in enumerate(self._inputs.batches(_BATCH)):
+            if self._original is not None and number == len(self._outputs):
+                self._outputs.append(self._original(inputs))
+            outputs = network(inputs)
+            scores = scores or Scores(outputs.ndim == 2 and tuple(outputs.shape[1:]) != self._shape)
+            original = self._outputs[number] if self._original is not None and compare else None
+            scores.add(outputs, labels if self._labelled else None, original)
+        return Quality(classification=scores.result(self._names) if scores is not None else None)
+
+
+def evaluate(
+    model: str,
+    options: Evaluate,
+    *,
+    reference: str | None = None,
+    weights: Path | None = None,
+    preprocess: Preprocess | None = None,
+    trust_remote_code: bool = False,
+) -> Quality:
+    """Measure `model` on labelled inputs, all unless `options` say how many, and its agreement with `reference`."""
+    source = Path(samples.locate(model))
+    facts, network = _open(model, weights, trust_remote_code)
+    original = _open(reference, None, trust_remote_code)[1] if reference is not None else None
+    data = options.images if isinstance(options.images, str) else _beside(source, EVALUATION)
+    if data is None:
+        raise DataError(f"{model} brings no images to be measured on", "give labelled images with --images DATA")
+    count = options.samples if "samples" in options.model_fields_set else None
+    inputs = open_inputs(data, facts.shape, preprocess or facts.preprocess, samples=count, labelled=original is None)
+    return Yardstick(original, inputs, facts).of(network)
+
+
+def outputs_of(checkpoint: Path) -> Callable[[Tensor], Tensor]:
+    """A graph or an integer network as a function of a batch of inputs float32 (n, *shape)."""
+    if is_integer(checkpoint):
+        integer = IntegerNetwork.read(checkpoint)
+        return lambda inputs: torch.from_numpy(executor.run_float(integer, inputs.numpy()))
+    return Graph.read(checkpoint).run
+
+
+def _open(model: str, weights: Path | None, trust_remote_code: bool) -> tuple[Facts, Callable[[Tensor], Tensor]]:
+    source = samples.locate(model)
+    if isinstance(source, Path) and is_integer(source):
+        return IntegerNetwork.read(source).facts, outputs_of(source)
+    graph = importers.read(source, weights=weights, trust_remote_code=trust_remote_code)
+    return graph.facts, graph.run
+
+
+def _beside(source: Path, name: str) -> Path | None:
+    """The file `name` in the model's own directory, None when there is none."""
+    folder = source if source.is_dir() else source.parent
+    return folder / name if (folder / name).is_file() else None
+
+
+def _classes(graph: Graph) -> int | None:
+    """How many classes the network tells apart, None when its output is no vector of logits."""
+    shape = graph.shapes()[graph.output.name]
+    return shape[0] if len(shape) == 1 and shape != graph.facts.shape else None
+
+
+__all__ = ["GraphNetwork", "Yardstick", "evaluate", "outputs_of"]

@@ -1,0 +1,179 @@
+"""What a recipe would do to a network read as a graph, and what such a network consists of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from effcli import importers
+from effcli.contract import Needs, Scope
+from effcli.formats import Affine
+from effcli.graphs.graph import Facts, Graph, macs
+from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
+from effcli.plan import BASE_MEMORY, Inspection, Plan, Row
+from effcli.recipe import Recipe
+from effcli.reports.human import size
+from effcli.selection import Choice, choose_graph
+from effcli.sites import LayerSite
+
+_FLOAT = 4
+
+
+def make(recipe: Recipe, graph: Graph) -> Plan:
+    """The plan of a recipe, its defaults filled in; raises what a run would raise over its patterns and sizes."""
+    formats = {name: weight.format for name, weight in graph.stored.items()}
+    before = _total(graph, formats)
+    work = macs(graph)
+    rows: list[Row] = []
+    remarks: list[str] = []
+    operations = 0.0
+    for number, step in enumerate(recipe.passes):
+        name = f"{number + 1}. {step.name}" if len(recipe.passes) > 1 else ""
+        choices = choose_graph(graph, step)
+        kept: dict[str, list[str]] = {}
+        for choice in choices.values():
+            format = getattr(choice.config, "format", None)
+            if isinstance(format, Affine):
+                formats[choice.site.name] = format
+            status = "keep" if choice.config is None else "change" if format is None else "compress"
+            rows.append(_row(choice.site, formats, name, status, choice.reason))
+            if choice.reason:
+                kept.setdefault(choice.reason, []).append(choice.site.name)
+        for reason, names in kept.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
+        if step.config.needs is not Needs.NOTHING:
+            operations += 2.0 * recipe.calibration.samples * _forward_and_gram(choices, work, step.config.scope)
+    after, memory = _total(graph, formats), _memory(graph, recipe)
+    first = [
+        f"weights: {size(before)} before, {size(after)} after ({before / max(after, 1):.2f} times smaller)",
+        f"memory: about {size(memory)} at the peak",
+    ]
+    if operations:
+        first.append(f"arithmetic: {operations / 1e9:.1f} GFLOP of forwards and Gram matrices, then the searches")
+    return Plan(
+        model=recipe.model,
+        rows=tuple(rows),
+        remarks=(*first, *remarks),
+        weights=graph.weights(),
+        input_bytes=before,
+        output_bytes=after,
+        memory_bytes=memory,
+        operations=operations,
+    )
+
+
+def inspect(model: str, source: str | Path, weights: Path | None = None, trust_remote_code: bool = False) -> Inspection:
+    """What a network consists of that is or becomes a graph; `source` is where `model` was found."""
+    if isinstance(source, Path) and is_integer(source):
+        return _inspect_integer(model, IntegerNetwork.read(source))
+    graph = importers.read(source, weights=weights, trust_remote_code=trust_remote_code)
+    formats = {name: weight.format for name, weight in graph.stored.items()}
+    work = macs(graph)
+    rows = [_row(site, formats).model_copy(update={"macs": work[site.name]}) for site in graph.sites()]
+    what = f"{graph.facts.origin}: {graph.weights():,} weights"
+    return _inspection(model, rows, what, graph.facts, _total(graph, formats), graph.weights())
+
+
+def _inspect_integer(model: str, network: IntegerNetwork) -> Inspection:
+    rows = []
+    for step in network.program.steps:
+        if isinstance(step, Weighted):
+            weight = network.array(step, "weight")
+            outputs = math.prod(network.program.values[step.output].shape)
+            rows.append(
+                Row(
+                    name=step.layer,
+                    kind="linear" if isinstance(step, Linear) else "conv",
+                    shape=(len(weight), weight[0].size),
+                    format=f"int{step.weight_bits} integer",
+                    bits_per_weight=step.weight_bits,
+                    nbytes=math.ceil(weight.size * step.weight_bits / 8),
+                    macs=outputs * weight[0].size,
+                )
+            )
+    count = sum(math.prod(row.shape) for row in rows)
+    what = f"integer network of {len(network.program.steps)} operations: {count:,} weights"
+    return _inspection(model, rows, what, network.facts, sum(row.nbytes for row in rows), count)
+
+
+def _inspection(model: str, rows: list[Row], what: str, facts: Facts, nbytes: int, count: int) -> Inspection:
+    work, shape = sum(row.macs or 0 for row in rows), " x ".join(map(str, facts.shape))
+    bits = 8 * nbytes / max(count, 1)
+    remarks = (
+        f"{what}, {work:,} multiplications for an input of {shape}",
+        f"{size(nbytes)} of weights, {bits:.2f} bits per weight",
+    )
+    return Inspection(
+        model=model, rows=tuple(rows), remarks=remarks, nbytes=nbytes, weights=count, bits_per_weight=bits
+    )
+
+
+def _row(site: LayerSite, formats: Mapping[str, Affine], step: str = "", status: str = "", reason: str = "") -> Row:
+    format = formats.get(site.name)
+    nbytes = _nbytes(site, format)
+    return Row(
+        step=step,
+        name=site.name,
+        kind=site.kind,
+        shape=site.shape,
+        format=str(format) if format else "float32",
+        bits_per_weight=8 * nbytes / max(site.rows * site.columns, 1),
+        nbytes=nbytes,
+        status=status,
+        reason=reason,
+    )
+
+
+def _nbytes(site: LayerSite, format: Affine | None) -> int:
+    return format.nbytes(site.shape, _FLOAT) if format else site.rows * site.columns * _FLOAT
+
+
+def _total(graph: Graph, formats: Mapping[str, Affine]) -> int:
+    """Bytes of all weights; what belongs to no layer stays as it is."""
+    sites = graph.sites()
+    others = graph.weights() - sum(site.rows * site.columns for site in sites)
+    return others * _FLOAT + sum(_nbytes(site, formats.get(site.name)) for site in sites)
+
+
+def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], scope: Scope) -> float:
+    """Multiplications of one input's forward, and of the Gram matrices of its patches for passes over layers."""
+    total = float(sum(work.values()))
+    if scope is not Scope.GRAPH:
+        for choice in choices.values():
+            site = choice.site
+            # As many patches as the layer computes outputs of one channel.
+            patches = work[site.name] / max(site.rows * site.columns, 1)
+            total += patches * site.groups * site.columns**2
+    return total
+
+
+def _memory(graph: Graph, recipe: Recipe) -> int:
+    """Twice the weights, and for a batch the tensors alive at the busiest node, with a copy of the largest."""
+    live, peak = _live_numbers(graph)
+    whole = any(step.config.needs is Needs.REFERENCE for step in recipe.passes)
+    whole |= recipe.calibration.inputs == "compressed"
+    count = recipe.calibration.samples if whole else recipe.calibration.batch_size
+    needed = any(step.config.needs is not Needs.NOTHING for step in recipe.passes)
+    activations = count * (2 * live + peak) * _FLOAT if needed else 0
+    return BASE_MEMORY + 2 * graph.weights() * _FLOAT + activations
+
+
+def _live_numbers(graph: Graph) -> tuple[int, int]:
+    """Numbers alive at once at the busiest node for one input, and those of the largest tensor."""
+    shapes = {name: math.prod(shape) for name, shape in graph.shapes().items()}
+    nodes = graph.nodes
+    last = {user: index for index, node in enumerate(nodes) for user in node.all_input_nodes}
+    alive: dict[str, int] = {}
+    most = 0
+    for index, node in enumerate(nodes):
+        alive[node.name] = shapes.get(node.name, 0)
+        most = max(most, sum(alive.values()))
+        for used in node.all_input_nodes:
+            if last.get(used) == index:
+                alive.pop(used.name, None)
+    return most, max(shapes.values(), default=0)
+
+
+__all__ = ["inspect", "make"]

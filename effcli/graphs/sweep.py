@@ -1,0 +1,525 @@
+"""One pass over a network read as a graph: observe in one forward, compress layer by layer, write.
+
+What `sweep` is to language models. A graph is small enough to be in memory whole; its activations are not, so that the
+inputs are seen batch by batch, as sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from effcli import passes
+from effcli.contract import Group, Layer, Needs, Observed, Outcome, PassConfig, Scope
+from effcli.errors import DataError
+from effcli.formats import Affine, AffineWeight, Dense
+from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
+from effcli.graphs.graph import Graph, calls, where
+from effcli.graphs.integer import IntegerNetwork, Weighted
+from effcli.graphs.patches import geometry, patches
+from effcli.graphs.walk import Walk, stream
+from effcli.observers import Gram, GroupedGram
+from effcli.reports.report import LedgerRow
+from effcli.selection import Choice, choose_graph
+from effcli.sites import LayerSite
+from effcli.swept import Progress, Swept, check_tensor, dense_row, histogram, worst
+
+if TYPE_CHECKING:
+    from effcli.recipe import PassStep
+
+Batches = Callable[[], Iterator[Tensor]]
+# The Gram matrices of a layer's inputs, one for each group of a convolution.
+Seen = tuple[Gram, ...]
+
+
+def graph_sweep(
+    source: Path,
+    target: Path,
+    step: PassStep,
+    batches: Batches | None = None,
+    inputs: Literal["original", "compressed"] = "original",
+    reference: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Swept:
+    """Carry out `step` on the graph in `source` and write a checkpoint into `target`, a directory that exists.
+
+    batches: the calibration inputs, float32 (n, *shape), anew on each call; inputs: whether a layer sees what the
+    original layers before it return or, walking all batches through the graph node by node, the compressed ones;
+    reference: the checkpoint before weights were first compressed, for passes that compare with it. The target is a
+    graph, or an integer network where the pass makes one.
+    """
+    module = passes.load(step.name)
+    graph = Graph.read(source)
+    for name, tensor in graph.module.state_dict().items():
+        check_tensor(tensor, name)
+    choices = choose_graph(graph, step)
+    if step.config.needs is Needs.NOTHING:
+        batches = None
+    elif batches is None:
+        raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
+    if step.config.scope is Scope.GRAPH:
+        swept = _transform(graph, target, step, module, choices, batches, reference)
+        progress(len(choices), len(choices))
+        return swept
+    work = _GraphWork(graph, module, choices, progress)
+    if batches is None:
+        for name in work.taken:
+            work.compress(name, None)
+    else:
+        seen = work.observe(batches()) if inputs == "original" or step.config.scope is Scope.GROUP else {}
+        if step.config.scope is Scope.GROUP:
+            seen = work.scale(seen)
+        if inputs == "original":
+            for name in work.taken:
+                work.compress(name, seen.pop(name))
+        else:
+            seen.clear()
+            work.walk(batches())
+    graph.save(target)
+    return work.finish()
+
+
+class _GraphWork:
+    """Compresses the layers of one graph, in place, and writes the ledger."""
+
+    def __init__(
+        self, graph: Graph, module: ModuleType, choices: Mapping[str, Choice], progress: Progress = lambda *_: None
+    ) -> None:
+        self.graph = graph
+        self.module = module
+        self.choices = choices
+        self.progress = progress
+        self.costs = _Costs(graph)
+        self.rows: dict[str, LedgerRow] = {}
+        self.swept = Swept()
+        # Factors of scaled layers, so that errors are told of the weights as they were: (out,) of rows, (out, in).
+        self.divided: dict[str, Tensor] = {}
+        self.multiplied: dict[str, Tensor] = {}
+        self.explicit: dict[str, Tensor] = {}
+        self.notes: dict[str, dict[str, Any]] = {}
+        self.reasons: dict[str, list[str]] = {}
+        # Layers that see the same patches, by the first of them that is compressed.
+        self.sharing: dict[tuple[object, ...], list[str]] = {}
+        for name in choices:
+            self.sharing.setdefault(self._view(name), []).append(name)
+
+    @property
+    def taken(self) -> list[str]:
+        return [name for name, choice in self.choices.items() if choice.config is not None]
+
+    def _view(self, name: str) -> tuple[object, ...]:
+        """What a layer sees: the node that it reads and the patches it takes; a layer called twice sees its own."""
+        nodes = list(calls(self.graph, name))
+        return (nodes[0].args[0], *geometry(self.graph.layer(name))) if len(nodes) == 1 else (name,)
+
+    def observe(self, batches: Iterable[Tensor]) -> dict[str, Seen]:
+        """Sum up the inputs of every chosen layer in one forward over the batches."""
+        members = [[name for name in names if name in set(self.taken)] for names in self.sharing.values()]
+        sums = {names[0]: self._sums(names[0]) for names in members if names}
+
+        def look(node: fx.Node, inputs: Any, value: Any) -> None:
+            name = str(node.target)
+            if node.op == "call_module" and name in sums:
+                self._add(sums[name], name, inputs)
+
+        stream(self.graph, batches, look)
+        each = {name: self._checked(found, name) for name, found in sums.items()}
+        return {name: each[names[0]] for names in members for name in names}
+
+    def walk(self, batches: Iterable[Tensor]) -> None:
+        """Compress each layer with the inputs that the compressed layers before it lead to."""
+        latest: tuple[tuple[object, ...], Seen] | None = None
+        done: set[str] = set()
+        taken = set(self.taken)
+        walk = Walk(self.graph, batches)
+        for node in walk:
+            name = str(node.target)
+            if node.op != "call_module" or name not in taken or name in done:
+                continue
+            view = self._view(name)
+            if latest is None or latest[0] != view:
+                sums = self._sums(name)
+                for value in walk.inputs(node):
+                    self._add(sums, name, value)
+                latest = view, self._checked(sums, name)
+            if len(list(calls(self.graph, name))) > 1:
+                self.reasons.setdefault(name, []).append("it runs more than once; its inputs were those of the first")
+            self.compress(name, latest[1])
+            done.add(name)
+
+    def _sums(self, name: str) -> GroupedGram:
+        site = self.choices[name].site
+        return GroupedGram(site.groups, site.columns)
+
+    def _add(self, sums: GroupedGram, name: str, inputs: Tensor) -> None:
+        for part in patches(self.graph.layer(name), inputs):
+            sums.add(part)
+
+    def _checked(self, sums: GroupedGram, name: str) -> Seen:
+        if not sums.tokens:
+            raise DataError(f"no calibration input reached {name}", "give calibration data that is not empty")
+        found = sums.each()
+        for gram in found:
+            gram.check_finite(name)
+        return found
+
+    def scale(self, seen: Mapping[str, Seen]) -> dict[str, Seen]:
+        """Find a scale for every shared input and fold it, or say why not; returns what the scaled layers see."""
+        behind = {name: link for link in links(self.graph) for name in link.consumers}
+        scaled = dict(seen)
+        for members in self.sharing.values():
+            chosen = [name for name in members if name in seen]
+            if chosen:
+                self._scale_group(chosen, members, behind.get(chosen[0]), scaled)
+        return scaled
+
+    def _scale_group(self, chosen: list[str], members: list[str], link: Link | None, seen: dict[str, Seen]) -> None:
+        configs: tuple[Any, ...] = tuple(self.choices[name].config for name in chosen)
+        reason = self._obstacle(chosen, members, link)
+        grouped = any(self.choices[name].site.groups > 1 for name in chosen)
+        explicit = bool(reason) and not grouped and any(config.without_pair == "explicit" for config in configs)
+        if reason and not explicit:
+            self._explain(chosen, f"unscaled: {reason}")
+            return
+        layers = tuple(self._layer(name) for name in chosen)
+        channel = None if reason or link is None else link.consumers[chosen[0]]
+        channel = torch.arange(self._inputs(chosen[0])) if channel is None else channel
+        group = Group(layers, column_factors(self.graph, chosen[0], channel)[0])
+        scale, notes = self.module.scale(configs, group, seen[chosen[0]][0])
+        if bool((scale == 1).all()):
+            self._note(chosen, notes)
+            return
+        factor = _first_of_each(scale, column_factors(self.graph, chosen[0], torch.arange(len(channel)))[0])
+        for name in chosen:
+            multiply_inputs(self.graph, name, factor)
+            self.multiplied[name] = column_factors(self.graph, name, factor)
+            seen[name] = tuple(gram.rescaled(scale) for gram in seen[name])
+        if explicit or link is None:
+            self.explicit.update(dict.fromkeys(chosen, scale))
+            self._explain(chosen, f"its scale stays explicit on its input: {reason}")
+            self._note(chosen, notes)
+            return
+        outputs = torch.ones(link.channels).index_copy_(0, channel, factor)
+        divide_outputs(self.graph, link.producer, outputs)
+        self.divided[link.producer] = outputs
+        self._note(chosen, {**notes, "folded_into": link.producer})
+
+    def _obstacle(self, chosen: Sequence[str], members: Sequence[str], link: Link | None) -> str:
+        """Why no module may take in a scale of the inputs of `chosen`; empty when one may."""
+        if any(self.choices[name].site.groups > 1 for name in chosen):
+            return "it is a grouped convolution"
+        left_out = next((name for name in members if name not in chosen), None)
+        if left_out is not None:
+            return f"{left_out} reads the same input and is left alone"
+        if link is None:
+            (node,) = list(calls(self.graph, chosen[0]))[:1]
+            return f"no layer's output channels are its inputs, which come from {where(node.all_input_nodes[0])}"
+        if link.reason or link.clipped:
+            return link.reason or f"{where(link.clipped[0])} stands between and clips"
+        other = next((name for name in link.consumers if name not in members), None)
+        if other is not None:
+            return f"{other} reads the same channels in another way"
+        if link.producer in self.choices and self.choices[link.producer].config is None:
+            return f"{link.producer}, which produces its input, is left alone"
+        return ""
+
+    def _inputs(self, name: str) -> int:
+        module = self.graph.layer(name)
+        return module.in_features if isinstance(module, nn.Linear) else int(module.in_channels)  # type: ignore[arg-type]
+
+    def _explain(self, names: Iterable[str], reason: str) -> None:
+        for name in names:
+            self.reasons.setdefault(name, []).append(reason)
+
+    def _note(self, names: Iterable[str], notes: Mapping[str, Any]) -> None:
+        for name in names:
+            self.notes.setdefault(name, {}).update(notes)
+
+    def _layer(self, name: str) -> Layer:
+        site = self.choices[name].site
+        weight: Tensor = self.graph.layer(name).weight  # type: ignore[assignment]
+        return Layer(name, site.kind, site.view(weight.detach()).clone(), torch.float32)
+
+    def compress(self, name: str, seen: Seen | None) -> None:
+        """Hand one layer to the pass and put the outcome into the graph and the ledger."""
+        self.progress(len(self.rows), len(self.taken))
+        config = self.choices[name].config
+        assert config is not None
+        layer = self._layer(name)
+        outcome = _apply(self.module, config, layer, seen)
+        weight = outcome.weight
+        restored = weight.dequantize(torch.float32) if isinstance(weight, AffineWeight) else weight.float()
+        if name in self.explicit:
+            scale = self.explicit[name]
+            weight = (
+                dataclasses.replace(weight, input_scale=scale) if isinstance(weight, AffineWeight) else restored / scale
+            )
+        self.graph.set_weight(name, weight)
+        site = self.choices[name].site
+        rows = self.divided.get(name, torch.ones(site.rows)).unsqueeze(1)
+        columns = self.multiplied.get(name, torch.ones(1, 1))
+        # Seen from the layer as it was: its rows undivided; its columns are scaled in `seen` as they are here.
+        difference, original = (restored - layer.weight) * rows, layer.weight * rows
+        nbytes, format = _stored(weight)
+        self.rows[name] = LedgerRow(
+            name=name,
+            kind=site.kind,
+            shape=site.shape,
+            format=format,
+            bits_per_weight=8 * nbytes / (site.rows * site.columns),
+            nbytes=nbytes,
+            status="compressed" if isinstance(weight, AffineWeight) else "changed",
+            reason="; ".join(self.reasons.get(name, ())),
+            weight_error=_ratio(
+                float((difference / columns).square().sum()), float((original / columns).square().sum())
+            ),
+            output_error=None if seen is None else _ratio(_energy(seen, difference), _energy(seen, original)),
+            macs=self.costs.macs[name],
+            parameters=self.costs.parameters(name),
+            notes={**self.notes.get(name, {}), **outcome.notes},
+        )
+        before = original / columns
+        self.swept.histograms.append(histogram(name, before, before + difference / columns))
+
+    def finish(self) -> Swept:
+        """The ledger of all layers in their order, then what else holds many numbers."""
+        for name, choice in self.choices.items():
+            self.swept.ledger.append(self.rows.get(name) or _kept(self.graph, choice.site, self.costs, choice.reason))
+        self.swept.ledger += _tables(self.graph)
+        self.swept.histograms = worst(self.swept)
+        self.progress(len(self.taken), len(self.taken))
+        return self.swept
+
+
+class _Costs:
+    """What the layers of a graph cost. macs: multiplications per input, by layer, over all its calls."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        shapes = graph.shapes()
+        self.macs: dict[str, int] = {}
+        for site in graph.sites():
+            total = 0
+            for node in calls(graph, site.name):
+                shape = shapes[node.name]
+                positions = math.prod(shape[1:]) if site.kind == "conv" else math.prod(shape[:-1])
+                total += site.rows * site.columns * positions
+            self.macs[site.name] = total
+
+    def parameters(self, name: str) -> int:
+        return sum(parameter.numel() for parameter in self.graph.layer(name).parameters())
+
+
+def _apply(module: ModuleType, config: PassConfig, layer: Layer, seen: Seen | None) -> Outcome:
+    """The outcome for one layer; of a grouped convolution whose inputs were seen, group by group."""
+    outcome: Outcome
+    if seen is None or len(seen) == 1:
+        outcome = module.apply(config, layer, None if seen is None else seen[0])
+    elif hasattr(module, "apply_groups"):
+        outcome = module.apply_groups(config, layer, seen)
+    else:
+        parts = layer.weight.chunk(len(seen))
+        layers = [dataclasses.replace(layer, weight=part) for part in parts]
+        outcome = join([module.apply(config, part, gram) for part, gram in zip(layers, seen, strict=True)])
+    return outcome
+
+
+def join(outcomes: Sequence[Outcome]) -> Outcome:
+    """One outcome of the groups of a convolution, whose rows follow one another.
+
+    A scale per tensor becomes one per channel, since each group has its own. Notes that are numbers are averaged, of
+    the others those are kept that all groups agree on.
+    """
+    notes: dict[str, Any] = {}
+    for key in outcomes[0].notes:
+        values = [outcome.notes.get(key) for outcome in outcomes]
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if len(numbers) == len(values):
+            notes[key] = sum(numbers) / len(numbers)
+        elif all(value == values[0] for value in values):
+            notes[key] = values[0]
+    weights = [outcome.weight for outcome in outcomes]
+    packed = [weight for weight in weights if isinstance(weight, AffineWeight)]
+    if len(packed) < len(weights):
+        dense = [weight.dequantize(torch.float32) if isinstance(weight, AffineWeight) else weight for weight in weights]
+        return Outcome(torch.cat(dense), notes)
+    if packed[0].format.strategy == "tensor":
+        packed = [_per_channel(weight) for weight in packed]
+    zeros = [weight.zero for weight in packed if weight.zero is not None]
+    joined = AffineWeight(
+        packed[0].format,
+        torch.cat([weight.codes for weight in packed]),
+        torch.cat([weight.scale for weight in packed]),
+        torch.cat(zeros) if zeros else None,
+    )
+    return Outcome(joined, notes)
+
+
+def _per_channel(weight: AffineWeight) -> AffineWeight:
+    """The same numbers with the tensor's scale repeated for every channel."""
+    rows = weight.codes.shape[0]
+    format = Affine(weight.format.bits, "channel", 0, weight.format.symmetric)
+    zero = None if weight.zero is None else weight.zero.expand(rows, 1)
+    return AffineWeight(format, weight.codes, weight.scale.expand(rows, 1), zero)
+
+
+def _transform(
+    graph: Graph,
+    target: Path,
+    step: PassStep,
+    module: ModuleType,
+    choices: Mapping[str, Choice],
+    batches: Batches | None,
+    reference: Path | None,
+) -> Swept:
+    """Carry out a pass that takes the graph as a whole."""
+    before = {name: _dense(graph, choice.site).clone() for name, choice in choices.items()}
+    chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
+    compared = Graph.read(reference) if reference is not None and step.config.needs is Needs.REFERENCE else None
+    observed = Observed(reference=compared, chosen=chosen)
+    if batches is not None:
+        observed = dataclasses.replace(observed, batches=batches)
+    costs = _Costs(graph)
+    normed = {name for name in choices if _beside_batch_norm(graph, name)}
+    made = module.transform(step.config, graph, observed)
+    network: Graph | IntegerNetwork = made.network
+    network.save(target)
+    swept = Swept(remarks=list(made.remarks), activations=list(made.activations))
+    if isinstance(network, IntegerNetwork):
+        rounded = {name: None if name in normed else weight for name, weight in before.items()}
+        swept.ledger = _integer_rows(network, rounded, choices, costs, made.notes, swept)
+    else:
+        costs = _Costs(network)
+        for name, choice in choices.items():
+            row = _kept(network, choice.site, costs, choice.reason)
+            if name in made.notes:
+                row = row.model_copy(update={"status": "changed", "reason": "", "notes": dict(made.notes[name])})
+                swept.histograms.append(histogram(name, before[name], _dense(network, choice.site)))
+            swept.ledger.append(row)
+        swept.ledger += _tables(network)
+    swept.histograms = worst(swept)
+    return swept
+
+
+def _integer_rows(
+    network: IntegerNetwork,
+    before: Mapping[str, Tensor | None],
+    choices: Mapping[str, Choice],
+    costs: _Costs,
+    notes: Mapping[str, dict[str, Any]],
+    swept: Swept,
+) -> list[LedgerRow]:
+    """The ledger of an integer network: the layers with what they are stored as, and their error.
+
+    before: the weights (out, in) that were rounded, None where a batch norm was folded into them on the way.
+    """
+    steps = {step.layer: step for step in reversed(network.program.steps) if isinstance(step, Weighted)}
+    rows = []
+    for name, choice in choices.items():
+        if name not in steps:
+            continue
+        step, site, weight = steps[name], choice.site, before[name]
+        nbytes = site.rows * (
+            math.ceil(site.columns * step.weight_bits / 32) * 4 if step.weight_bits < 8 else site.columns
+        )
+        nbytes += network.array(step, "multiplier").nbytes + network.array(step, "shift").nbytes
+        error = None
+        if weight is not None:
+            restored = _restored(network, step)
+            error = _ratio(float((restored - weight).square().sum()), float(weight.square().sum()))
+            swept.histograms.append(histogram(name, weight, restored))
+        rows.append(
+            LedgerRow(
+                name=name,
+                kind=site.kind,
+                shape=site.shape,
+                format=f"int{step.weight_bits} channel sym",
+                bits_per_weight=8 * nbytes / (site.rows * site.columns),
+                nbytes=nbytes,
+                status="compressed",
+                weight_error=error,
+                macs=costs.macs[name],
+                parameters=costs.parameters(name),
+                notes=dict(notes.get(name, {})),
+            )
+        )
+    return rows
+
+
+def _beside_batch_norm(graph: Graph, name: str) -> bool:
+    """Whether a batch norm reads layer `name` or is read by it."""
+    beside = [other for node in calls(graph, name) for other in (*node.users, *node.all_input_nodes)]
+    return any(isinstance(graph.module_of(node), nn.BatchNorm1d | nn.BatchNorm2d) for node in beside)
+
+
+def _restored(network: IntegerNetwork, step: Weighted) -> Tensor:
+    """The weight (out, in) of a step's integers: code · multiplier / 2^shift · output scale / input scale."""
+    codes = torch.from_numpy(network.array(step, "weight").reshape(len(network.array(step, "bias")), -1))
+    ratio = network.array(step, "multiplier").astype("float64") / 2.0 ** network.array(step, "shift")
+    values = network.program.values
+    scale = torch.from_numpy(ratio) * values[step.output].scale / values[step.inputs[0]].scale
+    return (codes.double() * scale.unsqueeze(1)).float()
+
+
+def _dense(graph: Graph, site: LayerSite) -> Tensor:
+    weight: Tensor = graph.layer(site.name).weight  # type: ignore[assignment]
+    return weight.detach().reshape(site.shape)
+
+
+def _stored(weight: AffineWeight | Tensor) -> tuple[int, str]:
+    """Bytes of a weight on disk, and its format."""
+    if isinstance(weight, AffineWeight):
+        return sum(tensor.nbytes for tensor in weight.pack().values()), str(weight.format)
+    return weight.nbytes, str(Dense(weight.dtype))
+
+
+def _kept(graph: Graph, site: LayerSite, costs: _Costs, reason: str) -> LedgerRow:
+    """The ledger's line for a layer as it stands in the graph."""
+    nbytes, format = _stored(graph.stored.get(site.name, _dense(graph, site)))
+    return LedgerRow(
+        name=site.name,
+        kind=site.kind,
+        shape=site.shape,
+        format=format,
+        bits_per_weight=8 * nbytes / (site.rows * site.columns),
+        nbytes=nbytes,
+        status="kept",
+        reason=reason,
+        macs=costs.macs[site.name],
+        parameters=costs.parameters(site.name),
+    )
+
+
+def _tables(graph: Graph) -> list[LedgerRow]:
+    """Matrices that are no layer: embeddings, and parameters that operators read."""
+    layers = {site.parameter for site in graph.sites()}
+    reason = "an embedding or a matrix that is no layer"
+    return [
+        dense_row(key, "embedding", tuple(value.shape), value.dtype, reason)
+        for key, value in graph.module.named_parameters()
+        if key not in layers and value.ndim > 1
+    ]
+
+
+def _first_of_each(values: Tensor, index: Tensor) -> Tensor:
+    """values (in,) that are equal where index int64 (in,) is, by index."""
+    return values.new_ones(int(index.max()) + 1).index_copy_(0, index, values)
+
+
+def _energy(seen: Seen, difference: Tensor) -> float:
+    """Mean squared norm of D x over the calibration tokens, D (out, in) with one group of rows for each of `seen`."""
+    return sum(gram.output_energy(part) for gram, part in zip(seen, difference.chunk(len(seen)), strict=True))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+__all__ = ["graph_sweep", "join"]

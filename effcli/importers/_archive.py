@@ -1,0 +1,241 @@
+"""The files of `torch.export.save`, read as what they are: JSON and plain bytes in a zip archive.
+
+`torch.export.load` is not used: it unpickles without restraint whatever the file says is pickled (example inputs,
+custom objects, tensor subclasses), and evaluates the file's symbolic expressions as Python. Here nothing of the file
+is executed: pickled tensors are refused, the example inputs are not read, and a size is a number or unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from effcli.errors import CheckpointError, UnsupportedError
+from effcli.graphs.graph import function
+from effcli.importers._trace import Input, Trace, assemble, source
+
+SCHEMA_MAJOR = 8
+_REMEDY = "export the network again with torch.export.save"
+_DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    12: torch.bool,
+    13: torch.bfloat16,
+}
+_LAYOUTS = {7: torch.strided}
+_MEMORY_FORMATS = {
+    1: torch.contiguous_format,
+    2: torch.channels_last,
+    3: torch.channels_last_3d,
+    4: torch.preserve_format,
+}
+_PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings", "as_int_lists")
+# What a graph computes with sizes.
+_SIZES: dict[str, Callable[..., Any]] = {
+    f"{module}.{name}": getattr(owner, name)
+    for module, owner, names in (
+        ("_operator", operator, "add sub mul truediv floordiv mod neg pow eq ne lt le gt ge and_ or_ getitem"),
+        ("math", math, "ceil floor trunc"),
+        ("torch", torch, "sym_not sym_max sym_min sym_float sym_int sym_ite sym_sum"),
+    )
+    for name in names.split()
+}
+
+
+def read_archive(path: Path) -> Trace:
+    """Read a `.pt2` file. `CheckpointError` when it is none or damaged, `UnsupportedError` for what it may not hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Reader(path, archive).trace()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist", "give a .pt2 file") from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is truncated, or no exported graph: {error}", _REMEDY) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}", _REMEDY) from error
+    except (
+        KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError, EOFError
+    ) as error:  # fmt: skip
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}".splitlines()[0], _REMEDY) from error
+
+
+class _Reader:
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path, self.archive = path, archive
+        names = archive.namelist()
+        marks = [name for name in names if name.rpartition("/")[2] == "archive_format"]
+        if len(marks) != 1 or archive.read(marks[0]) != b"pt2":
+            raise CheckpointError(
+                f"{path} is no graph of torch.export.save from torch 2.8 or later; effcli does not execute pickles",
+                _REMEDY,
+            )
+        self.root = marks[0].removesuffix("archive_format")
+        models = [name for name in names if name.startswith(f"{self.root}models/") and name.endswith(".json")]
+        if len(models) != 1:
+            raise UnsupportedError(f"{path} holds {len(models)} graphs", "save one graph to a file")
+        self.model = models[0].rpartition("/")[2].removesuffix(".json")
+        self.nodes: dict[str, Any] = {}
+
+    def trace(self) -> Trace:
+        data = self.json(f"models/{self.model}.json")
+        major = data["schema_version"]["major"]
+        if major != SCHEMA_MAJOR:
+            raise CheckpointError(
+                f"{self.path} is of torch {data.get('torch_version')} with schema {major}, effcli reads {SCHEMA_MAJOR}",
+                "export the network again with torch 2.11 to 2.13",
+            )
+        described, signature = data["graph_module"]["graph"], data["graph_module"]["signature"]
+        graph = fx.Graph()
+        weights, inputs = self.inputs(graph, described, signature["input_specs"])
+        for item in described["nodes"]:
+            self.node(graph, item)
+        kinds = [next(iter(spec.items())) for spec in signature["output_specs"]]
+        changed = [
+            str(spec.get("buffer_name") or spec.get("user_input_name") or "state")
+            for kind, spec in kinds
+            if kind != "user_output"
+        ]
+        graph.output(tuple(self.argument(value) for value in described["outputs"]))
+        graph.lint()
+        return assemble(graph, weights, inputs, list(changed))
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.archive.read(self.root + name))
+
+    def inputs(
+        self, graph: fx.Graph, described: dict[str, Any], specs: list[dict[str, Any]]
+    ) -> tuple[dict[str, tuple[str, Tensor]], dict[str, Input | None]]:
+        """The weights, and what else the graph takes."""
+        stored = {
+            "parameter": ("weights", "parameter_name"),
+            "buffer": ("weights", "buffer_name"),
+            "tensor_constant": ("constants", "tensor_constant_name"),
+        }
+        payloads = {
+            kind: self.json(f"data/{kind}/{self.model}_{kind}_config.json")["config"]
+            for kind in ("weights", "constants")
+        }
+        weights: dict[str, tuple[str, Tensor]] = {}
+        inputs: dict[str, Input | None] = {}
+        for spec in specs:
+            ((kind, content),) = spec.items()
+            if kind == "constant_input":
+                continue
+            if kind not in (*stored, "user_input"):
+                raise UnsupportedError(f"{self.path} holds a {kind}, which is no tensor", _REMEDY)
+            # The argument of a user's input says what it is; a number or None has no name, and no placeholder.
+            argument = content["arg"] if kind in stored else next(iter(content["arg"].values()))
+            if not isinstance(argument, dict):
+                continue
+            node = self.nodes[argument["name"]] = graph.placeholder(argument["name"])
+            if kind in stored:
+                folder, key = stored[kind]
+                # A buffer that is not persistent stands among the constants.
+                folder = folder if content[key] in payloads[folder] else "constants"
+                weights[node.name] = content[key], self.tensor(folder, content[key], payloads[folder][content[key]])
+            else:
+                meta = described["tensor_values"].get(argument["name"])
+                sizes = tuple(size.get("as_int") for size in meta["sizes"]) if meta else ()
+                inputs[node.name] = (sizes, _DTYPES[meta["dtype"]]) if meta else None
+        return weights, inputs
+
+    def tensor(self, folder: str, name: str, payload: dict[str, Any]) -> Tensor:
+        if payload["use_pickle"]:
+            raise UnsupportedError(
+                f"{self.path} holds {name} as a pickle, and effcli does not execute pickles",
+                "make it a plain tensor before the export",
+            )
+        meta = payload["tensor_meta"]
+        sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
+        data = bytearray(self.archive.read(f"{self.root}data/{folder}/{payload['path_name']}"))
+        if not data:
+            return torch.zeros(sizes, dtype=_DTYPES[meta["dtype"]])
+        flat = torch.frombuffer(data, dtype=_DTYPES[meta["dtype"]])
+        return flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"]).contiguous()
+
+    def node(self, graph: fx.Graph, item: dict[str, Any]) -> None:
+        metadata = item["metadata"]
+        modules = metadata.get("nn_module_stack", "").rpartition(";")[2].split(",")[1:]
+        origin = source(metadata.get("stack_trace"), modules)
+        aten = item["target"].startswith("torch.ops.aten.")
+        if not aten and item["target"] not in _SIZES:
+            at = f" ({origin})" if origin else ""
+            raise UnsupportedError(
+                f"{item['target']}{at} is not an operator of aten", "replace it by plain tensor operations"
+            )
+        target = function(item["target"].removeprefix("torch.ops.")) if aten else _SIZES[item["target"]]
+        positional, keywords = [], {}
+        for entry in item["inputs"]:
+            if aten and entry.get("kind") != 1:
+                keywords[entry["name"]] = self.argument(entry["arg"])
+            else:
+                positional.append(self.argument(entry["arg"]))
+        names = [name for output in item["outputs"] for name in _names(output)]
+        several = len(names) != 1 or "as_tensors" in item["outputs"][0]
+        made = graph.create_node(
+            "call_function", target, tuple(positional), keywords, item.get("name") if several else names[0]
+        )
+        made.meta["source"] = origin
+        if not several:
+            self.nodes[names[0]] = made
+            return
+        for index, name in enumerate(names):
+            self.nodes[name] = graph.create_node("call_function", operator.getitem, (made, index), {}, name)
+            self.nodes[name].meta["source"] = origin
+
+    def argument(self, described: dict[str, Any]) -> Any:
+        """An argument of a node: a node, or a plain value."""
+        ((kind, value),) = described.items()
+        if kind in _PLAIN:
+            return value
+        if kind == "as_none":
+            return None
+        if kind == "as_float":
+            # Infinity and NaN are strings, as JSON has no numbers for them.
+            return float(value)
+        if kind in ("as_floats", "as_float_lists"):
+            return [self.argument({"as_floats" if isinstance(v, list) else "as_float": v}) for v in value]
+        if kind in ("as_tensor", "as_name"):
+            return self.nodes[value["name"] if isinstance(value, dict) else value]
+        if kind == "as_tensors":
+            return [self.nodes[item["name"]] for item in value]
+        if kind in ("as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"):
+            return self.argument(value)
+        if kind in ("as_sym_ints", "as_sym_floats", "as_sym_bools", "as_optional_tensors"):
+            return [self.argument(item) for item in value]
+        if kind == "as_scalar_type":
+            return _DTYPES[value]
+        if kind == "as_memory_format":
+            return _MEMORY_FORMATS[value]
+        if kind == "as_layout":
+            return _LAYOUTS[value]
+        if kind == "as_device":
+            return torch.device("cpu")
+        raise UnsupportedError(f"{self.path}: an operator takes {kind.removeprefix('as_')}", "use plain tensors")
+
+
+def _names(output: dict[str, Any]) -> list[str]:
+    """The values that one output of a node holds."""
+    ((kind, value),) = output.items()
+    if kind == "as_none":
+        return []
+    if kind == "as_tensors":
+        return [item["name"] for item in value]
+    return [str(value.get("name") or value.get("as_name"))]
+
+
+__all__ = ["SCHEMA_MAJOR", "read_archive"]

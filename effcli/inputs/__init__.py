@@ -1,0 +1,1 @@
+"""Texts, questions and images, and what is scored on them."""

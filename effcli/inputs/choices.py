@@ -1,0 +1,197 @@
+"""Multiple-choice questions: which continuation of a text does the network find likeliest?
+
+A file has one JSON object per line: `{"query": ..., "choices": [...], "gold": index}`, answered by the choice with the
+highest log-likelihood per character (lm-evaluation-harness' `acc_norm`); or `{"context": ..., "continuation": ...}`,
+answered when the continuation is what greedy decoding gives (LAMBADA's accuracy).
+
+Conventions are those of lm-evaluation-harness: a space joins query and choice; both are tokenized together and split
+where the query's own tokens end; a text that is too long loses its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effcli.errors import DataError
+from effcli.inputs.text import Reader
+
+_DELIMITER = " "
+# Lengths are rounded up to multiples of this, so that few shapes of batches occur.
+_LENGTH_STEP = 32
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a file. gold: index of the right choice, None when the one choice must be the greedy continuation."""
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Fraction answered rightly, 0 to 1, its standard error, and the number of questions."""
+
+    accuracy: float
+    stderr: float
+    examples: int
+
+
+def read(file: Path, limit: int | None = None) -> list[Question]:
+    """The first `limit` questions of a jsonl file; `DataError` with the line's number for one that cannot serve."""
+    questions: list[Question] = []
+    try:
+        with file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if limit is not None and len(questions) >= limit:
+                    break
+                if line.strip():
+                    questions.append(_question(line, f"{file}, line {number}"))
+    except FileNotFoundError:
+        raise DataError(f"there is no file of questions {file}", "check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error.reason})", "give a .jsonl file in UTF-8") from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}", "give a .jsonl file") from None
+    if not questions:
+        raise DataError(f"{file} holds no question", "give one JSON object per line")
+    return questions
+
+
+_FORM = 'write {"query": text, "choices": [text, ...], "gold": index} or {"context": text, "continuation": text}'
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        data: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error})", _FORM) from None
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: not a JSON object", _FORM)
+    if {"context", "continuation"} <= data.keys():
+        query, choices, gold = data["context"], [data["continuation"]], None
+    else:
+        missing = [key for key in ("query", "choices", "gold") if key not in data]
+        if missing:
+            raise DataError(f"{where}: no {' and no '.join(missing)}", _FORM)
+        query, choices, gold = data["query"], data["choices"], data["gold"]
+        if not isinstance(choices, list) or len(choices) < 2:
+            raise DataError(f"{where}: choices must be a list of at least two texts", _FORM)
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+            raise DataError(f"{where}: gold must be 0 to {len(choices) - 1}, not {gold!r}", _FORM)
+    if not isinstance(query, str) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{where}: query and choices must be texts", _FORM)
+    if not all(choices):
+        raise DataError(f"{where}: a choice is empty", _FORM)
+    return Question(query, tuple(choices), gold)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A continuation to score: the last `len(ids)` predictions of an input are compared with `ids`."""
+
+    question: int
+    choice: int
+    ids: list[int]
+
+
+@dataclass
+class Task:
+    """Questions as token ids, and what the network thinks of them.
+
+    batches: int64 (rows, length), padded on the right. `score` reads the log-likelihoods that `add` collected.
+    """
+
+    questions: Sequence[Question]
+    batches: list[Tensor]
+    remarks: tuple[str, ...]
+    _rows: list[list[tuple[int, list[_Target]]]]
+    _likelihood: dict[tuple[int, int], float] = field(default_factory=dict)
+    _greedy: dict[tuple[int, int], bool] = field(default_factory=dict)
+
+    @staticmethod
+    def build(questions: Sequence[Question], reader: Reader, tokens_per_batch: int) -> Task:
+        """Tokenize, and gather inputs of about one length into batches."""
+        inputs: dict[tuple[int, ...], list[_Target]] = {}
+        cut = 0
+        for number, question in enumerate(questions):
+            for choice, text in enumerate(question.choices):
+                context, continuation = encode_pair(reader, question.query, text)
+                whole = context + continuation
+                if reader.longest is not None and len(whole) - 1 > reader.longest:
+                    cut += 1
+                    whole = whole[-reader.longest - 1 :]
+                reader.check_ids(whole)
+                # At least one token is scored, even where the query's tokens swallow the whole choice.
+                kept = whole[max(1, min(len(whole) - len(continuation), len(whole) - 1)) :]
+                # Choices of one token share their input.
+                inputs.setdefault(tuple(whole[:-1]), []).append(_Target(number, choice, kept))
+        order = sorted(inputs, key=lambda ids: (-len(ids), ids))
+        batches, rows = [], []
+        while order:
+            length = min(-(-len(order[0]) // _LENGTH_STEP) * _LENGTH_STEP, reader.longest or 1 << 62)
+            fitting = max(1, tokens_per_batch // length)
+            taken = [ids for ids in order[:fitting] if len(ids) > length - _LENGTH_STEP]
+            order = order[len(taken) :]
+            batch = torch.zeros(len(taken), length, dtype=torch.int64)
+            for row, ids in enumerate(taken):
+                batch[row, : len(ids)] = torch.tensor(ids)
+            batches.append(batch)
+            rows.append([(len(ids), inputs[ids]) for ids in taken])
+        remarks: tuple[str, ...] = ()
+        if cut:
+            remarks = (f"{cut} texts of the questions were longer than {reader.longest} tokens and lost their start",)
+        return Task(questions, batches, remarks, rows)
+
+    def positions(self, batch: int) -> Iterator[tuple[int, slice, list[_Target]]]:
+        """For each row of a batch: its number, the positions whose predictions count, and what they should be."""
+        for row, (length, targets) in enumerate(self._rows[batch]):
+            longest = max(len(target.ids) for target in targets)
+            yield row, slice(length - longest, length), targets
+
+    def add(self, targets: Sequence[_Target], log_probabilities: Tensor) -> None:
+        """Take in log-probabilities float32 (positions, vocabulary) of the positions that belong to `targets`."""
+        for target in targets:
+            own = log_probabilities[-len(target.ids) :]
+            ids = torch.tensor(target.ids)
+            key = target.question, target.choice
+            self._likelihood[key] = float(own.gather(1, ids.unsqueeze(1)).double().sum())
+            self._greedy[key] = bool((own.argmax(dim=1) == ids).all())
+
+    def score(self) -> Score:
+        right = [self._right(number, question) for number, question in enumerate(self.questions)]
+        count, accuracy = len(right), sum(right) / len(right)
+        # The standard error of a mean of zeros and ones, with n - 1 as in lm-evaluation-harness.
+        stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else 0.0
+        return Score(accuracy, stderr, count)
+
+    def _right(self, number: int, question: Question) -> bool:
+        if question.gold is None:
+            return self._greedy[number, 0]
+        values = [self._likelihood[number, k] / len(text) for k, text in enumerate(question.choices)]
+        return values.index(max(values)) == question.gold
+
+
+def encode_pair(reader: Reader, query: str, choice: str) -> tuple[list[int], list[int]]:
+    """Token ids of the query and of the choice behind it; spaces at the query's end go to the choice."""
+    kept = query.rstrip()
+    choice = query[len(kept) :] + _DELIMITER + choice
+    whole = reader.encode(kept + choice)
+    context = reader.encode(kept) if kept else []
+    if not context:
+        start = reader.tokenizer.bos_token_id
+        start = reader.tokenizer.eos_token_id if start is None else start
+        if start is None:
+            raise DataError("a question has no query, and the tokenizer has no token to start with", "add a query")
+        tail = reader.tokenizer(choice, add_special_tokens=False, verbose=False).input_ids
+        return [start], list(tail)
+    return context, whole[len(context) :]

@@ -1,0 +1,403 @@
+"""Where inputs lie: arrays in an npz, folders of images, and tables of images (parquet, `datasets` directories).
+
+Arrays are read whole; images are decoded as they are asked for. Pickled objects are never loaded. An image is turned
+as its EXIF orientation says and laid on white where it is transparent, as transformers and datasets do it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from effcli.errors import DataError, UserError, did_you_mean
+from effcli.inputs.preprocess import Pixels, Preprocess
+
+Rows = NDArray[np.int64]
+# The name of a row or file, for messages, with a path or the bytes of an image.
+Item = tuple[str, str | bytes]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_INPUTS = re.compile(r"(.*[_-])?(images?|imgs?|features?|inputs?|data|x|pixel_values|samples)([_-].*)?", re.IGNORECASE)
+_LABELS = re.compile(r"(.*[_-])?(labels?|targets?|class|classes|y)([_-].*)?", re.IGNORECASE)
+_CLASS_NAMES = re.compile(r"(class|label)_?names|names|classes", re.IGNORECASE)
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+# Rows of a table decoded from its file at a time.
+_TABLE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """`count` inputs and what is known of them.
+
+    read(rows, size): values (at most `size`, *shape) of those rows, which ascend; arranged, not yet normalised.
+    labels: int64 (count,); names: of the classes; remarks: what the user should know.
+    """
+
+    name: str
+    count: int
+    read: Callable[[Rows, int], Iterator[Pixels]]
+    labels: Rows | None = None
+    names: tuple[str, ...] | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def open_source(path: Path, split: str | None, shape: tuple[int, ...], preprocess: Preprocess) -> Source:
+    """What `path` holds for a network whose input is `shape`; `DataError` when that cannot serve.
+
+    split: of a `datasets` directory that holds several; None takes the only one, `test` or `validation`.
+    """
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}", "check the path")
+    if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return open_dataset(path, split, shape, preprocess)
+    if split is not None:
+        raise DataError(f"{path} has no splits, so #{split} names nothing", f"leave out #{split}")
+    if path.is_dir():
+        return open_folder(path, shape, preprocess)
+    if path.suffix == ".parquet":
+        return open_parquet(path, shape, preprocess)
+    if path.suffix == ".npz":
+        return open_npz(path, shape, preprocess)
+    raise DataError(
+        f"{path} is no kind of data that can be read", "give an .npz, a .parquet, a folder of images or of `datasets`"
+    )
+
+
+def open_npz(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Source:
+    """Inputs and labels among the arrays of an npz; channels may be first, last or, where there is one, left out."""
+    headers = _npz_headers(path)
+    key = preprocess.inputs or _find_inputs(path, headers, shape, preprocess)
+    name = f"{key} in {path}"
+    values = _npz_array(path, headers, key)
+    if values.ndim == 0 or len(values) == 0:
+        raise DataError(f"{name} is empty", "give at least one input")
+    if values.dtype.kind not in "biuf":
+        raise DataError(f"{name} holds {values.dtype}, not numbers", "name another array: inputs under preprocess:")
+    preprocess.find_layout(values.shape[1:], shape, name)
+    floats = values.dtype.kind == "f"
+    largest = max(-float(values.min()), float(values.max()))
+    if not np.isfinite(largest):
+        raise DataError(f"{name} holds NaN or infinite values", "remove the inputs that do")
+    preprocess.check_range(largest, floats, name)
+
+    def read(rows: Rows, size: int) -> Iterator[Pixels]:
+        for begin in range(0, len(rows), size):
+            yield preprocess.arrange(values[rows[begin : begin + size]], shape, name)
+
+    labels = None
+    label_key = preprocess.labels or _find_labels(path, headers, len(values), key)
+    if label_key is not None:
+        labels = _as_labels(_npz_array(path, headers, label_key), len(values), f"{label_key} in {path}")
+    names = [
+        found
+        for found, (size, dtype) in headers.items()
+        if _CLASS_NAMES.fullmatch(found) and dtype.kind == "U" and len(size) == 1
+    ]
+    classes = tuple(str(each) for each in _npz_array(path, headers, names[0])) if names else None
+    return Source(str(path), len(values), read, labels, classes)
+
+
+def open_folder(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Source:
+    """Images in one subfolder per class, numbered in the order of their names, or images alone, without labels."""
+    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    loose = [entry.path for entry in os.scandir(path) if entry.is_file() and _is_image(entry.name)]
+    files = [list(_images_below(path / name)) for name in folders]
+    if loose and any(files):
+        raise DataError(
+            f"{path} holds images beside folders of images", "give one folder per class, or images without folders"
+        )
+    if not loose and not any(files):
+        raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)})", "check the path")
+    if loose:
+        return _images(str(path), len(loose), partial(_named_paths, sorted(loose)), shape, preprocess)
+    splits = [name for name in folders if name.casefold() in _SPLITS]
+    if len(splits) == len(folders):
+        raise DataError(
+            f"the folders in {path} are parts of a data set, not classes: {', '.join(splits)}",
+            f"give one of them, such as {path / splits[0]}",
+        )
+    flat = [file for group in files for file in group]
+    labels = np.repeat(np.arange(len(folders), dtype=np.int64), [len(group) for group in files])
+    remarks: tuple[str, ...] = ()
+    if all(name.isdecimal() for name in folders) and sorted(folders, key=int) != folders:
+        remarks = (
+            f"the folders of {path} are classes in the order of their names as text ({', '.join(folders[:4])}, ...), "
+            "not as numbers",
+        )
+    items = partial(_named_paths, flat)
+    return _images(str(path), len(flat), items, shape, preprocess, labels, tuple(folders), remarks)
+
+
+def open_parquet(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Source:
+    """A parquet file as Hugging Face's image data sets have it: a column of encoded images, and one of labels."""
+    arrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
+    try:
+        file = parquet.ParquetFile(path)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no parquet file: {_first_line(error)}", "get the file again") from error
+    image, label, names = _find_columns(path, file.schema_arrow, preprocess)
+    groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+    ends = np.cumsum(groups)
+
+    def items(rows: Rows) -> Iterator[Item]:
+        for group in np.unique(np.searchsorted(ends, rows, side="right")):
+            begin = ends[group] - groups[group]
+            for batch in file.iter_batches(_TABLE_ROWS, row_groups=[int(group)], columns=[image]):
+                here = rows[(rows >= begin) & (rows < begin + batch.num_rows)]
+                yield from _cells(path, here, batch.column(0).take(arrow.array(here - begin)).to_pylist())
+                begin += batch.num_rows
+
+    labels = None
+    if label is not None:
+        labels = _as_labels(file.read([label]).column(0).to_numpy(), file.metadata.num_rows, f"{label} in {path}")
+    return _images(str(path), file.metadata.num_rows, items, shape, preprocess, labels, names)
+
+
+def open_dataset(path: Path, split: str | None, shape: tuple[int, ...], preprocess: Preprocess) -> Source:
+    """A directory that `datasets` saved: a column of encoded images, and one of labels."""
+    library = _optional("datasets")
+    try:
+        dataset = library.load_from_disk(str(path))
+    except Exception as error:  # of the library, of arrow, or of the file system
+        raise DataError(f"{path} cannot be loaded by datasets: {_first_line(error)}", "save it again") from error
+    name, remarks = str(path), []
+    if isinstance(dataset, dict):
+        chosen = split or _only_split(path, list(dataset))
+        if chosen not in dataset:
+            raise DataError(f"{path} has no split {chosen!r}", did_you_mean(chosen, dataset))
+        if split is None and len(dataset) > 1:
+            remarks.append(f"the split {chosen!r} of {path} was taken; {path}#SPLIT takes another")
+        name, dataset = f"{path}#{chosen}", dataset[chosen]
+    elif split is not None:
+        raise DataError(f"{path} has no splits, so #{split} names nothing", f"leave out #{split}")
+    image, label, names = _find_columns(name, dataset.features.arrow_schema, preprocess)
+    table = dataset.select_columns([image]).with_format("arrow")
+
+    def items(rows: Rows) -> Iterator[Item]:
+        for begin in range(0, len(rows), _TABLE_ROWS):
+            here = rows[begin : begin + _TABLE_ROWS]
+            yield from _cells(name, here, table[here.tolist()].column(0).to_pylist())
+
+    labels = None
+    if label is not None:
+        column = dataset.select_columns([label]).with_format("arrow")[:].column(0)
+        labels = _as_labels(column.to_numpy(), len(dataset), f"{label} in {name}")
+    return _images(name, len(dataset), items, shape, preprocess, labels, names, tuple(remarks))
+
+
+def decode(item: Item, gray: bool) -> Pixels:
+    """The pixels uint8 (height, width) or (height, width, 3) of an encoded image; `DataError` names a damaged one."""
+    name, data = item
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            deep = image.mode.startswith(("I", "F"))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.asarray(image.convert("L" if gray else "RGB"))
+    except Exception as error:
+        # Every decoder fails in its own way.
+        raise DataError(f"{name} is damaged or no image: {_first_line(error)}", "replace or remove it") from error
+    if deep:
+        raise DataError(f"{name} has more than 8 bits a channel", "convert it to 8 bits, or give the data as an .npz")
+    return pixels
+
+
+def _images(
+    name: str,
+    count: int,
+    items: Callable[[Rows], Iterable[Item]],
+    shape: tuple[int, ...],
+    preprocess: Preprocess,
+    labels: Rows | None = None,
+    names: tuple[str, ...] | None = None,
+    remarks: tuple[str, ...] = (),
+) -> Source:
+    """A source of encoded images."""
+    if count == 0:
+        raise DataError(f"{name} holds no images", "give at least one image")
+    if len(shape) != 3:
+        raise DataError(f"{name} holds images, the network's input {shape} is none", "give the inputs as an .npz")
+    gray = preprocess.mode == "gray" or (preprocess.mode == "auto" and shape[0] == 1)
+    arranged = preprocess.model_copy(update={"layout": "channels_last"})
+    preprocess.check_range(255, False, name)
+
+    def read(rows: Rows, size: int) -> Iterator[Pixels]:
+        stream = iter(items(rows))
+        while batch := list(islice(stream, size)):
+            yield np.concatenate([arranged.arrange(decode(item, gray)[None], shape, item[0]) for item in batch])
+
+    return Source(name, count, read, labels, names, remarks)
+
+
+def _named_paths(paths: Sequence[str], rows: Rows) -> Iterator[Item]:
+    return ((paths[row], paths[row]) for row in rows)
+
+
+def _cells(source: str | Path, rows: Rows, cells: Sequence[Any]) -> Iterator[Item]:
+    """The images in the cells of a table: bytes, or a record of bytes and path."""
+    for row, cell in zip(rows, cells, strict=True):
+        data = (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell
+        if data is None:
+            raise DataError(f"row {row} of {source} has no image", "remove the row")
+        yield f"row {row} of {source}", data
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    for root, _, names in sorted(os.walk(folder, followlinks=True)):
+        yield from (os.path.join(root, name) for name in sorted(names) if _is_image(name))
+
+
+def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and type of each array in an npz, without reading the arrays."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    headers = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as stream:
+                    shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+                headers[member.removesuffix(".npy")] = (shape, dtype)
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no npz of arrays: {_first_line(error)}", "write it with numpy.savez") from error
+    return headers
+
+
+def _npz_array(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]], key: str) -> Pixels:
+    if key not in headers:
+        raise DataError(f"{path} holds no array {key!r}", did_you_mean(key, headers))
+    if headers[key][1].hasobject:
+        raise DataError(
+            f"{key} in {path} is a pickled object, which could run any code", "save it as numbers, or as text of type U"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            array: Pixels = archive[key]
+            return array
+    except Exception as error:  # of zipfile, zlib or numpy
+        raise DataError(f"{key} in {path} is damaged: {_first_line(error)}", "write the file again") from error
+
+
+def _find_inputs(
+    path: Path,
+    headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    shape: tuple[int, ...],
+    preprocess: Preprocess,
+) -> str:
+    """The array that fits the network, by its name where several do; one that is named so but does not fit, too."""
+    arrays = {key: size for key, (size, dtype) in headers.items() if len(size) > 1 and dtype.kind in "biufO"}
+    fitting = [key for key, size in arrays.items() if preprocess.fits(size[1:], shape)]
+    named = [key for key in fitting or arrays if _INPUTS.fullmatch(key)]
+    found = named or fitting
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(f"{key} {dtype} {size}" for key, (size, dtype) in headers.items()) or "no arrays"
+    if fitting:
+        raise DataError(
+            f"{path} has several arrays for the network's input {shape}: {', '.join(found)}",
+            f"name one under preprocess:, such as inputs: {found[0]}",
+        )
+    raise DataError(f"no array in {path} fits the network's input {shape}: {listed}", "check data and preprocess:")
+
+
+def _find_labels(
+    path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]], count: int, inputs: str
+) -> str | None:
+    """The array of whole numbers that is named like labels, by its length where several are; None without any."""
+    named = {
+        key: size[0]
+        for key, (size, dtype) in headers.items()
+        if key != inputs and _LABELS.fullmatch(key) and dtype.kind in "iu" and size and size[1:] in ((), (1,))
+    }
+    found = [key for key, length in named.items() if length == count] or list(named)
+    return _only_label(path, found)
+
+
+def _only_label(source: str | Path, found: Sequence[str]) -> str | None:
+    if len(found) > 1:
+        raise DataError(
+            f"{source} may have its labels in {' or '.join(found)}",
+            f"name one under preprocess:, such as labels: {found[0]}",
+        )
+    return found[0] if found else None
+
+
+def _as_labels(values: Pixels, count: int, name: str) -> Rows | None:
+    """Whole numbers (count,) or (count, 1) as int64 (count,); None for the -1 throughout that stands for no labels."""
+    if values.dtype.kind not in "iub" or values.shape[1:] not in ((), (1,)):
+        raise DataError(
+            f"{name} is {values.dtype} {values.shape}, not one class number per input",
+            "give whole numbers from 0, or name another: labels under preprocess:",
+        )
+    if len(values) != count:
+        raise DataError(f"{name} has {len(values)} labels for {count} inputs", "give one label per input")
+    labels = values.reshape(-1).astype(np.int64)
+    return None if bool((labels == -1).all()) else labels
+
+
+def _find_columns(
+    source: str | Path, schema: Any, preprocess: Preprocess
+) -> tuple[str, str | None, tuple[str, ...] | None]:
+    """The columns of images and of labels in an arrow schema, and the names of the classes that it keeps."""
+    types = _optional("pyarrow.types")
+
+    def is_image(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return "bytes" in {kind.field(k).name for k in range(kind.num_fields)}
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    for key in (preprocess.inputs, preprocess.labels):
+        if key is not None and key not in schema.names:
+            raise DataError(f"{source} has no column {key!r}", did_you_mean(key, schema.names))
+    images = [field.name for field in schema if is_image(field.type) and preprocess.inputs in (None, field.name)]
+    if len(images) != 1:
+        found = f"several columns of images: {', '.join(images)}" if images else "no column of images"
+        raise DataError(
+            f"{source} has {found}",
+            "name the column of encoded images: inputs under preprocess:",
+        )
+    label = preprocess.labels or _only_label(
+        source, [field.name for field in schema if types.is_integer(field.type) and _LABELS.fullmatch(field.name)]
+    )
+    known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = known.get("info", {}).get("features") or {}
+    names = features.get(label, {}).get("names") if label is not None else None
+    return images[0], label, None if names is None else tuple(names)
+
+
+def _only_split(path: Path, splits: Sequence[str]) -> str:
+    found = splits if len(splits) == 1 else [name for name in ("test", "validation") if name in splits]
+    if not found:
+        raise DataError(f"{path} has the splits {', '.join(splits)}", f"say which: {path}#{splits[0]}")
+    return found[0]
+
+
+def _optional(name: str) -> Any:
+    """A module of the extra `datasets`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{name.partition('.')[0]} is not installed", "pip install 'effcli[datasets]'") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,256 @@
+"""Text cut into windows of tokens, for calibration and for perplexity.
+
+Windows are neighbours without overlap, from the start of the text; what is left at the end is dropped. They equal the
+slices of `tokenizer(text).input_ids`, special tokens at the start included, although of a long text only as much is
+tokenized as the windows need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from effcli import samples
+from effcli.checkpoint import read_config
+from effcli.errors import DataError
+from effcli.stock import load_network_config, quiet_transformers
+from effcli.storage import network_config
+
+if TYPE_CHECKING:
+    from effcli.recipe import Calibration, Evaluate, Recipe
+
+# Characters to read for each token wanted, at first: English text has about four per token of a large vocabulary.
+_CHARACTERS_PER_TOKEN = 8
+_CHARACTERS_AT_LEAST = 1 << 16
+# Tokens behind the last one used that a cut in the text may change.
+_CUT_MARGIN = 64
+# Bytes from which on a file is not tokenized whole to find its end; calibration takes far less from its start.
+_LARGE_FILE = 32 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration text as token ids. batches: int64 (windows, length) each; inputs: whose outputs go on."""
+
+    batches: list[Tensor]
+    inputs: str = "original"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What turns text into the token ids of one network.
+
+    vocabulary: number of token ids the network knows; longest: the longest sequence it takes, None when it names none.
+    """
+
+    tokenizer: Any
+    vocabulary: int
+    longest: int | None
+
+    @staticmethod
+    def open(path: Path, trust_remote_code: bool = False) -> Reader:
+        """The tokenizer in the checkpoint directory `path`; `DataError` when there is none that can be used."""
+        from transformers import AutoTokenizer
+
+        quiet_transformers()
+        config = load_network_config(path, network_config(read_config(path)), trust_remote_code)
+        remedy = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it"
+        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise DataError(f"{path} holds no tokenizer, so no text can be read for it", remedy)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            # Each tokenizer class fails in its own way; the first line says which file or package it misses.
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"the tokenizer in {path} cannot be loaded: {cause}", remedy) from error
+        return Reader(tokenizer, config.get_text_config().vocab_size, longest_sequence(config))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens as the tokenizer adds them by default."""
+        # verbose: the text is longer than the model's context on purpose.
+        return list(self.tokenizer(text, verbose=False).input_ids)
+
+    def check_length(self, length: int, key: str) -> None:
+        """Raise `DataError` when windows of `length` tokens, asked for under `key`, do not fit the network."""
+        if self.longest is not None and length > self.longest:
+            raise DataError(
+                f"{key}: windows of {length} tokens are longer than the {self.longest} that the model takes",
+                f"at most {self.longest}: --set {key}={self.longest}, or --length of `effcli eval`",
+            )
+
+    def check_ids(self, ids: list[int]) -> None:
+        """Raise `DataError` when the tokenizer gives ids that the network does not know."""
+        if ids and max(ids) >= self.vocabulary:
+            raise DataError(
+                f"the tokenizer gives token {max(ids)}, the network knows only {self.vocabulary}",
+                "the tokenizer belongs to another model; copy the files of the right one",
+            )
+
+
+def longest_sequence(config: Any) -> int | None:
+    """The longest sequence, in tokens, that a network with this transformers config takes; None when it has no say."""
+    text_config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Windows of one text. windows: int64 (windows, length); remarks: what the user should know of them."""
+
+    windows: Tensor
+    remarks: tuple[str, ...] = ()
+
+    def batches(self, size: int) -> list[Tensor]:
+        """The windows as batches int64 (at most `size`, length)."""
+        return [self.windows[begin : begin + size] for begin in range(0, len(self.windows), size)]
+
+
+def windows(source: Path | str, reader: Reader, count: int, length: int, key: str = "length") -> Cut:
+    """The first `count` windows of `length` tokens of a text file (a `Path`) or of a text (a `str`).
+
+    Fewer when the text is shorter, with a remark; `DataError` when there is not even one. `key` names the length in
+    the recipe, for messages.
+    """
+    reader.check_length(length, key)
+    name = str(source) if isinstance(source, Path) else "the text"
+    ids = _first_ids(source, reader, count * length, name)
+    return _cut(ids, count, length, name, key, reader)
+
+
+def last_windows(source: Path, reader: Reader, count: int, length: int, begin: int, key: str) -> Cut | None:
+    """The last `count` windows of a text file that do not touch its first `begin` tokens; None without any."""
+    reader.check_length(length, key)
+    end = _read_end(source, count * length * _CHARACTERS_PER_TOKEN)
+    if end is None:
+        ids = reader.encode(_read(source, None)[0])
+        fitting = min(count, (len(ids) - begin) // length)
+    else:
+        ids = reader.encode(end)
+        fitting = min(count, len(ids) // length)
+    if fitting < 1:
+        return None
+    return _cut(ids[len(ids) - fitting * length :], count, length, f"the end of {source}", key, reader)
+
+
+def calibration_windows(recipe: Recipe, path: Path) -> tuple[Windows, list[str]]:
+    """The calibration windows of a recipe for the checkpoint `path`, and remarks."""
+
+    options = recipe.calibration
+    reader = Reader.open(path, recipe.trust_remote_code)
+    source = Path(options.data).expanduser() if options.data is not None else samples.CALIBRATION_TEXT
+    cut = windows(source, reader, options.samples, options.length, "calibration.length")
+    remarks = list(cut.remarks)
+    if options.data is None and not is_sample(path):
+        remarks.append(
+            "calibrated on the sample text that ships with effcli (Shakespeare); text like the model's own work "
+            "gives better results: --calib FILE, or calibration.data in a recipe"
+        )
+    return Windows(cut.batches(options.batch_size), options.inputs), remarks
+
+
+def evaluation_windows(options: Evaluate, reader: Reader, path: Path, calibration: Calibration | None = None) -> Cut:
+    """The windows for perplexity of the network in `path`, whose options say which text to take."""
+    count, length, key = options.samples, options.length, "evaluate.length"
+    if isinstance(options.perplexity, str):
+        return windows(Path(options.perplexity).expanduser(), reader, count, length, key)
+    if is_sample(path):
+        return windows(samples.EVALUATION_TEXT, reader, count, length, key)
+    why = "no text was given"
+    if calibration is not None and calibration.data is not None:
+        source = Path(calibration.data).expanduser()
+        begin = calibration.samples * calibration.length
+        cut = last_windows(source, reader, count, length, begin, key)
+        if cut is not None:
+            return cut
+        why = f"calibration takes all of {source}"
+    cut = windows(samples.EVALUATION_TEXT, reader, count, length, key)
+    remark = (
+        f"perplexity is of the sample text that ships with effcli (Shakespeare), for {why}; "
+        "give held-out text: --eval FILE, or evaluate.perplexity in a recipe"
+    )
+    return Cut(cut.windows, (*cut.remarks, remark))
+
+
+def is_sample(path: Path) -> bool:
+    """Whether `path` is the sample language model or was made from it, by its tokenizer: it has texts of its own."""
+    own, file = samples.SAMPLES["sample:lm"] / "tokenizer.json", path / "tokenizer.json"
+    return file.is_file() and file.read_bytes() == own.read_bytes()
+
+
+def _first_ids(source: Path | str, reader: Reader, wanted: int, name: str) -> list[int]:
+    """The first token ids of a text, at least `wanted` of them or all there are."""
+    limit = max(_CHARACTERS_AT_LEAST, wanted * _CHARACTERS_PER_TOKEN)
+    while True:
+        text, whole = _read(source, limit) if isinstance(source, Path) else (source, True)
+        if not text.strip():
+            raise DataError(f"{name} is empty", "give a file with some pages of text")
+        ids = reader.encode(text)
+        # The last tokens of a text that was cut may differ from those of the whole text.
+        if whole or len(ids) >= wanted + _CUT_MARGIN:
+            return ids
+        limit *= 2
+
+
+def _read(file: Path, limit: int | None) -> tuple[str, bool]:
+    """The first `limit` characters of a text file, and whether that is all of it."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(limit)
+            return text, limit is None or not stream.read(1)
+    except FileNotFoundError:
+        raise DataError(f"there is no text file {file}", "check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{file} is a directory", "give a text file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error.reason})", "convert it to UTF-8") from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}", "check the file's permissions") from None
+
+
+def _read_end(file: Path, size: int) -> str | None:
+    """The lines in about the last `size` bytes of a large file; None for one that is small enough to read whole."""
+    try:
+        total = file.stat().st_size
+        if total <= max(_LARGE_FILE, 4 * size):
+            return None
+        with file.open("rb") as stream:
+            stream.seek(total - size)
+            # What stands before the first line break may begin in the middle of a character.
+            return stream.read().partition(b"\n")[2].decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error.reason})", "convert it to UTF-8") from None
+
+
+def _cut(ids: list[int], count: int, length: int, name: str, key: str, reader: Reader) -> Cut:
+    found = len(ids) // length
+    if found < 1:
+        raise DataError(
+            f"{name} has {len(ids)} tokens, too few for one window of {length}",
+            f"give more text, or set {key} to at most {len(ids)}",
+        )
+    remarks: tuple[str, ...] = ()
+    if found < count:
+        remarks = (f"{name} gives {found} windows of {length} tokens, not the {count} asked for",)
+    ids = ids[: min(found, count) * length]
+    reader.check_ids(ids)
+    return Cut(torch.tensor(ids, dtype=torch.int64).view(-1, length), remarks)

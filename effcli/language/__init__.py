@@ -1,0 +1,1 @@
+"""Language models, streamed block by block: sweep, evaluation, speed, and loading them again."""

@@ -1,0 +1,228 @@
+"""Quality of a network by streaming: perplexity, KL divergence from the original, multiple-choice accuracy.
+
+Perplexity is exp of the mean negative log-likelihood of every token of a window given those before it in the window; a
+window of n tokens predicts n - 1. The divergence is KL(original ‖ this), the mean over the same predictions, in nats.
+Logits are computed in the network's own dtype and converted to float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from effcli import samples
+from effcli.errors import DataError, NumericsError
+from effcli.inputs import choices as multiple_choice
+from effcli.inputs import text
+from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits
+from effcli.language.spool import Spool
+from effcli.language.stream import Stream
+from effcli.language.weights import Weights, open_weights
+from effcli.reports.report import Quality
+
+if TYPE_CHECKING:
+    from effcli.recipe import Calibration, Evaluate
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: str, options: Evaluate, *, reference: str | None = None, trust_remote_code: bool = False
+) -> Quality:
+    """Measure `model` on what `options` name, and its divergence from `reference` if there is one.
+
+    model, reference: a directory, a Hub id, or `sample:lm`. What the user should know is logged as a warning.
+    """
+    path = samples.resolve(model)
+    original = path if reference is None else samples.resolve(reference)
+    with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
+        yardstick = Yardstick(
+            original, options, Path(folder), trust_remote_code=trust_remote_code, compare=reference is not None
+        )
+        for remark in yardstick.remarks:
+            _log.warning(remark)
+        return yardstick.measure(path)
+
+
+class Yardstick:
+    """What the checkpoints of one run are held against: the same tokens for all, and the original's view of them.
+
+    The original runs once, when it is first needed; its hidden states behind the last block stay in `workdir`, and its
+    logits are computed from them again, a few positions at a time. remarks: what the user should know of the data.
+    """
+
+    def __init__(
+        self,
+        original: Path,
+        options: Evaluate,
+        workdir: Path,
+        *,
+        calibration: Calibration | None = None,
+        trust_remote_code: bool = False,
+        compare: bool = True,
+    ) -> None:
+        """Read the texts; nothing runs yet. calibration: where the end of its text serves; compare: measure KL too."""
+        self.original = original
+        self.workdir = workdir
+        self.trust_remote_code = trust_remote_code
+        self.compare = compare and options.perplexity is not False
+        self._windows: list[Tensor] = []
+        self._task: multiple_choice.Task | None = None
+        self._reference: tuple[Weights, Spool] | None = None
+        remarks: list[str] = []
+        if options.quality:
+            reader = text.Reader.open(original, trust_remote_code)
+            if options.perplexity is not False:
+                cut = text.evaluation_windows(options, reader, original, calibration)
+                self._windows = cut.batches(max(1, TOKENS_PER_BATCH // options.length))
+                remarks += cut.remarks
+            if options.choices is not None:
+                questions = multiple_choice.read(Path(options.choices).expanduser(), options.limit)
+                self._task = multiple_choice.Task.build(questions, reader, TOKENS_PER_BATCH)
+                remarks += self._task.remarks
+        self.remarks = tuple(remarks)
+
+    def measure(self, path: Path) -> Quality:
+        """The quality of the checkpoint `path`, of the original itself too."""
+        if not self._windows and self._task is None:
+            return Quality()
+        if path.resolve() == self.original.resolve():
+            return self._measure_original()
+        weights = open_weights(path, self.trust_remote_code)
+        file = self.workdir / "measured.spool"
+        try:
+            with ExitStack() as stack:
+                stream = stack.enter_context(Stream(weights, with_head=True))
+                spool = last_hidden(stream, self._batches(), file)
+                if not self.compare:
+                    return self._judge(stream, spool)
+                reference, spooled = self._original_hidden()
+                _check_comparable(reference, weights)
+                against = stack.enter_context(Stream(reference, with_head=True))
+                return self._judge(stream, spool, against, spooled)
+        finally:
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the original's hidden states."""
+        if self._reference is not None:
+            self._reference[1].remove()
+            self._reference = None
+
+    def _batches(self) -> list[Tensor]:
+        return self._windows + (self._task.batches if self._task is not None else [])
+
+    def _measure_original(self) -> Quality:
+        weights = open_weights(self.original, self.trust_remote_code)
+        with Stream(weights, with_head=True) as stream:
+            spool = last_hidden(stream, self._batches(), self.workdir / "original.spool")
+            quality = self._judge(stream, spool)
+        if not self.compare:
+            spool.remove()
+            return quality
+        # Only the windows serve again.
+        self._reference = weights, Spool(spool.file, spool.shapes[: len(self._windows)], spool.dtype)
+        return quality.model_copy(update={"kl": 0.0})
+
+    def _original_hidden(self) -> tuple[Weights, Spool]:
+        if self._reference is None:
+            weights = open_weights(self.original, self.trust_remote_code)
+            with Stream(weights) as stream:
+                self._reference = weights, last_hidden(stream, self._windows, self.workdir / "original.spool")
+        return self._reference
+
+    def _judge(
+        self, stream: Stream, spool: Spool, against: Stream | None = None, spooled: Spool | None = None
+    ) -> Quality:
+        """Read off logits what the hidden states in `spool` are worth, next to the original's in `spooled`."""
+        found: dict[str, float | int | None] = {}
+        with torch.inference_mode():
+            if self._windows:
+                found |= self._perplexity(stream, spool, against, spooled)
+            if self._task is not None:
+                score = self._answer(self._task, stream, spool)
+                found |= {"accuracy": score.accuracy, "accuracy_stderr": score.stderr, "examples": score.examples}
+        return Quality.model_validate(found)
+
+    def _perplexity(
+        self, stream: Stream, spool: Spool, against: Stream | None, spooled: Spool | None
+    ) -> dict[str, float | int | None]:
+        nll, divergence, tokens = 0.0, 0.0, 0
+        for number, batch in enumerate(self._windows):
+            hidden = spool.read(number)[:, :-1].flatten(0, 1)
+            targets = batch[:, 1:].flatten()
+            original = None
+            if against is not None and spooled is not None:
+                original = spooled.read(number)[:, :-1].flatten(0, 1)
+            for part in _parts(stream, len(targets), batch.shape[1]):
+                mine = _log_probabilities(stream, hidden[part])
+                nll -= float(mine.gather(1, targets[part].unsqueeze(1)).double().sum())
+                if against is not None and original is not None:
+                    divergence += kl(_log_probabilities(against, original[part]), mine)
+            tokens += len(targets)
+        return {
+            "perplexity": _exp(nll / tokens),
+            "kl": None if against is None else max(0.0, divergence / tokens),
+            "tokens": tokens,
+        }
+
+    def _answer(self, task: multiple_choice.Task, stream: Stream, spool: Spool) -> multiple_choice.Score:
+        for number, batch in enumerate(task.batches):
+            hidden = spool.read(len(self._windows) + number)
+            for row, places, targets in task.positions(number):
+                wanted = hidden[row, places]
+                parts = [
+                    _log_probabilities(stream, wanted[part]) for part in _parts(stream, len(wanted), batch.shape[1])
+                ]
+                task.add(targets, torch.cat(parts))
+        return task.score()
+
+
+def kl(original: Tensor, other: Tensor) -> float:
+    """Sum of KL(original ‖ other) over positions, nats; both log-probabilities float32 (positions, vocabulary)."""
+    probability = original.exp()
+    # A token that the original rules out counts nothing, whatever the other thinks of it.
+    terms = torch.where(probability > 0, probability * (original - other), 0.0)
+    return float(terms.sum(dim=1).double().sum())
+
+
+def _log_probabilities(stream: Stream, hidden: Tensor) -> Tensor:
+    """Log-probabilities float32 (positions, vocabulary) of hidden states (positions, hidden)."""
+    result = torch.log_softmax(logits(stream, hidden).float(), dim=-1)
+    if bool(result.isnan().any()):
+        raise NumericsError(
+            f"the logits of {stream.weights.checkpoint.path} are NaN or infinite",
+            "its weights are damaged, or its activations overflow its dtype",
+        )
+    return result
+
+
+def _parts(stream: Stream, count: int, longest: int) -> Iterator[slice]:
+    return chunks(count, stream.skeleton.config.get_text_config().vocab_size, longest)
+
+
+def _check_comparable(original: Weights, other: Weights) -> None:
+    sizes = [weights.skeleton.config.get_text_config().vocab_size for weights in (original, other)]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"{other.checkpoint.path} knows {sizes[1]} tokens, the reference {sizes[0]}: they cannot be compared",
+            "give the model that it was made from",
+        )
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+__all__ = ["Yardstick", "evaluate", "kl"]

@@ -1,0 +1,127 @@
+"""How fast a network reads a prompt and writes text, with the kernels that will run for its user."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effcli import runtime, samples
+from effcli.errors import DataError
+from effcli.inputs import text
+from effcli.kernels.affine_matmul import route_name
+from effcli.language.modules import AffineLinear
+from effcli.machine import cpu_threads, device_name, pick_device
+from effcli.reports.report import Speed
+
+# A small network is timed as often as a few seconds allow, a large one at least this often.
+_FEWEST_ROUNDS = 3
+_MOST_ROUNDS = 9
+_SECONDS = 4.0
+
+
+def measure(
+    model: str | Path,
+    *,
+    prefill: int = 128,
+    decode: int = 32,
+    threads: int | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Speed:
+    """Time the prefill of `prefill` tokens and the decoding of `decode` tokens, one sequence at a time.
+
+    Loaded as `effcli.load` does; each figure is the median over repetitions, after a warm-up. threads: CPU threads
+    (default: torch's own); device: cpu, cuda, cuda:N or auto. torch's number of threads is restored afterwards.
+    """
+    target = pick_device(device)
+    with cpu_threads(threads) as used:
+        network: Any = runtime.load(model, device=target, trust_remote_code=trust_remote_code)
+        ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
+        read, written = _time(network, ids, decode, target)
+    return Speed(
+        kernel=kernel_name(network, 1),
+        prefill_kernel=kernel_name(network, prefill),
+        prefill_tokens=prefill,
+        prefill_tokens_per_second=prefill / read,
+        decode_tokens_per_second=1 / written,
+        threads=used,
+        device=device_name(target),
+    )
+
+
+def prompt(path: Path, config: Any, prefill: int, decode: int, trust_remote_code: bool = False) -> Tensor:
+    """Token ids int64 (1, prefill): English text, or random ids for a checkpoint without a tokenizer."""
+    longest = text.longest_sequence(config)
+    if longest is not None and prefill + decode > longest:
+        raise DataError(
+            f"a prompt of {prefill} tokens and {decode} more do not fit the {longest} that the model takes",
+            "ask for fewer: evaluate.prefill, evaluate.decode in a recipe, --prefill, --decode of `effcli bench`",
+        )
+    try:
+        reader = text.Reader.open(path, trust_remote_code)
+        return text.windows(samples.EVALUATION_TEXT, reader, 1, prefill).windows
+    except DataError:
+        # Speed does not depend on what the prompt says, save for the experts it is routed to.
+        size = config.get_text_config().vocab_size
+        return torch.randint(size, (1, prefill), generator=torch.Generator().manual_seed(0))
+
+
+def kernel_name(network: nn.Module, rows: int) -> str:
+    """The kernel that most layers inside `network` use for `rows` rows of activations; the output head is left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    outputs: Any = getattr(network, "get_output_embeddings", None)
+    head = outputs() if callable(outputs) else None
+    names: Counter[str] = Counter()
+    for module in network.modules():
+        if isinstance(module, AffineLinear):
+            names[route_name(module.packed, rows, network.dtype)] += 1  # type: ignore[arg-type]
+        elif isinstance(module, nn.Linear | Conv1D) and module is not head:
+            names[f"torch linear ({str(module.weight.dtype).removeprefix('torch.')})"] += 1
+    return names.most_common(1)[0][0] if names else ""
+
+
+def _time(network: Any, ids: Tensor, decode: int, device: torch.device) -> tuple[float, float]:
+    """Median seconds for the prompt, and for one token behind it."""
+    options: dict[str, Any] = {"use_cache": True}
+    if "logits_to_keep" in inspect.signature(network.forward).parameters:
+        # What `generate` asks for: of a prompt only the last position's logits.
+        options["logits_to_keep"] = 1
+    reads: list[float] = []
+    writes: list[float] = []
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        # The first round is the warm-up.
+        for number in range(1 + _MOST_ROUNDS):
+            if number > _FEWEST_ROUNDS and time.perf_counter() - begin > _SECONDS:
+                break
+            read, out = _timed(device, network, input_ids=ids, **options)
+            steps = []
+            for _ in range(decode):
+                token = out.logits[:, -1:].argmax(dim=-1)
+                step, out = _timed(device, network, input_ids=token, past_key_values=out.past_key_values, **options)
+                steps.append(step)
+            if number:
+                reads.append(read)
+                writes += steps
+    return statistics.median(reads), statistics.median(writes)
+
+
+def _timed(device: torch.device, network: Any, **arguments: Any) -> tuple[float, Any]:
+    _finish(device)
+    start = time.perf_counter()
+    out = network(**arguments)
+    _finish(device)
+    return time.perf_counter() - start, out
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,91 @@
+"""A causal language model on its way through a run: swept block by block, measured on text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effcli import exporters
+from effcli.checkpoint import read_config, weight_files
+from effcli.contract import Needs
+from effcli.inputs import text
+from effcli.inputs.text import Windows
+from effcli.language import latency, verify
+from effcli.language.evaluate import Yardstick
+from effcli.language.sweep import sweep
+from effcli.plan import Plan, make
+from effcli.recipe import PassStep, Recipe
+from effcli.reports import card
+from effcli.reports.report import Exported
+from effcli.storage import is_own
+from effcli.subject import Measured
+from effcli.swept import Progress, Swept
+
+
+class LanguageModel:
+    """See `effcli.subject.Subject`."""
+
+    def __init__(self, recipe: Recipe, source: Path) -> None:
+        self.recipe = recipe.for_language()
+        self.source = source
+        self._windows: Windows | None = None
+        self._yardstick: Yardstick | None = None
+
+    @property
+    def base(self) -> Path:
+        return self.source
+
+    @property
+    def request(self) -> list[tuple[str, int, int]]:
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(self.source)]
+
+    def plan(self) -> Plan:
+        return make(self.recipe)
+
+    def calibrate(self) -> tuple[str, ...]:
+        if all(step.config.needs is Needs.NOTHING for step in self.recipe.passes):
+            return ()
+        self._windows, remarks = text.calibration_windows(self.recipe, self.source)
+        return tuple(remarks)
+
+    def open(self, work: Path) -> None:
+        if self.recipe.evaluate.quality:
+            self._yardstick = Yardstick(
+                self.source,
+                self.recipe.evaluate,
+                work,
+                calibration=self.recipe.calibration,
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+
+    def measure(self, checkpoint: Path, first: bool) -> Measured:
+        wanted, yardstick = self.recipe.evaluate, self._yardstick
+        quality = yardstick.measure(checkpoint) if yardstick is not None else None
+        speed = None
+        if wanted.latency:
+            speed = latency.measure(
+                str(checkpoint),
+                prefill=wanted.prefill,
+                decode=wanted.decode,
+                threads=self.recipe.threads,
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+        return Measured(quality, speed, remarks=tuple(yardstick.remarks) if yardstick is not None and first else ())
+
+    def sweep(
+        self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
+    ) -> Swept:
+        windows = self._windows if step.config.needs is not Needs.NOTHING else None
+        return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code)
+
+    def verify(self, checkpoint: Path) -> str:
+        return verify.verify(checkpoint, trust_remote_code=self.recipe.trust_remote_code).line
+
+    def time_export(self, exported: Exported, folder: Path) -> Exported:
+        wanted = self.recipe.evaluate
+        if exported.target != "onnx" or not wanted.latency:
+            return exported
+        speed = exporters.load("onnx").latency(folder, wanted.prefill, wanted.decode, self.recipe.threads)
+        return exported.model_copy(update={"speed": speed})
+
+    def layout(self, checkpoint: Path) -> card.Layout:
+        return "effcli" if is_own(read_config(checkpoint)) else "standard"

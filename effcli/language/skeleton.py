@@ -1,0 +1,117 @@
+"""The network without its weights: blocks and layers found in the modules, not listed per architecture.
+
+The network is built from its config on the meta device. Its blocks are the children of the largest ModuleList; its
+layers are the weights with inputs inside them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from effcli.errors import UnsupportedError
+from effcli.sites import LayerSite
+from effcli.stock import first_line, load_network_config, quiet_transformers
+
+
+class Skeleton:
+    """A causal language model on the meta device, its blocks and its layers.
+
+    head: the module name of the output head, None without one; tied: whether it shares the input embedding's weight.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], trust_remote_code: bool = False) -> None:
+        from transformers import AutoModelForCausalLM
+
+        quiet_transformers()
+        self.config = load_network_config(path, config, trust_remote_code)
+        self.dtype: torch.dtype = self.config.dtype or torch.float32
+        with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+            # Initialisers that warn about zero-sized or meta tensors say nothing about this network.
+            warnings.simplefilter("ignore")
+            try:
+                self.model: nn.Module = AutoModelForCausalLM.from_config(
+                    self.config,
+                    dtype=self.dtype,
+                    experts_implementation="eager",
+                    trust_remote_code=trust_remote_code,
+                )
+            except Exception as error:  # whatever transformers says about the config
+                raise UnsupportedError(
+                    f"{path} is not a causal language model that transformers can build: {first_line(error)}",
+                    "this version compresses causal language models; config.json must be the one they were saved with",
+                ) from error
+        self.model.eval()
+        self.model.tie_weights()
+        head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        self.head: str | None = next((name for name, m in self.model.named_modules() if m is head), None)
+        self.tied = head is not None and inputs is not None and head.weight is inputs.weight
+        self.embedding = next(f"{name}.weight" for name, m in self.model.named_modules() if m is inputs)
+        self.block_path, self.blocks = find_blocks(self.model)
+        self.block_names = [f"{self.block_path}.{k}" for k in range(len(self.blocks))]
+
+    def block_layers(self, k: int) -> list[LayerSite]:
+        """The layers of block k, in the order of its modules."""
+        return list(find_layers(self.blocks[k], self.block_names[k]))
+
+    def outer_layers(self) -> list[LayerSite]:
+        """The layers outside the blocks: the output head, and projections around the stack."""
+        inside = self.block_path + "."
+        return [site for site in find_layers(self.model, "") if not site.name.startswith(inside)]
+
+    def block_parameters(self, k: int) -> list[str]:
+        """State-dict keys of block k, persistent buffers included."""
+        prefix = self.block_names[k] + "."
+        return [prefix + name for name in self.blocks[k].state_dict()]
+
+    def outer_parameters(self) -> list[str]:
+        """State-dict keys outside the blocks; a tied head is not named twice."""
+        inside = self.block_path + "."
+        names = [name for name in self.model.state_dict() if not name.startswith(inside)]
+        if self.tied and self.head is not None:
+            names = [name for name in names if name != f"{self.head}.weight"]
+        return names
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The ModuleList that holds the most parameters, and its path."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UnsupportedError(
+            "the network has no repeated blocks (no ModuleList)", "this version compresses causal language models"
+        )
+
+    def size(item: tuple[str, nn.ModuleList]) -> int:
+        return sum(parameter.numel() for parameter in item[1].parameters())
+
+    # Of nested lists the outermost has at least as many parameters, and comes first.
+    return max(lists, key=size)
+
+
+def find_layers(root: nn.Module, prefix: str) -> Iterator[LayerSite]:
+    """Every weight with inputs below `root`: linears, transformers' Conv1D, matrices of stacked expert parameters."""
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in root.named_modules():
+        name = ".".join(part for part in (prefix, path) if part)
+        if isinstance(module, nn.Linear):
+            yield LayerSite(name, "linear", f"{name}.weight", module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            columns, rows = module.weight.shape
+            yield LayerSite(name, "conv1d", f"{name}.weight", rows, columns, transposed=True)
+        elif "Experts" in type(module).__name__:
+            # The order in which the experts run: all matrices of expert 0, then of expert 1.
+            stacks = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+            count = max((p.shape[0] for p in stacks.values()), default=0)
+            transposed = bool(getattr(module, "is_transposed", False))
+            for index in range(count):
+                for own, parameter in stacks.items():
+                    rows, columns = parameter.shape[1:] if not transposed else parameter.shape[:0:-1]
+                    key = f"{name}.{own}"
+                    yield LayerSite(f"{key}.{index}", "expert", key, rows, columns, index, transposed)

@@ -1,0 +1,331 @@
+"""One pass over one checkpoint, block by block: observe, compress, write, free.
+
+Open block k, run the spooled hidden states through it while the pass's observers look on, hand every layer to the
+pass, write what came out, go on. The peak of memory is one block and its statistics, whatever the number of blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from effcli import memory, passes
+from effcli.checkpoint import OWN_STEM, STOCK_STEM, Checkpoint, assemble, copy_companions, write_shard, write_text
+from effcli.contract import Needs, Scope
+from effcli.inputs.text import Windows
+from effcli.language.blockwork import BlockWork, Part
+from effcli.language.journal import Journal
+from effcli.language.pairs import SharedInput, find_pairs
+from effcli.language.skeleton import Skeleton
+from effcli.language.spool import Spool
+from effcli.language.stream import Call, Stream, WatchLayers
+from effcli.language.weights import Weights, open_weights
+from effcli.observers import Gram
+from effcli.reports.report import LedgerRow
+from effcli.selection import choose
+from effcli.sites import LayerSite
+from effcli.storage import network_config, obstacles_of, own_config, standard_config
+from effcli.swept import Progress, Swept, check_finite, check_tensor, dense_row, worst
+
+if TYPE_CHECKING:
+    from effcli.recipe import PassStep
+
+SHARD_BYTES = 4 << 30
+_PROBE_TOKENS = 64
+_PROBE_LENGTH = 12
+
+
+def sweep(
+    source: Path,
+    target: Path,
+    step: PassStep,
+    windows: Windows | None,
+    work: Path,
+    progress: Progress = lambda done, total: None,
+    trust_remote_code: bool = False,
+) -> Swept:
+    """Carry out `step` on the checkpoint `source` and write the checkpoint `target`, a directory that exists.
+
+    work: a folder for what is unfinished; when it holds unfinished work of the same request, that is continued.
+    """
+    weights = open_weights(source, trust_remote_code)
+    checkpoint = weights.checkpoint
+    run = _Sweep(weights, step, windows, Journal.open(work, fingerprint(checkpoint, step, windows)), progress)
+    run.blocks()
+    run.outside()
+    return run.finish(target)
+
+
+def fingerprint(checkpoint: Checkpoint, step: PassStep, windows: Windows | None) -> str:
+    """A digest of everything that decides the result: the input's files, the options, the calibration tokens."""
+    digest = hashlib.sha256()
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    request = {
+        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "config": checkpoint.config,
+        "step": step.model_dump(mode="json"),
+        "inputs": windows.inputs if windows else None,
+        "torch": torch.__version__,
+    }
+    digest.update(json.dumps(request, sort_keys=True, default=str).encode())
+    for batch in windows.batches if windows else ():
+        digest.update(repr(tuple(batch.shape)).encode() + batch.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Sweep:
+    def __init__(
+        self, weights: Weights, step: PassStep, windows: Windows | None, journal: Journal, progress: Progress
+    ) -> None:
+        self.weights = weights
+        self.skeleton: Skeleton = weights.skeleton
+        self.step = step
+        self.module: ModuleType = passes.load(step.name)
+        self.choices = choose(self.skeleton, step)
+        self.windows = windows if step.config.needs is Needs.INPUTS else None
+        self.journal = journal
+        self.progress = progress
+        self.shapes: list[tuple[int, ...]] = []
+
+    def blocks(self) -> None:
+        """Every block from the last finished one on."""
+        count = len(self.skeleton.blocks)
+        if self.windows is None:
+            for k in range(self.journal.done, count):
+                self._block(k, None, None)
+            return
+        with Stream(self.weights) as stream:
+            check_finite(self.skeleton.model, "")
+            flow = _Flow.start(stream, self.windows, self.journal)
+            self.shapes = flow.shapes
+            for k in range(self.journal.done, count):
+                self._block(k, stream, flow)
+
+    def _block(self, k: int, stream: Stream | None, flow: _Flow | None) -> None:
+        self.progress(k, len(self.skeleton.blocks) + 1)
+        name = self.skeleton.block_names[k]
+        block, parameters = self.skeleton.blocks[k], self.skeleton.block_parameters(k)
+        sites = self.skeleton.block_layers(k)
+        with self.weights.opened(block, name + ".", parameters), torch.inference_mode():
+            check_finite(block, name)
+            shared: list[SharedInput] = []
+            grams: dict[str, Gram] = {}
+            if flow is not None and stream is not None:
+                shared = self._shared_inputs(k, stream)
+                grams = flow.observe(stream, k, sites, shared, self._wanted(sites), propagate=flow.original)
+            work = BlockWork(self.weights, self.module, block, name, sites, self.choices)
+            part = work.compress(shared, grams)
+            del grams
+            if flow is not None and stream is not None and not flow.original:
+                flow.propagate(stream, k)
+        self._write(f"block-{k:05d}", part)
+        self.journal.advance(k + 1)
+        del part
+        memory.trim()
+
+    def _wanted(self, sites: Sequence[LayerSite]) -> set[str]:
+        return {site.name for site in sites if self.choices[site.name].config is not None}
+
+    def _shared_inputs(self, k: int, stream: Stream) -> list[SharedInput]:
+        """The shared inputs of block k; blocks of one kind have them in common, so one of each is tried."""
+        block = self.skeleton.blocks[k]
+        shapes = [(key, tuple(value.shape)) for key, value in block.state_dict().items()]
+        kind = repr((type(block).__name__, getattr(block, "attention_type", None), shapes))
+        # Remembered through a crash: a later block of the kind might decide a close case differently.
+        record = f"pairs-{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
+        if not self.journal.has(record):
+            size = self.skeleton.config.get_text_config().vocab_size
+            generator = torch.Generator().manual_seed(0)
+            single = torch.randint(size, (_PROBE_TOKENS, 1), generator=generator)
+            several = torch.randint(size, (2, _PROBE_LENGTH), generator=generator)
+            with torch.inference_mode(False):
+                probes = []
+                for ids in (single, several):
+                    hidden, calls = stream.enter(ids)
+                    probes.append((hidden, calls[k]))
+                pairs = find_pairs(block, probes[0], probes[1])
+            self.journal.record(record, [pair.to_json() for pair in pairs])
+        return [SharedInput.from_json(pair) for pair in self.journal.recall(record)]
+
+    def outside(self) -> None:
+        """What stands outside the blocks: embeddings, norms and the output head."""
+        self.progress(len(self.skeleton.blocks), len(self.skeleton.blocks) + 1)
+        head = self.skeleton.head
+        sites = {site.name: site for site in self.skeleton.outer_layers()}
+        taken = head is not None and head in sites and self.choices[head].config is not None
+        part = Part()
+        gram: Gram | None = None
+        with torch.inference_mode():
+            if taken and head is not None and self.windows is not None:
+                gram = self._head_gram(sites[head])
+            for key in self.skeleton.outer_parameters():
+                if taken and key == f"{head}.weight":
+                    continue
+                part.keep(self.weights, key, self.choices)
+            for name, tensor in part.tensors.items():
+                check_tensor(tensor, name)
+            if head is not None and self.skeleton.tied and not taken:
+                part.ledger.append(tied_row(sites[head], self.skeleton.dtype, self.choices[head].reason))
+            if taken and head is not None:
+                tied = self.skeleton.tied
+                embedding = self.weights.parameter(self.skeleton.embedding if tied else sites[head].parameter)
+                check_tensor(embedding, f"{head}.weight")
+                work = BlockWork(self.weights, self.module, nn.Module(), "", [], self.choices)
+                if self.module.Config.scope is Scope.GROUP:
+                    work.reasons[head] = "unscaled: it stands outside the blocks"
+                work.quantize(part, sites[head], embedding, gram)
+                if tied:
+                    part.remarks.append(
+                        f"{head} was tied to the input embedding; it is stored on its own now, the embedding stays"
+                    )
+        self._write("outside", part)
+
+    def _head_gram(self, site: LayerSite) -> Gram:
+        """The Gram matrix of the output head's inputs, from the hidden states behind the last block."""
+        assert self.windows is not None
+        gram = Gram(site.columns)
+        with Stream(self.weights, with_head=True) as stream:
+            spool = Spool(self.journal.spool(len(self.skeleton.blocks)), self.shapes, self.skeleton.dtype)
+            watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
+            for batch, hidden in zip(self.windows.batches, spool, strict=True):
+                with watch:
+                    stream.leave(batch, hidden)
+        gram.check_finite(site.name)
+        return gram
+
+    def _write(self, name: str, part: Part) -> None:
+        """Put a part on the disk, its record after its tensors."""
+        write_shard(self.journal.part(name), part.tensors)
+        self.journal.record(name, part.to_json())
+
+    def finish(self, target: Path) -> Swept:
+        """Join the parts into the target's shards and describe them in its config."""
+        names = [f"block-{k:05d}" for k in range(len(self.skeleton.blocks))] + ["outside"]
+        swept, stored = Swept(), {}
+        for name in names:
+            part = Part.from_json(self.journal.recall(name))
+            swept.ledger += part.ledger
+            swept.histograms += part.histograms
+            swept.remarks += [text for text in part.remarks if text not in swept.remarks]
+            stored.update(part.stored)
+        swept.histograms = worst(swept)
+        unused = self.weights.unused()
+        if unused:
+            swept.remarks.append(f"left out: {len(unused)} tensors that this network does not use, such as {unused[0]}")
+        obstacles = obstacles_of(stored)
+        config = network_config(self.weights.checkpoint.config)
+        if self.skeleton.tied and self.skeleton.head in stored:
+            config["tie_word_embeddings"] = False
+        if obstacles:
+            first, reason = next(iter(obstacles.items()))
+            swept.remarks.append(
+                f"written in effcli's own layout, which effcli.load reads and stock loaders refuse: "
+                f"{len(obstacles)} layers have no place in the standard format, such as {first} ({reason})"
+            )
+        described = own_config(config, stored) if obstacles else standard_config(config, stored, self._linears())
+        copy_companions(self.weights.checkpoint.path, target)
+        parts = [self.journal.part(name) for name in names]
+        assemble(parts, target, OWN_STEM if obstacles else STOCK_STEM, SHARD_BYTES)
+        write_text(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+        self.journal.remove()
+        self.progress(len(names), len(names))
+        return swept
+
+    def _linears(self) -> list[str]:
+        return [choice.site.name for choice in self.choices.values() if choice.site.kind == "linear"]
+
+
+@dataclass
+class _Flow:
+    """The calibration windows on their way through the blocks.
+
+    shapes: of each batch's hidden states, (windows, length, hidden); calls: how each block is called, by the shape of
+    the token ids.
+    """
+
+    windows: Windows
+    journal: Journal
+    shapes: list[tuple[int, ...]]
+    calls: dict[tuple[int, ...], list[Call]]
+    dtype: torch.dtype
+
+    @property
+    def original(self) -> bool:
+        """Whether the original block's outputs go on, so that one forward both observes and propagates."""
+        return self.windows.inputs == "original"
+
+    @staticmethod
+    def start(stream: Stream, windows: Windows, journal: Journal) -> _Flow:
+        flow = _Flow(windows, journal, [], {}, stream.skeleton.dtype)
+        for number, batch in enumerate(windows.batches):
+            # Windows of one shape are called alike: there is no padding, so masks and positions depend on it alone.
+            seen = tuple(batch.shape) in flow.calls
+            if seen and journal.done:
+                continue
+            hidden, calls = stream.enter(batch)
+            if not seen:
+                flow.calls[tuple(batch.shape)] = calls
+            if not flow.shapes:
+                flow.shapes = [(*each.shape, hidden.shape[-1]) for each in windows.batches]
+            if not journal.done:
+                flow.spool(0).write(number, hidden)
+        return flow
+
+    def spool(self, k: int) -> Spool:
+        return Spool(self.journal.spool(k), self.shapes, self.dtype)
+
+    def observe(
+        self,
+        stream: Stream,
+        k: int,
+        sites: Sequence[LayerSite],
+        shared: Sequence[SharedInput],
+        wanted: set[str],
+        propagate: bool,
+    ) -> dict[str, Gram]:
+        """Run all windows through block k and sum up the inputs of the wanted layers, one Gram per shared input."""
+        prefix = stream.skeleton.block_names[k] + "."
+        by_name = {site.name: site for site in sites}
+        leaders: dict[str, str] = {name: name for name in wanted}
+        for item in shared:
+            members = [prefix + name for name in item.consumers if prefix + name in wanted]
+            leaders.update({name: members[0] for name in members})
+        grams = {leader: Gram(by_name[leader].columns) for leader in dict.fromkeys(leaders.values())}
+
+        def add(name: str, inputs: Tensor, output: Tensor) -> None:
+            grams[name].add(inputs)
+
+        watched = [by_name[name] for name in grams]
+        block = stream.skeleton.blocks[k]
+        with WatchLayers(block, prefix, watched, add):
+            self._run(stream, k, propagate)
+        for name, gram in grams.items():
+            gram.check_finite(name)
+        return {name: grams[leader] for name, leader in leaders.items()}
+
+    def propagate(self, stream: Stream, k: int) -> None:
+        """Run all windows through block k as it is now."""
+        self._run(stream, k, True)
+
+    def _run(self, stream: Stream, k: int, propagate: bool) -> None:
+        incoming, outgoing = self.spool(k), self.spool(k + 1)
+        for number, hidden in enumerate(incoming):
+            out = stream.through(k, hidden, self.calls[self.shapes[number][:2]][k])
+            if propagate:
+                outgoing.write(number, out)
+        if propagate:
+            outgoing.sync()
+
+
+def tied_row(site: LayerSite, dtype: torch.dtype, reason: str) -> LedgerRow:
+    """The ledger's line for a head that is stored as the input embedding: no bytes of its own."""
+    row = dense_row(site.name, site.kind, site.shape, dtype, reason)
+    return row.model_copy(update={"nbytes": 0, "bits_per_weight": 0.0})

@@ -1,0 +1,188 @@
+"""Load a checkpoint as its users will, and hold its logits against effcli's own arithmetic.
+
+The reference is the network with dequantized weights. Against it stand the stock transformers loader, where the layout
+is the standard one, and the packed kernels that `effcli.load` uses. In effcli's own layout the stock loader must
+refuse: a file that loads with random weights is worse than one that does not load.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from effcli import runtime, samples
+from effcli.checkpoint import Checkpoint
+from effcli.contract import Options
+from effcli.errors import EffcliError, UserError
+from effcli.inputs import text
+from effcli.stock import load_network_config, quiet_transformers
+from effcli.storage import is_own, network_config
+
+# Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
+# sum in another order and round elsewhere, and every block passes that on.
+_STOCK = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_PACKED = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+_ROWS = 2
+_LENGTH = 32
+# Rows of activations at which the kernels for decoding still run.
+_FEW = 4
+
+
+class Agreement(Options):
+    """How two networks' logits on the same tokens compare."""
+
+    largest: float = Field(description="largest difference of two logits")
+    relative: float = Field(description="‖a - b‖ / ‖b‖ over all logits")
+    top1: float = Field(description="fraction of positions with the same likeliest token, 0 to 1")
+    tolerance: float = Field(description="the largest `relative` that passes")
+
+    @property
+    def passed(self) -> bool:
+        # Written so that NaN fails.
+        return self.relative <= self.tolerance
+
+    @staticmethod
+    def of(logits: Tensor, reference: Tensor, tolerance: float) -> Agreement:
+        """logits, reference: float32 (rows, length, vocabulary)."""
+        if logits.shape != reference.shape:
+            return Agreement(largest=float("inf"), relative=float("inf"), top1=0.0, tolerance=tolerance)
+        difference = logits - reference
+        return Agreement(
+            largest=float(difference.abs().max()),
+            relative=float(difference.norm() / reference.norm().clamp(min=1e-30)),
+            top1=float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
+            tolerance=tolerance,
+        )
+
+    def __str__(self) -> str:
+        verdict = "" if self.passed else f", more than {self.tolerance:g} allowed"
+        size = f"largest logit difference {self.largest:.2g} ({self.relative:.1e} relative{verdict})"
+        return f"{size}, top-1 {self.top1:.1%}"
+
+
+class Verification(Options):
+    """What was found. layout: 'dense', 'compressed-tensors' or 'effcli'."""
+
+    path: str
+    layout: str
+    loader: str = Field(description="the stock loader and its version")
+    stock: Agreement | None = Field(default=None, description="the stock loader against the reference")
+    refused: bool | None = Field(default=None, description="whether the stock loader refuses, in effcli's own layout")
+    packed: Agreement | None = Field(default=None, description="the packed kernels against the reference")
+    problem: str = Field(default="", description="what failed besides the comparison")
+
+    @property
+    def passed(self) -> bool:
+        agreements = [agreement for agreement in (self.stock, self.packed) if agreement is not None]
+        return not self.problem and bool(agreements) and all(agreement.passed for agreement in agreements)
+
+    @property
+    def line(self) -> str:
+        """The findings in one line."""
+        found = []
+        if self.problem:
+            found.append(self.problem)
+        if self.stock is not None:
+            found.append(f"reloaded with {self.loader}: {self.stock}")
+        if self.refused:
+            found.append(f"{self.loader} refuses it, as it must; effcli.load reads it")
+        if self.packed is not None:
+            found.append(f"packed kernels: {self.packed}")
+        return f"{'verified' if self.passed else 'NOT VERIFIED'}: {'; '.join(found)}"
+
+    def to_json(self) -> str:
+        data = {"passed": self.passed, "line": self.line, **self.model_dump(mode="json")}
+        return json.dumps(data, indent=1)
+
+
+def verify(path: str | Path, *, trust_remote_code: bool = False) -> Verification:
+    """Compare the ways to load the checkpoint `path` on a few fixed tokens; one network is in memory at a time."""
+    import transformers
+
+    quiet_transformers()
+    path = samples.resolve(str(path))
+    checkpoint = Checkpoint.open(path)
+    own = is_own(checkpoint.config)
+    compressed = own or "quantization_config" in checkpoint.config
+    layout = "effcli" if own else "compressed-tensors" if compressed else "dense"
+    if layout == "compressed-tensors":
+        _require_compressed_tensors()
+    config = load_network_config(path, network_config(checkpoint.config), trust_remote_code)
+    ids = tokens(config)
+    reference, dtype = _logits(lambda: runtime.load(path, packed=False, trust_remote_code=trust_remote_code), ids)
+    findings: dict[str, Any] = {
+        "path": str(path),
+        "layout": layout,
+        "loader": f"transformers {transformers.__version__}",
+    }
+    if compressed:
+        findings["packed"] = _packed(
+            path, ids, reference, _PACKED.get(dtype, _PACKED[torch.float32]), trust_remote_code
+        )
+    try:
+        stock, _ = _logits(lambda: load_stock(path, trust_remote_code), ids)
+    except EffcliError:
+        raise
+    except Exception as error:
+        # Whatever the stock loader raises is its way of refusing.
+        if own:
+            return Verification(**findings, refused=True)
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Verification(**findings, problem=f"{findings['loader']} cannot load it: {cause}")
+    if own:
+        problem = f"{findings['loader']} loads effcli's own layout, which it cannot understand"
+        return Verification(**findings, refused=False, problem=problem)
+    return Verification(**findings, stock=Agreement.of(stock, reference, _STOCK.get(dtype, _STOCK[torch.float32])))
+
+
+def _packed(path: Path, ids: Tensor, reference: Tensor, tolerance: float, trust_remote_code: bool) -> Agreement:
+    """The packed kernels for many rows of activations, as in a prompt, or for few, as in decoding: the worse."""
+    few = slice(0, 1), slice(0, _FEW)
+    network = runtime.load(path, trust_remote_code=trust_remote_code)
+    with torch.inference_mode():
+        agreements = [
+            Agreement.of(network(input_ids=ids[part], use_cache=False).logits.float(), reference[part], tolerance)
+            for part in ((slice(None), slice(None)), few)
+        ]
+    return max(agreements, key=lambda agreement: (not agreement.passed, agreement.relative))
+
+
+def tokens(config: Any) -> Tensor:
+    """A fixed batch of random token ids int64 (rows, length) for a network with this config."""
+    length = min(_LENGTH, text.longest_sequence(config) or _LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.get_text_config().vocab_size, (_ROWS, length), generator=generator)
+
+
+def load_stock(path: Path, trust_remote_code: bool = False) -> Any:
+    """The checkpoint `path` through transformers alone, offline and without a word."""
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        # What the stock loader warns about is between it and its authors; only its logits count here.
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def _logits(load: Callable[[], Any], ids: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Logits float32 (rows, length, vocabulary) of a network that is freed on return, and its dtype."""
+    network = load().eval()
+    with torch.inference_mode():
+        return network(input_ids=ids, use_cache=False).logits.float(), network.dtype
+
+
+def _require_compressed_tensors() -> None:
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "stock transformers reads this checkpoint only with compressed-tensors installed",
+            "pip install compressed-tensors",
+        ) from error

@@ -1,0 +1,238 @@
+"""The parameters of a network, read from its checkpoint when their block is open.
+
+Where each one stands in the files is worked out once from the headers, by transformers' own renaming rules.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effcli.checkpoint import Checkpoint
+from effcli.errors import CheckpointError
+from effcli.formats import AffineWeight
+from effcli.language.skeleton import Skeleton, find_layers
+from effcli.sites import LayerSite
+from effcli.storage import Stored, network_config, stored_layers
+
+
+def open_weights(path: Path, trust_remote_code: bool = False) -> Weights:
+    """The network in `path`, dense or compressed, ready to be read block by block; every parameter must be there."""
+    checkpoint = Checkpoint.open(path)
+    weights = Weights(checkpoint, Skeleton(path, network_config(checkpoint.config), trust_remote_code))
+    weights.check_complete()
+    return weights
+
+
+class Weights:
+    """The parameters of a network, read from its checkpoint by their names in the modules."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        self.checkpoint = checkpoint
+        self.skeleton = skeleton
+        self._sources, self._converters, packed = _route(checkpoint, skeleton.model)
+        self._packed = packed
+        self.stored: dict[str, Stored] = stored_layers(
+            checkpoint.config, {name: "weight_zero_point" in tensors for name, tensors in packed.items()}
+        )
+        self._sites: dict[str, list[LayerSite]] = {}
+        for site in find_layers(skeleton.model, ""):
+            self._sites.setdefault(site.parameter, []).append(site)
+
+    def sites(self, parameter: str) -> list[LayerSite]:
+        """The layers that a parameter holds: one, several for a stack of experts, or none."""
+        return self._sites.get(parameter, [])
+
+    def check_complete(self) -> None:
+        """Raise `CheckpointError` when the files lack a parameter of the network, or hold it in another shape."""
+        remedy = "download or copy the checkpoint again; config.json must be the one the weights were saved with"
+        missing = self.missing()
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.path} lacks {len(missing)} of the network's parameters, the first is {missing[0]}",
+                remedy,
+            )
+        for name, parameter in self.skeleton.model.state_dict().items():
+            if name in self._sources and name not in self._converters:
+                shape = self.checkpoint.entries[self._sources[name][0][1]].shape
+                if shape != tuple(parameter.shape):
+                    raise CheckpointError(
+                        f"{self.checkpoint.path}: {name} has the shape {shape}, config.json asks for "
+                        f"{tuple(parameter.shape)}",
+                        remedy,
+                    )
+
+    def missing(self) -> list[str]:
+        """Parameters that the network has and the files do not."""
+        wanted = [n for k in range(len(self.skeleton.blocks)) for n in self.skeleton.block_parameters(k)]
+        wanted += self.skeleton.outer_parameters()
+        return [name for name in wanted if not self.has(name)]
+
+    def unused(self) -> list[str]:
+        """Tensors of the files that belong to no parameter, those left out that the network says it ignores."""
+        known = self.skeleton.model.state_dict()
+        ignored = getattr(self.skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        parts = {f"{site.name}.weight" for sites in self._sites.values() for site in sites}
+        keys = [key for name, found in self._sources.items() if name not in known for _, key in found]
+        return [key for key in keys if key not in parts and not any(re.search(pattern, key) for pattern in ignored)]
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold a parameter: as a tensor, or every matrix of it on its own, packed or dense."""
+        sites = self._sites.get(name, [])
+        if name in self._converters and sites:
+            # One file tensor per expert for each pattern, e.g. `experts.*.w1` and `experts.*.w3`.
+            counts = Counter(pattern for pattern, _ in self._sources[name])
+            return all(counts[pattern] == len(sites) for pattern in self._converters[name].source_patterns)
+        if name in self._sources or not sites:
+            return name in self._sources
+        return all(site.name in self._packed or f"{site.name}.weight" in self._sources for site in sites)
+
+    def packed(self, layer: str) -> AffineWeight | None:
+        """The quantized weight of `layer` as it stands in the file, None for a dense one."""
+        if layer not in self._packed:
+            return None
+        return AffineWeight.unpack(self.stored[layer].format, self.raw(layer))
+
+    def raw(self, layer: str) -> dict[str, Tensor]:
+        """The tensors of a packed layer by suffix, as they stand in the file."""
+        return {suffix: self.checkpoint.read(key) for suffix, key in self._packed[layer].items()}
+
+    def packed_bytes(self, layer: str) -> int:
+        return sum(self.checkpoint.entries[key].nbytes for key in self._packed[layer].values())
+
+    def parameter(self, name: str) -> Tensor:
+        """One parameter in the network's own shape; compressed layers are dequantized."""
+        sites = self._sites.get(name, [])
+        if any(site.name in self._packed for site in sites):
+            return self._restore(name, sites)
+        if name not in self._sources:
+            raise CheckpointError(
+                f"{self.checkpoint.path} has no weights for {name}", "download or copy the checkpoint again"
+            )
+        return self._convert(name) if name in self._converters else self.checkpoint.read(self._sources[name][0][1])
+
+    def _restore(self, name: str, sites: list[LayerSite]) -> Tensor:
+        shape = self.skeleton.model.get_parameter(name).shape
+        restored = torch.empty(shape, dtype=self.skeleton.dtype)
+        for site in sites:
+            packed = self.packed(site.name)
+            dense = self.dense_matrix(site) if packed is None else packed.effective(self.skeleton.dtype)
+            site.view(restored).copy_(dense)
+        return restored
+
+    def dense_matrix(self, site: LayerSite) -> Tensor:
+        """One matrix (out, in) of a stack that stayed dense among packed ones."""
+        return self.checkpoint.read(self._sources[f"{site.name}.weight"][0][1])
+
+    def _convert(self, name: str) -> Tensor:
+        converter = copy.deepcopy(self._converters[name])
+        for pattern, key in self._sources[name]:
+            converter.add_tensor(name, key, pattern, lambda key=key: self.checkpoint.read(key))
+        result = converter.convert(name, model=self.skeleton.model, config=self.skeleton.config)
+        value = result[name]
+        value = value[0] if isinstance(value, list) else value
+        return value.contiguous()  # type: ignore[no-any-return]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a dense parameter has in the file."""
+        from effcli.checkpoint import DTYPES
+
+        if name in self._sources:
+            return DTYPES[self.checkpoint.entries[self._sources[name][0][1]].dtype]
+        return self.skeleton.dtype
+
+    @contextmanager
+    def opened(self, module: nn.Module, prefix: str, names: list[str]) -> Iterator[nn.Module]:
+        """`module` with the parameters `names` (full keys below `prefix`) in memory; they are freed afterwards."""
+        self.fill(module, prefix, names)
+        try:
+            yield module
+        finally:
+            empty(module, prefix, names)
+
+    def fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        """Read the parameters `names` (full keys below `prefix`) into `module`."""
+        for name in names:
+            value = self.parameter(name)
+            # Integer buffers keep their dtype.
+            dtype = self.skeleton.dtype if value.is_floating_point() else value.dtype
+            place(module, name.removeprefix(prefix), value.to(dtype))
+
+
+def place(module: nn.Module, path: str, value: Tensor) -> None:
+    """Put `value` where the parameter or buffer `path` of `module` stands."""
+    parent, _, own = path.rpartition(".")
+    owner = module.get_submodule(parent)
+    if own in owner._parameters:
+        owner._parameters[own] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[own] = value
+
+
+def empty(module: nn.Module, prefix: str, names: list[str]) -> None:
+    """Give the parameters `names` back to the meta device."""
+    for name in names:
+        path = name.removeprefix(prefix)
+        parent, _, own = path.rpartition(".")
+        owner = module.get_submodule(parent)
+        parameter = owner._parameters.get(own)
+        if parameter is not None:
+            owner._parameters[own] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+Sources = dict[str, list[tuple[str, str]]]
+
+
+def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str, Any], dict[str, dict[str, str]]]:
+    """Find the file tensors of every parameter.
+
+    Returns parameter -> [(pattern, file key)], parameter -> converter for those that several file tensors make up,
+    and layer -> {suffix: file key} for packed layers.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    own = network_config(checkpoint.config) is not checkpoint.config and "effcli" in checkpoint.config
+
+    def rename(key: str) -> tuple[str, str | None]:
+        if own:
+            return key, None
+        renamed, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if renamed not in state and key in state:
+            renamed, pattern = rename_source_key(key, [], [], prefix, state)
+        return renamed, pattern
+
+    sources: Sources = {}
+    chosen: dict[str, Any] = {}
+    packed: dict[str, dict[str, str]] = {}
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
+    for key in sorted(checkpoint.entries, key=_natural):
+        stem, _, suffix = key.rpartition(".")
+        if suffix in suffixes and f"{stem}.weight_packed" in checkpoint.entries:
+            layer = rename(f"{stem}.weight")[0].removesuffix(".weight")
+            packed.setdefault(layer, {})[suffix] = key
+            continue
+        name, pattern = rename(key)
+        if pattern is not None:
+            chosen[name] = by_pattern[pattern]
+        sources.setdefault(name, []).append((pattern or key, key))
+    return sources, chosen, packed
+
+
+def _natural(key: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts expert 2 before expert 10, as the merging of experts into one stack needs."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]

@@ -1,0 +1,241 @@
+"""The table of a run, column by column, before it is known where it will be shown.
+
+One row for the input and one per pass. A column without a single figure is left out. Each cell has its figure and
+a note below it, which sets the figure against the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from effcli.reports import human, latencies
+
+if TYPE_CHECKING:
+    from effcli.reports.report import Classification, Latency, Report, Speed, Stage
+
+    Maker = Callable[[Stage, Stage], "Cell | None"]
+
+Tone = Literal["", "bad"]
+EMPTY_TEXT = "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, what is to be said of it, and whether it is a step back."""
+
+    text: str
+    note: str = ""
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: `cells` has one entry per stage, None where nothing was measured."""
+
+    key: str
+    title: str
+    unit: str
+    cells: tuple[Cell | None, ...]
+    numeric: bool = True
+
+
+def columns(report: Report) -> list[Column]:
+    """The columns of `report` that hold at least one figure, in reading order."""
+    makers: list[tuple[str, str, str, Maker]] = [
+        ("size", "size", "", _size),
+        ("bits", "bits", "/weight", _bits),
+        ("perplexity", "perplexity", "", _perplexity),
+        ("kl", "KL", "nats", _kl),
+        ("accuracy", "accuracy", "", _accuracy),
+        ("top1", "top-1", "", _top1),
+        ("top5", "top-5", "", _top5),
+        ("agreement", "agreement", "", _agreement),
+        ("sqnr", "SQNR", "dB", _sqnr),
+        *_latency_makers(report.stages),
+        ("prefill", "prefill", "tok/s", _prefill),
+        ("decode", "decode", "tok/s", _decode),
+        ("memory", "peak memory", "", _memory),
+        ("seconds", "time", "", _seconds),
+        ("kernel", "kernel", "", _kernel),
+    ]
+    first = report.stages[0]
+    step = Column("step", "step", "", tuple(Cell(stage.name) for stage in report.stages), numeric=False)
+    found = [step]
+    for key, title, unit, make in makers:
+        cells = tuple(make(stage, first) for stage in report.stages)
+        if any(cells):
+            found.append(Column(key, title, unit, cells, numeric=key != "kernel"))
+    return found
+
+
+def kernel_text(speed: Speed) -> str:
+    """The kernels behind the figures of `speed`, the one at prefill only where it is another."""
+    if speed.prefill_kernel and speed.prefill_kernel != speed.kernel:
+        return f"{speed.kernel}; prefill {speed.prefill_kernel}"
+    return speed.kernel
+
+
+def export_lines(report: Report) -> list[str]:
+    """One line for each export: its size, how fast it runs, and what running it next to the checkpoint showed."""
+    lines = []
+    for found in report.exports:
+        parts = [human.size(found.nbytes)]
+        for latency in found.latencies:
+            parts.append(f"{latency.runtime} {human.significant(latency.milliseconds)} ms")
+        if found.speed is not None:
+            prefill, decode = found.speed.prefill_tokens_per_second, found.speed.decode_tokens_per_second
+            speeds = f"prefill {human.significant(prefill)} tok/s, decode {human.significant(decode)} tok/s"
+            parts.append(f"{found.speed.kernel}: {speeds} with {human.count(found.speed.threads, 'thread')}")
+        lines.append(f"{found.target}: " + "; ".join([*parts, *filter(None, [found.checked]), *found.remarks]))
+    return lines
+
+
+def conditions(stages: Sequence[Stage]) -> list[str]:
+    """Under what conditions the figures were taken: on how many tokens, with how many threads, on what."""
+    found: list[str] = []
+    for stage in stages:
+        quality, speed = stage.quality, stage.speed
+        classified = quality.classification if quality else None
+        if quality and quality.tokens and (quality.perplexity is not None or quality.kl is not None):
+            found.append(f"perplexity and KL over {human.count(quality.tokens, 'token')}")
+        if quality and quality.examples and quality.accuracy is not None:
+            found.append(f"accuracy over {human.count(quality.examples, 'example')}")
+        if classified and classified.images:
+            found.append(f"classification of {human.count(classified.images, 'image')}")
+        if speed:
+            threads = human.count(speed.threads, "thread")
+            found.append(f"speed on {speed.device}, {threads}, prompt of {human.count(speed.prefill_tokens, 'token')}")
+    return list(dict.fromkeys([*found, *latencies.conditions(stages)]))
+
+
+def latency_cell(latency: Latency, stage: Stage, first: Stage) -> Cell:
+    """Milliseconds for one input, and how many times as fast as the network that came in."""
+    ratio = None if stage is first else latencies.speedup(latency, first)
+    text = human.significant(latency.milliseconds)
+    return Cell(text) if ratio is None else Cell(text, human.ratio(ratio), _slower(ratio))
+
+
+def _size(stage: Stage, first: Stage) -> Cell | None:
+    if stage is first or not stage.nbytes:
+        return Cell(human.size(stage.nbytes))
+    ratio = first.nbytes / stage.nbytes
+    return Cell(human.size(stage.nbytes), human.ratio(ratio), "bad" if ratio < 1 else "")
+
+
+def _bits(stage: Stage, first: Stage) -> Cell | None:
+    return Cell(human.bits(stage.bits_per_weight))
+
+
+def _perplexity(stage: Stage, first: Stage) -> Cell | None:
+    value = stage.quality.perplexity if stage.quality else None
+    before = first.quality.perplexity if first.quality else None
+    if value is None:
+        return None
+    # Four digits: at a perplexity of 29.35 the third decides between two good methods.
+    note = "" if stage is first or before is None else human.change(value, before)
+    return Cell(human.significant(value, 4), note, "" if math.isfinite(value) else "bad")
+
+
+def _kl(stage: Stage, first: Stage) -> Cell | None:
+    if stage.quality is None or stage.quality.kl is None:
+        return None
+    return Cell(human.significant(stage.quality.kl))
+
+
+def _accuracy(stage: Stage, first: Stage) -> Cell | None:
+    quality, before = stage.quality, first.quality
+    if quality is None or quality.accuracy is None:
+        return None
+    reference = before.accuracy if before and stage is not first else None
+    return _fraction(quality.accuracy, reference, quality.accuracy_stderr)
+
+
+def _top1(stage: Stage, first: Stage) -> Cell | None:
+    found, before = _classification(stage), _classification(first)
+    if found is None or found.top1 is None:
+        return None
+    return _fraction(found.top1, before.top1 if before and stage is not first else None, found.top1_stderr)
+
+
+def _top5(stage: Stage, first: Stage) -> Cell | None:
+    found, before = _classification(stage), _classification(first)
+    if found is None or found.top5 is None:
+        return None
+    cell = _fraction(found.top5, before.top5 if before and stage is not first else None, None)
+    # Its standard error is not recorded: nothing says whether a loss is one.
+    return Cell(cell.text, cell.note)
+
+
+def _agreement(stage: Stage, first: Stage) -> Cell | None:
+    found = _classification(stage)
+    return None if found is None or found.agreement is None else Cell(human.fraction(found.agreement))
+
+
+def _sqnr(stage: Stage, first: Stage) -> Cell | None:
+    found = _classification(stage)
+    return None if found is None or found.sqnr is None else Cell(human.significant(found.sqnr))
+
+
+def _classification(stage: Stage) -> Classification | None:
+    return stage.quality.classification if stage.quality else None
+
+
+def _fraction(value: float, before: float | None, stderr: float | None) -> Cell:
+    text = human.fraction(value, stderr)
+    if before is None:
+        return Cell(text)
+    # Within two standard errors of one measurement a loss is not told from chance.
+    lost = before - value > 2 * (stderr or 0)
+    return Cell(text, human.points(value, before), "bad" if lost else "")
+
+
+def _latency_makers(stages: Sequence[Stage]) -> list[tuple[str, str, str, Maker]]:
+    """One column per runtime, called by its name where there are several."""
+    names = latencies.runtime_names(stages)
+
+    def maker(name: str) -> Maker:
+        def make(stage: Stage, first: Stage) -> Cell | None:
+            found = latencies.latency_in(stage, name)
+            return latency_cell(found, stage, first) if found else None
+
+        return make
+
+    return [(f"latency {name}", name if len(names) > 1 else "latency", "ms", maker(name)) for name in names]
+
+
+def _prefill(stage: Stage, first: Stage) -> Cell | None:
+    return _rate(stage, first, lambda speed: speed.prefill_tokens_per_second)
+
+
+def _decode(stage: Stage, first: Stage) -> Cell | None:
+    return _rate(stage, first, lambda speed: speed.decode_tokens_per_second)
+
+
+def _rate(stage: Stage, first: Stage, of: Callable[[Speed], float]) -> Cell | None:
+    if stage.speed is None:
+        return None
+    rate = of(stage.speed)
+    if stage is first or first.speed is None or not of(first.speed):
+        return Cell(human.significant(rate))
+    ratio = rate / of(first.speed)
+    return Cell(human.significant(rate), human.ratio(ratio), _slower(ratio))
+
+
+def _slower(ratio: float) -> Tone:
+    # Two runs of one kernel differ by a few percent.
+    return "bad" if ratio < 0.95 else ""
+
+
+def _memory(stage: Stage, first: Stage) -> Cell | None:
+    return None if stage.peak_memory is None else Cell(human.size(stage.peak_memory))
+
+
+def _seconds(stage: Stage, first: Stage) -> Cell | None:
+    return None if stage.seconds is None else Cell(human.duration(stage.seconds))
+
+
+def _kernel(stage: Stage, first: Stage) -> Cell | None:
+    return None if stage.speed is None else Cell(kernel_text(stage.speed))

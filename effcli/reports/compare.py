@@ -1,0 +1,264 @@
+"""Two runs set side by side: their figures, the layers in which they differ, and what makes them hard to compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Literal
+
+from pydantic import Field
+
+from effcli.reports import human, latencies
+from effcli.reports.columns import kernel_text
+from effcli.reports.report import Classification, LedgerRow, Quality, Record, Report, Stage
+
+Unit = Literal["bytes", "ratio", "bits", "number", "fraction", "decibels", "milliseconds", "rate", "seconds"]
+_MILLISECONDS: Unit = "milliseconds"
+
+
+class Side(Record):
+    """One of the two runs, in words."""
+
+    label: str = Field(description="the output directory, or the model where nothing was written")
+    model: str
+    steps: tuple[str, ...] = Field(description="the passes in order")
+    kernel: str | None
+
+
+class Figure(Record):
+    """One measurement of both runs at their end; None where a run has not measured it."""
+
+    key: str
+    title: str
+    unit: Unit
+    a: float | None
+    b: float | None
+
+    @property
+    def change(self) -> str:
+        """From A to B in words: relative, in points for a fraction, in dB for decibels, empty where it says nothing."""
+        if self.a is None or self.b is None:
+            return ""
+        if self.unit == "fraction":
+            return human.points(self.b, self.a)
+        if self.unit == "decibels":
+            # A ratio of logarithms says nothing, nor does a difference from infinity.
+            return f"{self.b - self.a:+.1f} dB" if math.isfinite(self.b - self.a) else ""
+        return human.change(self.b, self.a)
+
+
+class LayerDifference(Record):
+    """A layer that the two runs store differently or restore with another error; None on the side that lacks it."""
+
+    name: str
+    format_a: str | None
+    format_b: str | None
+    bits_a: float | None
+    bits_b: float | None
+    error: Literal["output", "weight", ""] = Field(description="which error both sides have measured")
+    error_a: float | None
+    error_b: float | None
+
+
+class Comparison(Record):
+    """What `effcli compare A B` found. `layers` has the largest ratio of errors first."""
+
+    a: Side
+    b: Side
+    figures: tuple[Figure, ...]
+    caveats: tuple[str, ...]
+    layers: tuple[LayerDifference, ...]
+    same_layers: int
+
+
+def compare(a: Report, b: Report) -> Comparison:
+    """Compare the last stages of two runs. Figures that neither has measured are left out."""
+    last_a, last_b = a.stages[-1], b.stages[-1]
+    runtimes = latencies.runtime_names([last_a, last_b])
+    side_a, side_b = _figures(a, runtimes), _figures(b, runtimes)
+    figures = tuple(
+        Figure(key=key, title=title, unit=unit, a=value, b=side_b[index][3])
+        for index, (key, title, unit, value) in enumerate(side_a)
+        if value is not None or side_b[index][3] is not None
+    )
+    rows_a, rows_b = _final_rows(a), _final_rows(b)
+    names = list(dict.fromkeys([*rows_a, *rows_b]))
+    found = [_difference(name, rows_a.get(name), rows_b.get(name)) for name in names]
+    layers = sorted((layer for layer in found if layer is not None), key=_distance, reverse=True)
+    label_a, label_b = _labels(a, b)
+    return Comparison(
+        a=_side(a, label_a),
+        b=_side(b, label_b),
+        figures=figures,
+        caveats=tuple(_caveats(a, b, last_a, last_b)),
+        layers=tuple(layers),
+        same_layers=sum(layer is None for layer in found),
+    )
+
+
+def _figures(report: Report, runtimes: Sequence[str]) -> list[tuple[str, str, Unit, float | None]]:
+    first, last = report.stages[0], report.stages[-1]
+    quality, speed = last.quality or Quality(), last.speed
+    classified = quality.classification or Classification(images=0)
+    timed = {name: latencies.latency_in(last, name) for name in runtimes}
+    passes = report.stages[1:]
+    seconds = [stage.seconds for stage in passes if stage.seconds is not None]
+    memory = [stage.peak_memory for stage in passes if stage.peak_memory is not None]
+    return [
+        ("nbytes", "size", "bytes", last.nbytes),
+        ("ratio", "ratio to its input", "ratio", first.nbytes / last.nbytes if last.nbytes else None),
+        ("bits_per_weight", "bits per weight", "bits", last.bits_per_weight),
+        ("perplexity", "perplexity", "number", quality.perplexity),
+        ("kl", "KL, nats", "number", quality.kl),
+        ("accuracy", "accuracy", "fraction", quality.accuracy),
+        ("top1", "top-1", "fraction", classified.top1),
+        ("top5", "top-5", "fraction", classified.top5),
+        ("agreement", "agreement", "fraction", classified.agreement),
+        ("sqnr", "SQNR, dB", "decibels", classified.sqnr),
+        *(
+            (f"latency {name}", f"latency, {name}, ms", _MILLISECONDS, found.milliseconds if found else None)
+            for name, found in timed.items()
+        ),
+        ("prefill", "prefill, tok/s", "rate", speed.prefill_tokens_per_second if speed else None),
+        ("decode", "decode, tok/s", "rate", speed.decode_tokens_per_second if speed else None),
+        ("peak_memory", "peak memory of the run", "bytes", max(memory, default=None)),
+        ("seconds", "time of all passes", "seconds", sum(seconds) if seconds else None),
+    ]
+
+
+def _side(report: Report, label: str) -> Side:
+    speed = report.stages[-1].speed
+    return Side(
+        label=label,
+        model=report.model,
+        steps=tuple(stage.name for stage in report.stages[1:]),
+        kernel=kernel_text(speed) if speed else None,
+    )
+
+
+def _labels(a: Report, b: Report) -> tuple[str, str]:
+    """The shortest names that tell the two apart: the last part of the path where that is enough."""
+    long = (a.output or a.model, b.output or b.model)
+    short = (PurePath(long[0]).name or long[0], PurePath(long[1]).name or long[1])
+    if short[0] != short[1]:
+        return short
+    return long if long[0] != long[1] else (f"A: {short[0]}", f"B: {short[1]}")
+
+
+def _final_rows(report: Report) -> dict[str, LedgerRow]:
+    """How each layer is stored at the end. A layer that the last pass left alone keeps an earlier pass's error."""
+    found: dict[str, LedgerRow] = {}
+    for stage in report.stages:
+        for row in stage.ledger:
+            before = found.get(row.name)
+            if row.status == "kept" and before is not None and before.status == "compressed":
+                errors = {"output_error": before.output_error, "weight_error": before.weight_error}
+                row = row.model_copy(update={**errors, "status": "compressed"})
+            found[row.name] = row
+    return found
+
+
+def _difference(name: str, a: LedgerRow | None, b: LedgerRow | None) -> LayerDifference | None:
+    """The difference between two rows of one layer, None when there is none."""
+    error_a, error_b = None, None
+    kind: Literal["output", "weight", ""] = ""
+    if a and b and a.output_error is not None and b.output_error is not None:
+        kind, error_a, error_b = "output", a.output_error, b.output_error
+    elif a and b and a.weight_error is not None and b.weight_error is not None:
+        kind, error_a, error_b = "weight", a.weight_error, b.weight_error
+    if a and b and a.format == b.format and a.bits_per_weight == b.bits_per_weight:
+        # Sums of one run are repeated to about six digits on another number of threads.
+        same = error_a == error_b or (
+            error_a is not None and error_b is not None and math.isclose(error_a, error_b, rel_tol=1e-4)
+        )
+        if same:
+            return None
+    return LayerDifference(
+        name=name,
+        format_a=a.format if a else None,
+        format_b=b.format if b else None,
+        bits_a=a.bits_per_weight if a else None,
+        bits_b=b.bits_per_weight if b else None,
+        error=kind,
+        error_a=error_a,
+        error_b=error_b,
+    )
+
+
+def _distance(layer: LayerDifference) -> tuple[float, float]:
+    """How far apart the errors are, as a power of 2 to one decimal, then the larger of them.
+
+    Layers without two finite errors stand above those with.
+    """
+    a, b = layer.error_a, layer.error_b
+    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
+        return math.inf, math.inf
+    tiny = 1e-30
+    return round(abs(math.log2(max(a, tiny) / max(b, tiny))), 1), max(a, b)
+
+
+def _caveats(a: Report, b: Report, last_a: Stage, last_b: Stage) -> list[str]:
+    """Why figures of the two runs may differ for another reason than their passes."""
+    found = []
+    if a.model != b.model:
+        found.append(f"the runs began with different models: {a.model} and {b.model}")
+    quality_a, quality_b = last_a.quality or Quality(), last_b.quality or Quality()
+    both_perplexity = quality_a.perplexity is not None and quality_b.perplexity is not None
+    both_kl = quality_a.kl is not None and quality_b.kl is not None
+    if (both_perplexity or both_kl) and quality_a.tokens != quality_b.tokens:
+        found.append(
+            f"perplexity and KL were taken over {quality_a.tokens:,} and {quality_b.tokens:,} tokens: not comparable"
+        )
+    if quality_a.accuracy is not None and quality_b.accuracy is not None:
+        if quality_a.examples != quality_b.examples:
+            found.append(
+                f"accuracy was taken over {quality_a.examples:,} and {quality_b.examples:,} examples: not comparable"
+            )
+        elif _within_chance(
+            quality_a.accuracy, quality_a.accuracy_stderr, quality_b.accuracy, quality_b.accuracy_stderr
+        ):
+            found.append("the accuracies differ by less than two standard errors")
+    found += _classification_caveats(quality_a.classification, quality_b.classification)
+    found += _latency_caveats(a, b)
+    one, two = last_a.speed, last_b.speed
+    if one and two:
+        if (one.device, one.threads) != (two.device, two.threads) or a.machine != b.machine:
+            found.append("speed was measured on different machines or with different threads: not comparable")
+        if one.prefill_tokens != two.prefill_tokens:
+            found.append(f"prefill was measured with prompts of {one.prefill_tokens} and {two.prefill_tokens} tokens")
+    return found
+
+
+def _classification_caveats(a: Classification | None, b: Classification | None) -> list[str]:
+    if a is None or b is None:
+        return []
+    if a.images != b.images:
+        return [f"classification was measured on {a.images:,} and {b.images:,} images: not comparable"]
+    if _within_chance(a.top1, a.top1_stderr, b.top1, b.top1_stderr):
+        return ["the top-1 figures differ by less than two standard errors"]
+    return []
+
+
+def _latency_caveats(a: Report, b: Report) -> list[str]:
+    """Latencies that stand side by side but were not taken alike."""
+    last_a, last_b = a.stages[-1], b.stages[-1]
+    found = []
+    for name in latencies.runtime_names([last_a, last_b]):
+        one, two = latencies.latency_in(last_a, name), latencies.latency_in(last_b, name)
+        if one is None or two is None:
+            continue
+        if (one.device, one.threads) != (two.device, two.threads) or a.machine != b.machine:
+            found.append(
+                f"latency of {name} was measured on different machines or with different threads: not comparable"
+            )
+        if one.runtime != two.runtime:
+            found.append(f"latency of {name} is that of {one.runtime} and of {two.runtime}")
+    return found
+
+
+def _within_chance(a: float | None, stderr_a: float | None, b: float | None, stderr_b: float | None) -> bool:
+    """Whether two fractions differ, but by less than two standard errors of their difference."""
+    if a is None or b is None or stderr_a is None or stderr_b is None:
+        return False
+    return 0 < abs(a - b) < 2 * math.hypot(stderr_a, stderr_b)

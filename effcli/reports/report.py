@@ -1,0 +1,202 @@
+"""The record of a run: one stage for the input and one per pass, each with its measurements and its ledger.
+
+`report.json` is this model as JSON. `schema_version` rises when a field changes its meaning or goes away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from effcli.contract import Options
+from effcli.errors import CheckpointError, writing
+
+SCHEMA_VERSION = 1
+FILE_NAME = "report.json"
+
+
+class Record(Options):
+    """A part of a report. An infinite perplexity is a finding: JSON must not turn it into "not measured"."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class LedgerRow(Record):
+    """What became of one layer in one pass."""
+
+    name: str
+    kind: str = Field(description="linear, conv1d, expert, conv or embedding")
+    shape: tuple[int, ...]
+    format: str = Field(description="how the weight is stored now, e.g. 'int4 g64 asym' or 'bfloat16'")
+    bits_per_weight: float = Field(description="stored bits over number of weights, scales and zero points included")
+    nbytes: int
+    status: Literal["compressed", "changed", "kept"]
+    reason: str = Field(default="", description="why it was kept, or what is to be known of its compression")
+    weight_error: float | None = Field(default=None, description="‖W - Ŵ‖² / ‖W‖²")
+    output_error: float | None = Field(
+        default=None, description="mean ‖(W - Ŵ) x‖² / mean ‖W x‖² on the calibration inputs; None without calibration"
+    )
+    macs: int | None = Field(default=None, description="multiplications per input; None for language models")
+    parameters: int | None = Field(default=None, description="weights and biases of the layer")
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class Histogram(Record):
+    """Weights of one layer before and after a pass, counted over the same bins."""
+
+    layer: str
+    edges: tuple[float, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class ActivationRange(Record):
+    """The values of one activation on the calibration data, and the range that its 8 bits cover.
+
+    Values below `low` and above `high` are clipped. edges: one more than counts.
+    """
+
+    name: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    low: float
+    high: float
+    observer: str = Field(description="how the range was chosen, e.g. 'percentile'")
+
+
+class ClassRow(Record):
+    """How well one class is recognised."""
+
+    name: str
+    images: int = Field(description="test images of this class")
+    recall: float | None = Field(description="fraction of them recognised, 0 to 1; None without images")
+    precision: float | None = Field(description="fraction right of those taken for this class; None when none was")
+
+
+class Classification(Record):
+    """What a classifier makes of labelled inputs, or of inputs without labels next to the original network."""
+
+    images: int
+    top1: float | None = Field(default=None, description="fraction whose likeliest class is right, 0 to 1")
+    top5: float | None = Field(default=None, description="fraction whose class is among the five likeliest")
+    top1_stderr: float | None = None
+    agreement: float | None = Field(default=None, description="fraction with the original's likeliest class, 0 to 1")
+    sqnr: float | None = Field(
+        default=None, description="10 log10 Σ y² / Σ (y - ŷ)² of the outputs y of the original, decibels"
+    )
+    classes: tuple[ClassRow, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = Field(
+        default=(), description="images by their class (row) and the class they were taken for (column)"
+    )
+
+
+class Quality(Record):
+    """What the network still knows. Every figure is None where it was not measured."""
+
+    perplexity: float | None = None
+    kl: float | None = Field(default=None, description="mean KL(original ‖ this) per token, nats")
+    tokens: int = 0
+    accuracy: float | None = Field(
+        default=None, description="multiple choice by length-normalised log-likelihood, 0 to 1"
+    )
+    accuracy_stderr: float | None = None
+    examples: int = 0
+    classification: Classification | None = None
+
+
+class Latency(Record):
+    """Time for one input of a network that reads no text."""
+
+    runtime: str = Field(description="what ran, e.g. 'torch float32' or 'onnxruntime int8'")
+    milliseconds: float = Field(description="median for one input at a time")
+    fastest: float = Field(description="the fastest repetition, milliseconds")
+    repetitions: int
+    threads: int
+    device: str
+
+
+class Speed(Record):
+    """Latency of a language model, with the kernels that will run."""
+
+    kernel: str = Field(description="the kernels that ran at decode, by name")
+    prefill_kernel: str = ""
+    prefill_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    threads: int
+    device: str
+
+
+class Stage(Record):
+    """The input, or the checkpoint after one pass."""
+
+    name: str = Field(description="'input' or the name of the pass")
+    options: dict[str, Any] = Field(default_factory=dict)
+    nbytes: int = Field(description="size of the weight files on disk")
+    weights: int = Field(description="number of weights and other parameters, tied ones counted once")
+    bits_per_weight: float
+    quality: Quality | None = None
+    speed: Speed | None = None
+    latencies: tuple[Latency, ...] = Field(default=(), description="of a network that reads no text, one per runtime")
+    peak_memory: int | None = Field(default=None, description="highest resident set during the pass, bytes")
+    seconds: float | None = Field(default=None, description="wall time of the pass itself, measuring excluded")
+    remarks: tuple[str, ...] = Field(default=(), description="what the user should know of how it was carried out")
+    ledger: tuple[LedgerRow, ...] = ()
+    histograms: tuple[Histogram, ...] = ()
+    activations: tuple[ActivationRange, ...] = ()
+
+
+class Exported(Record):
+    """One export of the finished checkpoint."""
+
+    target: str
+    nbytes: int = Field(description="size of its files")
+    checked: str = Field(default="", description="what running it next to the checkpoint showed, in one line")
+    remarks: tuple[str, ...] = Field(default=(), description="what the user should know of it")
+    latencies: tuple[Latency, ...] = ()
+    speed: Speed | None = None
+
+
+class Report(Record):
+    """One run of effcli."""
+
+    schema_version: int = SCHEMA_VERSION
+    effcli_version: str
+    model: str
+    output: str | None
+    machine: str
+    software: dict[str, str] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict, description="the recipe, resolved")
+    stages: tuple[Stage, ...] = Field(min_length=1, description="the input first, then one per pass")
+    verified: str | None = Field(default=None, description="what `verify` found, in one line")
+    exports: tuple[Exported, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write `report.json` into `folder`, whole or not at all."""
+        path = folder / FILE_NAME
+        draft = path.with_suffix(".json.tmp")
+        with writing(path):
+            draft.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            os.replace(draft, path)
+
+    @staticmethod
+    def read(folder: Path) -> Report:
+        """Read `report.json` from `folder`; `CheckpointError` when there is none or it is of another schema."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{folder} holds no {FILE_NAME}", "give a directory that `effcli compress` wrote")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            version = data["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise CheckpointError(
+                    f"{path} has schema version {version}, this effcli reads {SCHEMA_VERSION}",
+                    "use the effcli that wrote it, or run the recipe again",
+                )
+            return Report.model_validate(data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a report of effcli", "run the recipe again") from error

@@ -1,0 +1,220 @@
+"""What the commands show besides a report: a run as it goes along, single measurements, options, plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from effcli.reports import human
+from effcli.reports.columns import EMPTY_TEXT
+from effcli.reports.terminal import SweepProgress, stage_line
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+    from effcli.recipe import Recipe
+    from effcli.reports.report import ClassRow, Quality, Report, Speed, Stage
+
+# So many classes are listed whole.
+_MOST_CLASSES = 40
+
+
+class Screen:
+    """A run as it goes along, on standard error: a bar for each pass, a line for each finished stage."""
+
+    def __init__(self, recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> None:
+        self._recipe = recipe
+        self._quiet = quiet
+        self._console = console or Console(stderr=True)
+        self._bar = SweepProgress(quiet, self._console)
+        self._stages: list[Stage] = []
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+    def stage(self, stage: Stage) -> None:
+        """Show what was measured after the input or a pass."""
+        self._stages.append(stage)
+        self.say(stage_line(self._report()))
+
+    def progress_start(self, name: str, total: int) -> None:
+        self._bar.start(name, total)
+
+    def progress(self, done: int) -> None:
+        self._bar.advance(done)
+
+    def progress_end(self) -> None:
+        self._bar.finish()
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        if not self._quiet:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _report(self) -> Report:
+        """The stages so far as a report, which is what the renderers take."""
+        from effcli.reports.report import Report
+
+        return Report(
+            effcli_version="", model=self._recipe.model, output=self._recipe.output, machine="", stages=(*self._stages,)
+        )
+
+
+def quality_table(quality: Quality) -> RenderableType:
+    """The figures of `effcli eval`; below them how well each class is recognised, where classes were counted."""
+    rows = []
+    if quality.perplexity is not None:
+        rows.append(("perplexity", human.significant(quality.perplexity, 4), human.count(quality.tokens, "token")))
+    if quality.kl is not None:
+        rows.append(("KL to the reference", human.significant(quality.kl), "nats per token"))
+    if quality.accuracy is not None:
+        figure = human.fraction(quality.accuracy, quality.accuracy_stderr)
+        rows.append(("accuracy", figure, human.count(quality.examples, "example")))
+    found = quality.classification
+    if found is None:
+        return _table(rows)
+    images = human.count(found.images, "image")
+    if found.top1 is not None:
+        rows.append(("top-1", human.fraction(found.top1, found.top1_stderr), images))
+    if found.top5 is not None:
+        rows.append(("top-5", human.fraction(found.top5), images))
+    if found.agreement is not None:
+        rows.append(("agreement", human.fraction(found.agreement), "same class as the reference's"))
+    if found.sqnr is not None:
+        rows.append(("SQNR", f"{human.significant(found.sqnr)} dB", "outputs against the reference's"))
+    return Group(_table(rows), *_class_table(found.classes))
+
+
+def _class_table(classes: Sequence[ClassRow]) -> list[RenderableType]:
+    """All classes in their order, or of very many those of the lowest recall; nothing without classes."""
+    if not classes:
+        return []
+    shown, title = classes, f"{len(classes):,} classes"
+    if len(classes) > _MOST_CLASSES:
+        tested = [row for row in classes if row.recall is not None]
+        shown = sorted(tested, key=lambda row: row.recall or 0.0)[:_MOST_CLASSES]
+        title = f"{len(shown)} of {title}, lowest recall first"
+
+    def percent(value: float | None) -> str:
+        return EMPTY_TEXT if value is None else human.fraction(value)
+
+    rows = [(row.name, percent(row.recall), percent(row.precision), f"{row.images:,}") for row in shown]
+    table = _table(rows, ("class", "recall", "precision", "images"))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return [Text(), Text(title, style="bold"), table]
+
+
+def speed_table(speed: Speed) -> Table:
+    """The figures of `effcli bench`."""
+    conditions = f"{speed.device}, {human.count(speed.threads, 'thread')}"
+    prefill = f"{human.count(speed.prefill_tokens, 'token')}, {speed.prefill_kernel or speed.kernel}"
+    return _table(
+        [
+            ("prefill", f"{human.significant(speed.prefill_tokens_per_second)} tok/s", prefill),
+            ("decode", f"{human.significant(speed.decode_tokens_per_second)} tok/s", speed.kernel),
+            ("on", conditions, ""),
+        ]
+    )
+
+
+def passes_table(summaries: Mapping[str, str]) -> Table:
+    """The passes, one line each."""
+    return _table(summaries.items())
+
+
+def options_table(name: str, summary: str, options: type[BaseModel]) -> RenderableType:
+    """The options of the pass `name` with their values and defaults, its own before those that every pass has."""
+    from effcli.contract import PassConfig
+
+    fields = sorted(options.model_fields.items(), key=lambda item: item[0] in PassConfig.model_fields)
+    rows = [(key, _values(field), _default(field), field.description or "") for key, field in fields]
+    return Group(Text(f"{name}: {summary}"), Text(), _table(rows, ("option", "values", "default", "")))
+
+
+def records_table(title: str, records: Sequence[BaseModel], remarks: Iterable[str] = ()) -> RenderableType:
+    """Records of one kind as a table with a column per field, then remarks."""
+    parts: list[RenderableType] = [Text(title)] if title else []
+    if records:
+        names = list(type(records[0]).model_fields)
+        rows = [[_shown(name, getattr(record, name)) for name in names] for record in records]
+        filled = [at for at in range(len(names)) if any(row[at] for row in rows)]
+        header = [names[at].replace("_", " ") for at in filled]
+        parts.append(_table(([row[at] for at in filled] for row in rows), header))
+    parts += [Text(remark, style="yellow") for remark in remarks]
+    return Group(*parts)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if isinstance(value, tuple):
+        return human.shape(value)
+    if isinstance(value, float):
+        return human.significant(value)
+    return human.size(value) if isinstance(value, int) and name.endswith("bytes") else str(value)
+
+
+def _values(field: FieldInfo) -> str:
+    """What an option takes, as people write it: `2, 3, 4`, `int`, `text or none`."""
+    from typing import Literal, get_args, get_origin
+
+    def words(annotation: Any) -> list[str]:
+        if get_origin(annotation) is Literal:
+            return [", ".join(str(value) for value in get_args(annotation))]
+        if get_origin(annotation) is tuple:
+            return [f"list of {words(get_args(annotation)[0])[0]}"]
+        if get_origin(annotation) is dict:
+            return ["mapping"]
+        if get_args(annotation):
+            return [word for member in get_args(annotation) for word in words(member)]
+        return [{type(None): "null", str: "text", bool: "true, false"}.get(annotation, annotation.__name__)]
+
+    bounds = [f"{sign} {bound}" for item in field.metadata for sign, bound in _bounds(item)]
+    return " or ".join(words(field.annotation)) + (f" {' and '.join(bounds)}" if bounds else "")
+
+
+def _bounds(item: Any) -> list[tuple[str, Any]]:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return [(sign, getattr(item, name)) for name, sign in signs.items() if getattr(item, name, None) is not None]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "none" if value in ((), {}) else str(value)
+
+
+def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD if header else None, show_edge=False, pad_edge=False, show_header=bool(header))
+    table.padding = (0, 2, 0, 0)
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+__all__ = [
+    "Screen",
+    "options_table",
+    "passes_table",
+    "quality_table",
+    "records_table",
+    "speed_table",
+]

@@ -1,0 +1,338 @@
+"""A report in the terminal: tables that stay readable at 80 columns, remarks, and the progress of a sweep."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from effcli import memory
+from effcli.reports import human
+from effcli.reports.columns import EMPTY_TEXT, Cell, Column, columns, conditions, export_lines
+
+if TYPE_CHECKING:
+    from effcli.reports.compare import Comparison, Unit
+    from effcli.reports.report import LedgerRow, Report, Stage
+
+# Columns that share one, so that a full table fits 80 characters: the second stands below the first.
+_STACKED = {"seconds": "memory", "agreement": "sqnr"}
+_SHORT_TITLES = {"memory": "memory", "sqnr": "SQNR, dB"}
+# A long name that is two words in its project's own spelling.
+_NARROW_TITLES = {"onnxruntime": "ONNX\nRuntime"}
+_UNITS: dict[Unit, Callable[[float], str]] = {
+    "bytes": human.size,
+    "ratio": human.ratio,
+    "bits": human.bits,
+    "number": lambda value: human.significant(value, 4),
+    "fraction": human.fraction,
+    "rate": human.significant,
+    "decibels": human.significant,
+    "milliseconds": human.significant,
+    "seconds": human.duration,
+}
+
+
+def stage_table(report: Report) -> Group:
+    """The table of a run: one row for the input and one per pass, each figure with its change below it.
+
+    Below the table: under what conditions the figures were taken, and which kernels ran.
+    """
+    found = {column.key: column for column in columns(report)}
+    kernels = found.pop("kernel", None)
+    table = _table()
+    fillers: list[Callable[[int], Text]] = []
+    longest = max(len(stage.name) for stage in report.stages)
+    for key, column in found.items():
+        below = found.get(_STACKED.get(key, ""))
+        if key in _STACKED.values() and any(found.get(top) for top, low in _STACKED.items() if low == key):
+            continue
+        header = [_NARROW_TITLES.get(column.title, column.title)]
+        header += [_SHORT_TITLES.get(below.key, below.title) if below else column.unit]
+        # What does not fit is cut with a mark: "1.2" must not stand for 1.21 GB.
+        # A classifier's table has more columns: there even a short name gives way.
+        fixed = column.numeric or (longest <= 8 and "top1" not in found)
+        table.add_column(
+            "\n".join(header).rstrip(),
+            justify="right" if column.numeric else "left",
+            no_wrap=fixed,
+            overflow="ellipsis" if fixed else "fold",
+        )
+        fillers.append(_stacked(column, below) if below else _noted(column))
+    for row in range(len(report.stages)):
+        table.add_row(*(fill(row) for fill in fillers))
+    captions = conditions(report.stages)
+    if kernels is not None:
+        steps: dict[str, list[str]] = {}
+        for stage, cell in zip(report.stages, kernels.cells, strict=True):
+            if cell:
+                steps.setdefault(cell.text, []).append(stage.name)
+        captions += [f"kernel of {', '.join(names)}: {text}" for text, names in steps.items()]
+    return Group(table, *(Text(caption, style="dim") for caption in captions))
+
+
+def stage_line(report: Report) -> str:
+    """The last stage of `report` in one plain line, for logs and for the moment a pass ends."""
+    parts = []
+    for column in columns(report)[1:]:
+        cell = column.cells[-1]
+        if cell is not None and column.key != "kernel":
+            label = {"size": "", "seconds": "in", "bits": ""}.get(column.key, column.title)
+            unit = " bits/weight" if column.key == "bits" else f" {column.unit}" if column.unit else ""
+            note = f" ({cell.note})" if cell.note else ""
+            parts.append(f"{label} {cell.text}{unit}{note}".strip())
+    return f"{report.stages[-1].name}: {', '.join(parts)}"
+
+
+def ledger_table(stage: Stage, worst: int | None = 10) -> Group:
+    """The `worst` compressed layers of `stage` by their error (None: all), and every layer that was kept, with why."""
+    compressed = sorted((row for row in stage.ledger if row.status == "compressed"), key=_harm, reverse=True)
+    shown = compressed if worst is None else compressed[:worst]
+    by_output = any(row.output_error is not None for row in compressed)
+    by_weight = any(row.weight_error is not None for row in compressed)
+    title = Text(_ledger_title(stage.name, len(shown), len(compressed), by_output or by_weight), style="bold")
+    kept = [Text(line, style="dim") for line in _kept_lines(row for row in stage.ledger if row.status == "kept")]
+    if not shown:
+        return Group(title, *kept)
+    table = _table()
+    table.add_column("layer", overflow="fold")
+    table.add_column("format", overflow="fold")
+    table.add_column("bits", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    if by_output:
+        table.add_column("output\nerror", justify="right", no_wrap=True)
+    if by_weight:
+        table.add_column("weight\nerror", justify="right", no_wrap=True)
+    for row in shown:
+        errors = [row.output_error] * by_output + [row.weight_error] * by_weight
+        table.add_row(
+            _with_reason(row.name, row.reason),
+            Text(row.format),
+            human.bits(row.bits_per_weight),
+            human.size(row.nbytes),
+            *(EMPTY_TEXT if value is None else human.error(value) for value in errors),
+        )
+    return Group(title, table, *kept)
+
+
+def remarks(report: Report) -> Group:
+    """What the user should know of how the request was carried out, stage by stage, and of the exports, if any."""
+    lines = []
+    for stage in report.stages:
+        for remark in stage.remarks:
+            line = Text(f"{stage.name}: ", style="yellow")
+            line.append(remark, style="default")
+            lines.append(line)
+    lines += [Text.assemble(("exported to ", "yellow"), line) for line in export_lines(report)]
+    return Group(*lines)
+
+
+def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:
+    """Two runs side by side, what makes them hard to compare, and the layers in which they differ (None: all)."""
+    from effcli.reports.compare import compare
+
+    comparison = compare(a, b)
+    sides = (comparison.a, comparison.b)
+    table = _table()
+    table.add_column("")
+    for side in sides:
+        table.add_column(Text(side.label), justify="right", overflow="fold")
+    table.add_column("change", justify="right", no_wrap=True)
+    table.add_row("passes", *(Text(", ".join(side.steps) or "none") for side in sides), "")
+    for figure in comparison.figures:
+        values = (EMPTY_TEXT if value is None else _UNITS[figure.unit](value) for value in (figure.a, figure.b))
+        table.add_row(figure.title, *values, figure.change)
+    if any(side.kernel for side in sides):
+        table.add_row("kernel", *(Text(side.kernel or EMPTY_TEXT) for side in sides), "")
+    parts: list[RenderableType] = [table]
+    parts += [Text.assemble(("note: ", "yellow"), caveat) for caveat in comparison.caveats]
+    if comparison.layers:
+        parts += [Text(), _layer_differences(comparison, worst)]
+    if comparison.same_layers:
+        verb = "is" if comparison.same_layers == 1 else "are"
+        parts.append(Text(f"{human.count(comparison.same_layers, 'layer')} {verb} the same in both", style="dim"))
+    return Group(*parts)
+
+
+class SweepProgress:
+    """The progress of one pass after another: block k of n, time left, resident memory.
+
+    Silent with `quiet`. Where the console is no terminal, one plain line when a pass ends. As a context manager it
+    takes the bar away when the sweep fails.
+    """
+
+    def __init__(
+        self,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._quiet = quiet
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._bar: Progress | None = None
+        self._name = ""
+        self._total = 0
+        self._done = 0
+        self._began = 0.0
+
+    def start(self, name: str, total: int) -> None:
+        """Begin the pass `name` over `total` blocks."""
+        self._stop()
+        self._name, self._total, self._done, self._began = name, total, 0, self._clock()
+        if self._quiet or not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}", style="bold"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
+            transient=True,
+            expand=True,
+            refresh_per_second=2,
+        )
+        self._bar.add_task(name, total=total, state=self._state())
+        self._bar.start()
+
+    def advance(self, done: int) -> None:
+        """Say that `done` blocks, counted from the start of the pass, are finished."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, state=self._state())
+
+    def finish(self) -> None:
+        """End the pass: take the bar away, and leave one line where there is no terminal."""
+        self._stop()
+        if self._name and not self._quiet and not self._console.is_terminal:
+            spent = human.duration(self._clock() - self._began)
+            line = f"{self._name}: {human.count(self._done, 'block')} in {spent}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._name = ""
+
+    def __enter__(self) -> SweepProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _state(self) -> str:
+        """'block 7 of 30, 1m20s left, 812 MB': the first block's time is not known before it is over."""
+        parts = [f"block {min(self._done + 1, self._total)} of {self._total}"]
+        if 0 < self._done < self._total:
+            left = (self._clock() - self._began) / self._done * (self._total - self._done)
+            parts.append(f"{human.duration(left)} left")
+        parts.append(human.size(memory.current()))
+        return ", ".join(parts)
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+
+
+def _noted(column: Column) -> Callable[[int], Text]:
+    return lambda row: _cell(column.cells[row])
+
+
+def _stacked(column: Column, below: Column) -> Callable[[int], Text]:
+    def fill(row: int) -> Text:
+        top, low = column.cells[row], below.cells[row]
+        if top is None and low is None:
+            return _cell(None)
+        return _cell(Cell(top.text if top else EMPTY_TEXT, low.text if low else ""))
+
+    return fill
+
+
+def _cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text(EMPTY_TEXT, style="dim")
+    text = Text(cell.text)
+    if cell.note:
+        text.append(f"\n{cell.note}", style="yellow" if cell.tone == "bad" else "dim")
+    elif cell.tone == "bad":
+        text.stylize("yellow")
+    return text
+
+
+def _harm(row: LedgerRow) -> tuple[float, float]:
+    """Order by output error, then by weight error; NaN is the worst there is."""
+    return tuple(  # type: ignore[return-value]
+        -1.0 if value is None else float("inf") if value != value else value
+        for value in (row.output_error, row.weight_error)
+    )
+
+
+def _ledger_title(name: str, shown: int, compressed: int, measured: bool) -> str:
+    if not compressed:
+        return f"{name}: no layer compressed"
+    if shown == compressed:
+        return f"{name}: {human.count(compressed, 'compressed layer')}"
+    which = "largest error first" if measured else "errors not measured"
+    return f"{name}: {shown} of {human.count(compressed, 'compressed layer')}, {which}"
+
+
+def _with_reason(name: str, reason: str) -> Text:
+    text = Text(name, overflow="fold")
+    if reason:
+        text.append(f"\n{reason}", style="dim")
+    return text
+
+
+def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
+    """The layers that differ, first those that differ most."""
+    shown = comparison.layers if worst is None else comparison.layers[:worst]
+    table = _table()
+    title = human.count(len(comparison.layers), "different layer")
+    if len(shown) < len(comparison.layers):
+        title = f"{len(shown)} of {title}"
+    table.add_column("layer", overflow="fold")
+    for label in (comparison.a.label, comparison.b.label):
+        table.add_column(Text(f"format\n{label}"), overflow="fold")
+    for label in (comparison.a.label, comparison.b.label):
+        table.add_column(Text(f"error\n{label}"), justify="right", overflow="fold")
+    for layer in shown:
+        errors = (EMPTY_TEXT if value is None else human.error(value) for value in (layer.error_a, layer.error_b))
+        stored = (Text(found or "absent") for found in (layer.format_a, layer.format_b))
+        table.add_row(Text(layer.name), *stored, *errors)
+    kinds = {layer.error for layer in shown} - {""}
+    parts: list[RenderableType] = [Text(title, style="bold"), table]
+    if kinds:
+        parts.append(Text(f"error: {' or '.join(sorted(kinds))} error, relative and squared", style="dim"))
+    return Group(*parts)
+
+
+def _kept_lines(rows: Iterable[LedgerRow]) -> list[str]:
+    """One line for all layers that share a reason, a format and, but for its numbers, a name."""
+    alike: dict[tuple[str, str, str], list[LedgerRow]] = {}
+    for row in rows:
+        alike.setdefault((re.sub(r"\d+", "*", row.name), row.reason, row.format), []).append(row)
+    lines = []
+    for (pattern, reason, stored), members in alike.items():
+        name = members[0].name if len(members) == 1 else f"{pattern} ({human.count(len(members), 'layer')})"
+        line = f"kept {name}: {stored}, {human.size(sum(row.nbytes for row in members))}"
+        lines.append(f"{line}; {reason}" if reason else line)
+    return lines
+
+
+__all__ = [
+    "SweepProgress",
+    "compare_table",
+    "ledger_table",
+    "remarks",
+    "stage_line",
+    "stage_table",
+]

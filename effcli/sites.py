@@ -1,0 +1,40 @@
+"""Where the weights with inputs stand in a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from effcli.contract import Kind
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """Where a layer stands in the network.
+
+    name: the module's path, with `.index` appended for one matrix of a stacked parameter; parameter: the state-dict
+    key of its weight; rows, columns: its shape as (out, in), whatever the storage; index: which matrix of a stack it
+    is; transposed: stored as (in, out); groups: independent parts of a grouped convolution, each with rows / groups
+    outputs and inputs of its own.
+    """
+
+    name: str
+    kind: Kind
+    parameter: str
+    rows: int
+    columns: int
+    index: int | None = None
+    transposed: bool = False
+    groups: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """This layer's weight as (out, in), a view of its parameter; a convolution's inputs are its patches."""
+        weight = parameter if self.index is None else parameter[self.index]
+        if weight.ndim > 2:
+            return weight.view(self.rows, self.columns)
+        return weight.t() if self.transposed else weight

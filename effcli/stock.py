@@ -1,0 +1,73 @@
+"""Stock transformers: its configs read, its talk kept from the terminal."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from effcli.errors import CheckpointError, UnsupportedError
+
+
+def quiet_transformers() -> None:
+    """Leave the terminal to effcli: transformers' progress bars and advice say nothing its user can act on."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+@contextmanager
+def restoring_verbosity() -> Iterator[None]:
+    """Give a Python caller transformers' logging and progress bars back as they were."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_network_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
+    """The transformers config object of a network's own `config`; remote code only when trusted."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    model_type, code = config.get("model_type"), (config.get("auto_map") or {}).get("AutoConfig")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path / 'config.json'} has no model_type", "restore it from the original checkpoint")
+    if code is not None and not trust_remote_code:
+        raise UnsupportedError(
+            f"{path} brings its own Python code ({model_type})",
+            "read that code, then allow it with --trust-remote-code",
+        )
+    if code is None and model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"transformers does not know the model type {model_type!r}", "install a newer transformers"
+        )
+    try:
+        if code is not None:
+            built = get_class_from_dynamic_module(code, str(path)).from_dict(config)
+            built.name_or_path = str(path)
+            return built
+        with tempfile.TemporaryDirectory() as folder:
+            # By way of a file: that route knows about older names and special cases, and this file holds the config
+            # alone where a compressed checkpoint's says more.
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers says about it
+        raise CheckpointError(
+            f"{path / 'config.json'} does not describe a network: {first_line(error)}",
+            "restore it from the original checkpoint",
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says first, or its type's name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,296 @@
+"""What becomes of a compressed layer in ONNX: onnxruntime's `MatMulNBits`, or an 8-bit integer product.
+
+`com.microsoft.MatMulNBits` (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md) takes codes of
+4 or 8 bits with one scale and zero point per block of 16, 32, 64, 128 or 256 inputs. Where a format differs in form
+only, its numbers carry over exactly: fewer bits are stored as wider codes, and a scale that covers more than a block is
+repeated. Nothing is quantized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from effcli.errors import UnsupportedError
+from effcli.formats import Affine, AffineWeight
+from effcli.reports.human import count
+from effcli.storage import Stored
+
+Tensors = dict[str, Tensor]
+
+_LARGEST_BLOCK = 256
+_SMALLEST_BLOCK = 16
+# Inputs that a block has where the format has no groups, one of those with a fast kernel.
+_FREE_BLOCK = 128
+_SHOWN = 3
+_INTEGER_REMEDY = "quantize with bits: 8, symmetric: true and one scale per channel, or leave activations as they are"
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How layers are multiplied.
+
+    precision: of activations, scales and dense weights; activations: "int8" where they are quantized in every run;
+    accuracy_level: of `MatMulNBits`, 0 in `precision`, 4 with inputs quantized to 8 bits by block.
+    """
+
+    precision: Literal["float32", "float16"] = "float32"
+    activations: Literal["int8"] | None = None
+    accuracy_level: Literal[0, 4] = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether results differ from float32 arithmetic by the order of sums alone."""
+        return self.precision == "float32" and self.activations is None and self.accuracy_level == 0
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How `MatMulNBits` holds a weight (rows, columns).
+
+    bits: 4 or 8; size: inputs per block; zeros: whether zero points are stored (else they are 2**(bits-1)).
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    size: int
+    zeros: bool
+
+    @property
+    def number(self) -> int:
+        """Blocks in a row; the last may be padded."""
+        return -(-self.columns // self.size)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_codes": (self.rows, self.number, self.size * self.bits // 8),
+            "weight_scale": (self.rows, self.number),
+        }
+        if self.zeros:
+            shapes["weight_zero_point"] = (self.rows, -(-self.number * self.bits // 8))
+        return shapes
+
+    def tensors(self, weight: AffineWeight) -> Tensors:
+        """The tensors of `shapes`: codes and zero points uint8, low bits first, scales in their stored dtype."""
+        codes = torch.zeros(self.rows, self.number * self.size, dtype=torch.uint8)
+        codes[:, : self.columns] = weight.codes
+        if weight.zero is None:
+            # A symmetric zero stands in the middle of the codes; so it does again after widening.
+            codes[:, : self.columns] += (1 << (self.bits - 1)) - weight.format.fixed_zero
+        packed = {
+            "weight_codes": _pack(codes, self.bits).view(self.shapes["weight_codes"]),
+            "weight_scale": self._per_block(weight.scale),
+        }
+        if weight.zero is not None:
+            packed["weight_zero_point"] = _pack(self._per_block(weight.zero), self.bits)
+        return packed
+
+    def _per_block(self, values: Tensor) -> Tensor:
+        """values (1 or rows, scale columns) -> (rows, number): one for each block of a row."""
+        repeats = self.number // values.shape[1]
+        return values.repeat_interleave(repeats, dim=1).expand(self.rows, self.number).contiguous()
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """codes uint8 (rows, n) -> uint8 (rows, ceil(n·bits/8)), low bits first; a row's last byte is filled with zeros."""
+    if bits == 8:
+        return codes
+    padded = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    return padded[:, ::2] | (padded[:, 1::2] << 4)
+
+
+def block_size(format: Affine, columns: int) -> int | None:
+    """The largest block that never straddles two scales, None when even the smallest does."""
+    if format.strategy == "group":
+        # The largest power of two that divides the group.
+        size = min(format.group_size & -format.group_size, _LARGEST_BLOCK)
+        return size if size >= _SMALLEST_BLOCK else None
+    size = _SMALLEST_BLOCK
+    while size < min(columns, _FREE_BLOCK):
+        size *= 2
+    return size
+
+
+def as_blocks(format: Affine, shape: tuple[int, int]) -> Blocks:
+    """How a weight of a format that `check` passes is held."""
+    size = block_size(format, shape[1])
+    assert size is not None
+    return Blocks(*shape, 4 if format.bits <= 4 else 8, size, not format.symmetric)
+
+
+def kernel(stored: Stored, arithmetic: Arithmetic) -> str:
+    """The operator that multiplies a layer that `check` passes, e.g. 'MatMulNBits 4 bits level 0'."""
+    if arithmetic.activations:
+        return "MatMulInteger 8 bits"
+    return f"MatMulNBits {4 if stored.format.bits <= 4 else 8} bits level {arithmetic.accuracy_level}"
+
+
+def check(layers: Mapping[str, Stored], arithmetic: Arithmetic) -> None:
+    """Raise `UnsupportedError` that names the layers without a place, by reason, and what to do."""
+    integer = arithmetic.activations is not None
+    if integer and not layers:
+        raise UnsupportedError("int8 activations need layers of 8 bits; this checkpoint has none", _INTEGER_REMEDY)
+    reasons: dict[str, list[str]] = {}
+    for name, stored in layers.items():
+        obstacle = _obstacle(stored, integer)
+        if obstacle:
+            reasons.setdefault(obstacle, []).append(name)
+    if not reasons:
+        return
+    parts = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        parts.append(f"{', '.join(names[:_SHOWN])}{more} ({reason})")
+    raise UnsupportedError(
+        f"{'int8 activations have' if integer else 'MatMulNBits has'} no place for {'; '.join(parts)}",
+        _INTEGER_REMEDY if integer else "--dequantize writes dense weights",
+    )
+
+
+def _obstacle(stored: Stored, integer: bool) -> str:
+    """Why ONNX has no place for a layer, empty when it has one."""
+    format = stored.format
+    if stored.kind == "expert":
+        return "an expert is a slice of a 3-D parameter"
+    if stored.kind not in ("linear", "conv1d"):
+        return f"a {stored.kind} is not a linear"
+    if integer:
+        return str(format) if format.bits != 8 or not format.symmetric or format.strategy == "group" else ""
+    if block_size(format, _SMALLEST_BLOCK) is None:
+        return f"groups of {format.group_size}, not a multiple of {_SMALLEST_BLOCK}"
+    return ""
+
+
+def remarks(layers: Mapping[str, Stored], arithmetic: Arithmetic) -> list[str]:
+    """What the user should know of how the layers are held and run."""
+    if arithmetic.activations:
+        return [
+            "int8 activations have one scale for all tokens of a run: a token's logits depend a little on the others",
+            "x86 processors without VNNI instructions saturate sums of two int8 products",
+        ]
+    found = []
+    for bits in sorted({stored.format.bits for stored in layers.values()} - {4, 8}):
+        number = count(sum(stored.format.bits == bits for stored in layers.values()), "layer")
+        found.append(f"{number} of {bits} bits stored as {4 if bits < 4 else 8}-bit codes with the same values")
+    if arithmetic.accuracy_level == 0 and any(stored.format.bits > 4 for stored in layers.values()):
+        found.append(
+            "onnxruntime dequantizes 8-bit codes in every run at accuracy level 0, many times slower than float32 for "
+            "one token; level 4 has a fast kernel"
+        )
+    return found
+
+
+class PackedLinear(nn.Module):
+    """y = Ŵ (x · f) + b as `MatMulNBits`; holds shapes alone, for tracing.
+
+    weight_codes uint8 (out, blocks, bytes), weight_scale (out, blocks), weight_zero_point uint8 (out, bytes),
+    input_factor (in,): the reciprocal of an explicit input scale, bias (out,).
+    """
+
+    input_factor: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, blocks: Blocks, accuracy_level: int, dtype: torch.dtype, *, bias: bool, scaled: bool) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.attributes: dict[str, Any] = {
+            "K": blocks.columns,
+            "N": blocks.rows,
+            "bits": blocks.bits,
+            "block_size": blocks.size,
+            "accuracy_level": accuracy_level,
+        }
+        for name, shape in blocks.shapes.items():
+            _declare(self, name, shape, dtype if name == "weight_scale" else torch.uint8)
+        _declare_rest(self, blocks.rows, blocks.columns, dtype, bias, scaled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        x = x if self.input_factor is None else x * self.input_factor
+        y = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            [x, *(self.get_buffer(name) for name in self.blocks.shapes)],
+            attrs=self.attributes,
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.blocks.rows),
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+class IntegerLinear(nn.Module):
+    """y = (s_x s_w) (q_x - z_x) q_wᵀ + b with activations quantized per run; holds shapes alone, for tracing.
+
+    weight_integers int8 (in, out), weight_scale (out,), input_factor (in,), bias (out,).
+    """
+
+    weight_integers: Tensor
+    weight_scale: Tensor
+    input_factor: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool, scaled: bool) -> None:
+        super().__init__()
+        self.rows, columns = shape
+        _declare(self, "weight_integers", (columns, self.rows), torch.int8)
+        _declare(self, "weight_scale", (self.rows,), torch.float32)
+        _declare_rest(self, self.rows, columns, dtype, bias, scaled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        x = x if self.input_factor is None else x * self.input_factor
+        levels, scale, zero = torch.onnx.ops.symbolic_multi_out(
+            "::DynamicQuantizeLinear",
+            [x.float()],
+            dtypes=[torch.uint8, torch.float32, torch.uint8],
+            shapes=[x.shape, (), ()],
+        )
+        total = torch.onnx.ops.symbolic(
+            "::MatMulInteger",
+            [levels, self.weight_integers, zero],
+            dtype=torch.int32,
+            shape=(*x.shape[:-1], self.rows),
+        )
+        y = (total.float() * (scale * self.weight_scale)).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    @staticmethod
+    def tensors(weight: AffineWeight) -> Tensors:
+        integers = (weight.codes.t().to(torch.int16) - weight.format.fixed_zero).to(torch.int8).contiguous()
+        return {"weight_integers": integers, "weight_scale": weight.scale.reshape(-1).float().expand(weight.shape[0])}
+
+
+def _declare(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _declare_rest(module: nn.Module, rows: int, columns: int, dtype: torch.dtype, bias: bool, scaled: bool) -> None:
+    for name, size, present in (("bias", rows, bias), ("input_factor", columns, scaled)):
+        if present:
+            _declare(module, name, (size,), dtype)
+        else:
+            module.register_buffer(name, None)
+
+
+def replacement(
+    stored: Stored, shape: tuple[int, int], arithmetic: Arithmetic, dtype: torch.dtype, bias: bool
+) -> PackedLinear | IntegerLinear:
+    """The module that multiplies with the codes of a layer (out, in) that `check` passes."""
+    if arithmetic.activations:
+        return IntegerLinear(shape, dtype, bias=bias, scaled=stored.input_scale)
+    blocks = as_blocks(stored.format, shape)
+    return PackedLinear(blocks, arithmetic.accuracy_level, dtype, bias=bias, scaled=stored.input_scale)
+
+
+def tensors(module: PackedLinear | IntegerLinear, weight: AffineWeight) -> Tensors:
+    """What stands behind the buffers of `module`, its bias left out."""
+    found = IntegerLinear.tensors(weight) if isinstance(module, IntegerLinear) else module.blocks.tensors(weight)
+    if weight.input_scale is not None:
+        found["input_factor"] = weight.input_scale.double().reciprocal()
+    return found

@@ -1,0 +1,102 @@
+"""Export to ONNX for onnxruntime; what is written follows from the checkpoint.
+
+A language model becomes a graph with its key-value cache in and out, packed layers as `MatMulNBits`. A network read as
+a graph becomes float32 or float16. An integer network becomes int8 with every value between `QuantizeLinear` and
+`DequantizeLinear`. Each file is checked, run in onnxruntime, and compared with effcli's own arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from effcli import onnx_session
+from effcli.checkpoint import copy_companions, read_config, write_text
+from effcli.contract import Options
+from effcli.errors import UnsupportedError
+from effcli.exporters._target import nbytes, replacing
+from effcli.graphs.graph import is_graph
+from effcli.graphs.integer import is_integer
+from effcli.reports.report import Exported, Speed
+from effcli.storage import network_config
+
+
+class Config(Options):
+    """Options of an ONNX export."""
+
+    precision: Literal["float32", "float16"] = Field("float32", description="Of what is not quantized.")
+    dequantize: bool = Field(False, description="Write dense weights where they are packed; the file grows.")
+    activations: Literal["int8"] | None = Field(
+        None, description="Quantize the inputs of 8-bit linear layers as they come, and multiply in integers."
+    )
+    accuracy_level: Literal[0, 4] = Field(
+        0, description="Of `MatMulNBits`: 0 multiplies in float, 4 in int8, faster and less exact."
+    )
+
+
+def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
+    """Write the finished checkpoint `source` to `target/model.onnx`, whole or not at all.
+
+    Raises `UnsupportedError` for a layer or an operator that has no place in ONNX, `UserError` where the onnx
+    packages are missing, `OutputError` when `target` exists (without `overwrite`) or cannot be written.
+    """
+    onnx_session.require()
+    source, target, config = Path(source), Path(target), config or Config()
+    remarks: tuple[str, ...] = ()
+    with replacing(source, target, overwrite) as folder:
+        if is_integer(source):
+            checked = _integer(source, folder, config)
+        elif is_graph(source):
+            checked = _graph(source, folder, config)
+        else:
+            checked, remarks = _language(source, folder, config)
+    return Exported(target="onnx", nbytes=nbytes(target), checked=checked, remarks=remarks)
+
+
+def latency(folder: Path, prefill: int, decode: int, threads: int | None = None) -> Speed:
+    """Time a language model that `export` wrote to `folder` in onnxruntime."""
+    from effcli.exporters._onnx_language import latency as measure
+
+    return measure(folder, prefill, decode, threads)
+
+
+def _integer(source: Path, folder: Path, config: Config) -> str:
+    from effcli.exporters._onnx_integer import export_integer
+
+    _refuse(config, "an integer network", ("precision", "dequantize", "activations", "accuracy_level"))
+    return export_integer(source, folder)
+
+
+def _graph(source: Path, folder: Path, config: Config) -> str:
+    from effcli.exporters._onnx_graph import export_graph
+
+    _refuse(config, "a network read as a graph", ("accuracy_level", "activations"))
+    return export_graph(source, folder, precision=config.precision, dequantize=config.dequantize)
+
+
+def _language(source: Path, folder: Path, config: Config) -> tuple[str, tuple[str, ...]]:
+    from effcli.exporters._onnx_language import export_language
+
+    # Tokenizer and config go along, so that the folder is all that a program needs.
+    copy_companions(source, folder)
+    text = json.dumps(network_config(read_config(source)), indent=2, sort_keys=True)
+    write_text(folder / "config.json", f"{text}\n")
+    described = export_language(
+        source,
+        folder,
+        dequantize=config.dequantize,
+        precision=config.precision,
+        activations=config.activations,
+        accuracy_level=config.accuracy_level,
+    )
+    return described.line, described.remarks
+
+
+def _refuse(config: Config, what: str, names: tuple[str, ...]) -> None:
+    """Raise `UnsupportedError` for an option that says nothing of this kind of checkpoint."""
+    for name in names:
+        if getattr(config, name) != Config.model_fields[name].default:
+            raise UnsupportedError(f"onnx.{name} says nothing of {what}", "leave the option out")

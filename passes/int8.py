@@ -1,0 +1,182 @@
+"""Static int8: a network of integers alone, with ranges from calibration inputs (arXiv:1712.05877, arXiv:1806.08342).
+
+Batch norms are folded, every activation gets the range that an observer chooses, weights one scale per output channel.
+Rounded weights and activations shift the mean of a layer's outputs; bias correction (arXiv:1906.04721, section 4.2)
+takes the shift out again, layer after layer, by running the integer network itself on calibration inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor, fx, nn
+
+from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
+from effcli.errors import DataError
+from effcli.graphs import executor
+from effcli.graphs.fusion import fuse, hoist_activations
+from effcli.graphs.graph import Graph
+from effcli.graphs.integer import Array, IntegerNetwork, Weighted
+from effcli.graphs.lowering import check, lower
+from effcli.graphs.ranges import Method, Observer, Range
+from effcli.passes._fold import fold_batch_norms
+
+# Inputs whose means correct the biases, and the bytes that one value of all of them may take.
+_CORRECTING = 256
+_BYTES = 1 << 26
+
+
+class Config(PassConfig):
+    """Options of an `int8` step, the last of a run: what it writes is no longer a network of floating-point layers."""
+
+    needs: ClassVar[Needs] = Needs.INPUTS
+    scope: ClassVar[Scope] = Scope.GRAPH
+
+    observer: Method = Field(
+        "least_squares",
+        description="How the range of an activation is chosen; the input's is always all that was seen.",
+    )
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="Of the values below the upper end, for the observer `percentile`."
+    )
+    range: Literal["minmax", "least_squares"] = Field("minmax", description="How the range of the weights is chosen.")
+    bias_correction: bool = Field(True, description="Undo the shift of each channel's mean in the biases.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for key in ("ignore", "layers"):
+            if getattr(self, key):
+                raise ValueError(f"{key} has no meaning here: a network of integers is one throughout")
+        return self
+
+
+def transform(config: Config, graph: Graph, seen: Observed) -> Transformed:
+    """The integer network of `graph`, with a note for each layer and the range of each activation."""
+    prepared, remarks = prepare(graph)
+    check(prepared)
+    statistics = observe(prepared, seen.batches())
+    return quantize(config, prepared, statistics, remarks)
+
+
+def prepare(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
+    """A copy of `graph` as it will be lowered, batch norms folded, and remarks."""
+    prepared = Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
+    _, remarks = fold_batch_norms(prepared)
+    hoist_activations(prepared)
+    return prepared, remarks
+
+
+@dataclass
+class Statistics:
+    """What one pass over the calibration inputs leaves.
+
+    observers: by tensor, for one tensor of each group that shares a scale; inputs: the first inputs, float32
+    (n, *shape); means: of the outputs of each layer's node on these inputs, float64 (out,).
+    """
+
+    observers: dict[str, Observer]
+    inputs: Tensor
+    means: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+def observe(graph: Graph, batches: Iterator[Tensor]) -> Statistics:
+    """Run `graph` on the calibration inputs and observe every tensor that needs a range. `DataError` without inputs."""
+    fusion = fuse(graph)
+    groups = {name: fusion.groups[name] for name in fusion.roots}
+    observers = {group: Observer(name) for name, group in reversed(groups.items())}
+    largest = max(math.prod(shape) for shape in graph.shapes().values())
+    wanted = max(1, min(_CORRECTING, _BYTES // largest))
+    sums: dict[str, Tensor] = {}
+    kept: list[Tensor] = []
+    left = wanted
+
+    class Watcher(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in groups:
+                observers[groups[n.name]].add(value)
+            module = graph.module_of(n)
+            if left and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+                axis = value.ndim - 1 if isinstance(module, nn.Linear) else 1
+                others = [other for other in range(value.ndim) if other != axis]
+                part = value[:left].double()
+                numbers = part.numel() / part.shape[0] / part.shape[axis]
+                sums[n.name] = sums.get(n.name, 0) + part.sum(others) / numbers
+            return value
+
+    watcher = Watcher(graph.module)
+    # Errors name the node already.
+    watcher.extra_traceback = False
+    for batch in batches:
+        if not len(batch):
+            continue
+        with torch.inference_mode():
+            watcher.run(batch)
+        kept.append(batch[:left].clone())
+        left -= len(kept[-1])
+    if not kept:
+        raise DataError("there are no calibration inputs", "give the pass inputs of the network's own kind")
+    inputs = torch.cat(kept)
+    means = {name: (total / len(inputs)).numpy() for name, total in sums.items()}
+    return Statistics(observers, inputs, means)
+
+
+def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tuple[str, ...] = ()) -> Transformed:
+    """The integer network of a prepared `graph`."""
+    ranges: dict[str, Range] = {}
+    activations = []
+    inputs = fuse(graph).groups[graph.input.name]
+    for group, observer in statistics.observers.items():
+        # What is clipped of the input no layer can restore, and pixels from 0 to 255 become codes without any error.
+        method: Method = "minmax" if group == inputs else config.observer
+        ranges[group] = observer.range_of(method, config.percentile)
+        activations.append(observer.row(ranges[group], method))
+    lowered = lower(graph, ranges, config.range == "least_squares")
+    notes = {layer: dict(note) for layer, note in lowered.notes.items()}
+    if config.bias_correction:
+        for layer, shift in correct_biases(lowered.network, statistics).items():
+            notes[layer]["bias_shift"] = round(shift, 3)
+    return Transformed(lowered.network, notes, tuple(activations), (*remarks, *lowered.remarks))
+
+
+def correct_biases(network: IntegerNetwork, statistics: Statistics) -> dict[str, float]:
+    """Change the biases of `network`, in place, so that every channel has the mean it had; layer after layer.
+
+    Returns the largest change of each layer in steps of its output.
+    """
+    program = network.program
+    values = {program.input: network.quantize(statistics.inputs.numpy())}
+    last = {name: index for index, step in enumerate(program.steps) for name in step.inputs}
+    shifts: dict[str, float] = {}
+    for index, step in enumerate(program.steps):
+        if isinstance(step, Weighted) and step.name in statistics.means:
+            shift = _correct(network, step, values[step.inputs[0]], statistics.means[step.name])
+            shifts[step.layer] = max(shift, shifts.get(step.layer, 0.0))
+        values[step.output] = executor.execute(network, step, values)
+        for name in set(step.inputs):
+            if last[name] == index:
+                del values[name]
+    return shifts
+
+
+def _correct(network: IntegerNetwork, step: Weighted, codes: Array, mean: NDArray[np.float64]) -> float:
+    """Correct one bias to the mean (out,) that the layer's outputs had; the largest change in steps of its output."""
+    output = network.program.values[step.output]
+    ratio = network.array(step, "multiplier") * 2.0 ** -network.array(step, "shift").astype(np.float64)
+    found = executor.mean_accumulator(network, step, codes)
+    change = mean / output.scale - found * ratio
+    # A channel that the multiplier silences has nothing to be corrected.
+    units = np.divide(change, ratio, out=np.zeros_like(change), where=ratio > 0)
+    bias = network.array(step, "bias")
+    limit = 2.0**30
+    corrected = np.rint(np.clip(bias + units, -limit, limit))
+    network.arrays[f"{step.name}.bias"] = corrected.astype(np.int32)
+    return float(np.abs(change).max(initial=0))

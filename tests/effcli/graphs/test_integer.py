@@ -1,0 +1,218 @@
+"""Integer networks: the rounding rule by hand, multipliers that are as good as their bits, and a file that holds it."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from effcli.errors import CheckpointError, NumericsError
+from effcli.graphs.graph import Facts
+from effcli.graphs.integer import (
+    HIGHEST,
+    LOWEST,
+    IntegerNetwork,
+    Linear,
+    Program,
+    Reshape,
+    Value,
+    addition,
+    is_integer,
+    requantizer,
+    rescale,
+)
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+FACTS = Facts(origin="test", shape=(5,))
+
+
+def linear_network(bits: Literal[2, 4, 8] = 8) -> IntegerNetwork:
+    """A linear layer of 5 inputs and 3 outputs, its codes at both ends of what `bits` hold."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight = np.random.default_rng(0).integers(low, high + 1, (3, 5)).astype(np.int8)
+    weight[0, :2] = low, high
+    step = Linear(name="fc", inputs=("x",), output="y", layer="fc", weight_bits=bits, low=-100)
+    values = {"x": Value(shape=(5,), scale=0.5, zero=-3), "y": Value(shape=(3,), scale=0.25, zero=7)}
+    arrays = {
+        "fc.weight": weight,
+        "fc.bias": np.array([-1, 2, 3], dtype=np.int32),
+        "fc.multiplier": np.array([1 << 30] * 3, dtype=np.int32),
+        "fc.shift": np.array([31, 32, 62], dtype=np.uint8),
+    }
+    return IntegerNetwork(Program(input="x", output="y", values=values, steps=(step,)), arrays, FACTS)
+
+
+@pytest.mark.parametrize(
+    ("value", "multiplier", "shift", "expected"),
+    [
+        (1, 1, 1, 1),  # a half goes up
+        (-1, 1, 1, 0),  # so does a negative one
+        (-3, 1, 1, -1),
+        (3, 1, 1, 2),
+        (5, 3, 2, 4),  # 15 / 4
+        (-5, 3, 2, -4),
+        (2**31 - 1, 2**31 - 1, 31, 2**31 - 2),
+        (-(2**31), 2**31 - 1, 62, -1),
+        (-(2**31), 2**31 - 1, 31, -(2**31) + 1),
+        (7, 0, 5, 0),
+    ],
+)
+def test_rescaling_by_hand(value: int, multiplier: int, shift: int, expected: int) -> None:
+    assert rescale(np.array([value], dtype=np.int32), multiplier, shift).tolist() == [expected]
+
+
+@given(values=st.lists(INT32, min_size=1, max_size=5), multiplier=st.integers(0, 2**31 - 1), shift=st.integers(1, 62))
+def test_rescaling_is_exact(values: list[int], multiplier: int, shift: int) -> None:
+    """Against fractions of unbounded integers; the values themselves stay as they were."""
+    given_values = np.array(values, dtype=np.int64)
+    expected = [math.floor(Fraction(value * multiplier, 1 << shift) + Fraction(1, 2)) for value in values]
+    assert rescale(given_values, multiplier, shift).tolist() == expected
+    assert given_values.tolist() == values
+
+
+def test_rescaling_per_channel() -> None:
+    values = np.arange(-6, 6).reshape(1, 3, 4)
+    multipliers, shifts = np.array([1, 3, 5]).reshape(3, 1), np.array([1, 2, 3], dtype=np.uint8).reshape(3, 1)
+    found = rescale(values, multipliers, shifts)
+    for channel in range(3):
+        expected = np.floor(values[:, channel] * multipliers[channel] / 2.0 ** shifts[channel] + 0.5)
+        np.testing.assert_array_equal(found[:, channel], expected)
+
+
+@given(st.floats(2.0**-32, 2.0**16, exclude_max=True))
+def test_a_multiplier_is_next_to_its_scale(scale: float) -> None:
+    multiplier, shift = requantizer(scale)
+    assert 0 <= multiplier < 2**31 and 1 <= shift <= 62
+    assert math.ldexp(multiplier, -shift) == pytest.approx(scale, rel=2.0**-17)
+    # The high word of a product where 16 bits suffice, 30 bits elsewhere.
+    if not 2.0**-16 <= scale < 0.49:
+        assert math.ldexp(multiplier, -shift) == pytest.approx(scale, rel=2.0**-30)
+    else:
+        assert shift == 32
+
+
+@pytest.mark.parametrize("scale", [0.5 - 2.0**-34, 0.5, 1 - 2.0**-40, 1.0, 2.0**16 * (1 - 2.0**-50), 2.0**-16])
+def test_multipliers_at_the_seams(scale: float) -> None:
+    multiplier, shift = requantizer(scale)
+    assert 0 < multiplier < 2**31 and 1 <= shift <= 62
+    assert math.ldexp(multiplier, -shift) == pytest.approx(scale, rel=2.0**-30)
+
+
+def test_a_tiny_scale_becomes_nothing() -> None:
+    assert requantizer(2.0**-100)[0] == 0
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0**16, math.inf, math.nan])
+def test_scales_that_no_multiplier_expresses(scale: float) -> None:
+    with pytest.raises(NumericsError, match="out of range"):
+        requantizer(scale)
+
+
+CODES = st.integers(LOWEST, HIGHEST)
+
+
+@given(
+    first=st.floats(2.0**-10, 2.0**12),
+    second=st.floats(-(2.0**12), 2.0**12),
+    zeros=st.tuples(CODES, CODES, CODES),
+    codes=st.tuples(CODES, CODES),
+)
+def test_an_addition_is_right_to_a_step_and_its_multipliers_precision(
+    first: float, second: float, zeros: tuple[int, int, int], codes: tuple[int, int]
+) -> None:
+    multipliers, offset, shift = addition(first, second, zeros)
+    assert max(map(abs, multipliers)) < 2**15 and 1 <= shift <= 22
+    terms = codes[0] * multipliers[0], codes[1] * multipliers[1], offset
+    assert max(map(abs, (*terms, sum(terms)))) < 2**31
+    found = int(rescale(np.array([sum(terms)]), 1, shift)[0])
+    exact = (codes[0] - zeros[0]) * first + (codes[1] - zeros[1]) * second + zeros[2]
+    # Half a step, and half a unit of each multiplier, which has 15 bits for the larger scale.
+    assert abs(found - exact) <= 0.5 + 2 * 255 * 2.0 ** -(shift + 1) + 1e-9
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.0, 0.0), (2.0**13, 1.0), (1.0, -(2.0**13)), (math.nan, 1.0)])
+def test_additions_out_of_range(first: float, second: float) -> None:
+    with pytest.raises(NumericsError, match="out of range"):
+        addition(first, second, (0, 0, 0))
+
+
+def test_quantizing_by_hand() -> None:
+    """scale ½, zero -3: halves go to even before the zero point is added, and the ends hold."""
+    network = linear_network()
+    codes = network.quantize(np.array([[0.25, 0.75, -0.25, 1000, -1000]], dtype=np.float32))
+    assert codes.dtype == np.int8 and codes.tolist() == [[-3, -1, -3, 127, -128]]
+    outputs = network.dequantize(np.array([[7, 8, -128]], dtype=np.int8))
+    assert outputs.dtype == np.float32 and outputs.tolist() == [[0, 0.25, -33.75]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_file_holds_the_network(bits: Literal[2, 4, 8], tmp_path: Path) -> None:
+    network = linear_network(bits)
+    assert not is_integer(tmp_path)
+    network.save(tmp_path)
+    assert is_integer(tmp_path)
+    found = IntegerNetwork.read(tmp_path)
+    assert found.program == network.program and found.facts == network.facts
+    assert found.arrays.keys() == network.arrays.keys()
+    for name, array in network.arrays.items():
+        assert found.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        linear_network(4).save(tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no weights", "no constant", "not json"])
+def test_damaged_networks(damage: str, tmp_path: Path) -> None:
+    network = linear_network()
+    network.save(tmp_path)
+    weights, program = tmp_path / "effcli.safetensors", tmp_path / "integer.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-3])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "no constant":
+        program.write_text(program.read_text().replace('"name": "fc"', '"name": "other"'))
+    else:
+        program.write_text("{")
+    with pytest.raises(CheckpointError):
+        IntegerNetwork.read(tmp_path)
+
+
+def reshape(source: str, target: str) -> Reshape:
+    return Reshape(name=target, inputs=(source,), output=target)
+
+
+@pytest.mark.parametrize(
+    ("steps", "output", "names", "message"),
+    [
+        ((reshape("z", "y"),), "y", "xy", "nothing has written before"),
+        ((reshape("x", "y"), reshape("x", "y")), "y", "xy", "written twice"),
+        ((reshape("x", "x"),), "x", "x", "written twice"),
+        ((reshape("x", "y"),), "y", "xyz", "do not fit together"),
+        ((reshape("x", "y"),), "z", "xy", "do not fit together"),
+    ],
+)
+def test_programs_that_cannot_run(steps: Any, output: str, names: str, message: str) -> None:
+    values = {name: Value(shape=(5,), scale=1.0, zero=0) for name in names}
+    with pytest.raises(ValidationError, match=message):
+        Program(input="x", output=output, values=values, steps=steps)
+
+
+def test_a_constant_must_be_there() -> None:
+    network = linear_network()
+    arrays = {name: array for name, array in network.arrays.items() if name != "fc.shift"}
+    with pytest.raises(CheckpointError, match=r"fc\.shift is missing"):
+        IntegerNetwork(network.program, arrays, FACTS)

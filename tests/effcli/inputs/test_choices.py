@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from effcli import samples
+from effcli.errors import DataError
+from effcli.inputs import choices, text
+from effcli.inputs.choices import Question, Task
+from effcli.language import evaluate
+from effcli.recipe import Evaluate
+
+SAMPLE = samples.SAMPLES["sample:lm"]
+
+
+class Letters:
+    """A tokenizer without special tokens: 0 is a space, 1 to 26 are letters."""
+
+    bos_token_id = 26
+    eos_token_id = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[" abcdefghijklmnopqrstuvwxyz".index(letter) for letter in text])
+
+
+def reader(longest: int | None = None) -> text.Reader:
+    return text.Reader(Letters(), 27, longest)
+
+
+def answer(task: Task, table: torch.Tensor) -> choices.Score:
+    """Score with a network that looks at one token only; table: probabilities of the next token, by token."""
+    for number, batch in enumerate(task.batches):
+        for row, places, targets in task.positions(number):
+            task.add(targets, table[batch[row, places]].log())
+    return task.score()
+
+
+def test_reads_both_forms(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    lines = [{"query": "a", "choices": ["b", "c"], "gold": 1}, {"context": "a b", "continuation": "c"}]
+    file.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    assert choices.read(file) == [Question("a", ("b", "c"), 1), Question("a b", ("c",), None)]
+    assert len(choices.read(file, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: not a JSON object"),
+        ('{"query": "a", "gold": 0}', "line 2: no choices"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}', "line 2: choices must be a list of at least two"),
+        ('{"query": "a", "choices": "bc", "gold": 0}', "line 2: choices must be a list of at least two"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "line 2: gold must be 0 to 1, not 2"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": true}', "line 2: gold must be 0 to 1, not True"),
+        ('{"query": "a", "choices": ["b", 3], "gold": 0}', "line 2: query and choices must be texts"),
+        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "line 2: a choice is empty"),
+        ('{"context": 1, "continuation": "c"}', "line 2: query and choices must be texts"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"context": "a", "continuation": "b"}\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        choices.read(file)
+    assert message in caught.value.cause
+    assert caught.value.remedy
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    with pytest.raises(DataError, match="there is no file"):
+        choices.read(file)
+    file.write_bytes(b"\n")
+    with pytest.raises(DataError, match="holds no question"):
+        choices.read(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="not UTF-8"):
+        choices.read(file)
+
+
+@pytest.mark.parametrize(
+    ("query", "choice", "context", "continuation"),
+    [
+        ("ab", "cd", [1, 2], [0, 3, 4]),
+        # A space at the end of the query belongs to the choice, and the one between them comes on top.
+        ("ab ", "cd", [1, 2], [0, 0, 3, 4]),
+        # Without a query the start token stands before the choice.
+        ("", "cd", [26], [0, 3, 4]),
+    ],
+)
+def test_where_a_choice_begins(query: str, choice: str, context: list[int], continuation: list[int]) -> None:
+    assert choices.encode_pair(reader(), query, choice) == (context, continuation)
+
+
+def test_scored_by_hand() -> None:
+    """After `a` comes a space; after a space `b` (0.6) or `c` (0.4); letters follow themselves with 0.9."""
+    table = torch.full((27, 27), 1e-6)
+    table[1, 0], table[0, 2], table[0, 3] = 1.0, 0.6, 0.4
+    table[2, 2], table[3, 3] = 0.5, 0.9
+    questions = [
+        Question("a", ("b", "c"), 0),  # log 0.6 > log 0.4
+        # Per character: log(0.6 · 0.5) / 2 = -0.602 < log(0.4 · 0.9²) / 3 = -0.376, though -1.204 < -1.127 is closer.
+        Question("a", ("bb", "ccc"), 1),
+        # Without the division by the length b would win: -0.511 against -0.916 - 3 · 0.105 = -1.232; with it, -0.308.
+        Question("a", ("b", "cccc"), 1),
+        Question("a", ("b", "c"), 1),  # answered wrongly
+        Question("a", ("b",), None),  # the greedy continuation
+        Question("a", ("c",), None),  # not the greedy continuation
+    ]
+    task = Task.build(questions, reader(), 64)
+    score = answer(task, table)
+    assert task._likelihood[1, 1] == pytest.approx(math.log(0.4 * 0.9 * 0.9), abs=1e-5)
+    assert score.accuracy == pytest.approx(4 / 6)
+    assert score.stderr == pytest.approx(math.sqrt((4 / 6) * (2 / 6) / 5))
+    assert score.examples == 6
+
+
+def test_choices_of_one_token_share_an_input() -> None:
+    questions = [Question("a", ("b", "c"), 0), Question("a", ("bd", "cd"), 0)]
+    task = Task.build(questions, reader(), 1024)
+    assert sum(len(batch) for batch in task.batches) == 3
+
+
+def test_a_text_that_is_too_long_loses_its_beginning() -> None:
+    questions = [Question("abcdefgh", ("i", "j"), 0)]
+    task = Task.build(questions, reader(longest=4), 1024)
+    # `efgh i` is the end; its last token is predicted and not read.
+    assert task.batches[0].tolist() == [[6, 7, 8, 0]]
+    assert len(task.remarks) == 1 and "lost their start" in task.remarks[0]
+
+
+def test_batches_hold_no_more_tokens_than_asked() -> None:
+    questions = [Question("a" * length, ("b", "cc"), 0) for length in (1, 5, 40, 41, 70, 200)]
+    task = Task.build(questions, reader(), 128)
+    assert all(batch.numel() <= 128 or len(batch) == 1 for batch in task.batches)
+    rows = sorted(len(ids) for row in task._rows for ids in [range(row[0][0])])
+    assert max(rows) == 200 + 2
+
+
+def test_streamed_scores_equal_a_plain_loop(tmp_path: Path) -> None:
+    """The sample in float32, one unpadded sequence at a time, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network = AutoModelForCausalLM.from_pretrained(SAMPLE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE)
+    folder = tmp_path / "float32"
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    lines = samples.EVALUATION_TEXT.read_text(encoding="utf-8").split("\n\n")[:24]
+    questions: list[dict[str, Any]] = []
+    for k in range(0, 12, 2):
+        choice = [lines[k + 1][:30].strip(), lines[k + 2][-45:].strip(), "O no, my lord."]
+        questions.append({"query": lines[k][:200].strip(), "choices": choice, "gold": k % 3})
+    ids = tokenizer("KING RICHARD III:\nMy", return_tensors="pt").input_ids
+    greedy = tokenizer.decode(network.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :])
+    if greedy.startswith(" "):
+        questions.append({"context": "KING RICHARD III:\nMy", "continuation": greedy[1:]})
+    questions.append({"context": "KING RICHARD III:\nMy", "continuation": "zebra"})
+
+    def likelihood(query: str, choice: str) -> tuple[float, bool]:
+        whole = tokenizer(query + " " + choice, return_tensors="pt").input_ids
+        begin = len(tokenizer(query).input_ids)
+        with torch.inference_mode():
+            predicted = network(whole).logits[0, begin - 1 : -1].log_softmax(-1)
+        target = whole[0, begin:]
+        return float(predicted[range(len(target)), target].sum()), bool((predicted.argmax(-1) == target).all())
+
+    expected, right = {}, []
+    for number, question in enumerate(questions):
+        if "context" in question:
+            right.append(likelihood(question["context"], question["continuation"])[1])
+            continue
+        for k, choice in enumerate(question["choices"]):
+            expected[number, k] = likelihood(question["query"], choice)[0]
+        values = [expected[number, k] / len(choice) for k, choice in enumerate(question["choices"])]
+        right.append(max(range(3), key=values.__getitem__) == question["gold"])
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(json.dumps(question) for question in questions))
+    options = Evaluate(perplexity=False, choices=str(file), latency=False)
+    yardstick = evaluate.Yardstick(folder, options, tmp_path)
+    quality = yardstick.measure(folder)
+    assert quality.accuracy == pytest.approx(sum(right) / len(right))
+    assert quality.examples == len(questions)
+    assert yardstick._task is not None
+    for key, value in expected.items():
+        assert yardstick._task._likelihood[key] == pytest.approx(value, rel=1e-4)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effcli import samples
+from effcli.errors import DataError
+from effcli.inputs import text
+from effcli.recipe import Calibration, Evaluate, Recipe, from_arguments
+
+SAMPLE = samples.SAMPLES["sample:lm"]
+
+
+class Characters:
+    """A tokenizer that gives 1 for the start and then the code of each character."""
+
+    bos_token_id = 1
+    eos_token_id = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        return SimpleNamespace(input_ids=([1] if add_special_tokens else []) + [ord(letter) for letter in text])
+
+
+def reader(vocabulary: int = 256, longest: int | None = 16) -> text.Reader:
+    return text.Reader(Characters(), vocabulary, longest)
+
+
+def recipe(**keys: Any) -> Recipe:
+    return from_arguments(str(keys.pop("model", "sample:lm")), output="out", passes="linear:bits=4", **keys)
+
+
+def test_windows_are_neighbours_from_the_start_and_the_rest_is_dropped() -> None:
+    cut = text.windows("abcdefgh", reader(), 3, 3)
+    assert cut.windows.tolist() == [[1, *b"ab"], [*b"cde"], [*b"fgh"]]
+    assert text.windows("abcdefg", reader(), 2, 3).windows.tolist() == [[1, *b"ab"], [*b"cde"]]
+    assert cut.remarks == ()
+    assert [batch.shape for batch in cut.batches(2)] == [(2, 3), (1, 3)]
+
+
+def test_too_few_windows_are_said(tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("abcdefgh")
+    cut = text.windows(file, reader(), 9, 3)
+    assert cut.windows.shape == (3, 3)
+    assert cut.remarks == (f"{file} gives 3 windows of 3 tokens, not the 9 asked for",)
+
+
+def test_windows_of_a_long_file_are_those_of_the_whole_text() -> None:
+    found = text.Reader.open(SAMPLE)
+    whole = found.tokenizer(samples.CALIBRATION_TEXT.read_text(encoding="utf-8")).input_ids
+    # Few windows: only the start of the file is tokenized. Many: all of it.
+    for count in (4, 150):
+        cut = text.windows(samples.CALIBRATION_TEXT, found, count, 512)
+        assert cut.windows.flatten().tolist() == whole[: count * 512]
+
+
+@given(st.text(st.characters(max_codepoint=255, exclude_characters="\r"), min_size=1), st.integers(2, 9))
+def test_windows_and_their_rest_make_up_the_text(content: str, length: int) -> None:
+    ids = reader().encode(content)
+    if not content.strip() or len(ids) < length:
+        with pytest.raises(DataError):
+            text.windows(content, reader(), 1000, length)
+        return
+    cut = text.windows(content, reader(), 1000, length).windows
+    assert cut.flatten().tolist() + ids[cut.numel() :] == ids
+    assert len(ids) - cut.numel() < length
+
+
+@pytest.mark.parametrize(
+    ("content", "length", "message"),
+    [
+        (None, 4, "there is no text file"),
+        (b"", 4, "is empty"),
+        (b" \n\n ", 4, "is empty"),
+        (b"abc", 5, "has 4 tokens, too few for one window of 5"),
+        (b"abc", 17, "windows of 17 tokens are longer than the 16"),
+        (b"caf\xe9 au lait", 4, "is not UTF-8"),
+        ("ab\u0416".encode(), 2, "the tokenizer gives token 1046, the network knows only 256"),
+    ],
+)
+def test_bad_text(tmp_path: Path, content: bytes | None, length: int, message: str) -> None:
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        text.windows(file, reader(), 2, length)
+    assert message in caught.value.cause
+    assert "\n" not in caught.value.cause
+    assert caught.value.remedy
+
+
+def test_a_directory_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a directory"):
+        text.windows(tmp_path, reader(), 2, 4)
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((SAMPLE / "config.json").read_bytes())
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        text.Reader.open(tmp_path)
+
+
+def test_a_damaged_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((SAMPLE / "config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes((SAMPLE / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        text.Reader.open(tmp_path)
+
+
+def test_the_sample_reads_its_own_texts_without_a_remark() -> None:
+    found, remarks = text.calibration_windows(recipe(), SAMPLE)
+    assert [batch.shape for batch in found.batches] == [(4, 512)] * 8
+    assert found.inputs == "original"
+    assert remarks == []
+    cut = text.evaluation_windows(Evaluate(), text.Reader.open(SAMPLE), SAMPLE)
+    assert cut.windows.shape == (20, 512)
+    assert cut.remarks == ()
+    assert not torch.equal(cut.windows[0], found.batches[0][0])
+
+
+def test_what_was_made_from_the_sample_reads_its_texts_too(tmp_path: Path) -> None:
+    for file in SAMPLE.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    cut = text.evaluation_windows(Evaluate(), text.Reader.open(tmp_path), tmp_path)
+    assert cut.windows.shape == (20, 512) and cut.remarks == ()
+
+
+def test_another_model_is_told_that_it_reads_the_sample_text(tmp_path: Path) -> None:
+    for file in SAMPLE.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes() + b"\n")
+    _, remarks = text.calibration_windows(recipe(model=tmp_path, calibration={"length": 64, "samples": 2}), tmp_path)
+    assert len(remarks) == 1 and "--calib FILE" in remarks[0]
+    cut = text.evaluation_windows(Evaluate(length=64), text.Reader.open(tmp_path), tmp_path)
+    assert len(cut.remarks) == 1 and "--eval FILE" in cut.remarks[0]
+
+
+def test_evaluation_takes_the_end_that_calibration_leaves(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefghijk")
+    calibration = Calibration(data=str(file), samples=2, length=3)
+    options = Evaluate(samples=4, length=2)
+    cut = text.evaluation_windows(options, reader(), tmp_path, calibration)
+    # Six tokens, the start among them, are calibration's: of "fghijk" three windows are left.
+    assert cut.windows.tolist() == [[*b"fg"], [*b"hi"], [*b"jk"]]
+    assert "not the 4 asked for" in cut.remarks[0]
+
+
+def test_evaluation_falls_back_when_calibration_takes_all(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefghijk")
+    cut = text.evaluation_windows(
+        Evaluate(samples=2, length=8), reader(1 << 20), tmp_path, Calibration(data=str(file), samples=4, length=3)
+    )
+    assert cut.windows.shape == (2, 8)
+    assert f"calibration takes all of {file}" in cut.remarks[0]
+
+
+def test_the_end_of_a_large_file_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "large.txt"
+    file.write_text("é" * 999 + "\n" + "0123456789\n" * 50, encoding="utf-8")
+    monkeypatch.setattr(text, "_LARGE_FILE", 0)
+    cut = text.last_windows(file, reader(), 3, 11, begin=10, key="length")
+    assert cut is not None
+    assert cut.windows.tolist() == [list(b"0123456789\n")] * 3

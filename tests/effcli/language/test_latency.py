@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from effcli import runtime, samples
+from effcli.errors import DataError, UnsupportedError
+from effcli.kernels.affine_matmul import route_name
+from effcli.language import latency
+from effcli.language.modules import AffineLinear
+from effcli.language.sweep import sweep
+from effcli.overrides import parse_pass
+from effcli.recipe import PassStep
+
+SAMPLE = samples.SAMPLES["sample:lm"]
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("int4")
+    sweep(SAMPLE, folder, PassStep.model_validate(parse_pass("linear:bits=4,group_size=32")), None, folder / "work")
+    yield folder
+
+
+def test_the_dense_sample() -> None:
+    speed = latency.measure("sample:lm", prefill=16, decode=3)
+    assert speed.kernel == speed.prefill_kernel == "torch linear (bfloat16)"
+    assert speed.prefill_tokens == 16
+    assert speed.prefill_tokens_per_second > speed.decode_tokens_per_second > 0
+    assert speed.threads == torch.get_num_threads()
+    assert speed.device
+
+
+def test_names_the_kernels_that_run(compressed: Path) -> None:
+    speed = latency.measure(compressed, prefill=64, decode=2)
+    layer: Any = runtime.load(compressed).get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer, AffineLinear)
+    assert speed.kernel == route_name(layer.packed, 1, torch.bfloat16)
+    assert speed.prefill_kernel == route_name(layer.packed, 64, torch.bfloat16)
+
+
+def test_the_threads_are_set_and_restored() -> None:
+    former = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert latency.measure("sample:lm", prefill=4, decode=1, threads=1).threads == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(DataError):
+            latency.measure("sample:lm", prefill=600, decode=1, threads=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(former)
+
+
+def test_the_prompt_is_text_where_there_is_a_tokenizer(tmp_path: Path) -> None:
+    network = runtime.load("sample:lm")
+    ids = latency.prompt(SAMPLE, network.config, 20, 1)
+    assert ids.shape == (1, 20)
+    shutil.copyfile(SAMPLE / "config.json", tmp_path / "config.json")
+    other = latency.prompt(tmp_path, network.config, 20, 1)
+    assert other.shape == (1, 20)
+    assert int(other.max()) < 1024
+
+
+def test_a_median_is_not_moved_by_one_slow_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a network that takes 2 s for a prompt and 1 s for a token, and once an hour for each."""
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    slow = {"prompt": 2, "token": 8}
+
+    class Clocked:
+        def forward(self, **_: Any) -> None: ...
+
+        def __call__(self, **_: Any) -> Any: ...
+
+    class Out:
+        logits = torch.zeros(1, 1, 8)
+        past_key_values = None
+
+    def timed(device: torch.device, network: Any, input_ids: torch.Tensor, **_: Any) -> tuple[float, Any]:
+        kind, seconds = ("prompt", 2.0) if input_ids.shape[1] > 1 else ("token", 1.0)
+        slow[kind] -= 1
+        return (3600.0 if slow[kind] == 0 else seconds), Out
+
+    monkeypatch.setattr(latency, "_timed", timed)
+    assert latency._time(Clocked(), ids, 5, torch.device("cpu")) == (2.0, 1.0)
+
+
+def test_one_token_is_decoded_at_a_time_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    timed = latency._timed
+
+    def watch(device: torch.device, network: Any, **arguments: Any) -> Any:
+        cache = arguments.get("past_key_values")
+        seen.append((arguments["input_ids"].shape[1], None if cache is None else int(cache.get_seq_length())))
+        return timed(device, network, **arguments)
+
+    monkeypatch.setattr(latency, "_timed", watch)
+    latency.measure("sample:lm", prefill=8, decode=3)
+    assert seen[:4] == [(8, None), (1, 8), (1, 9), (1, 10)]
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(UnsupportedError, match="there is no device cuda:77"):
+        latency.measure("sample:lm", device="cuda:77")
+    assert latency.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(compressed: Path) -> None:
+    speed = latency.measure(compressed, prefill=16, decode=2, device="cuda")
+    assert speed.device == torch.cuda.get_device_name()
+    assert speed.decode_tokens_per_second > 0

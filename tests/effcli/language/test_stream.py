@@ -1,0 +1,85 @@
+"""A network that runs in parts gives the logits of the whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from effcli.checkpoint import Checkpoint
+from effcli.language.skeleton import Skeleton, find_layers
+from effcli.language.stream import Stream, WatchLayers
+from effcli.language.weights import Weights
+from effcli.sites import LayerSite
+
+
+def streamed(path: Path, ids: Tensor) -> Tensor:
+    """Logits of token ids (batch, length), one block in memory at a time."""
+    checkpoint = Checkpoint.open(path)
+    skeleton = Skeleton(path, checkpoint.config)
+    weights = Weights(checkpoint, skeleton)
+    with Stream(weights, with_head=True) as stream, torch.inference_mode():
+        hidden, calls = stream.enter(ids)
+        for k, block in enumerate(skeleton.blocks):
+            with weights.opened(block, skeleton.block_names[k] + ".", skeleton.block_parameters(k)):
+                hidden = stream.through(k, hidden, calls[k])
+            assert all(parameter.is_meta for parameter in block.parameters())
+        logits = stream.leave(ids, hidden)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    return logits
+
+
+@pytest.mark.parametrize("name", architectures.NAMES)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    architectures.make(name, tmp_path)
+    ids = torch.randint(architectures.VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(streamed(tmp_path, ids), model(ids).logits, rtol=0, atol=0)
+
+
+def test_a_window_longer_than_the_sliding_attention(tmp_path: Path) -> None:
+    """Blocks of one network are called with different masks."""
+    architectures.make("gemma2", tmp_path, sliding_window=5)
+    ids = torch.randint(architectures.VOCABULARY, (2, 23), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(streamed(tmp_path, ids), model(ids).logits, rtol=0, atol=0)
+
+
+class Mixed(nn.Module):
+    """Every way in which a weight is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name = nn.Linear(3, 2)
+        self.operator = nn.Linear(3, 2)
+        self.stack = nn.Parameter(torch.randn(4, 2, 3))
+        self.unwatched = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.linear(input=x, weight=self.by_name.weight)
+        b = x @ self.operator.weight.t()
+        c = F.linear(x, self.stack[2]) + torch.matmul(x, other=self.stack[3].t())
+        return a + b + c + self.unwatched(x)
+
+
+def test_every_product_with_a_watched_weight_is_seen() -> None:
+    root = Mixed()
+    sites = [site for site in find_layers(root, "block") if "unwatched" not in site.name]
+    sites += [LayerSite(f"block.stack.{k}", "expert", "block.stack", 2, 3, k) for k in range(4)]
+    seen: dict[str, tuple[torch.Size, torch.Size]] = {}
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        expected = root(x)
+        with WatchLayers(root, "block.", sites, lambda name, x, y: seen.update({name: (x.shape, y.shape)})):
+            actual = root(x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert seen == {
+        name: ((5, 3), (5, 2)) for name in ("block.by_name", "block.operator", "block.stack.2", "block.stack.3")
+    }

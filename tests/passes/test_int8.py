@@ -1,0 +1,221 @@
+"""The `int8` pass: a network of integers that computes what the floating one does, on small and on real networks."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, fx, nn
+
+from effcli.contract import Needs, Observed, Scope, Transformed
+from effcli.errors import DataError, NumericsError, UnsupportedError
+from effcli.graphs import executor
+from effcli.graphs.graph import Builder, Facts, Graph
+from effcli.graphs.integer import IntegerNetwork, Weighted
+from effcli.graphs.ranges import Method
+from effcli.importers import read
+from effcli.passes import int8
+
+
+def residual(seed: int = 0, channels: int = 8) -> Graph:
+    """Convolution and batch norm, a residual block, a depthwise convolution, average and a classifier."""
+    torch.manual_seed(seed)
+    b = Builder()
+
+    def normed(name: str, module: nn.Conv2d, x: fx.Node) -> fx.Node:
+        norm = nn.BatchNorm2d(module.out_channels)
+        nn.init.uniform_(norm.weight, -1.5, 1.5)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.3, 2)  # type: ignore[union-attr]
+        return b.module(f"{name}.norm", norm, b.module(f"{name}.conv", module, x))
+
+    x = b.call("aten.relu.default", normed("stem", nn.Conv2d(3, channels, 3, padding=1, bias=False), b.input()))
+    y = normed("block", nn.Conv2d(channels, channels, 3, padding=1), x)
+    x = b.call("aten.relu.default", b.call("aten.add.Tensor", x, y))
+    x = b.call("aten.relu.default", normed("depth", nn.Conv2d(channels, channels, 3, 2, groups=channels), x))
+    x = b.call("aten.mean.dim", x, [2, 3], False)
+    return b.finish(b.module("fc", nn.Linear(channels, 5), x), Facts(origin="test", shape=(3, 11, 11)))
+
+
+def inputs_of(graph: Graph, count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, *graph.facts.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def transformed(graph: Graph, inputs: Tensor, **options: Any) -> Transformed:
+    return int8.transform(int8.Config(**options), graph, Observed(batches=lambda: iter(inputs.split(16))))
+
+
+def network_of(made: Transformed) -> IntegerNetwork:
+    assert isinstance(made.network, IntegerNetwork)
+    return made.network
+
+
+def decibels(graph: Graph, network: IntegerNetwork, inputs: Tensor) -> float:
+    expected = graph.run(inputs).double().numpy()
+    found = executor.run_float(network, inputs.numpy())
+    return float(10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum()))
+
+
+def test_what_it_needs_and_what_has_no_meaning() -> None:
+    assert (int8.Config.needs, int8.Config.scope) == (Needs.INPUTS, Scope.GRAPH)
+    for options in ({"ignore": ("fc",)}, {"layers": {"fc": {"observer": "kl"}}}):
+        with pytest.raises(ValidationError, match="has no meaning here"):
+            int8.Config(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("observer", get_args(Method))
+@pytest.mark.parametrize("weights", ["minmax", "least_squares"])
+def test_every_observer_serves(observer: Method, weights: str) -> None:
+    graph = residual()
+    made = transformed(graph, inputs_of(graph, 64), observer=observer, range=weights)
+    assert decibels(graph, network_of(made), inputs_of(graph, 64, 2)) > 20
+
+
+def test_ledger_and_activations() -> None:
+    graph = residual()
+    inputs = inputs_of(graph, 40)
+    before = {name: tensor.clone() for name, tensor in graph.module.state_dict().items()}
+    made = transformed(graph, inputs)
+    assert made.notes.keys() == {"stem.conv", "block.conv", "depth.conv", "fc"}
+    assert all(notes["weight_bits"] == 8 and notes["bias_shift"] >= 0 for notes in made.notes.values())
+    assert made.remarks == ()
+    rows = {row.name: row for row in made.activations}
+    # One for the input, each of the four layers, the addition and the mean.
+    assert len(rows) == 7 and rows[graph.input.name].observer == "minmax" and rows["fc"].observer == "least_squares"
+    assert sum(rows["fc"].counts) == 40 * 5
+    assert rows[graph.input.name].low == float(inputs.min()) and rows[graph.input.name].high == float(inputs.max())
+    # The graph is as it was, batch norms and all.
+    after = graph.module.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_quality_of_random_networks(seed: int) -> None:
+    graph = residual(seed)
+    made = transformed(graph, inputs_of(graph, 48), observer="minmax")
+    assert decibels(graph, network_of(made), inputs_of(graph, 48)) > 24
+
+
+def test_bias_correction_restores_the_means() -> None:
+    """Of every layer's sums, on the inputs that corrected them, to the unit of a bias."""
+    graph, _ = int8.prepare(residual())
+    inputs = inputs_of(graph, 50)
+    statistics = int8.observe(graph, iter(inputs.split(7)))
+    torch.testing.assert_close(statistics.inputs, inputs)
+    errors = {}
+    for corrected in (False, True):
+        network = network_of(int8.quantize(int8.Config(bias_correction=corrected), graph, statistics))
+        values = executor.run(network, network.quantize(inputs.numpy()), keep=True)
+        errors[corrected] = []
+        for step in network.program.steps:
+            if isinstance(step, Weighted):
+                unit = network.array(step, "multiplier") * 2.0 ** -network.array(step, "shift").astype(float)
+                found = executor.mean_accumulator(network, step, values[step.inputs[0]])
+                wanted = statistics.means[step.name] / network.program.values[step.output].scale / unit
+                errors[corrected].append(float(np.abs(found - wanted).max()))
+    assert max(errors[True]) <= 0.51
+    assert max(errors[False]) > 10
+
+
+def test_means_are_those_of_the_layers() -> None:
+    graph, _ = int8.prepare(residual())
+    inputs = inputs_of(graph, 20)
+    statistics = int8.observe(graph, iter([inputs[:3], inputs[3:3], inputs[3:]]))
+    torch.testing.assert_close(torch.from_numpy(statistics.means["fc"]).float(), graph.run(inputs).mean(0))
+    stem = graph.layer("stem.conv")(inputs).mean((0, 2, 3))
+    torch.testing.assert_close(torch.from_numpy(statistics.means["stem_conv"]).float(), stem)
+
+
+def test_only_the_first_inputs_correct_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "_CORRECTING", 10)
+    graph, _ = int8.prepare(residual())
+    inputs = inputs_of(graph, 24)
+    statistics = int8.observe(graph, iter(inputs.split(7)))
+    torch.testing.assert_close(statistics.inputs, inputs[:10])
+    torch.testing.assert_close(torch.from_numpy(statistics.means["fc"]).float(), graph.run(inputs[:10]).mean(0))
+    observer = next(each for each in statistics.observers.values() if each.name == "fc")
+    assert int(observer.counts.sum()) == 24 * 5
+
+
+def test_a_batch_norm_that_stays() -> None:
+    """Behind a ReLU, before a padded convolution: an operation of its own, and a remark."""
+    torch.manual_seed(0)
+    b = Builder()
+    norm = nn.BatchNorm2d(4)
+    nn.init.normal_(norm.weight)
+    x = b.call("aten.relu.default", b.module("first", nn.Conv2d(3, 4, 3), b.input()))
+    x = b.module("second", nn.Conv2d(4, 4, 3, padding=1), b.module("norm", norm, x))
+    graph = b.finish(x, Facts(origin="test", shape=(3, 6, 6)))
+    made = transformed(graph, inputs_of(graph, 64))
+    assert len(made.remarks) == 1 and made.remarks[0].startswith("norm stays: ")
+    assert [step.op for step in network_of(made).program.steps] == ["convolution"] * 3
+    assert decibels(graph, network_of(made), inputs_of(graph, 64)) > 30
+
+
+def test_inputs_that_cannot_serve() -> None:
+    graph = residual()
+    with pytest.raises(DataError, match="no calibration inputs"):
+        transformed(graph, inputs_of(graph, 0))
+    inputs = inputs_of(graph, 3)
+    inputs[1, 2, 3, 4] = float("nan")
+    with pytest.raises(NumericsError, match="input_1 is NaN or infinite"):
+        transformed(graph, inputs)
+
+
+def test_what_is_unsupported_is_said_before_calibration() -> None:
+    b = Builder()
+    x = b.module("norm", nn.LayerNorm(6), b.input(), source="net.py:3 in forward")
+    graph = b.finish(x, Facts(origin="test", shape=(6,)))
+
+    def batches() -> Iterator[Tensor]:
+        raise AssertionError("read too early")
+
+    with pytest.raises(UnsupportedError, match=r"norm \(LayerNorm, net\.py:3 in forward\)"):
+        int8.transform(int8.Config(), graph, Observed(batches=batches))
+
+
+def top1(outputs: Any, labels: Any) -> float:
+    return float((np.asarray(outputs).argmax(1) == labels).mean())
+
+
+@pytest.mark.slow
+def test_images_lose_at_most_half_a_point(asset: Callable[[str], Path]) -> None:
+    """MLPerf Tiny's image network on 3,000 JPEG images, calibrated on 256 training images."""
+    folder = asset("cifar10_jpeg")
+    spec = importlib.util.spec_from_file_location("load", folder / "load.py")
+    assert spec is not None and spec.loader is not None
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    tests, labels = (array[:3000] for array in loader.load_test(str(folder)))
+    seen, _ = loader.load_train(str(folder), 256)
+    inputs, calibration = (torch.from_numpy(array).permute(0, 3, 1, 2).float() for array in (tests, seen))
+    graph = read(asset("tiny_resnet8_cifar10") / "model.pt2")
+    expected = torch.cat([graph.run(part) for part in inputs.split(250)]).numpy()
+    network = network_of(transformed(graph, calibration))
+    found = executor.run_float(network, inputs.numpy())
+    assert network.input.scale == 1 and network.input.zero == -128
+    assert top1(found, labels) >= top1(expected, labels) - 0.005
+    assert float((found.argmax(1) == expected.argmax(1)).mean()) > 0.97
+
+
+@pytest.mark.slow
+def test_keywords_lose_at_most_half_a_point(asset: Callable[[str], Path]) -> None:
+    """MLPerf Tiny's keyword network, calibrated on a quarter of its 1,000 inputs, on all and on the rest."""
+    data = np.load(asset("tiny_dscnn_kws") / "data.npz")
+    features = (torch.from_numpy(data["features_int8"]).float() - float(data["zero_point"])) * float(data["scale"])
+    features, labels = features.unsqueeze(1), data["labels"]
+    graph = read(asset("tiny_dscnn_kws") / "model.pt2")
+    expected = graph.run(features).numpy()
+    found = executor.run_float(network_of(transformed(graph, features[:250])), features.numpy())
+    for part in (slice(None), slice(250, None)):
+        assert top1(found[part], labels[part]) >= top1(expected[part], labels[part]) - 0.005
