@@ -63,6 +63,8 @@ class PassConfig(Options):
 
     needs: ClassVar[Needs] = Needs.NOTHING
     scope: ClassVar[Scope] = Scope.LAYER
+    # Whether no step can follow, because what the pass writes has no floating-point layers any more.
+    last: ClassVar[bool] = False
     # Defaults that differ in networks read as a graph: their layers are too narrow for groups of weights.
     graph_defaults: ClassVar[Mapping[str, Any]] = {}
 

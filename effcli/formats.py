@@ -47,7 +47,10 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     rows = words.shape[0]
     if bits in (2, 4, 8):
         # Codes that never straddle a byte: split bytes, 8 times less memory than going through words.
-        octets = words.contiguous().view(torch.uint8).view(rows, 4 * words.shape[1], 1)
+        # One word may have any stride and still count as contiguous; bytes can be viewed of stride 1 only.
+        ready = words.is_contiguous() and words.stride(1) == 1
+        whole = words if ready else words.clone(memory_format=torch.contiguous_format)
+        octets = whole.view(torch.uint8).view(rows, 4 * words.shape[1], 1)
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
         codes: Tensor = (octets >> shifts) & (2**bits - 1)
         return codes.view(rows, words.shape[1] * 32 // bits)[:, :count]

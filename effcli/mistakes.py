@@ -88,6 +88,8 @@ def _sentence(kind: type[BaseModel], item: Any, owner: str, known: Iterable[str]
         return "missing"
     if item["type"] == "value_error":
         return message.removeprefix("Value error, ")
+    if item["type"] in ("tuple_type", "list_type") and isinstance(item["input"], str):
+        return f"should be a list, not {shown(item['input'])}; write [{item['input']}]"
     message = message.removeprefix("Input ")
     return f"{message}, not {shown(item['input'])}"
 

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from effcli import importers, memory, samples
+from effcli import exporters, importers, memory, samples
 from effcli import recipe as recipes
 from effcli.checkpoint import weight_files, write_text
 from effcli.contract import Needs
-from effcli.errors import OutputError, UnsupportedError, UserError, writing
-from effcli.exporters import load as load_exporter
+from effcli.errors import EffcliError, OutputError, UnsupportedError, UserError, writing
 from effcli.machine import device_name
 from effcli.plan import Plan
 from effcli.recipe import ExportStep, PassStep, Recipe
@@ -72,6 +71,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, listener: Listener | None = 
     """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`."""
     output = recipe.target.absolute()
     check_output(output, overwrite)
+    for step in recipe.export:
+        exporters.require(step.name)
     if recipe.device not in ("cpu", "auto"):
         raise UnsupportedError(
             f"this version compresses on the CPU, not on {recipe.device}",
@@ -251,9 +252,6 @@ class _Run:
         )
 
     def _finish(self, finished: Path, stages: list[Stage]) -> Report:
-        verified = self.subject.verify(finished) if self.recipe.evaluate.enabled else None
-        base = self.subject.source / "README.md"
-        base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
         report = Report(
             effcli_version=version("effcli"),
             model=self.recipe.model,
@@ -261,25 +259,38 @@ class _Run:
             machine=_machine(),
             software=_software(),
             stages=tuple(stages),
-            verified=verified,
-            exports=tuple(self._export(finished, target) for target in self.recipe.export),
+            verified=self.subject.verify(finished) if self.recipe.evaluate.enabled else None,
             recipe=self.recipe.model_dump(mode="json"),
         )
-        report.write(finished)
-        html.write(report, finished)
-        card_text = card.model_card(report, base_card, layout=self.subject.layout(finished))
-        write_text(finished / card.FILE_NAME, card_text)
+        self._describe(report, finished)
         write_text(finished / "recipe.yaml", recipes.dump(self.recipe))
         self._put_in_place(finished)
+        if self.recipe.export:
+            # Only now: an export that fails must not take the finished checkpoint with it.
+            report = report.model_copy(update={"exports": tuple(map(self._export, self.recipe.export))})
+            self._describe(report, self.output)
         return report
 
-    def _export(self, finished: Path, step: ExportStep) -> Exported:
-        folder = finished / "exports" / step.target
-        with writing(finished):
+    def _describe(self, report: Report, folder: Path) -> None:
+        """Write the report and the model card into `folder`."""
+        base = self.subject.source / "README.md"
+        base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
+        report.write(folder)
+        html.write(report, folder)
+        card_text = card.model_card(report, base_card, layout=self.subject.layout(folder))
+        write_text(folder / card.FILE_NAME, card_text)
+
+    def _export(self, step: ExportStep) -> Exported:
+        folder = self.output / "exports" / step.name
+        with writing(self.output):
             folder.parent.mkdir(exist_ok=True)
-        exported: Exported = load_exporter(step.target).export(finished, folder, step.options, overwrite=True)
-        exported = self.subject.time_export(exported, folder)
-        self.listener.say(f"exported to {step.target}: {exported.checked or size(exported.nbytes)}")
+        try:
+            exported: Exported = exporters.load(step.name).export(self.output, folder, step.config, overwrite=True)
+            exported = self.subject.time_export(exported, folder)
+        except EffcliError as error:
+            cause = f"{self.output} is finished, but not exported to {step.name}: {error.cause}"
+            raise type(error)(cause, error.remedy) from error
+        self.listener.say(f"exported to {step.name}: {exported.checked or size(exported.nbytes)}")
         return exported
 
     def _put_in_place(self, finished: Path) -> None:

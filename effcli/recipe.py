@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from pydantic import model_serializer as serializer
 
 from effcli import exporters, passes, yamls
-from effcli.contract import Options, PassConfig
+from effcli.contract import Options, PassConfig, Scope
 from effcli.errors import EffcliError, RecipeError, did_you_mean
 from effcli.inputs.preprocess import Preprocess
 from effcli.mistakes import Mistakes, join, shown, validated
@@ -96,21 +97,26 @@ class Evaluate(Options):
         return False if value is None else value
 
 
-class PassStep(Options):
-    """One step of a recipe: a pass by name, with its options. In YAML `name` or `{name: {option: value}}`."""
+class Step(Options):
+    """Something by name with its options. In YAML `name` or `{name: {option: value}}`."""
 
     name: str
-    config: SerializeAsAny[PassConfig]
+    config: SerializeAsAny[Options]
+
+    @classmethod
+    def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
+        """A step from `name`, `{name: {options}}` or a step; None when it holds a mistake, which is then noted."""
+        raise NotImplementedError
 
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and {"name", "config"} == set(data):
-            if isinstance(data["config"], PassConfig):
+            if isinstance(data["config"], Options):
                 return data
             data = {data["name"]: data["config"]}
         mistakes = Mistakes()
-        step = _check_step(data, "", mistakes)
+        step = cls.check(data, "", mistakes)
         mistakes.raise_if_any("this step")
         assert step is not None
         return {"name": step.name, "config": step.config}
@@ -118,6 +124,28 @@ class PassStep(Options):
     @serializer(mode="wrap")
     def _to_yaml(self, handler: Any) -> dict[str, Any]:
         return {self.name: handler(self)["config"]}
+
+
+class PassStep(Step):
+    """One step of a recipe: a pass with its options."""
+
+    config: SerializeAsAny[PassConfig]
+
+    @classmethod
+    def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
+        if isinstance(item, cls):
+            return item
+        named = _named(item, path, "a step", mistakes)
+        if named is None:
+            return None
+        name, options = named
+        if name not in passes.PASSES:
+            mistakes.add(path, f"there is no pass {name!r}; {did_you_mean(name, passes.PASSES)}")
+            return None
+        config_type: type[PassConfig] = passes.load(name).Config
+        config = validated(config_type, options, path, mistakes, owner=name)
+        _check_layers(config_type, options, path, name, mistakes)
+        return None if config is None else cls(name=name, config=config)
 
     def for_graph(self) -> PassStep:
         """This step in a network read as a graph: defaults that differ there filled in."""
@@ -128,28 +156,24 @@ class PassStep(Options):
         return type(self.config).model_validate(self.config.model_dump() | dict(overrides))
 
 
-class ExportStep(Options):
-    """A further format to write: a target by name, with its options. In YAML `name` or `{name: {option: value}}`."""
+class ExportStep(Step):
+    """A further format to write: a target with its options."""
 
-    target: str
-    options: SerializeAsAny[Options]
-
-    @model_validator(mode="before")
     @classmethod
-    def _from_yaml(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and {"target", "options"} == set(data):
-            if isinstance(data["options"], Options):
-                return data
-            data = {data["target"]: data["options"]}
-        mistakes = Mistakes()
-        step = _check_export(data, "", mistakes)
-        mistakes.raise_if_any("this export")
-        assert step is not None
-        return {"target": step.target, "options": step.options}
-
-    @serializer(mode="wrap")
-    def _to_yaml(self, handler: Any) -> dict[str, Any]:
-        return {self.target: handler(self)["options"]}
+    def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
+        if isinstance(item, cls):
+            return item
+        named = _named(item, path, "an export", mistakes)
+        if named is None:
+            return None
+        name, given = named
+        try:
+            exporters.check(name)
+        except EffcliError as error:
+            mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
+            return None
+        config: Options | None = validated(exporters.load(name).Config, given, path, mistakes, owner=name)
+        return None if config is None else cls(name=name, config=config)
 
 
 class Recipe(Options):
@@ -207,11 +231,18 @@ class Recipe(Options):
         )
 
     def for_language(self) -> Recipe:
-        """The recipe of a language model. Raises `RecipeError` for a key that only says something of other networks."""
+        """The recipe of a language model. Raises `RecipeError` for a key or a pass that is for other networks alone."""
         given = [key for key in _FOR_GRAPHS if getattr(self, key) is not None]
         given += ["evaluate.images"] if isinstance(self.evaluate.images, str) else []
         if given:
             raise RecipeError(f"{given[0]}: {self.model} is a language model", "leave the key out")
+        for number, step in enumerate(self.passes):
+            if step.config.scope is Scope.GRAPH:
+                known = [name for name in passes.PASSES if passes.load(name).Config.scope is not Scope.GRAPH]
+                raise RecipeError(
+                    f"passes.{number}: {step.name} takes networks read as a graph; {self.model} is a language model",
+                    f"take {', '.join(known[:-1])} or {known[-1]}",
+                )
         return self
 
     @field_validator("evaluate", mode="before")
@@ -240,15 +271,19 @@ def check(data: Any, source: str = "recipe") -> Recipe:
         given = ()
     steps: list[PassStep] = []
     for index, item in enumerate(given or ()):
-        step = _check_step(item, f"passes.{index}", mistakes)
+        step = PassStep.check(item, f"passes.{index}", mistakes)
         if step is not None:
             steps.append(step)
+    for index, (step, following) in enumerate(pairwise(steps), start=1):
+        if step.config.last:
+            why = f"{following.name} cannot follow {step.name}, which leaves no floating-point layer"
+            mistakes.add(f"passes.{index}", f"{why}; make {step.name} the last step")
     if not given and "passes" not in mistakes.found:
         mistakes.add("passes", f"name at least one pass; known: {', '.join(passes.PASSES)}")
     wanted = data.get("export", ())
     targets: list[ExportStep] = []
     for item in wanted if isinstance(wanted, list | tuple) else [wanted] if wanted is not None else []:
-        target = _check_export(item, "export", mistakes)
+        target = ExportStep.check(item, "export", mistakes)
         if target is not None:
             targets.append(target)
     whole = {**data, "passes": tuple(steps), "export": tuple(targets)}
@@ -282,7 +317,7 @@ def check_export(text: str, more: Mapping[str, Any]) -> ExportStep:
     """One export from chain syntax (`onnx:precision=float16`), with `more` options, for commands that only export."""
     ((target, options),) = parse_pass(text, "--to").items()
     mistakes = Mistakes()
-    step = _check_export({target: options | dict(more)}, "", mistakes)
+    step = ExportStep.check({target: options | dict(more)}, "", mistakes)
     mistakes.raise_if_any(f"--to {text}")
     assert step is not None
     return step
@@ -345,40 +380,6 @@ def from_arguments(
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; it loads back to an equal recipe."""
     return yamls.dump(recipe.model_dump(mode="json"))
-
-
-def _check_step(item: Any, path: str, mistakes: Mistakes) -> PassStep | None:
-    """A step from `name`, `{name: {options}}` or a `PassStep`; None when it holds a mistake."""
-    if isinstance(item, PassStep):
-        return item
-    named = _named(item, path, "a step", mistakes)
-    if named is None:
-        return None
-    name, options = named
-    if name not in passes.PASSES:
-        mistakes.add(path, f"there is no pass {name!r}; {did_you_mean(str(name), passes.PASSES)}")
-        return None
-    config_type: type[PassConfig] = passes.load(name).Config
-    config = validated(config_type, options, path, mistakes, owner=name)
-    _check_layers(config_type, options, path, name, mistakes)
-    return None if config is None else PassStep(name=name, config=config)
-
-
-def _check_export(item: Any, path: str, mistakes: Mistakes) -> ExportStep | None:
-    """An export from `target`, `{target: {options}}` or an `ExportStep`; None when it holds a mistake."""
-    if isinstance(item, ExportStep):
-        return item
-    named = _named(item, path, "an export", mistakes)
-    if named is None:
-        return None
-    target, given = named
-    try:
-        exporters.check(target)
-    except EffcliError as error:
-        mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
-        return None
-    options: Options | None = validated(exporters.load(target).Config, given, path, mistakes, owner=target)
-    return None if options is None else ExportStep(target=target, options=options)
 
 
 def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Mapping[str, Any]] | None:

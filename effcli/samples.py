@@ -14,7 +14,7 @@ EVALUATION_TEXT = _FOLDER / "lm" / "evaluation.txt"
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The directory of `model`: `sample:NAME`, a local path, or a Hub id that is downloaded or in the cache."""
+    """The directory or file of `model`: `sample:NAME`, a local path, or a Hub id, downloaded or from the cache."""
     if model.startswith("sample:"):
         if model not in SAMPLES:
             raise CheckpointError(f"there is no {model}", did_you_mean(model, SAMPLES))

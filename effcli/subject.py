@@ -39,7 +39,7 @@ class Subject(Protocol):
 
     @property
     def request(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of every file that the result depends on."""
+        """Name, size and time of change of every file of the network, or a digest of it in the place of a name."""
 
     def plan(self) -> Plan:
         """What the recipe will do; raises what a run would raise over its patterns and sizes."""

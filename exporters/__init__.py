@@ -7,10 +7,11 @@ Exported`: it writes the finished checkpoint `source` to the directory `target`,
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
-from effcli.errors import UnsupportedError, did_you_mean
+from effcli.errors import UnsupportedError, UserError, did_you_mean
 
 
 class Entry(NamedTuple):
@@ -18,11 +19,16 @@ class Entry(NamedTuple):
 
     module: str
     summary: str
+    packages: tuple[str, ...] = ()  # what it needs beside effcli's own dependencies, all in the extra of its name
 
+
+_ONNX = ("onnx", "onnxruntime", "onnxscript")
 
 TARGETS: dict[str, Entry] = {
     "safetensors": Entry("effcli.exporters.safetensors", "Packed weights for transformers and vLLM, or dense ones."),
-    "onnx": Entry("effcli.exporters.onnx", "Graphs for onnxruntime: float, int8, language models of packed weights."),
+    "onnx": Entry(
+        "effcli.exporters.onnx", "Graphs for onnxruntime: float, int8, language models of packed weights.", _ONNX
+    ),
     "pt2": Entry("effcli.exporters.pt2", "A graph that torch.export.load reads, weights dense."),
 }
 
@@ -43,10 +49,21 @@ def check(target: str) -> None:
     raise UnsupportedError(f"there is no export target {target!r}", did_you_mean(target, TARGETS))
 
 
+def require(target: str) -> None:
+    """Raise `UserError` unless the packages that an export to `target` needs are installed."""
+    check(target)
+    missing = [name for name in TARGETS[target].packages if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"an export to {target} needs {' and '.join(missing)}, not installed here",
+            f"pip install 'effcli[{target}]'",
+        )
+
+
 def load(target: str) -> ModuleType:
     """The module that exports to `target`."""
     check(target)
     return import_module(TARGETS[target].module)
 
 
-__all__ = ["LATER", "TARGETS", "Entry", "check", "load"]
+__all__ = ["LATER", "TARGETS", "Entry", "check", "load", "require"]

@@ -1,52 +1,185 @@
 """A graph as ONNX, float32 or float16; packed weights stay packed behind `DequantizeLinear`.
 
-torch's exporter translates the operators. Then the initializer of each packed layer gives way to its codes, scales and
-zero points, unchanged: the file is as small as the checkpoint, and onnxruntime restores the weights as it loads.
+torch's exporter translates the operators. Packed layers give way beforehand to modules that restore their weights from
+the codes, scales and zero points of the checkpoint, so that the file is small and no weight is merged or transposed.
+onnxruntime restores them in every run, or once as it loads with the session entry `RESTORE_AT_LOAD`.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
 
 from effcli import onnx_session
-from effcli.errors import UnsupportedError, writing
+from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, writing
+from effcli.exporters import _onnx_integer_linear
+from effcli.exporters._obstacles import by_reason
+from effcli.exporters._onnx_integer_linear import IntegerLinear
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph
+from effcli.reports.human import count
+from effcli.stock import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FILE_NAME = "model.onnx"
 # The first with blocks in DequantizeLinear and 4-bit tensors.
 OPSET = 21
-_COMPARED = 8
+RESTORE_AT_LOAD = "session.disable_quant_qdq"
+# Sizes of the batches that are compared.
+_BATCHES = 1, 3
 # Protobuf ends at 2 GiB; with room for the graph itself.
 _EXTERNAL = 1_900_000_000
-_TYPES = {4: TensorProto.UINT4, 8: TensorProto.UINT8}
+# Largest ‖a - b‖ / ‖b‖ over all outputs when only the order of sums differs.
+_EXACT = 1e-3
+
+Precision = Literal["float32", "float16"]
 
 
-def export_graph(source: Path, folder: Path, *, precision: str = "float32", dequantize: bool = False) -> str:
-    """Write the graph `source` to `folder/model.onnx`; what onnxruntime makes of it, in one line."""
+def export_graph(
+    source: Path,
+    folder: Path,
+    *,
+    precision: Precision = "float32",
+    dequantize: bool = False,
+    activations: Literal["int8"] | None = None,
+) -> str:
+    """Write the graph `source` to `folder/model.onnx`; what onnxruntime makes of it, in one line.
+
+    precision: of inputs, outputs and what is not packed; restored weights are those of the checkpoint rounded once to
+    it. dequantize: write all weights dense. activations: "int8" quantizes the inputs of packed linear layers in every
+    run and multiplies them in integers.
+    Raises `UnsupportedError` for what has no place in ONNX, `NumericsError` when float16 overflows, `MachineError` when
+    the file computes something else than the checkpoint.
+    """
+    if dequantize and activations:
+        raise UserError("int8 activations need packed layers, which dequantize removes", "ask for one of the two")
     graph = Graph.read(source)
-    model = _translated(graph, torch.float16 if precision == "float16" else torch.float32)
-    packed = 0 if dequantize or precision == "float16" else _pack(model, graph)
+    stored = {} if dequantize else dict(graph.stored)
+    layers = len(graph.sites())
+    integer = _integer_layers(graph, stored) if activations else set()
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    graph.module.to(dtype)
+    for name, weight in stored.items():
+        _replace(graph, name, weight, name in integer)
+    model = _translated(graph, dtype)
+    _narrow(model)
     with writing(folder):
-        large = model.ByteSize() > _EXTERNAL
-        onnx.save(model, folder / FILE_NAME, save_as_external_data=large, location=f"{FILE_NAME}.data")
-    onnx.checker.check_model(str(folder / FILE_NAME), full_check=not large)
-    line = _compare(graph, folder)
-    dense = len(graph.stored) - packed
-    return f"{line}; {packed} layers packed" + (f", {dense} dense" if dense else "") if graph.stored else line
+        external = FILE_NAME + ".data" if _nbytes(model) > _EXTERNAL else None
+        onnx_ir.save(model, folder / FILE_NAME, external_data=external)
+    _check_file(folder / FILE_NAME)
+    line = _compare(Graph.read(source), folder, exact=precision == "float32" and not activations)
+    return "; ".join([line, *_described(model, layers, len(stored), len(integer))])
 
 
-def _translated(graph: Graph, dtype: torch.dtype) -> Any:
-    module = graph.module.to(dtype)
+class Restored(nn.Module):
+    """A convolution or linear layer whose weight is (q - z) · s, divided by its input scale where that is explicit.
+
+    It computes in the dtype of the layer that it stands for; weights are restored in float32 and rounded once to that.
+
+    weight_codes: (out, in) with groups, else in the shape of the weight; weight_scale float32 and weight_zero_point:
+    (), (out,) or (out, groups); input_scale float32 (in,) and bias (out,) or None. Codes and zero points are uint8, or
+    int8 where they will be stored in 4 bits: so `_narrow` tells them apart.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    input_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Linear, weight: AffineWeight) -> None:
+        super().__init__()
+        format = weight.format
+        self.shape, self.dtype = tuple(layer.weight.shape), layer.weight.dtype
+        self.convolution: dict[str, Any] = {}
+        if not isinstance(layer, nn.Linear):
+            self.convolution = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        self.attributes: dict[str, Any] = {}
+        codes, scale = weight.codes, weight.scale.float()
+        zero = torch.full(scale.shape, format.fixed_zero, dtype=torch.uint8) if weight.zero is None else weight.zero
+        if format.strategy == "group":
+            # Blocks lie along one axis, so that a convolution is restored flat.
+            self.attributes = {"axis": 1, "block_size": format.group_size}
+        else:
+            codes = codes.reshape(self.shape)
+            scales: tuple[int, ...] = () if format.strategy == "tensor" else (-1,)
+            scale, zero = scale.reshape(scales), zero.reshape(scales)
+            if scales:
+                self.attributes = {"axis": 0}
+        kind = torch.int8 if format.bits <= 4 else torch.uint8
+        self.register_buffer("weight_codes", codes.to(kind))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero_point", zero.to(kind))
+        self.register_buffer("input_scale", None if weight.input_scale is None else weight.input_scale.float())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def weight(self) -> Tensor:
+        restored: Tensor = torch.onnx.ops.symbolic(
+            "::DequantizeLinear",
+            [self.weight_codes, self.weight_scale, self.weight_zero_point],
+            attrs=self.attributes,
+            dtype=torch.float32,
+            shape=tuple(self.weight_codes.shape),
+        )
+        if self.input_scale is not None:
+            restored = restored.reshape(self.shape[0], -1) / self.input_scale
+        return restored.reshape(self.shape).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, channels, ...) of a convolution, (n, ..., in) of a linear layer."""
+        if self.convolution:
+            convolve = functional.conv1d if len(self.shape) == 3 else functional.conv2d
+            return convolve(x, self.weight(), self.bias, **self.convolution)
+        # As a `Gemm` of two axes: of `MatMul` onnxruntime makes a product with inputs rounded to 8 bits, unasked.
+        y = functional.linear(x.reshape(-1, self.shape[1]) if x.dim() > 2 else x, self.weight(), self.bias)
+        return y.reshape(-1, *x.shape[1:-1], self.shape[0]) if x.dim() > 2 else y
+
+
+def _integer_layers(graph: Graph, stored: Mapping[str, AffineWeight]) -> set[str]:
+    """The linear layers that are multiplied in integers; `UnsupportedError` names packed ones that cannot be."""
+    linear = [name for name in stored if isinstance(graph.layer(name), nn.Linear)]
+    if not linear:
+        raise UnsupportedError(
+            "int8 activations need linear layers of 8 bits; this network has none", _onnx_integer_linear.REMEDY
+        )
+    reasons = {name: _onnx_integer_linear.obstacle(stored[name].format) for name in linear}
+    obstacles = {name: reason for name, reason in reasons.items() if reason}
+    if obstacles:
+        raise UnsupportedError(
+            f"int8 activations have no place for {by_reason(obstacles)}", _onnx_integer_linear.REMEDY
+        )
+    return set(linear)
+
+
+def _replace(graph: Graph, name: str, weight: AffineWeight, integer: bool) -> None:
+    """Put the module that computes with the codes of layer `name` where the dense one stands."""
+    layer: Any = graph.layer(name)
+    module: nn.Module = Restored(layer, weight)
+    if integer:
+        scaled = weight.input_scale is not None
+        module = IntegerLinear(weight.shape, layer.weight.dtype, bias=layer.bias is not None, scaled=scaled)
+        tensors = IntegerLinear.tensors(weight) | _onnx_integer_linear.input_factor(weight)
+        tensors |= {} if layer.bias is None else {"bias": layer.bias}
+        for key, value in tensors.items():
+            module.register_buffer(key, value.to(module.get_buffer(key).dtype).contiguous())
+    graph.module.set_submodule(name, module)
+
+
+def _translated(graph: Graph, dtype: torch.dtype) -> onnx_ir.Model:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings():
@@ -55,7 +188,7 @@ def _translated(graph: Graph, dtype: torch.dtype) -> Any:
         logger.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
-                module,
+                graph.module,
                 (torch.zeros(2, *graph.facts.shape, dtype=dtype),),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -65,106 +198,113 @@ def _translated(graph: Graph, dtype: torch.dtype) -> Any:
                 verbose=False,
             )
         except Exception as error:  # a family of its own
-            cause = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-            raise UnsupportedError(f"torch cannot export this graph to ONNX: {cause}", "export it to pt2") from error
+            raise UnsupportedError(
+                f"torch cannot export this graph to ONNX: {first_line(error)}", "export it to pt2"
+            ) from error
         finally:
             logger.setLevel(level)
     assert program is not None
-    model = program.model_proto
+    model = program.model
     _forget_origin(model)
     model.producer_name, model.producer_version = "effcli", version("effcli")
-    helper.set_model_props(model, {"effcli.origin": graph.facts.origin, "effcli.opset": str(OPSET)})
+    model.metadata_props.update({"effcli.origin": graph.facts.origin, "effcli.opset": str(OPSET)})
     return model
 
 
-def _forget_origin(model: Any) -> None:
+def _forget_origin(model: onnx_ir.Model) -> None:
     """Leave out what names files of the machine that exported it."""
-    for item in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info, model.graph):
-        item.doc_string = ""
-        del item.metadata_props[:]
-    for tensor in model.graph.initializer:
-        del tensor.metadata_props[:]
+    graph = model.graph
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    for node in graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()
+        values += node.outputs
+    for value in values:
+        value.doc_string = None
+        value.metadata_props.clear()
+    for whole in (model, graph):
+        whole.doc_string = None
+        whole.metadata_props.clear()
 
 
-def _pack(model: Any, graph: Graph) -> int:
-    """Put the stored codes where a layer's dense weight stands unchanged; how many layers that was."""
-    dense = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = []
-    for name, weight in graph.stored.items():
-        tensor = dense.get(f"{name}.weight")
-        if tensor is None or weight.input_scale is not None:
-            continue
-        values = numpy_helper.to_array(tensor)
-        dense_weight: torch.Tensor = graph.layer(name).weight  # type: ignore[assignment]
-        shape = tuple(dense_weight.shape)
-        # A batch norm that the translation merged into the weight leaves no place for the codes.
-        expected = weight.dequantize(torch.float32).numpy().reshape(shape)
-        if values.shape != shape or not np.array_equal(values, expected):
-            continue
-        constants, attributes = _constants(name, weight, shape)
-        model.graph.initializer.remove(tensor)
-        model.graph.initializer.extend(constants)
-        names = [constant.name for constant in constants[:3]]
-        if len(shape) > 2 and weight.format.strategy == "group":
-            # Blocks lie along an axis, so grouped codes of a convolution are restored flat.
-            flat = f"{name}.weight.flat"
-            nodes.append(helper.make_node("DequantizeLinear", names, [flat], name=flat, **attributes))
-            restored = [flat, constants[3].name]
-            nodes.append(helper.make_node("Reshape", restored, [f"{name}.weight"], name=f"{name}.restored"))
-        else:
-            nodes.append(
-                helper.make_node("DequantizeLinear", names, [f"{name}.weight"], name=f"{name}.restored", **attributes)
-            )
-    for node in reversed(nodes):
-        model.graph.node.insert(0, node)
-    return len({name for node in nodes for name in node.output if not name.endswith(".flat")})
+def _narrow(model: onnx_ir.Model) -> None:
+    """Store the int8 codes and zero points behind `DequantizeLinear` in 4 bits, unsigned."""
+    for node in _restoring(model):
+        for value in node.inputs:
+            if value is not None and value.dtype == onnx_ir.DataType.INT8:
+                assert value.const_value is not None
+                narrow = value.const_value.numpy().astype(ml_dtypes.uint4)
+                value.const_value = onnx_ir.Tensor(narrow, name=value.name)
+                value.dtype = onnx_ir.DataType.UINT4
 
 
-def _constants(name: str, weight: AffineWeight, shape: tuple[int, ...]) -> tuple[list[Any], dict[str, Any]]:
-    """Initializers of codes, scale, zero point (and the shape, for groups in a convolution); the node's attributes."""
-    format = weight.format
-    grouped = format.strategy == "group"
-    kind = _TYPES[4 if format.bits <= 4 else 8]
-    codes = weight.codes.numpy() if grouped else weight.codes.numpy().reshape(shape)
-    scale = weight.scale.float().numpy()
-    zero = np.full(scale.shape, format.fixed_zero, np.uint8) if weight.zero is None else weight.zero.numpy()
-    if format.strategy == "tensor":
-        scale, zero = scale.reshape(()), zero.reshape(())
-    elif format.strategy == "channel":
-        scale, zero = scale.reshape(-1), zero.reshape(-1)
-    attributes: dict[str, Any] = {} if format.strategy == "tensor" else {"axis": 1 if grouped else 0}
-    if grouped:
-        attributes["block_size"] = format.group_size
-    return [
-        _tensor(f"{name}.weight.codes", codes, kind),
-        numpy_helper.from_array(scale, f"{name}.weight.scale"),
-        _tensor(f"{name}.weight.zero", zero, kind),
-        *([numpy_helper.from_array(np.array(shape, dtype=np.int64), f"{name}.weight.shape")] if grouped else []),
-    ], attributes
+def _restoring(model: onnx_ir.Model) -> Iterator[onnx_ir.Node]:
+    return (node for node in model.graph.all_nodes() if node.op_type == "DequantizeLinear")
 
 
-def _tensor(name: str, codes: Any, kind: int) -> Any:
-    """Unsigned codes as a tensor of 8 bits, or of 4, two to a byte with the first in the low half."""
-    if kind == TensorProto.UINT8:
-        return numpy_helper.from_array(np.ascontiguousarray(codes), name)
-    flat = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.uint8)).reshape(-1, 2)
-    packed = (flat[:, 0] | flat[:, 1] << 4).astype(np.uint8)
-    return helper.make_tensor(name, kind, codes.shape, packed.tobytes(), raw=True)
+def _nbytes(model: onnx_ir.Model) -> int:
+    values = model.graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
 
 
-def _compare(graph: Graph, folder: Path) -> str:
-    graph.module.float()
-    inputs = torch.randn(_COMPARED, *graph.facts.shape, generator=torch.Generator().manual_seed(0))
+def _check_file(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise MachineError(f"{path} is not valid ONNX: {first_line(error)}") from error
+
+
+def _compare(graph: Graph, folder: Path, exact: bool) -> str:
+    """Hold the file against the graph, its layers dequantized without rounding, on batches of random inputs."""
+    generator = torch.Generator().manual_seed(0)
     session = onnx_session.open_session(folder)
     port = session.get_inputs()[0]
-    half = port.type == "tensor(float16)"
-    given = inputs.numpy().astype(np.float16 if half else np.float32)
-    (theirs,) = onnx_session.run(session, {port.name: given}).values()
-    ours = graph.run(inputs).numpy()
-    flat = ours.reshape(_COMPARED, -1), theirs.astype(np.float32).reshape(_COMPARED, -1)
-    agreement = float(np.mean(flat[0].argmax(1) == flat[1].argmax(1)))
-    largest = float(np.abs(flat[0] - flat[1]).max())
+    kind = np.float16 if port.type == "tensor(float16)" else np.float32
+    ours, theirs = [], []
+    for size in _BATCHES:
+        inputs = torch.randn(size, *graph.facts.shape, generator=generator)
+        (found,) = onnx_session.run(session, {port.name: inputs.numpy().astype(kind)}).values()
+        theirs.append(torch.from_numpy(found.astype(np.float32)).flatten(1))
+        ours.append(graph.run(inputs).flatten(1))
+    expected, found_all = torch.cat(ours), torch.cat(theirs)
+    if not bool(expected.isfinite().all()):
+        raise NumericsError("the network's own outputs are NaN or infinite", "start from a sound checkpoint")
+    if not bool(found_all.isfinite().all()):
+        raise NumericsError(f"{np.dtype(kind)} overflows in this network", "export with precision float32")
+    difference = found_all - expected
+    if exact and float(difference.norm()) > _EXACT * float(expected.norm()):
+        raise MachineError(f"the exported graph computes something else: {float(difference.abs().max()):.2g} off")
+    agreement = float((expected.argmax(1) == found_all.argmax(1)).float().mean())
+    found_line = f"top-1 agreement {agreement:.1%}, " if _classifies(graph) else ""
     return (
-        f"{onnx_session.version()}, opset {OPSET}: top-1 agreement {agreement:.1%}, largest difference {largest:.2g} "
-        f"of {np.abs(flat[0]).max():.2g}"
+        f"{onnx_session.version()}, opset {OPSET}, on {len(expected)} random inputs: {found_line}largest difference "
+        f"{float(difference.abs().max()):.2g} of {float(expected.abs().max()):.2g}"
     )
+
+
+def _classifies(graph: Graph) -> bool:
+    """Whether the output is a vector of logits, and not of the input's own kind."""
+    shape = graph.shapes()[graph.output.name]
+    return len(shape) == 1 and shape != graph.facts.shape
+
+
+def _described(model: onnx_ir.Model, layers: int, packed: int, integer: int) -> list[str]:
+    """What the user should know of how the layers are held and run: all, the packed ones, those in integers."""
+    lines = []
+    if packed:
+        dense = f", {layers - packed} dense" if layers > packed else ""
+        lines.append(f"{packed} of {count(layers, 'layer')} packed{dense}")
+    if integer:
+        lines.append(
+            f"{count(integer, 'linear layer')} in integers, the inputs of a run with one scale; "
+            f"{count(layers - integer, 'layer')} in float"
+        )
+    if packed > integer:
+        lines.append(f"weights are restored in every run, or once at load with {RESTORE_AT_LOAD}=1")
+        apart = sum(node.op_type == "BatchNormalization" for node in model.graph.all_nodes())
+        if apart:
+            lines.append(f"{count(apart, 'batch norm')} cannot merge into packed weights: `fold` first")
+    return lines
+
+
+__all__ = ["FILE_NAME", "OPSET", "RESTORE_AT_LOAD", "Restored", "export_graph"]

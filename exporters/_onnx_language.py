@@ -24,7 +24,8 @@ from effcli.checkpoint import Checkpoint
 from effcli.contract import Options
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, writing
 from effcli.exporters import _onnx_language_layers as layers
-from effcli.exporters._onnx_language_layers import Arithmetic, IntegerLinear, PackedLinear
+from effcli.exporters._onnx_integer_linear import IntegerLinear
+from effcli.exporters._onnx_language_layers import Arithmetic, PackedLinear
 from effcli.exporters._onnx_language_run import KERNEL, compare, empty_past, forward, generate, latency
 from effcli.exporters._onnx_language_trace import OPSET, trace
 from effcli.language import verify

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from effcli.errors import UnsupportedError
+from effcli.exporters import _onnx_integer_linear
+from effcli.exporters._obstacles import by_reason
+from effcli.exporters._onnx_integer_linear import IntegerLinear, declare, declare_rest, input_factor
 from effcli.formats import Affine, AffineWeight
 from effcli.reports.human import count
 from effcli.storage import Stored
@@ -26,8 +29,6 @@ _LARGEST_BLOCK = 256
 _SMALLEST_BLOCK = 16
 # Inputs that a block has where the format has no groups, one of those with a fast kernel.
 _FREE_BLOCK = 128
-_SHOWN = 3
-_INTEGER_REMEDY = "quantize with bits: 8, symmetric: true and one scale per channel, or leave activations as they are"
 
 
 @dataclass(frozen=True)
@@ -135,21 +136,16 @@ def check(layers: Mapping[str, Stored], arithmetic: Arithmetic) -> None:
     """Raise `UnsupportedError` that names the layers without a place, by reason, and what to do."""
     integer = arithmetic.activations is not None
     if integer and not layers:
-        raise UnsupportedError("int8 activations need layers of 8 bits; this checkpoint has none", _INTEGER_REMEDY)
-    reasons: dict[str, list[str]] = {}
-    for name, stored in layers.items():
-        obstacle = _obstacle(stored, integer)
-        if obstacle:
-            reasons.setdefault(obstacle, []).append(name)
-    if not reasons:
+        raise UnsupportedError(
+            "int8 activations need layers of 8 bits; this checkpoint has none", _onnx_integer_linear.REMEDY
+        )
+    obstacles = {name: _obstacle(stored, integer) for name, stored in layers.items()}
+    obstacles = {name: reason for name, reason in obstacles.items() if reason}
+    if not obstacles:
         return
-    parts = []
-    for reason, names in reasons.items():
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        parts.append(f"{', '.join(names[:_SHOWN])}{more} ({reason})")
     raise UnsupportedError(
-        f"{'int8 activations have' if integer else 'MatMulNBits has'} no place for {'; '.join(parts)}",
-        _INTEGER_REMEDY if integer else "--dequantize writes dense weights",
+        f"{'int8 activations have' if integer else 'MatMulNBits has'} no place for {by_reason(obstacles)}",
+        _onnx_integer_linear.REMEDY if integer else "--dequantize writes dense weights",
     )
 
 
@@ -161,7 +157,7 @@ def _obstacle(stored: Stored, integer: bool) -> str:
     if stored.kind not in ("linear", "conv1d"):
         return f"a {stored.kind} is not a linear"
     if integer:
-        return str(format) if format.bits != 8 or not format.symmetric or format.strategy == "group" else ""
+        return _onnx_integer_linear.obstacle(format)
     if block_size(format, _SMALLEST_BLOCK) is None:
         return f"groups of {format.group_size}, not a multiple of {_SMALLEST_BLOCK}"
     return ""
@@ -207,8 +203,8 @@ class PackedLinear(nn.Module):
             "accuracy_level": accuracy_level,
         }
         for name, shape in blocks.shapes.items():
-            _declare(self, name, shape, dtype if name == "weight_scale" else torch.uint8)
-        _declare_rest(self, blocks.rows, blocks.columns, dtype, bias, scaled)
+            declare(self, name, shape, dtype if name == "weight_scale" else torch.uint8)
+        declare_rest(self, blocks.rows, blocks.columns, dtype, bias, scaled)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -224,60 +220,6 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class IntegerLinear(nn.Module):
-    """y = (s_x s_w) (q_x - z_x) q_wᵀ + b with activations quantized per run; holds shapes alone, for tracing.
-
-    weight_integers int8 (in, out), weight_scale (out,), input_factor (in,), bias (out,).
-    """
-
-    weight_integers: Tensor
-    weight_scale: Tensor
-    input_factor: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool, scaled: bool) -> None:
-        super().__init__()
-        self.rows, columns = shape
-        _declare(self, "weight_integers", (columns, self.rows), torch.int8)
-        _declare(self, "weight_scale", (self.rows,), torch.float32)
-        _declare_rest(self, self.rows, columns, dtype, bias, scaled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        x = x if self.input_factor is None else x * self.input_factor
-        levels, scale, zero = torch.onnx.ops.symbolic_multi_out(
-            "::DynamicQuantizeLinear",
-            [x.float()],
-            dtypes=[torch.uint8, torch.float32, torch.uint8],
-            shapes=[x.shape, (), ()],
-        )
-        total = torch.onnx.ops.symbolic(
-            "::MatMulInteger",
-            [levels, self.weight_integers, zero],
-            dtype=torch.int32,
-            shape=(*x.shape[:-1], self.rows),
-        )
-        y = (total.float() * (scale * self.weight_scale)).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-    @staticmethod
-    def tensors(weight: AffineWeight) -> Tensors:
-        integers = (weight.codes.t().to(torch.int16) - weight.format.fixed_zero).to(torch.int8).contiguous()
-        return {"weight_integers": integers, "weight_scale": weight.scale.reshape(-1).float().expand(weight.shape[0])}
-
-
-def _declare(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    module.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
-
-
-def _declare_rest(module: nn.Module, rows: int, columns: int, dtype: torch.dtype, bias: bool, scaled: bool) -> None:
-    for name, size, present in (("bias", rows, bias), ("input_factor", columns, scaled)):
-        if present:
-            _declare(module, name, (size,), dtype)
-        else:
-            module.register_buffer(name, None)
-
-
 def replacement(
     stored: Stored, shape: tuple[int, int], arithmetic: Arithmetic, dtype: torch.dtype, bias: bool
 ) -> PackedLinear | IntegerLinear:
@@ -291,6 +233,4 @@ def replacement(
 def tensors(module: PackedLinear | IntegerLinear, weight: AffineWeight) -> Tensors:
     """What stands behind the buffers of `module`, its bias left out."""
     found = IntegerLinear.tensors(weight) if isinstance(module, IntegerLinear) else module.blocks.tensors(weight)
-    if weight.input_scale is not None:
-        found["input_factor"] = weight.input_scale.double().reciprocal()
-    return found
+    return found | input_factor(weight)

@@ -48,7 +48,7 @@ def export(source: Path, target: Path, config: Config | None = None, overwrite: 
     remarks: tuple[str, ...] = ()
     with replacing(source, target, overwrite) as folder:
         if is_integer(source):
-            checked = _integer(source, folder, config)
+            checked, remarks = _integer(source, folder, config)
         elif is_graph(source):
             checked = _graph(source, folder, config)
         else:
@@ -63,18 +63,20 @@ def latency(folder: Path, prefill: int, decode: int, threads: int | None = None)
     return measure(folder, prefill, decode, threads)
 
 
-def _integer(source: Path, folder: Path, config: Config) -> str:
-    from effcli.exporters._onnx_integer import export_integer
+def _integer(source: Path, folder: Path, config: Config) -> tuple[str, tuple[str, ...]]:
+    from effcli.exporters._onnx_integer import REMARK, export_integer
 
     _refuse(config, "an integer network", ("precision", "dequantize", "activations", "accuracy_level"))
-    return export_integer(source, folder)
+    return export_integer(source, folder), (REMARK,)
 
 
 def _graph(source: Path, folder: Path, config: Config) -> str:
     from effcli.exporters._onnx_graph import export_graph
 
-    _refuse(config, "a network read as a graph", ("accuracy_level", "activations"))
-    return export_graph(source, folder, precision=config.precision, dequantize=config.dequantize)
+    _refuse(config, "a network read as a graph", ("accuracy_level",))
+    return export_graph(
+        source, folder, precision=config.precision, dequantize=config.dequantize, activations=config.activations
+    )
 
 
 def _language(source: Path, folder: Path, config: Config) -> tuple[str, tuple[str, ...]]:

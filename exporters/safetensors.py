@@ -2,7 +2,8 @@
 
 A checkpoint in the standard layout goes over byte for byte. With `dequantize` every compressed layer becomes a dense
 one of the network's dtype, written block by block, under the names that the architecture's own checkpoints have. A
-network read as a graph becomes `model.safetensors` with the names of the network that it was read from.
+network read as a graph becomes `model.safetensors` with the names of the network that it was read from: a Hugging Face
+image classifier loads again as one, any other with `load_state_dict` of its own class.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from effcli.checkpoint import STOCK_STEM, Checkpoint, assemble, copy_companions, weight_files, write_shard, write_text
 from effcli.contract import Options
 from effcli.errors import UnsupportedError, writing
+from effcli.exporters._classifier import write_classifier
+from effcli.exporters._obstacles import by_reason, some
 from effcli.exporters._target import replacing
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
@@ -27,7 +30,6 @@ from effcli.reports.report import Exported
 from effcli.storage import is_own, network_config, stored_layers
 
 SHARD_BYTES = 4 << 30
-_SHOWN = 3
 
 
 class Config(Options):
@@ -39,8 +41,9 @@ class Config(Options):
 def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
     """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
 
-    Raises `UnsupportedError` when a layer has no place in the standard format and `dequantize` is not asked for,
-    `OutputError` when `target` exists (without `overwrite`) or cannot be written.
+    Raises `UnsupportedError` when a layer has no place in the standard format and `dequantize` is not asked for, or a
+    classifier is no longer the one of its config; `OutputError` when `target` exists (without `overwrite`) or cannot be
+    written.
     """
     source, target, config = Path(source), Path(target), config or Config()
     if is_integer(source):
@@ -62,32 +65,44 @@ def export(source: Path, target: Path, config: Config | None = None, overwrite: 
 
 def _export_graph(source: Path, target: Path, config: Config, overwrite: bool) -> Exported:
     graph = Graph.read(source)
-    if graph.stored and not config.dequantize:
-        first = next(iter(graph.stored))
+    packed = [site.name for site in graph.sites() if site.name in graph.stored]
+    if packed and not config.dequantize:
         raise UnsupportedError(
-            f"the standard format has no place for {first} and {len(graph.stored) - 1} more layers of a graph",
+            f"the standard format has no place for packed layers of a graph: {some(packed)}",
             "--dequantize writes dense weights; onnx holds packed ones",
         )
-    tensors = {name: tensor.contiguous() for name, tensor in graph.module.state_dict().items()}
+    checked, remarks = "", tuple[str, ...]()
     with replacing(source, target, overwrite) as folder:
-        write_shard(folder / f"{STOCK_STEM}.safetensors", tensors)
-        text = json.dumps(graph.facts.config or {}, indent=2, sort_keys=True)
-        write_text(folder / "config.json", f"{text}\n")
-    return Exported(target="safetensors", nbytes=sum(file.stat().st_size for file in weight_files(target)))
+        write_shard(folder / f"{STOCK_STEM}.safetensors", _state(graph))
+        if graph.facts.config is not None:
+            checked, remarks = write_classifier(graph, folder)
+        elif graph.facts.classes is not None:
+            text = json.dumps({"classes": graph.facts.classes}, indent=2)
+            write_text(folder / "config.json", f"{text}\n")
+    return Exported(
+        target="safetensors",
+        nbytes=sum(file.stat().st_size for file in weight_files(target)),
+        checked=checked,
+        remarks=remarks,
+    )
+
+
+def _state(graph: Graph) -> dict[str, Tensor]:
+    """The tensors that `load_state_dict` of the network's own class asks for."""
+    tensors = graph.module.state_dict()
+    for name in tensors:
+        if name.endswith(".num_batches_tracked"):
+            # A checkpoint leaves it out, for it says nothing in evaluation.
+            tensors[name] = torch.zeros((), dtype=torch.int64)
+    return tensors
 
 
 def _no_place(checkpoint: Checkpoint) -> UnsupportedError:
     """The error that names the layers without a place in the standard format, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for name, item in stored_layers(checkpoint.config, {}).items():
-        if item.obstacle:
-            reasons.setdefault(item.obstacle, []).append(name)
-    parts = []
-    for reason, names in reasons.items():
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        parts.append(f"{', '.join(names[:_SHOWN])}{more} ({reason})")
+    layers = stored_layers(checkpoint.config, {})
+    obstacles = {name: item.obstacle for name, item in layers.items() if item.obstacle}
     return UnsupportedError(
-        f"the standard format has no place for {'; '.join(parts) or 'this layout'}",
+        f"the standard format has no place for {by_reason(obstacles) or 'this layout'}",
         "--dequantize writes dense weights that any loader reads; effcli.load reads the checkpoint as it is",
     )
 

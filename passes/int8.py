@@ -32,6 +32,8 @@ from effcli.passes._fold import fold_batch_norms
 # Inputs whose means correct the biases, and the bytes that one value of all of them may take.
 _CORRECTING = 256
 _BYTES = 1 << 26
+# Inputs that the network carries, for exports to be compared on.
+_PROBE = 16
 
 
 class Config(PassConfig):
@@ -39,6 +41,7 @@ class Config(PassConfig):
 
     needs: ClassVar[Needs] = Needs.INPUTS
     scope: ClassVar[Scope] = Scope.GRAPH
+    last: ClassVar[bool] = True
 
     observer: Method = Field(
         "least_squares",
@@ -144,6 +147,7 @@ def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tupl
     if config.bias_correction:
         for layer, shift in correct_biases(lowered.network, statistics).items():
             notes[layer]["bias_shift"] = round(shift, 3)
+    lowered.network.probe = lowered.network.quantize(statistics.inputs[:_PROBE].numpy())
     return Transformed(lowered.network, notes, tuple(activations), (*remarks, *lowered.remarks))
 
 

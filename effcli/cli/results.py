@@ -44,8 +44,9 @@ def export(
     from effcli import recipe
 
     step = recipe.check_export(to, {"dequantize": True} if dequantize else {})
-    target = output if output is not None else source / "exports" / step.target
-    done = exporters.load(step.target).export(source, target, step.options, overwrite)
+    exporters.require(step.name)
+    target = output if output is not None else source / "exports" / step.name
+    done = exporters.load(step.name).export(source, target, step.config, overwrite)
     print(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
 
 

@@ -8,6 +8,7 @@ batch. On disk it is a checkpoint of effcli's own layout: `config.json`, `graph.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -193,6 +194,13 @@ class Graph:
         write_text(folder / FILE_NAME, json.dumps(_to_json(self.module), indent=1) + "\n")
         config = {"model_type": OWN_TYPE, "effcli": described}
         write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the operations, what is known of the network, and its weights."""
+        found = hashlib.sha256(json.dumps(_to_json(self.module)).encode() + repr(self.facts).encode())
+        for name, tensor in self.module.state_dict().items():
+            found.update(name.encode() + tensor.numpy().tobytes())
+        return found.hexdigest()
 
     @staticmethod
     def read(folder: Path) -> Graph:

@@ -30,6 +30,7 @@ from effcli.storage import LAYOUT_VERSION, OWN_TYPE
 
 FILE_NAME = "integer.json"
 WEIGHTS_NAME = "effcli.safetensors"
+PROBE_NAME = "probe.npz"
 LOWEST, HIGHEST = -128, 127
 
 Array = NDArray[Any]
@@ -295,12 +296,21 @@ class Program(Options):
 
 
 class IntegerNetwork:
-    """A program with its constants, by `step.suffix`, and what is to be known of the network."""
+    """A program with its constants, by `step.suffix`, and what is to be known of the network.
 
-    def __init__(self, program: Program, arrays: Mapping[str, Array], facts: Facts) -> None:
+    probe: a few calibration inputs as codes int8 (n, *input shape), on which exports are compared; None without any.
+    """
+
+    def __init__(self, program: Program, arrays: Mapping[str, Array], facts: Facts, probe: Array | None = None) -> None:
         self.program = program
         self.arrays = dict(arrays)
         self.facts = facts
+        self.probe = probe
+        if probe is not None and (probe.dtype != np.int8 or probe.shape[1:] != self.input.shape or not len(probe)):
+            raise CheckpointError(
+                f"the probe holds {probe.dtype} {probe.shape} for a network that takes int8 {self.input.shape}",
+                "quantize the network again",
+            )
         for step in program.steps:
             for suffix in step.arrays:
                 if f"{step.name}.{suffix}" not in self.arrays:
@@ -340,6 +350,11 @@ class IntegerNetwork:
         file = folder / WEIGHTS_NAME
         with writing(file):
             save_file({name: np.ascontiguousarray(array) for name, array in stored.items()}, file)
+        with writing(folder / PROBE_NAME):
+            if self.probe is None:
+                (folder / PROBE_NAME).unlink(missing_ok=True)
+            else:
+                np.savez_compressed(folder / PROBE_NAME, codes=self.probe)
         described = {"program": self.program.model_dump(mode="json"), "shapes": shapes}
         write_text(folder / FILE_NAME, json.dumps(described, indent=1) + "\n")
         own = {
@@ -369,7 +384,7 @@ class IntegerNetwork:
                     codes = unpack_bits(torch.from_numpy(arrays[key]), step.weight_bits, math.prod(shape[1:]))
                     signed = codes.numpy().astype(np.int16) - 2 ** (step.weight_bits - 1)
                     arrays[key] = signed.astype(np.int8).reshape(shape)
-            return IntegerNetwork(program, arrays, Facts.model_validate(own["facts"]))
+            return IntegerNetwork(program, arrays, Facts.model_validate(own["facts"]), _read_probe(folder))
         except CheckpointError:
             raise
         except Exception as error:  # whatever JSON, pydantic and safetensors say of a damaged file
@@ -377,6 +392,15 @@ class IntegerNetwork:
             raise CheckpointError(
                 f"{folder} holds no integer network: {cause}", "give a directory that an `int8` step wrote"
             ) from error
+
+
+def _read_probe(folder: Path) -> Array | None:
+    """The inputs beside the network in `folder`, None where there are none; never executes a pickle."""
+    if not (folder / PROBE_NAME).is_file():
+        return None
+    with (folder / PROBE_NAME).open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        codes: Array = stored["codes"]
+    return codes
 
 
 def is_integer(folder: Path) -> bool:

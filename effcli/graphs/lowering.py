@@ -77,6 +77,8 @@ def lower(graph: Graph, ranges: Mapping[str, Range], clip_weights: bool = False)
     for node in graph.nodes:
         if node.op in ("output", "get_attr") or node in assembly.fusion.absorbed:
             continue
+        if operation(node) == "aten.sym_size.int":
+            continue  # the batch's size, traced where torch checks it: what takes it is named, with its own line
         if node.op == "placeholder":
             assembly.declare(node.name, assembly.shapes[node.name])
             continue

@@ -131,10 +131,14 @@ def _nbytes(site: LayerSite, format: Affine | None) -> int:
 
 
 def _total(graph: Graph, formats: Mapping[str, Affine]) -> int:
-    """Bytes of all weights; what belongs to no layer stays as it is."""
-    sites = graph.sites()
-    others = graph.weights() - sum(site.rows * site.columns for site in sites)
-    return others * _FLOAT + sum(_nbytes(site, formats.get(site.name)) for site in sites)
+    """Bytes of all tensors that a checkpoint holds; what is no layer's weight stays as it is."""
+    sites = {site.parameter: site for site in graph.sites()}
+    others: int = sum(
+        tensor.nbytes
+        for name, tensor in graph.module.state_dict().items()
+        if name not in sites and not name.endswith(".num_batches_tracked")
+    )
+    return others + sum(_nbytes(site, formats.get(site.name)) for site in sites.values())
 
 
 def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], scope: Scope) -> float:

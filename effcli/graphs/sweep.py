@@ -7,7 +7,6 @@ inputs are seen batch by batch, as sums.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,17 +18,17 @@ from torch import Tensor, fx, nn
 from effcli import passes
 from effcli.contract import Group, Layer, Needs, Observed, Outcome, PassConfig, Scope
 from effcli.errors import DataError
-from effcli.formats import Affine, AffineWeight, Dense
+from effcli.formats import Affine, AffineWeight
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
 from effcli.graphs.graph import Graph, calls, where
-from effcli.graphs.integer import IntegerNetwork, Weighted
+from effcli.graphs.integer import IntegerNetwork
+from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, ratio, stored, table_rows
 from effcli.graphs.patches import geometry, patches
 from effcli.graphs.walk import Walk, stream
 from effcli.observers import Gram, GroupedGram
 from effcli.reports.report import LedgerRow
 from effcli.selection import Choice, choose_graph
-from effcli.sites import LayerSite
-from effcli.swept import Progress, Swept, check_tensor, dense_row, histogram, worst
+from effcli.swept import Progress, Swept, check_tensor, histogram, worst
 
 if TYPE_CHECKING:
     from effcli.recipe import PassStep
@@ -52,8 +51,8 @@ def graph_sweep(
 
     batches: the calibration inputs, float32 (n, *shape), anew on each call; inputs: whether a layer sees what the
     original layers before it return or, walking all batches through the graph node by node, the compressed ones;
-    reference: the checkpoint before weights were first compressed, for passes that compare with it. The target is a
-    graph, or an integer network where the pass makes one.
+    reference: the checkpoint before weights were first compressed, for passes that compare with it; `source` itself
+    where none were. The target is a graph, or an integer network where the pass makes one.
     """
     module = passes.load(step.name)
     graph = Graph.read(source)
@@ -65,7 +64,8 @@ def graph_sweep(
     elif batches is None:
         raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
     if step.config.scope is Scope.GRAPH:
-        swept = _transform(graph, target, step, module, choices, batches, reference)
+        progress(0, len(choices))
+        swept = _transform(graph, target, step, module, choices, batches, reference if reference != source else None)
         progress(len(choices), len(choices))
         return swept
     work = _GraphWork(graph, module, choices, progress)
@@ -96,7 +96,7 @@ class _GraphWork:
         self.module = module
         self.choices = choices
         self.progress = progress
-        self.costs = _Costs(graph)
+        self.costs = Costs(graph)
         self.rows: dict[str, LedgerRow] = {}
         self.swept = Swept()
         # Factors of scaled layers, so that errors are told of the weights as they were: (out,) of rows, (out, in).
@@ -267,7 +267,7 @@ class _GraphWork:
         columns = self.multiplied.get(name, torch.ones(1, 1))
         # Seen from the layer as it was: its rows undivided; its columns are scaled in `seen` as they are here.
         difference, original = (restored - layer.weight) * rows, layer.weight * rows
-        nbytes, format = _stored(weight)
+        nbytes, format = stored(weight)
         self.rows[name] = LedgerRow(
             name=name,
             kind=site.kind,
@@ -277,10 +277,10 @@ class _GraphWork:
             nbytes=nbytes,
             status="compressed" if isinstance(weight, AffineWeight) else "changed",
             reason="; ".join(self.reasons.get(name, ())),
-            weight_error=_ratio(
+            weight_error=ratio(
                 float((difference / columns).square().sum()), float((original / columns).square().sum())
             ),
-            output_error=None if seen is None else _ratio(_energy(seen, difference), _energy(seen, original)),
+            output_error=None if seen is None else ratio(_energy(seen, difference), _energy(seen, original)),
             macs=self.costs.macs[name],
             parameters=self.costs.parameters(name),
             notes={**self.notes.get(name, {}), **outcome.notes},
@@ -291,30 +291,13 @@ class _GraphWork:
     def finish(self) -> Swept:
         """The ledger of all layers in their order, then what else holds many numbers."""
         for name, choice in self.choices.items():
-            self.swept.ledger.append(self.rows.get(name) or _kept(self.graph, choice.site, self.costs, choice.reason))
-        self.swept.ledger += _tables(self.graph)
+            self.swept.ledger.append(
+                self.rows.get(name) or kept_row(self.graph, choice.site, self.costs, choice.reason)
+            )
+        self.swept.ledger += table_rows(self.graph)
         self.swept.histograms = worst(self.swept)
         self.progress(len(self.taken), len(self.taken))
         return self.swept
-
-
-class _Costs:
-    """What the layers of a graph cost. macs: multiplications per input, by layer, over all its calls."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        shapes = graph.shapes()
-        self.macs: dict[str, int] = {}
-        for site in graph.sites():
-            total = 0
-            for node in calls(graph, site.name):
-                shape = shapes[node.name]
-                positions = math.prod(shape[1:]) if site.kind == "conv" else math.prod(shape[:-1])
-                total += site.rows * site.columns * positions
-            self.macs[site.name] = total
-
-    def parameters(self, name: str) -> int:
-        return sum(parameter.numel() for parameter in self.graph.layer(name).parameters())
 
 
 def _apply(module: ModuleType, config: PassConfig, layer: Layer, seen: Seen | None) -> Outcome:
@@ -380,132 +363,33 @@ def _transform(
     reference: Path | None,
 ) -> Swept:
     """Carry out a pass that takes the graph as a whole."""
-    before = {name: _dense(graph, choice.site).clone() for name, choice in choices.items()}
+    before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}
     chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
     compared = Graph.read(reference) if reference is not None and step.config.needs is Needs.REFERENCE else None
     observed = Observed(reference=compared, chosen=chosen)
     if batches is not None:
         observed = dataclasses.replace(observed, batches=batches)
-    costs = _Costs(graph)
-    normed = {name for name in choices if _beside_batch_norm(graph, name)}
+    costs = Costs(graph)
+    normed = {name for name in choices if beside_batch_norm(graph, name)}
     made = module.transform(step.config, graph, observed)
     network: Graph | IntegerNetwork = made.network
     network.save(target)
     swept = Swept(remarks=list(made.remarks), activations=list(made.activations))
     if isinstance(network, IntegerNetwork):
         rounded = {name: None if name in normed else weight for name, weight in before.items()}
-        swept.ledger = _integer_rows(network, rounded, choices, costs, made.notes, swept)
+        swept.ledger = integer_rows(network, rounded, choices, costs, made.notes, swept)
     else:
-        costs = _Costs(network)
+        costs = Costs(network)
         for name, choice in choices.items():
-            row = _kept(network, choice.site, costs, choice.reason)
+            reason = choice.reason or f"{step.name} had nothing to change here"
+            row = kept_row(network, choice.site, costs, reason)
             if name in made.notes:
                 row = row.model_copy(update={"status": "changed", "reason": "", "notes": dict(made.notes[name])})
-                swept.histograms.append(histogram(name, before[name], _dense(network, choice.site)))
+                swept.histograms.append(histogram(name, before[name], dense(network, choice.site)))
             swept.ledger.append(row)
-        swept.ledger += _tables(network)
+        swept.ledger += table_rows(network)
     swept.histograms = worst(swept)
     return swept
-
-
-def _integer_rows(
-    network: IntegerNetwork,
-    before: Mapping[str, Tensor | None],
-    choices: Mapping[str, Choice],
-    costs: _Costs,
-    notes: Mapping[str, dict[str, Any]],
-    swept: Swept,
-) -> list[LedgerRow]:
-    """The ledger of an integer network: the layers with what they are stored as, and their error.
-
-    before: the weights (out, in) that were rounded, None where a batch norm was folded into them on the way.
-    """
-    steps = {step.layer: step for step in reversed(network.program.steps) if isinstance(step, Weighted)}
-    rows = []
-    for name, choice in choices.items():
-        if name not in steps:
-            continue
-        step, site, weight = steps[name], choice.site, before[name]
-        nbytes = site.rows * (
-            math.ceil(site.columns * step.weight_bits / 32) * 4 if step.weight_bits < 8 else site.columns
-        )
-        nbytes += network.array(step, "multiplier").nbytes + network.array(step, "shift").nbytes
-        error = None
-        if weight is not None:
-            restored = _restored(network, step)
-            error = _ratio(float((restored - weight).square().sum()), float(weight.square().sum()))
-            swept.histograms.append(histogram(name, weight, restored))
-        rows.append(
-            LedgerRow(
-                name=name,
-                kind=site.kind,
-                shape=site.shape,
-                format=f"int{step.weight_bits} channel sym",
-                bits_per_weight=8 * nbytes / (site.rows * site.columns),
-                nbytes=nbytes,
-                status="compressed",
-                weight_error=error,
-                macs=costs.macs[name],
-                parameters=costs.parameters(name),
-                notes=dict(notes.get(name, {})),
-            )
-        )
-    return rows
-
-
-def _beside_batch_norm(graph: Graph, name: str) -> bool:
-    """Whether a batch norm reads layer `name` or is read by it."""
-    beside = [other for node in calls(graph, name) for other in (*node.users, *node.all_input_nodes)]
-    return any(isinstance(graph.module_of(node), nn.BatchNorm1d | nn.BatchNorm2d) for node in beside)
-
-
-def _restored(network: IntegerNetwork, step: Weighted) -> Tensor:
-    """The weight (out, in) of a step's integers: code · multiplier / 2^shift · output scale / input scale."""
-    codes = torch.from_numpy(network.array(step, "weight").reshape(len(network.array(step, "bias")), -1))
-    ratio = network.array(step, "multiplier").astype("float64") / 2.0 ** network.array(step, "shift")
-    values = network.program.values
-    scale = torch.from_numpy(ratio) * values[step.output].scale / values[step.inputs[0]].scale
-    return (codes.double() * scale.unsqueeze(1)).float()
-
-
-def _dense(graph: Graph, site: LayerSite) -> Tensor:
-    weight: Tensor = graph.layer(site.name).weight  # type: ignore[assignment]
-    return weight.detach().reshape(site.shape)
-
-
-def _stored(weight: AffineWeight | Tensor) -> tuple[int, str]:
-    """Bytes of a weight on disk, and its format."""
-    if isinstance(weight, AffineWeight):
-        return sum(tensor.nbytes for tensor in weight.pack().values()), str(weight.format)
-    return weight.nbytes, str(Dense(weight.dtype))
-
-
-def _kept(graph: Graph, site: LayerSite, costs: _Costs, reason: str) -> LedgerRow:
-    """The ledger's line for a layer as it stands in the graph."""
-    nbytes, format = _stored(graph.stored.get(site.name, _dense(graph, site)))
-    return LedgerRow(
-        name=site.name,
-        kind=site.kind,
-        shape=site.shape,
-        format=format,
-        bits_per_weight=8 * nbytes / (site.rows * site.columns),
-        nbytes=nbytes,
-        status="kept",
-        reason=reason,
-        macs=costs.macs[site.name],
-        parameters=costs.parameters(site.name),
-    )
-
-
-def _tables(graph: Graph) -> list[LedgerRow]:
-    """Matrices that are no layer: embeddings, and parameters that operators read."""
-    layers = {site.parameter for site in graph.sites()}
-    reason = "an embedding or a matrix that is no layer"
-    return [
-        dense_row(key, "embedding", tuple(value.shape), value.dtype, reason)
-        for key, value in graph.module.named_parameters()
-        if key not in layers and value.ndim > 1
-    ]
 
 
 def _first_of_each(values: Tensor, index: Tensor) -> Tensor:
@@ -516,10 +400,6 @@ def _first_of_each(values: Tensor, index: Tensor) -> Tensor:
 def _energy(seen: Seen, difference: Tensor) -> float:
     """Mean squared norm of D x over the calibration tokens, D (out, in) with one group of rows for each of `seen`."""
     return sum(gram.output_energy(part) for gram, part in zip(seen, difference.chunk(len(seen)), strict=True))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 __all__ = ["graph_sweep", "join"]

@@ -77,7 +77,8 @@ def of_onnx(folder: Path, threads: int | None = None) -> Latency:
     port = session.get_inputs()[0]
     half = port.type == "tensor(float16)"
     inputs = np.zeros((1, *port.shape[1:]), dtype=np.float16 if half else np.float32)
-    kind = "int8" if "QuantizeLinear" in _operators(folder) else "float16" if half else "float32"
+    quantized = _operators(folder) & {"QuantizeLinear", "DynamicQuantizeLinear"}
+    kind = "int8" if quantized else "float16" if half else "float32"
     return _latency(f"onnxruntime {kind}", onnx_session.time_one(session, {port.name: inputs}, _SECONDS), used)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from effcli import exporters, onnx_session
 from effcli.contract import Options
-from effcli.errors import EffcliError
+from effcli.errors import EffcliError, UnsupportedError
 from effcli.graphs import executor
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork, is_integer
@@ -65,8 +65,10 @@ def verify(path: Path) -> GraphVerification:
     with tempfile.TemporaryDirectory() as folder:
         try:
             exported = exporters.load("onnx").export(path, Path(folder) / "onnx")
-        except EffcliError as error:
+        except UnsupportedError as error:
             return GraphVerification(**found, checked=f"no ONNX export: {error.cause}")
+        except EffcliError as error:
+            return GraphVerification(**found, problem=f"its ONNX export fails: {error.cause}")
     return GraphVerification(**found, checked=exported.checked)
 
 

@@ -33,7 +33,8 @@ def read_factory(name: str, weights: Path | None, shape: tuple[int, ...] | None)
     found = None if example is None else tuple(example.shape[1:])
     if shape is None and found is None:
         raise UnsupportedError(
-            f"{name} returns no example input, so its shape is unknown", "give the shape of an input"
+            f"{name} returns no example input, so its shape is unknown",
+            "give the shape of an input: --set shape=[3,32,32]",
         )
     return lower(trace_module(module, shape or found or ()), f"python {name}")
 

@@ -102,13 +102,18 @@ def open_npz(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Sour
     label_key = preprocess.labels or _find_labels(path, headers, len(values), key)
     if label_key is not None:
         labels = _as_labels(_npz_array(path, headers, label_key), len(values), f"{label_key} in {path}")
+    remarks = [
+        f"{found} in {path} holds {dtype}, not class numbers: the inputs are taken as unlabelled"
+        for found, (size, dtype) in headers.items()
+        if label_key is None and found != key and dtype.kind == "f" and _LABELS.fullmatch(found) and len(size) == 1
+    ]
     names = [
         found
         for found, (size, dtype) in headers.items()
         if _CLASS_NAMES.fullmatch(found) and dtype.kind == "U" and len(size) == 1
     ]
     classes = tuple(str(each) for each in _npz_array(path, headers, names[0])) if names else None
-    return Source(str(path), len(values), read, labels, classes)
+    return Source(str(path), len(values), read, labels, classes, tuple(remarks))
 
 
 def open_folder(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Source:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from effcli import yamls
 from effcli.errors import RecipeError
 from effcli.reports import human
-from effcli.reports.columns import EMPTY_TEXT, Column, columns, conditions, export_lines
+from effcli.reports.columns import EMPTY_TEXT, Column, became, columns, conditions, export_lines
 from effcli.reports.report import Classification, Quality, Report, Stage
 
 FILE_NAME = "README.md"
@@ -180,12 +180,11 @@ def _exports(report: Report) -> list[str]:
 
 
 def _step(stage: Stage) -> str:
-    compressed = [row for row in stage.ledger if row.status == "compressed"]
     kept = [row for row in stage.ledger if row.status == "kept"]
     given = {key: value for key, value in stage.options.items() if value not in ((), [], {}, None)}
     options = [f"{key} {_code(_value(value))}" for key, value in given.items()]
     text = f"**{_plain(stage.name)}**" + (f" with {', '.join(options)}" if options else "")
-    text += f": {human.count(len(compressed), 'layer')} compressed, {len(kept)} kept."
+    text += f": {became(stage)}."
     lines = [text, ""]
     reasons: dict[str, list[str]] = {}
     for row in kept:
@@ -253,6 +252,8 @@ def _vision_limits(report: Report) -> list[str]:
         found.append(
             "The passes observed calibration inputs. On inputs unlike them the loss may be larger than the table says."
         )
+    if any(stage.activations for stage in report.stages):
+        found.append("`probe.npz` holds a few of the calibration inputs: take it out if these must not be passed on.")
     found += _not_measured(
         {
             "top-1 on labelled inputs": classified.top1,

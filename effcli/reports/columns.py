@@ -7,6 +7,7 @@ a note below it, which sets the figure against the input.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -76,6 +77,13 @@ def kernel_text(speed: Speed) -> str:
     if speed.prefill_kernel and speed.prefill_kernel != speed.kernel:
         return f"{speed.kernel}; prefill {speed.prefill_kernel}"
     return speed.kernel
+
+
+def became(stage: Stage) -> str:
+    """What became of the layers of one step, in words: '20 layers compressed, 1 kept'."""
+    number = Counter(row.status for row in stage.ledger)
+    done = [f"{human.count(number[how], 'layer')} {how}" for how in ("compressed", "changed") if number[how]]
+    return f"{', '.join(done) or 'no layer compressed'}, {number['kept']:,} kept"
 
 
 def export_lines(report: Report) -> list[str]:

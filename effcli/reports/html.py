@@ -9,8 +9,8 @@ from typing import Any
 
 from effcli import yamls
 from effcli.errors import writing
-from effcli.reports import html_ledger, html_vision, human, svg
-from effcli.reports.columns import Column, columns, conditions, export_lines
+from effcli.reports import html_ledger, html_vision, svg
+from effcli.reports.columns import Column, became, columns, conditions, export_lines
 from effcli.reports.html_parts import breakable, figure, right, value_text
 from effcli.reports.html_style import CSS, SORT
 from effcli.reports.report import Report, Stage
@@ -126,13 +126,7 @@ def _remarks(report: Report) -> str:
 
 def _stage(stage: Stage) -> str:
     parts = [f'<section class="pass"><h2>{escape(stage.name)}</h2>', _options(stage.options)]
-    compressed = sum(row.status == "compressed" for row in stage.ledger)
-    kept = len(stage.ledger) - compressed
-    if compressed:
-        text = f"{human.count(compressed, 'layer')} compressed" + (f", {kept:,} kept" if kept else "")
-    else:
-        text = "No layer was compressed" + (f"; {human.count(kept, 'layer')} kept." if kept else ".")
-    parts.append(f'<p class="lead">{text}</p>')
+    parts.append(f'<p class="lead">{became(stage)}</p>')
     if stage.ledger:
         parts.append(html_ledger.plots(stage.ledger))
     if stage.histograms:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from effcli import memory
 from effcli.reports import human
-from effcli.reports.columns import EMPTY_TEXT, Cell, Column, columns, conditions, export_lines
+from effcli.reports.columns import EMPTY_TEXT, Cell, Column, became, columns, conditions, export_lines
 
 if TYPE_CHECKING:
     from effcli.reports.compare import Comparison, Unit
@@ -27,6 +27,7 @@ _STACKED = {"seconds": "memory", "agreement": "sqnr"}
 _SHORT_TITLES = {"memory": "memory", "sqnr": "SQNR, dB"}
 # A long name that is two words in its project's own spelling.
 _NARROW_TITLES = {"onnxruntime": "ONNX\nRuntime"}
+_LONG_NAME = 7
 _UNITS: dict[Unit, Callable[[float], str]] = {
     "bytes": human.size,
     "ratio": human.ratio,
@@ -50,6 +51,9 @@ def stage_table(report: Report) -> Group:
     table = _table()
     fillers: list[Callable[[int], Text]] = []
     longest = max(len(stage.name) for stage in report.stages)
+    if longest > _LONG_NAME:
+        # 80 columns hold long names or the top-5, which says least; the HTML report has both.
+        found.pop("top5", None)
     for key, column in found.items():
         below = found.get(_STACKED.get(key, ""))
         if key in _STACKED.values() and any(found.get(top) for top, low in _STACKED.items() if low == key):
@@ -97,7 +101,10 @@ def ledger_table(stage: Stage, worst: int | None = 10) -> Group:
     shown = compressed if worst is None else compressed[:worst]
     by_output = any(row.output_error is not None for row in compressed)
     by_weight = any(row.weight_error is not None for row in compressed)
-    title = Text(_ledger_title(stage.name, len(shown), len(compressed), by_output or by_weight), style="bold")
+    heading = f"{stage.name}: {became(stage)}"
+    if compressed:
+        heading = _ledger_title(stage.name, len(shown), len(compressed), by_output or by_weight)
+    title = Text(heading, style="bold")
     kept = [Text(line, style="dim") for line in _kept_lines(row for row in stage.ledger if row.status == "kept")]
     if not shown:
         return Group(title, *kept)
@@ -277,8 +284,6 @@ def _harm(row: LedgerRow) -> tuple[float, float]:
 
 
 def _ledger_title(name: str, shown: int, compressed: int, measured: bool) -> str:
-    if not compressed:
-        return f"{name}: no layer compressed"
     if shown == compressed:
         return f"{name}: {human.count(compressed, 'compressed layer')}"
     which = "largest error first" if measured else "errors not measured"

@@ -154,6 +154,30 @@ def test_kill_and_run_again(tmp_path: Path) -> None:
     assert hashes(out) == hashes(whole) != {}
 
 
+def test_an_export_that_fails_leaves_the_finished_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["compress", "sample:cnn", "--pass=int8", "-o", str(out), "--quiet", "--no-eval", "--export=pt2"]
+    assert main([*command, "--set=calibration.samples=16"]) == 1
+    error = capsys.readouterr().err
+    assert f"{out} is finished, but not exported to pt2: {out} is an integer network" in error
+    assert Report.read(out).exports == ()
+    assert effcli.load(out)(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+
+
+def test_missing_packages_are_known_before_the_work_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("effcli.exporters.find_spec", lambda name: None)
+    command = ["compress", "sample:cnn", "--pass=linear", "-o", str(tmp_path / "out"), "--export=onnx"]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "needs onnx and onnxruntime and onnxscript" in captured.err and "effcli[onnx]" in captured.err
+    assert "input:" not in captured.err
+    assert main(["export", str(tmp_path), "--to", "onnx"]) == 1
+
+
 @pytest.fixture
 def refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command that must end with one clear line, and leave nothing."""
@@ -174,9 +198,11 @@ def test_bad_requests(refuses: Callable[..., str], tmp_path: Path) -> None:
     assert "reads no text" in refuses("--pass=linear", "--set=calibration.length=64")
     assert "matches no layer" in refuses("--pass=linear:ignore=[nothing]")
     assert "group size 64 does not divide" in refuses("--pass=linear:granularity=group,group_size=64")
-    assert "integer" in refuses("--pass=int8", "--pass=linear")
-    assert "name `fold`" in refuses("--pass=equalize") or "fold" in refuses("--pass=equalize")
+    assert "linear cannot follow int8" in refuses("--pass=int8", "--pass=linear")
+    assert "put a `fold` step before it" in refuses("--pass=equalize")
+    assert "put it after the step that compresses the weights" in refuses("--pass=fold", "--pass=bias_correction")
     assert "is a language model" in refuses("--pass=linear", "--set=evaluate.images=x.npz", model="sample:lm")
+    assert "take linear, awq or adaround" in refuses("--pass=linear", "--pass=fold", model="sample:lm")
 
 
 def test_bad_data(refuses: Callable[..., str], tmp_path: Path) -> None:

@@ -131,3 +131,11 @@ def test_formats_are_values() -> None:
             Affine(*arguments)
     with pytest.raises(ValueError, match="does not divide"):
         format.scale_shape((4, 100))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_one_word_unpacks_whatever_its_stride(bits: int) -> None:
+    codes = (torch.arange(3) % 2**bits).to(torch.uint8).unsqueeze(0)
+    words = pack_bits(codes, bits)
+    strided = torch.stack([words, words], dim=2)[:, :, 0]
+    torch.testing.assert_close(unpack_bits(strided, bits, 3), codes, rtol=0, atol=0)

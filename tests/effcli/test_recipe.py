@@ -255,6 +255,7 @@ def test_from_arguments_takes_configs_and_steps() -> None:
         ({"passes": [{}], "bits": 4}, "a step is a name"),
         ({"passes": [3], "bits": 4}, "a step is a name"),
         ({"passes": {"awq": 3}, "bits": 4}, "the options of awq must be a mapping"),
+        ({"passes": "awq:ignore=head"}, "passes.0.ignore: should be a list, not 'head'\nwrite [head]"),
     ],
 )
 def test_from_arguments_refuses(keys: dict[str, Any], message: str) -> None:

@@ -147,6 +147,16 @@ def test_only_the_first_inputs_correct_biases(monkeypatch: pytest.MonkeyPatch) -
     assert int(observer.counts.sum()) == 24 * 5
 
 
+@pytest.mark.parametrize(("count", "kept"), [(1, 1), (15, 15), (16, 16), (40, 16)])
+def test_the_first_inputs_go_along_as_codes(count: int, kept: int) -> None:
+    graph = residual()
+    inputs = inputs_of(graph, count)
+    made = int8.transform(int8.Config(), graph, Observed(batches=lambda: iter(inputs.split(7))))
+    network = network_of(made)
+    assert network.probe is not None and network.probe.dtype == np.int8
+    np.testing.assert_array_equal(network.probe, network.quantize(inputs[:kept].numpy()))
+
+
 def test_a_batch_norm_that_stays() -> None:
     """Behind a ReLU, before a padded convolution: an operation of its own, and a remark."""
     torch.manual_seed(0)

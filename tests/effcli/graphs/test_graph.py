@@ -103,6 +103,18 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path, batch: int) -> None:
     assert is_graph(tmp_path) and not is_graph(tmp_path.parent)
 
 
+def test_a_digest_tells_networks_apart_that_share_their_weights() -> None:
+    digest = network().digest()
+    assert network().digest() == digest
+    other = network()
+    (clamp,) = [node for node in other.nodes if operation(node) == "aten.clamp.default"]
+    clamp.kwargs = {"min": -2.0}
+    assert other.digest() != digest
+    other = network()
+    other.module.get_parameter("head.weight").data[0, 0] += 1
+    assert other.digest() != digest
+
+
 def test_compressed_layers_are_stored_packed(tmp_path: Path) -> None:
     graph = network()
     before = graph.run(torch.ones(2, *SHAPE))

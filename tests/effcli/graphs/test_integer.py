@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from effcli.checkpoint import weight_files
 from effcli.errors import CheckpointError, NumericsError
 from effcli.graphs.graph import Facts
 from effcli.graphs.integer import (
     HIGHEST,
     LOWEST,
+    Array,
     IntegerNetwork,
     Linear,
     Program,
@@ -188,6 +190,77 @@ def test_damaged_networks(damage: str, tmp_path: Path) -> None:
     else:
         program.write_text("{")
     with pytest.raises(CheckpointError):
+        IntegerNetwork.read(tmp_path)
+
+
+PROBE = np.array([[-128, 0, 127, 1, -1], [5, 4, 3, 2, 1]], dtype=np.int8)
+
+
+def with_probe(probe: Array | None) -> IntegerNetwork:
+    network = linear_network()
+    return IntegerNetwork(network.program, network.arrays, network.facts, probe)
+
+
+def test_a_probe_goes_along(tmp_path: Path) -> None:
+    """Beside the weights and not among them, whose size the network's is."""
+    sizes = {}
+    for name, probe in (("bare", None), ("probed", PROBE)):
+        folder = tmp_path / name
+        folder.mkdir()
+        with_probe(probe).save(folder)
+        sizes[name] = sum(file.stat().st_size for file in weight_files(folder))
+    assert IntegerNetwork.read(tmp_path / "bare").probe is None
+    found = IntegerNetwork.read(tmp_path / "probed").probe
+    assert found is not None and found.dtype == np.int8
+    np.testing.assert_array_equal(found, PROBE)
+    assert sizes["bare"] == sizes["probed"]
+    with np.load(tmp_path / "probed" / "probe.npz", allow_pickle=False) as stored:
+        assert stored.files == ["codes"]
+
+
+def test_a_probe_that_is_gone_is_none_of_a_former_run(tmp_path: Path) -> None:
+    """Saved over another, a network without a probe has none."""
+    with_probe(PROBE).save(tmp_path)
+    with_probe(None).save(tmp_path)
+    assert IntegerNetwork.read(tmp_path).probe is None
+
+
+def test_a_probe_is_written_the_same_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    for seconds in (0.0, 2e9):
+        monkeypatch.setattr("time.time", lambda seconds=seconds: seconds)
+        with_probe(PROBE).save(tmp_path)
+        written.append((tmp_path / "probe.npz").read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no codes", "pickle", "one array"])
+def test_damaged_probes(damage: str, tmp_path: Path) -> None:
+    with_probe(PROBE).save(tmp_path)
+    file = tmp_path / "probe.npz"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-30])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "no codes":
+        np.savez(file, inputs=PROBE)
+    elif damage == "pickle":
+        np.savez(file, codes=np.array([{"a": 1}], dtype=object))
+    else:
+        with file.open("wb") as stream:
+            np.save(stream, PROBE)
+    with pytest.raises(CheckpointError, match="holds no integer network") as caught:
+        IntegerNetwork.read(tmp_path)
+    assert "\n" not in caught.value.cause
+
+
+@pytest.mark.parametrize("probe", [PROBE.astype(np.int16), PROBE[:, :4], PROBE[0], PROBE[:0]])
+def test_probes_of_another_network(probe: Array, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the probe holds .* takes int8 \(5,\)"):
+        with_probe(probe)
+    with_probe(PROBE).save(tmp_path)
+    np.savez(tmp_path / "probe.npz", codes=probe)
+    with pytest.raises(CheckpointError, match="the probe holds"):
         IntegerNetwork.read(tmp_path)
 
 

@@ -379,6 +379,10 @@ UNSUPPORTED: dict[str, tuple[Build, str]] = {
     ),
     "layer norm": (lambda b, x: b.module("norm", nn.LayerNorm(6), x), r"norm \(LayerNorm\) has no integer operation"),
     "unknown": (lambda b, x: b.call("aten.cumsum.default", x, 1), "cumsum .* has no integer operation"),
+    "size": (
+        lambda b, x: b.call("aten.expand.default", x, [b.call("aten.sym_size.int", x, 0), 3, 5, 6]),
+        "expand .* has no integer operation",
+    ),
     "batch": (lambda b, x: b.call("aten.mean.dim", x, [0], True), "averages over the batch"),
     "batch sliced": (lambda b, x: b.call("aten.slice.Tensor", x, 0, 0, 1), "part of the batch"),
     "batch moved": (lambda b, x: b.call("aten.permute.default", x, [1, 0, 2, 3]), "moves the batch axis"),

@@ -391,6 +391,16 @@ def test_passes_over_the_whole_graph(tmp_path: Path) -> None:
         torch.testing.assert_close(made.stored[name].codes, packed.codes, rtol=0, atol=0)
 
 
+def test_a_network_is_not_compared_with_itself(tmp_path: Path) -> None:
+    graph = small_graphs.residual()
+    source = tmp_path / "source"
+    source.mkdir()
+    graph.save(source)
+    step = PassStep.model_validate("bias_correction")
+    with pytest.raises(UserError, match="none were"):
+        graph_sweep(source, tmp_path, step, lambda: iter([small_graphs.inputs(graph)]), reference=source)
+
+
 def test_ignored_layers_are_not_for_passes_over_the_whole_graph(tmp_path: Path) -> None:
     _, swept = sweep(small_graphs.residual(), tmp_path, {"fold": {"ignore": ["stem"]}})
     rows = {row.name: row for row in swept.ledger}

@@ -150,6 +150,15 @@ def test_bad_arrays(arrays: dict[str, Any], options: dict[str, Any], message: st
     assert "\n" not in caught.value.cause and caught.value.remedy
 
 
+def test_numbers_named_like_labels_are_said_to_be_left_out(tmp_path: Path) -> None:
+    source = savez(tmp_path / "d.npz", x=np.zeros((2, 3, 8, 6)), labels=np.array([0.5, 1]))
+    found = open_inputs(source, (3, 8, 6), Preprocess())
+    assert found.labels is None
+    assert found.remarks == (
+        f"labels in {source} holds float64, not class numbers: the inputs are taken as unlabelled",
+    )
+
+
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:

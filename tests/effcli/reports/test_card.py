@@ -9,7 +9,8 @@ import yaml
 from vision_report import vision_report
 
 from effcli.reports.card import model_card
-from effcli.reports.report import Classification, Quality, Report
+from effcli.reports.columns import became, export_lines
+from effcli.reports.report import Classification, Exported, Latency, Quality, Report
 
 BASE = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [old]\nbase_model: somebody/else\n---\n# Base\n"
 
@@ -139,3 +140,26 @@ def test_text_cannot_break_out(report: Report) -> None:
 def test_an_input_alone(bare_report: Report) -> None:
     card = model_card(bare_report.model_copy(update={"stages": bare_report.stages[:1]}))
     assert "not compressed" in card
+
+
+def test_what_became_of_the_layers(report: Report) -> None:
+    stage, row = report.stages[1], report.stages[1].ledger[0]
+    kinds = ["compressed", "changed", "changed", "kept"]
+    ledger = tuple(row.model_copy(update={"status": kind}) for kind in kinds)
+    assert became(stage.model_copy(update={"ledger": ledger})) == "1 layer compressed, 2 layers changed, 1 kept"
+    assert became(stage.model_copy(update={"ledger": ledger[1:3]})) == "2 layers changed, 0 kept"
+    assert became(stage.model_copy(update={"ledger": ()})) == "no layer compressed, 0 kept"
+
+
+def test_exports_are_named_with_their_speed(report: Report) -> None:
+    latency = Latency(
+        runtime="onnxruntime int8", milliseconds=0.25, fastest=0.2, repetitions=9, threads=1, device="a machine"
+    )
+    graph = Exported(target="onnx", nbytes=308_000, checked="top-1 agreement 100.0%", latencies=(latency,))
+    speed = report.stages[1].speed
+    language = Exported(target="onnx", nbytes=1000, speed=speed, remarks=("8 bits are slow",))
+    exported = report.model_copy(update={"exports": (graph, language)})
+    lines = export_lines(exported)
+    assert lines[0] == "onnx: 308 kB; onnxruntime int8 0.250 ms; top-1 agreement 100.0%"
+    assert lines[1].startswith("onnx: 1.00 kB; ") and lines[1].endswith("; 8 bits are slow") and "decode" in lines[1]
+    assert "## Exports" in model_card(exported) and "## Exports" not in model_card(report)

@@ -51,14 +51,14 @@ def test_any_depth(make_report: Callable[..., Report], blocks: int) -> None:
 
 def test_nothing_measured_and_nothing_compressed(bare_report: Report) -> None:
     page = html.render(bare_report)
-    assert "No layer was compressed" in "".join(checked(page).text)
+    assert "no layer compressed, 0 kept" in "".join(checked(page).text)
     checked(html.render(bare_report.model_copy(update={"stages": bare_report.stages[:1]})))
 
 
 def test_only_kept_layers(report: Report) -> None:
     page = html.render(with_ledger(report, [report.stages[1].ledger[-1]]))
     text = "".join(checked(page).text)
-    assert "No layer was compressed; 1 layer kept." in text and "outside the blocks" in text
+    assert "no layer compressed, 1 kept" in text and "outside the blocks" in text
     assert "Error per layer" not in text
 
 

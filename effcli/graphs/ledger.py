@@ -1,0 +1,136 @@
+"""The ledger of a graph: one line for every layer, with what it costs and how it is stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effcli.formats import AffineWeight, Dense
+from effcli.graphs.graph import Graph, calls, macs
+from effcli.graphs.integer import IntegerNetwork, Weighted
+from effcli.reports.report import LedgerRow
+from effcli.selection import Choice
+from effcli.sites import LayerSite
+from effcli.swept import Swept, dense_row, histogram
+
+
+class Costs:
+    """What the layers of a graph cost. macs: multiplications per input, by layer, over all its calls."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.macs = macs(graph)
+
+    def parameters(self, name: str) -> int:
+        return sum(parameter.numel() for parameter in self.graph.layer(name).parameters())
+
+
+def integer_rows(
+    network: IntegerNetwork,
+    before: Mapping[str, Tensor | None],
+    choices: Mapping[str, Choice],
+    costs: Costs,
+    notes: Mapping[str, dict[str, Any]],
+    swept: Swept,
+) -> list[LedgerRow]:
+    """The ledger of an integer network: the layers with what they are stored as, and their error.
+
+    before: the weights (out, in) that were rounded, None where a batch norm was folded into them on the way.
+    """
+    steps = {step.layer: step for step in reversed(network.program.steps) if isinstance(step, Weighted)}
+    rows = []
+    for name, choice in choices.items():
+        if name not in steps:
+            continue
+        step, site, weight = steps[name], choice.site, before[name]
+        nbytes = site.rows * (
+            math.ceil(site.columns * step.weight_bits / 32) * 4 if step.weight_bits < 8 else site.columns
+        )
+        nbytes += network.array(step, "multiplier").nbytes + network.array(step, "shift").nbytes
+        error = None
+        if weight is not None:
+            restored = _restored(network, step)
+            error = ratio(float((restored - weight).square().sum()), float(weight.square().sum()))
+            swept.histograms.append(histogram(name, weight, restored))
+        rows.append(
+            LedgerRow(
+                name=name,
+                kind=site.kind,
+                shape=site.shape,
+                format=f"int{step.weight_bits} channel sym",
+                bits_per_weight=8 * nbytes / (site.rows * site.columns),
+                nbytes=nbytes,
+                status="compressed",
+                weight_error=error,
+                macs=costs.macs[name],
+                parameters=costs.parameters(name),
+                notes=dict(notes.get(name, {})),
+            )
+        )
+    return rows
+
+
+def beside_batch_norm(graph: Graph, name: str) -> bool:
+    """Whether a batch norm reads layer `name` or is read by it."""
+    beside = [other for node in calls(graph, name) for other in (*node.users, *node.all_input_nodes)]
+    return any(isinstance(graph.module_of(node), nn.BatchNorm1d | nn.BatchNorm2d) for node in beside)
+
+
+def _restored(network: IntegerNetwork, step: Weighted) -> Tensor:
+    """The weight (out, in) of a step's integers: code · multiplier / 2^shift · output scale / input scale."""
+    codes = torch.from_numpy(network.array(step, "weight").reshape(len(network.array(step, "bias")), -1))
+    ratio = network.array(step, "multiplier").astype("float64") / 2.0 ** network.array(step, "shift")
+    values = network.program.values
+    scale = torch.from_numpy(ratio) * values[step.output].scale / values[step.inputs[0]].scale
+    return (codes.double() * scale.unsqueeze(1)).float()
+
+
+def dense(graph: Graph, site: LayerSite) -> Tensor:
+    weight: Tensor = graph.layer(site.name).weight  # type: ignore[assignment]
+    return weight.detach().reshape(site.shape)
+
+
+def stored(weight: AffineWeight | Tensor) -> tuple[int, str]:
+    """Bytes of a weight on disk, and its format."""
+    if isinstance(weight, AffineWeight):
+        return sum(tensor.nbytes for tensor in weight.pack().values()), str(weight.format)
+    return weight.nbytes, str(Dense(weight.dtype))
+
+
+def kept_row(graph: Graph, site: LayerSite, costs: Costs, reason: str) -> LedgerRow:
+    """The ledger's line for a layer as it stands in the graph."""
+    nbytes, format = stored(graph.stored.get(site.name, dense(graph, site)))
+    return LedgerRow(
+        name=site.name,
+        kind=site.kind,
+        shape=site.shape,
+        format=format,
+        bits_per_weight=8 * nbytes / (site.rows * site.columns),
+        nbytes=nbytes,
+        status="kept",
+        reason=reason,
+        macs=costs.macs[site.name],
+        parameters=costs.parameters(site.name),
+    )
+
+
+def table_rows(graph: Graph) -> list[LedgerRow]:
+    """Matrices that are no layer: embeddings, and parameters that operators read."""
+    layers = {site.parameter for site in graph.sites()}
+    reason = "an embedding or a matrix that is no layer"
+    return [
+        dense_row(key, "embedding", tuple(value.shape), value.dtype, reason)
+        for key, value in graph.module.named_parameters()
+        if key not in layers and value.ndim > 1
+    ]
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "ratio", "stored", "table_rows"]

@@ -1,0 +1,133 @@
+"""Plans and inspections of graphs and integer networks: figures by hand, and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_graphs import chain, residual
+from torch import nn
+
+from effcli.checkpoint import Checkpoint
+from effcli.errors import SelectionError
+from effcli.graphs import plan
+from effcli.graphs.graph import Facts, Graph
+from effcli.graphs.integer import IntegerNetwork, Linear, Program, Value
+from effcli.graphs.sweep import graph_sweep
+from effcli.plan import Plan
+from effcli.recipe import check
+
+
+def small() -> Graph:
+    """90 + 10 and 640 + 4 weights: 2 x 5 x 3 x 3, 160 x 4."""
+    return chain((1, 6, 6), nn.Conv2d(1, 10, 3), ("reshape.default", [-1, 160]), nn.Linear(160, 4))
+
+
+def planned(graph: Graph, *steps: Any, **calibration: Any) -> Plan:
+    recipe = check({"model": "net.pt2", "passes": list(steps), "calibration": calibration})
+    return plan.make(recipe.for_graph(), graph)
+
+
+def test_bytes_by_hand() -> None:
+    found = planned(small(), {"linear": {"bits": 4}})
+    assert found.weights == 90 + 10 + 640 + 4
+    assert found.input_bytes == 4 * 744
+    # 9 codes of 4 bits take 2 words, 160 take 20; then the shape, a float32 scale per row, and zero points of 4 bits.
+    convolution = 10 * 8 + 16 + 10 * 4 + 2 * 4
+    linear = 4 * 80 + 16 + 4 * 4 + 4
+    assert [row.nbytes for row in found.rows] == [convolution, linear]
+    assert found.output_bytes == convolution + linear + 4 * (10 + 4)
+    first, second = found.rows
+    assert (first.name, first.kind, first.shape) == ("layer0", "conv", (10, 9))
+    assert (second.format, second.status) == ("int4 channel asym", "compress")
+    assert second.bits_per_weight == pytest.approx(8 * linear / 640)
+    assert "before" in found.remarks[0] and found.operations == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 8},
+        {"bits": 3, "granularity": "tensor"},
+        {"bits": 4, "granularity": "group", "group_size": 8, "symmetric": True, "ignore": ["stem"]},
+        {"bits": 5, "layers": {"head": {"bits": 8}}},
+    ],
+    ids=str,
+)
+def test_planned_bytes_are_those_of_the_file(options: dict[str, Any], tmp_path: Path) -> None:
+    graph, step = residual(), {"linear": options}
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    graph.save(tmp_path / "before")
+    recipe = check({"model": "net.pt2", "passes": [step]}).for_graph()
+    graph_sweep(tmp_path / "before", tmp_path / "after", recipe.passes[0])
+    found = plan.make(recipe, graph)
+    sizes = [
+        sum(entry.nbytes for entry in Checkpoint.open(tmp_path / name).entries.values()) for name in ("before", "after")
+    ]
+    assert [found.input_bytes, found.output_bytes] == sizes
+
+
+def test_rows_of_several_passes() -> None:
+    found = planned(residual(), "fold", {"linear": {"ignore": ["block.*"]}})
+    assert [row.step for row in found.rows] == ["1. fold"] * 4 + ["2. linear"] * 4
+    status = {row.name: row.status for row in found.rows[4:]}
+    assert status == {"stem": "compress", "block.a": "keep", "block.b": "keep", "head": "compress"}
+    assert {row.status for row in found.rows[:4]} == {"change"}
+    assert any("keeps block.a and 1 more: ignored by 'block.*'" in remark for remark in found.remarks)
+
+
+def test_memory_grows_with_what_is_held_at_once() -> None:
+    sizes = [planned(residual(), "awq", samples=64, batch_size=size).memory_bytes for size in (1, 8, 64)]
+    assert sizes == sorted(set(sizes))
+    # Between one and 64 inputs lie 63 times what one takes; the weights stay.
+    assert (sizes[2] - sizes[0]) * 7 == (sizes[1] - sizes[0]) * 63
+    assert planned(residual(), "linear", batch_size=64).memory_bytes < sizes[0]
+
+
+def test_live_numbers_by_hand() -> None:
+    # 36 inputs and 160 outputs live at the convolution; behind it, the view of the 160 beside them.
+    assert plan._live_numbers(small()) == (320, 160)
+
+
+def test_arithmetic_by_hand() -> None:
+    # 16 patches of 9 inputs: 16 * 9 * 10 and 160 * 4 products forward, 16 * 9 * 9 and 160 * 160 for the Gram matrices.
+    expected = 2 * 3 * (1440 + 640 + 1296 + 25600)
+    assert planned(small(), "awq", samples=3).operations == expected
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(SelectionError, match="matches no layer"):
+        planned(small(), {"linear": {"ignore": ["nothing"]}})
+
+
+def test_inspection_of_a_graph(tmp_path: Path) -> None:
+    small().save(tmp_path)
+    found = plan.inspect("net", tmp_path)
+    assert [(row.name, row.macs, row.nbytes) for row in found.rows] == [("layer0", 1440, 360), ("layer2", 640, 2560)]
+    assert (found.weights, found.nbytes, found.bits_per_weight) == (744, 4 * 744, 32)
+    assert found.remarks[0] == "test: 744 weights, 2,080 multiplications for an input of 1 x 6 x 6"
+    assert json.loads(found.to_json())["model"] == "net"
+
+
+@pytest.mark.parametrize(("bits", "nbytes"), [(8, 15), (4, 8), (2, 4)])
+def test_inspection_of_an_integer_network(bits: Any, nbytes: int, tmp_path: Path) -> None:
+    step = Linear(name="fc", inputs=("x",), output="y", layer="head", weight_bits=bits)
+    values = {"x": Value(shape=(5,), scale=0.5, zero=-3), "y": Value(shape=(3,), scale=0.25, zero=7)}
+    arrays = {
+        "fc.weight": np.ones((3, 5), np.int8),
+        "fc.bias": np.zeros(3, np.int32),
+        "fc.multiplier": np.full(3, 1 << 30, np.int32),
+        "fc.shift": np.full(3, 32, np.uint8),
+    }
+    program = Program(input="x", output="y", values=values, steps=(step,))
+    IntegerNetwork(program, arrays, Facts(origin="test", shape=(5,))).save(tmp_path)
+    found = plan.inspect("net", tmp_path)
+    (row,) = found.rows
+    assert (row.name, row.kind, row.shape, row.macs, row.nbytes) == ("head", "linear", (3, 5), 15, nbytes)
+    assert row.format == f"int{bits} integer" and row.bits_per_weight == bits
+    assert (found.weights, found.nbytes) == (15, nbytes)
+    assert found.remarks[0].startswith("integer network of 1 operations: 15 weights, 15 multiplications")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_graphs import batches, chain, residual
+from torch import nn
+
+from effcli import exporters
+from effcli.checkpoint import read_header
+from effcli.cli import main
+from effcli.contract import Observed
+from effcli.errors import MachineError, UnsupportedError
+from effcli.graphs import verify
+from effcli.graphs.graph import Graph
+from effcli.graphs.integer import IntegerNetwork
+from effcli.passes import int8
+
+
+def integer(folder: Path) -> Path:
+    folder.mkdir()
+    graph = chain((6,), nn.Linear(6, 5), "relu.default", nn.Linear(5, 3))
+    chosen = {site.name: int8.Config() for site in graph.sites()}
+    made = int8.transform(int8.Config(), graph, Observed(batches(graph), None, chosen)).network
+    assert isinstance(made, IntegerNetwork)
+    made.save(folder)
+    return folder
+
+
+def floating(folder: Path, graph: Graph | None = None) -> Path:
+    folder.mkdir()
+    (graph or residual()).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("make", "layout"), [(floating, "graph"), (integer, "integer")])
+def test_sound(make: Callable[[Path], Path], layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", exc_type=ImportError)
+    path = make(tmp_path / "out")
+    found = verify.verify(path)
+    assert found.passed and found.layout == layout and found.refused
+    assert found.line.startswith("verified: ") and "onnxruntime" in found.checked
+    assert main(["verify", str(path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["passed"] is True and printed["layout"] == layout and printed["path"] == str(path)
+
+
+def cut(path: Path) -> None:
+    (path / "effcli.safetensors").write_bytes((path / "effcli.safetensors").read_bytes()[:-40])
+
+
+def remove(path: Path) -> None:
+    (path / "effcli.safetensors").unlink()
+
+
+def rename(path: Path) -> None:
+    name = "graph.json" if (path / "graph.json").exists() else "integer.json"
+    (path / name).write_text((path / name).read_text().replace("head", "tail").replace('"steps"', '"stops"'))
+
+
+@pytest.mark.parametrize("damage", [cut, remove, rename])
+@pytest.mark.parametrize("make", [floating, integer])
+def test_a_damaged_file_is_not_verified(
+    make: Callable[[Path], Path],
+    damage: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make(tmp_path / "out")
+    damage(path)
+    assert main(["verify", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("NOT VERIFIED: ") and captured.out.count("\n") == 1
+    assert "Traceback" not in captured.out + captured.err
+
+
+def test_outputs_that_are_no_numbers(tmp_path: Path) -> None:
+    graph = chain((4,), nn.Linear(4, 3))
+    graph.set_bias("layer0", torch.tensor([0.0, float("nan"), 0.0]))
+    found = verify.verify(floating(tmp_path / "out", graph))
+    assert not found.passed and "NaN" in found.problem and found.line.startswith("NOT VERIFIED: its outputs")
+
+
+def test_a_checkpoint_that_transformers_would_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_refused", lambda path: False)
+    found = verify.verify(floating(tmp_path / "out"))
+    assert not found.passed and "NOT VERIFIED: transformers loads it" in found.line
+
+
+@pytest.mark.parametrize(
+    ("error", "passed"),
+    [(UnsupportedError("no such operator"), True), (MachineError("computes something else"), False)],
+)
+def test_an_export_that_fails(error: Exception, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    path = floating(tmp_path / "out")
+    monkeypatch.setattr(exporters.load("onnx"), "export", fails)
+    found = verify.verify(path)
+    assert found.passed is passed and str(error) in found.line
+
+
+def test_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
+    found = verify.verify(floating(tmp_path / "out"))
+    assert found.passed and "not installed" in found.checked
+
+
+def test_the_weights_are_where_no_stock_loader_looks(tmp_path: Path) -> None:
+    path = floating(tmp_path / "out")
+    assert "head.weight" in read_header(path / "effcli.safetensors")
+    assert not (path / "model.safetensors").exists() and verify._refused(path)
+    assert np.isfinite(verify._outputs(path).numpy()).all()
