@@ -48,6 +48,8 @@ def export(
     target = output if output is not None else source / "exports" / step.name
     done = exporters.load(step.name).export(source, target, step.config, overwrite)
     print(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
+    for remark in done.remarks:
+        print(f"  {remark}")
 
 
 def verify(path: Folder, trust_remote_code: TrustRemoteCode = False, json: Json = False, debug: Debug = False) -> None:

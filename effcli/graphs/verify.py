@@ -42,7 +42,9 @@ class GraphVerification(Options):
     @property
     def line(self) -> str:
         """The findings in one line."""
-        stock = "transformers refuses it, as it must; effcli.load reads it" if self.refused else "transformers loads it"
+        stock = "transformers refuses it, as it must" if self.refused else "transformers loads it"
+        # What is wrong with a checkpoint may be that nothing reads it.
+        stock += "" if self.problem or not self.refused else "; effcli.load reads it"
         found = [part for part in (self.problem, stock, self.checked) if part]
         return f"{'verified' if self.passed else 'NOT VERIFIED'}: {'; '.join(found)}"
 

@@ -45,6 +45,7 @@ def test_sound(make: Callable[[Path], Path], layout: str, tmp_path: Path, capsys
     found = verify.verify(path)
     assert found.passed and found.layout == layout and found.refused
     assert found.line.startswith("verified: ") and "onnxruntime" in found.checked
+    assert "effcli.load reads it" in found.line
     assert main(["verify", str(path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["passed"] is True and printed["layout"] == layout and printed["path"] == str(path)
@@ -76,6 +77,7 @@ def test_a_damaged_file_is_not_verified(
     assert main(["verify", str(path)]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("NOT VERIFIED: ") and captured.out.count("\n") == 1
+    assert "effcli.load reads it" not in captured.out
     assert "Traceback" not in captured.out + captured.err
 
 
