@@ -80,6 +80,11 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:
     return f"known: {shown}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says first, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Map the operating system's refusals while writing below `path` to an `OutputError`."""

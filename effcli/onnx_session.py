@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli.errors import CheckpointError, DataError, EffcliError, MachineError, UnsupportedError, UserError
+from effcli.stopwatch import repeated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,11 @@ _LACKING = (
     "under development",
     "Unsupported model IR version",
 )
+
+
+def installed() -> bool:
+    """Whether all packages of the extra `onnx` are there."""
+    return all(find_spec(name) is not None for name in PACKAGES)
 
 
 def require(*packages: str) -> None:
@@ -93,14 +98,7 @@ def run(session: onnxruntime.InferenceSession, inputs: Arrays) -> dict[str, np.n
 
 def time_one(session: onnxruntime.InferenceSession, inputs: Arrays, seconds: float = 2.0) -> list[float]:
     """Seconds of each run on `inputs`, one after another for about `seconds` and at least 3 runs, after a warm-up."""
-    run(session, inputs)
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < _FEWEST_RUNS or time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        run(session, inputs)
-        times.append(time.perf_counter() - start)
-    return times
+    return repeated(lambda: run(session, inputs), seconds, _FEWEST_RUNS)
 
 
 def _opening_failed(path: Path, error: Exception) -> EffcliError:

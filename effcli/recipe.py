@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from pydantic import model_serializer as serializer
@@ -100,12 +100,23 @@ class Evaluate(Options):
 class Step(Options):
     """Something by name with its options. In YAML `name` or `{name: {option: value}}`."""
 
+    noun: ClassVar[str]
+
     name: str
     config: SerializeAsAny[Options]
 
     @classmethod
     def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
         """A step from `name`, `{name: {options}}` or a step; None when it holds a mistake, which is then noted."""
+        if isinstance(item, cls):
+            return item
+        named = _named(item, path, cls.noun, mistakes)
+        config = None if named is None else cls.configured(*named, path, mistakes)
+        return None if named is None or config is None else cls(name=named[0], config=config)
+
+    @classmethod
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Options | None:
+        """The checked options of what is called `name`; None when they hold a mistake, which is then noted."""
         raise NotImplementedError
 
     @model_validator(mode="before")
@@ -129,23 +140,19 @@ class Step(Options):
 class PassStep(Step):
     """One step of a recipe: a pass with its options."""
 
+    noun: ClassVar[str] = "a step"
+
     config: SerializeAsAny[PassConfig]
 
     @classmethod
-    def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
-        if isinstance(item, cls):
-            return item
-        named = _named(item, path, "a step", mistakes)
-        if named is None:
-            return None
-        name, options = named
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> PassConfig | None:
         if name not in passes.PASSES:
             mistakes.add(path, f"there is no pass {name!r}; {did_you_mean(name, passes.PASSES)}")
             return None
         config_type: type[PassConfig] = passes.load(name).Config
         config = validated(config_type, options, path, mistakes, owner=name)
         _check_layers(config_type, options, path, name, mistakes)
-        return None if config is None else cls(name=name, config=config)
+        return config
 
     def for_graph(self) -> PassStep:
         """This step in a network read as a graph: defaults that differ there filled in."""
@@ -159,21 +166,17 @@ class PassStep(Step):
 class ExportStep(Step):
     """A further format to write: a target with its options."""
 
+    noun: ClassVar[str] = "an export"
+
     @classmethod
-    def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
-        if isinstance(item, cls):
-            return item
-        named = _named(item, path, "an export", mistakes)
-        if named is None:
-            return None
-        name, given = named
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Options | None:
         try:
             exporters.check(name)
         except EffcliError as error:
             mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
             return None
-        config: Options | None = validated(exporters.load(name).Config, given, path, mistakes, owner=name)
-        return None if config is None else cls(name=name, config=config)
+        config_type: type[Options] = exporters.load(name).Config
+        return validated(config_type, options, path, mistakes, owner=name)
 
 
 class Recipe(Options):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from effcli.errors import CheckpointError, UnsupportedError
+from effcli.errors import CheckpointError, UnsupportedError, first_line
 
 
 def quiet_transformers() -> None:
@@ -66,8 +66,3 @@ def load_network_config(path: Path, config: dict[str, Any], trust_remote_code: b
             f"{path / 'config.json'} does not describe a network: {first_line(error)}",
             "restore it from the original checkpoint",
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says first, or its type's name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

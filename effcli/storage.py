@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from effcli.checkpoint import read_config
 from effcli.contract import Kind
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.formats import Affine
@@ -74,6 +76,14 @@ def network_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def is_own(config: dict[str, Any]) -> bool:
     return config.get("model_type") == OWN_TYPE
+
+
+def holds(folder: Path, file: str, kind: str) -> bool:
+    """Whether `folder` is a checkpoint in effcli's own layout, of this kind and with this file beside its config."""
+    if not (folder / file).is_file() or not (folder / "config.json").is_file():
+        return False
+    config = read_config(folder)
+    return is_own(config) and config.get("effcli", {}).get("kind") == kind
 
 
 def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[str, Stored]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from effcli.errors import NumericsError
 from effcli.formats import Dense
 from effcli.reports.report import ActivationRange, Histogram, LedgerRow
+from effcli.sites import LayerSite
 
 WORST_LAYERS = 6
 
@@ -18,6 +20,7 @@ _DAMAGED = "the checkpoint is damaged; download or train it again"
 
 # Told how many blocks are done, of how many; of a graph, how many layers.
 Progress = Callable[[int, int], None]
+Status = Literal["compressed", "changed", "kept"]
 
 _BINS = 64
 
@@ -55,6 +58,25 @@ def worst(swept: Swept) -> list[Histogram]:
     error = {row.name: row.output_error if row.output_error is not None else row.weight_error for row in swept.ledger}
     ranked = sorted(swept.histograms, key=lambda item: -(error.get(item.layer) or 0.0))
     return ranked[:WORST_LAYERS]
+
+
+def layer_row(site: LayerSite, format: str, nbytes: int, status: Status, **more: Any) -> LedgerRow:
+    """The ledger's line for a layer that takes `nbytes` on disk; more: any other field of the line."""
+    return LedgerRow(
+        name=site.name,
+        kind=site.kind,
+        shape=site.shape,
+        format=format,
+        bits_per_weight=8 * nbytes / (site.rows * site.columns),
+        nbytes=nbytes,
+        status=status,
+        **more,
+    )
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, and 0 of nothing."""
+    return part / whole if whole > 0 else 0.0
 
 
 def dense_row(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str) -> LedgerRow:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
+from effcli import onnx_session
 from effcli.errors import UnsupportedError, UserError, did_you_mean
 
 
@@ -22,12 +23,12 @@ class Entry(NamedTuple):
     packages: tuple[str, ...] = ()  # what it needs beside effcli's own dependencies, all in the extra of its name
 
 
-_ONNX = ("onnx", "onnxruntime", "onnxscript")
-
 TARGETS: dict[str, Entry] = {
     "safetensors": Entry("effcli.exporters.safetensors", "Packed weights for transformers and vLLM, or dense ones."),
     "onnx": Entry(
-        "effcli.exporters.onnx", "Graphs for onnxruntime: float, int8, language models of packed weights.", _ONNX
+        "effcli.exporters.onnx",
+        "Graphs for onnxruntime: float, int8, language models of packed weights.",
+        onnx_session.PACKAGES,
     ),
     "pt2": Entry("effcli.exporters.pt2", "A graph that torch.export.load reads, weights dense."),
 }

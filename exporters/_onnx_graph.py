@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effcli import onnx_session
-from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, writing
+from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, first_line, writing
 from effcli.exporters import _onnx_integer_linear
 from effcli.exporters._obstacles import by_reason
 from effcli.exporters._onnx_integer_linear import IntegerLinear
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph
 from effcli.reports.human import count
-from effcli.stock import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

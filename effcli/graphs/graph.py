@@ -27,7 +27,7 @@ from effcli.errors import CheckpointError, DataError, UnsupportedError
 from effcli.formats import AffineWeight
 from effcli.inputs.preprocess import Preprocess
 from effcli.sites import LayerSite
-from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored
+from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored, holds
 
 FILE_NAME = "graph.json"
 WEIGHTS_NAME = "effcli.safetensors"
@@ -290,10 +290,7 @@ class Builder:
 
 def is_graph(folder: Path) -> bool:
     """Whether `folder` is a checkpoint that `Graph.save` wrote."""
-    if not (folder / FILE_NAME).is_file() or not (folder / "config.json").is_file():
-        return False
-    config = read_config(folder)
-    return config.get("model_type") == OWN_TYPE and config.get("effcli", {}).get("kind") == "graph"
+    return holds(folder, FILE_NAME, "graph")
 
 
 def operation(node: fx.Node) -> str:

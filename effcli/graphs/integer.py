@@ -23,10 +23,10 @@ from safetensors.numpy import load_file, save_file
 
 from effcli.checkpoint import read_config, write_text
 from effcli.contract import Options
-from effcli.errors import CheckpointError, NumericsError, writing
+from effcli.errors import CheckpointError, NumericsError, first_line, writing
 from effcli.formats import pack_bits, unpack_bits
 from effcli.graphs.graph import Facts
-from effcli.storage import LAYOUT_VERSION, OWN_TYPE
+from effcli.storage import LAYOUT_VERSION, OWN_TYPE, holds
 
 FILE_NAME = "integer.json"
 WEIGHTS_NAME = "effcli.safetensors"
@@ -388,9 +388,8 @@ class IntegerNetwork:
         except CheckpointError:
             raise
         except Exception as error:  # whatever JSON, pydantic and safetensors say of a damaged file
-            cause = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"{folder} holds no integer network: {cause}", "give a directory that an `int8` step wrote"
+                f"{folder} holds no integer network: {first_line(error)}", "give a directory that an `int8` step wrote"
             ) from error
 
 
@@ -405,7 +404,4 @@ def _read_probe(folder: Path) -> Array | None:
 
 def is_integer(folder: Path) -> bool:
     """Whether `folder` is a checkpoint that `IntegerNetwork.save` wrote."""
-    if not (folder / FILE_NAME).is_file() or not (folder / "config.json").is_file():
-        return False
-    config = read_config(folder)
-    return config.get("model_type") == OWN_TYPE and config.get("effcli", {}).get("kind") == "integer"
+    return holds(folder, FILE_NAME, "integer")

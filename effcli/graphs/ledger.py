@@ -15,7 +15,7 @@ from effcli.graphs.integer import IntegerNetwork, Weighted
 from effcli.reports.report import LedgerRow
 from effcli.selection import Choice
 from effcli.sites import LayerSite
-from effcli.swept import Swept, dense_row, histogram
+from effcli.swept import Swept, dense_row, histogram, layer_row, ratio
 
 
 class Costs:
@@ -57,14 +57,11 @@ def integer_rows(
             error = ratio(float((restored - weight).square().sum()), float(weight.square().sum()))
             swept.histograms.append(histogram(name, weight, restored))
         rows.append(
-            LedgerRow(
-                name=name,
-                kind=site.kind,
-                shape=site.shape,
-                format=f"int{step.weight_bits} channel sym",
-                bits_per_weight=8 * nbytes / (site.rows * site.columns),
-                nbytes=nbytes,
-                status="compressed",
+            layer_row(
+                site,
+                f"int{step.weight_bits} channel sym",
+                nbytes,
+                "compressed",
                 weight_error=error,
                 macs=costs.macs[name],
                 parameters=costs.parameters(name),
@@ -104,18 +101,8 @@ def stored(weight: AffineWeight | Tensor) -> tuple[int, str]:
 def kept_row(graph: Graph, site: LayerSite, costs: Costs, reason: str) -> LedgerRow:
     """The ledger's line for a layer as it stands in the graph."""
     nbytes, format = stored(graph.stored.get(site.name, dense(graph, site)))
-    return LedgerRow(
-        name=site.name,
-        kind=site.kind,
-        shape=site.shape,
-        format=format,
-        bits_per_weight=8 * nbytes / (site.rows * site.columns),
-        nbytes=nbytes,
-        status="kept",
-        reason=reason,
-        macs=costs.macs[site.name],
-        parameters=costs.parameters(site.name),
-    )
+    more = {"macs": costs.macs[site.name], "parameters": costs.parameters(site.name)}
+    return layer_row(site, format, nbytes, "kept", reason=reason, **more)
 
 
 def table_rows(graph: Graph) -> list[LedgerRow]:
@@ -129,8 +116,4 @@ def table_rows(graph: Graph) -> list[LedgerRow]:
     ]
 
 
-def ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
-
-
-__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "ratio", "stored", "table_rows"]
+__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "stored", "table_rows"]

@@ -22,13 +22,13 @@ from effcli.formats import Affine, AffineWeight
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
 from effcli.graphs.graph import Graph, calls, where
 from effcli.graphs.integer import IntegerNetwork
-from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, ratio, stored, table_rows
+from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, stored, table_rows
 from effcli.graphs.patches import geometry, patches
 from effcli.graphs.walk import Walk, stream
 from effcli.observers import Gram, GroupedGram
 from effcli.reports.report import LedgerRow
 from effcli.selection import Choice, choose_graph
-from effcli.swept import Progress, Swept, check_tensor, histogram, worst
+from effcli.swept import Progress, Swept, check_tensor, histogram, layer_row, ratio, worst
 
 if TYPE_CHECKING:
     from effcli.recipe import PassStep
@@ -268,14 +268,11 @@ class _GraphWork:
         # Seen from the layer as it was: its rows undivided; its columns are scaled in `seen` as they are here.
         difference, original = (restored - layer.weight) * rows, layer.weight * rows
         nbytes, format = stored(weight)
-        self.rows[name] = LedgerRow(
-            name=name,
-            kind=site.kind,
-            shape=site.shape,
-            format=format,
-            bits_per_weight=8 * nbytes / (site.rows * site.columns),
-            nbytes=nbytes,
-            status="compressed" if isinstance(weight, AffineWeight) else "changed",
+        self.rows[name] = layer_row(
+            site,
+            format,
+            nbytes,
+            "compressed" if isinstance(weight, AffineWeight) else "changed",
             reason="; ".join(self.reasons.get(name, ())),
             weight_error=ratio(
                 float((difference / columns).square().sum()), float((original / columns).square().sum())

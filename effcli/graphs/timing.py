@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.machine import cpu_threads, device_name
 from effcli.reports.report import Latency
+from effcli.stopwatch import repeated
 
 _SECONDS = 1.0
 _FEWEST = 5
@@ -42,30 +41,20 @@ def of_checkpoint(path: Path, threads: int | None = None, *, onnx: bool = True) 
     """
     integer = is_integer(path)
     found = [] if integer else [_in_torch(Graph.read(path), threads)]
-    if (onnx or integer) and _has_onnx():
+    if (onnx or integer) and onnx_session.installed():
         found.append(_in_onnxruntime(path, threads))
     return tuple(found)
 
 
 def remarks() -> tuple[str, ...]:
     """What the user should know of what is not timed here."""
-    return () if _has_onnx() else ("not timed in onnxruntime: pip install 'effcli[onnx]'",)
-
-
-def _has_onnx() -> bool:
-    return all(find_spec(name) is not None for name in onnx_session.PACKAGES)
+    return () if onnx_session.installed() else ("not timed in onnxruntime: pip install 'effcli[onnx]'",)
 
 
 def _in_torch(graph: Graph, threads: int | None) -> Latency:
     inputs = torch.zeros(1, *graph.facts.shape)
-    times: list[float] = []
     with cpu_threads(threads) as used, torch.inference_mode():
-        graph.module(inputs)
-        begin = time.perf_counter()
-        while len(times) < _FEWEST or time.perf_counter() - begin < _SECONDS:
-            start = time.perf_counter()
-            graph.module(inputs)
-            times.append(time.perf_counter() - start)
+        times = repeated(lambda: graph.module(inputs), _SECONDS, _FEWEST)
     return _latency("torch float32", times, used)
 
 

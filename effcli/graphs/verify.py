@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -62,7 +61,7 @@ def verify(path: Path) -> GraphVerification:
         return GraphVerification(**found, problem=error.cause)
     if not bool(outputs.isfinite().all()):
         return GraphVerification(**found, problem="its outputs are NaN or infinite")
-    if not all(find_spec(name) is not None for name in onnx_session.PACKAGES):
+    if not onnx_session.installed():
         return GraphVerification(**found, checked="not run in onnxruntime, which is not installed")
     with tempfile.TemporaryDirectory() as folder:
         try:

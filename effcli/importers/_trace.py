@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from effcli import errors
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import where
 
@@ -147,8 +148,8 @@ def source(stack_trace: str | None, modules: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    """What an exception says first, as a part of a sentence."""
+    return errors.first_line(error).rstrip(".")
 
 
 def _known(target: Any) -> bool:

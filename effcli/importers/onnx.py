@@ -18,6 +18,7 @@ from effcli.errors import CheckpointError, UnsupportedError
 from effcli.graphs.graph import Facts, Graph
 from effcli.importers._onnx_operators import OPERATORS
 from effcli.importers._onnx_translation import EXPORT, Operator, Translation, describe, folded
+from effcli.importers._trace import first_line
 from effcli.onnx_session import require
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _load(path: Path) -> ModelProto:
         onnx.load_external_data_for_model(model, str(path.parent))
     except Exception as error:  # checker and file errors, which share no base
         raise CheckpointError(
-            f"{path} lacks its weights: {_first_line(error)}", "put the data file beside it, under its own name"
+            f"{path} lacks its weights: {first_line(error)}", "put the data file beside it, under its own name"
         ) from error
     return inliner.inline_local_functions(model) if model.functions else model
 
@@ -196,7 +197,7 @@ def _translate_nodes(graph: GraphProto, translation: Translation) -> None:
                 values.update(zip(node.output, results if isinstance(results, tuple) else (results,), strict=False))
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedError(
-                f"{describe(node)} cannot be translated: {_first_line(error)}",
+                f"{describe(node)} cannot be translated: {first_line(error)}",
                 "look for the mistake with onnx.checker.check_model(FILE, full_check=True), or export it again",
             ) from error
 
@@ -224,7 +225,7 @@ def _check_batches(graph: Graph, others: list[Graph], path: Path) -> None:
         torch.testing.assert_close(together, alone, rtol=_ROUNDING, atol=_ROUNDING * largest, equal_nan=True)
     except (AssertionError, IndexError, RuntimeError) as error:
         raise UnsupportedError(
-            f"{path} does not work on batches of any size: {_first_line(error)}",
+            f"{path} does not work on batches of any size: {first_line(error)}",
             "export it with a dynamic batch axis, so that each input of a batch stands for itself",
         ) from error
 
@@ -238,8 +239,4 @@ def _same_weights(graph: Graph, other: Graph) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or no ONNX file: {_first_line(error)}", "export or copy it again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return CheckpointError(f"{path} is damaged or no ONNX file: {first_line(error)}", "export or copy it again")

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from effcli.contract import Options
-from effcli.errors import CheckpointError, DataError, UnsupportedError
+from effcli.errors import CheckpointError, DataError, UnsupportedError, first_line
 
 FILE_NAME = "preprocessor_config.json"
 Pixels = NDArray[Any]
@@ -271,9 +271,8 @@ def _image_processor(folder: Path) -> Any:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     except Exception as error:
         # Whatever transformers says about the file; its first line names the key or the class.
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{folder / FILE_NAME} cannot be read: {cause}",
+            f"{folder / FILE_NAME} cannot be read: {first_line(error)}",
             "copy the file from the original model, or write a preprocess: in a recipe and remove it",
         ) from error
 

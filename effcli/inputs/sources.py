@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from effcli.errors import DataError, UserError, did_you_mean
+from effcli.errors import DataError, UserError, did_you_mean, first_line
 from effcli.inputs.preprocess import Pixels, Preprocess
 
 Rows = NDArray[np.int64]
@@ -153,7 +153,7 @@ def open_parquet(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> 
     try:
         file = parquet.ParquetFile(path)
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no parquet file: {_first_line(error)}", "get the file again") from error
+        raise DataError(f"{path} is no parquet file: {first_line(error)}", "get the file again") from error
     image, label, names = _find_columns(path, file.schema_arrow, preprocess)
     groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
     ends = np.cumsum(groups)
@@ -178,7 +178,7 @@ def open_dataset(path: Path, split: str | None, shape: tuple[int, ...], preproce
     try:
         dataset = library.load_from_disk(str(path))
     except Exception as error:  # of the library, of arrow, or of the file system
-        raise DataError(f"{path} cannot be loaded by datasets: {_first_line(error)}", "save it again") from error
+        raise DataError(f"{path} cannot be loaded by datasets: {first_line(error)}", "save it again") from error
     name, remarks = str(path), []
     if isinstance(dataset, dict):
         chosen = split or _only_split(path, list(dataset))
@@ -217,7 +217,7 @@ def decode(item: Item, gray: bool) -> Pixels:
             pixels = np.asarray(image.convert("L" if gray else "RGB"))
     except Exception as error:
         # Every decoder fails in its own way.
-        raise DataError(f"{name} is damaged or no image: {_first_line(error)}", "replace or remove it") from error
+        raise DataError(f"{name} is damaged or no image: {first_line(error)}", "replace or remove it") from error
     if deep:
         raise DataError(f"{name} has more than 8 bits a channel", "convert it to 8 bits, or give the data as an .npz")
     return pixels
@@ -283,7 +283,7 @@ def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
                     shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
                 headers[member.removesuffix(".npy")] = (shape, dtype)
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no npz of arrays: {_first_line(error)}", "write it with numpy.savez") from error
+        raise DataError(f"{path} is no npz of arrays: {first_line(error)}", "write it with numpy.savez") from error
     return headers
 
 
@@ -299,7 +299,7 @@ def _npz_array(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype[An
             array: Pixels = archive[key]
             return array
     except Exception as error:  # of zipfile, zlib or numpy
-        raise DataError(f"{key} in {path} is damaged: {_first_line(error)}", "write the file again") from error
+        raise DataError(f"{key} in {path} is damaged: {first_line(error)}", "write the file again") from error
 
 
 def _find_inputs(
@@ -402,7 +402,3 @@ def _optional(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise UserError(f"{name.partition('.')[0]} is not installed", "pip install 'effcli[datasets]'") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effcli import samples
 from effcli.checkpoint import read_config
-from effcli.errors import DataError
+from effcli.errors import DataError, first_line
 from effcli.stock import load_network_config, quiet_transformers
 from effcli.storage import network_config
 
@@ -75,8 +75,7 @@ class Reader:
             )
         except Exception as error:
             # Each tokenizer class fails in its own way; the first line says which file or package it misses.
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"the tokenizer in {path} cannot be loaded: {cause}", remedy) from error
+            raise DataError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}", remedy) from error
         return Reader(tokenizer, config.get_text_config().vocab_size, longest_sequence(config))
 
     def encode(self, text: str) -> list[int]:

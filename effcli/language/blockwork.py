@@ -27,7 +27,7 @@ from effcli.reports.report import Histogram, LedgerRow
 from effcli.selection import Choice
 from effcli.sites import LayerSite
 from effcli.storage import Stored
-from effcli.swept import dense_row, histogram
+from effcli.swept import dense_row, histogram, layer_row, ratio
 
 
 @dataclass
@@ -264,19 +264,16 @@ class BlockWork:
         difference = difference if columns is None else difference / columns
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         part.ledger.append(
-            LedgerRow(
-                name=site.name,
-                kind=site.kind,
-                shape=site.shape,
-                format=format,
-                bits_per_weight=8 * nbytes / (site.rows * site.columns),
-                nbytes=nbytes,
-                status="compressed",
+            layer_row(
+                site,
+                format,
+                nbytes,
+                "compressed",
                 reason=self.reasons.get(site.name, ""),
-                weight_error=_ratio(float(difference.square().sum()), float(original.square().sum())),
+                weight_error=ratio(float(difference.square().sum()), float(original.square().sum())),
                 output_error=None
                 if gram is None or gram.tokens == 0
-                else _ratio(gram.output_energy(difference), gram.output_energy(original, quick=True)),
+                else ratio(gram.output_energy(difference), gram.output_energy(original, quick=True)),
                 notes={**self.notes.get(site.name, {}), **outcome.notes},
             )
         )
@@ -291,18 +288,5 @@ def kept_row(
     """The ledger's line for a layer that was left as it was."""
     if site.name in stored:
         nbytes = weights.packed_bytes(site.name)
-        return LedgerRow(
-            name=site.name,
-            kind=site.kind,
-            shape=site.shape,
-            format=str(stored[site.name].format),
-            bits_per_weight=8 * nbytes / (site.rows * site.columns),
-            nbytes=nbytes,
-            status="kept",
-            reason=reason,
-        )
+        return layer_row(site, str(stored[site.name].format), nbytes, "kept", reason=reason)
     return dense_row(site.name, site.kind, site.shape, dtype, reason)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0

@@ -15,9 +15,9 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from effcli.errors import UnsupportedError
+from effcli.errors import UnsupportedError, first_line
 from effcli.sites import LayerSite
-from effcli.stock import first_line, load_network_config, quiet_transformers
+from effcli.stock import load_network_config, quiet_transformers
 
 
 class Skeleton:

@@ -20,7 +20,7 @@ from torch import Tensor
 from effcli import runtime, samples
 from effcli.checkpoint import Checkpoint
 from effcli.contract import Options
-from effcli.errors import EffcliError, UserError
+from effcli.errors import EffcliError, UserError, first_line
 from effcli.inputs import text
 from effcli.stock import load_network_config, quiet_transformers
 from effcli.storage import is_own, network_config
@@ -134,8 +134,7 @@ def verify(path: str | Path, *, trust_remote_code: bool = False) -> Verification
         # Whatever the stock loader raises is its way of refusing.
         if own:
             return Verification(**findings, refused=True)
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Verification(**findings, problem=f"{findings['loader']} cannot load it: {cause}")
+        return Verification(**findings, problem=f"{findings['loader']} cannot load it: {first_line(error)}")
     if own:
         problem = f"{findings['loader']} loads effcli's own layout, which it cannot understand"
         return Verification(**findings, refused=False, problem=problem)

@@ -10,7 +10,7 @@ import torch
 from small_graphs import batches, chain, residual
 from torch import nn
 
-from effcli import exporters
+from effcli import exporters, onnx_session
 from effcli.contract import Observed
 from effcli.errors import CheckpointError
 from effcli.graphs import timing
@@ -54,7 +54,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         def found(name: str, *rest: Any) -> Any:
             return None if name == package else find(name, *rest)
 
-        monkeypatch.setattr(timing, "find_spec", found)
+        monkeypatch.setattr(onnx_session, "find_spec", found)
 
     return hide
 

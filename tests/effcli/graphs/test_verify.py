@@ -11,7 +11,7 @@ import torch
 from small_graphs import batches, chain, residual
 from torch import nn
 
-from effcli import exporters
+from effcli import exporters, onnx_session
 from effcli.checkpoint import read_header
 from effcli.cli import main
 from effcli.contract import Observed
@@ -109,7 +109,7 @@ def test_an_export_that_fails(error: Exception, passed: bool, tmp_path: Path, mo
 
 
 def test_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_session, "find_spec", lambda name: None)
     found = verify.verify(floating(tmp_path / "out"))
     assert found.passed and "not installed" in found.checked
 
