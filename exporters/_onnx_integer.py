@@ -33,9 +33,13 @@ from effcli.graphs.integer import (
     AveragePool,
     Clamped,
     Concatenate,
+    Constant,
     Convolution,
+    Embedding,
     IntegerNetwork,
+    LayerNorm,
     Linear,
+    MatrixProduct,
     MaxPool,
     Mean,
     Multiply,
@@ -43,6 +47,7 @@ from effcli.graphs.integer import (
     Pad,
     Reshape,
     Slice,
+    Softmax,
     Table,
     Transpose,
     Value,
@@ -98,7 +103,8 @@ def compare(network: IntegerNetwork, folder: Path) -> str:
     if codes is None:
         generator = np.random.default_rng(0)
         codes, kind = generator.integers(LOWEST, HIGHEST + 1, (_COMPARED, *value.shape), dtype=np.int8), "random"
-    session = onnx_session.open_session(folder)
+    # It is the file that is compared, not this processor: without VNNI instructions the default saturates.
+    session = onnx_session.open_session(folder, entries={"session.x64quantprecision": "1"})
     parts = []
     for start in range(0, len(codes), _BATCH):
         inputs = (codes[start : start + _BATCH].astype(np.float32) - value.zero) * np.float32(value.scale)
@@ -176,6 +182,13 @@ class _Writer:
             case Multiply():
                 second = self._value(step.inputs[1]).scale
                 self._arithmetic(step, "Mul", [self._unit(step) / second, second])
+            case MatrixProduct():
+                second = self._value(step.inputs[1]).scale
+                self._arithmetic(step, "MatMul", [self._unit(step) / second, second])
+            case Softmax():
+                self._arithmetic(step, "Softmax", [self._value(step.inputs[0]).scale], axis=-1)
+            case LayerNorm():
+                self._layer_norm(step)
             case AveragePool():
                 data, pads = self._padding(step, self._value(step.inputs[0]).zero)
                 windows: dict[str, Any] = {"kernel_shape": step.kernel, "strides": step.stride, "pads": pads}
@@ -187,8 +200,10 @@ class _Writer:
                 data, pads = self._padding(step, LOWEST)
                 windows = {"kernel_shape": step.kernel, "strides": step.stride, "dilations": step.dilation}
                 self._node("MaxPool", [data], output, pads=pads, **windows)
-            case Table():
-                self._table(step)
+            case Table() | Embedding():
+                self._look_up(step)
+            case Constant():
+                self._repeat(step)
             case Pad():
                 self._pad(step.name, inputs[0], output, step.padding, step.value)
             case Concatenate():
@@ -277,12 +292,33 @@ class _Writer:
             self._arithmetic(step, "GlobalAveragePool", [scale], target=pooled)
             self._reshape(pooled, pooled, _codes(step.output), [0, *target.shape])
 
-    def _table(self, step: Table) -> None:
+    def _look_up(self, step: Table | Embedding) -> None:
+        """A number or a row for each code, exactly."""
         table = self.network.array(step, "table").astype(np.int16) + _SHIFT
         index = f"{step.name}.index"
         self._node("Cast", [_codes(step.inputs[0])], index, to=TensorProto.INT32)
         constant = self._constant(f"{step.name}.table", table.astype(np.uint8))
         self._node("Gather", [constant, index], _codes(step.output), axis=0)
+
+    def _repeat(self, step: Constant) -> None:
+        """A constant once for each input of the batch, as `Concat` needs it."""
+        batch, shape = f"{step.name}.batch", f"{step.name}.shape"
+        self._node("Shape", [_codes(self.network.program.input)], batch, start=0, end=1)
+        extents = self._value(step.output).shape
+        self._node("Concat", [batch, self._integers(f"{step.name}.extents", extents)], shape, axis=0)
+        stored = self.network.array(step, "value").astype(np.int16) + _SHIFT
+        value = self._constant(f"{step.name}.value", stored.astype(np.uint8))
+        self._node("Expand", [value, shape], _codes(step.output))
+
+    def _layer_norm(self, step: LayerNorm) -> None:
+        source, target = self._value(step.inputs[0]), self._value(step.output)
+        unit = target.scale / 2.0**step.shift
+        parameters = [
+            self._constant(f"{step.name}.{name}", (self.network.array(step, name) * unit).astype(np.float32))
+            for name in ("multiplier", "bias")
+        ]
+        epsilon = step.epsilon / 2.0**16 * (source.scale / source.shape[-1]) ** 2
+        self._arithmetic(step, "LayerNormalization", [source.scale], rest=parameters, axis=-1, epsilon=epsilon)
 
     def _padding(self, step: MaxPool | AveragePool, value: int) -> tuple[str, list[int]]:
         """The codes that a pool reads and its `pads`: padded before where onnxruntime's pools would refuse it."""
@@ -303,13 +339,13 @@ class _Writer:
     def _reshape(self, name: str, data: str, target: str, shape: Sequence[int]) -> None:
         self._node("Reshape", [data, self._integers(f"{name}.shape", shape)], target)
 
-    def _unit(self, step: Multiply | AveragePool | Mean) -> float:
+    def _unit(self, step: Multiply | MatrixProduct | AveragePool | Mean) -> float:
         """What one of the integers that a step sums up is worth, as its multiplier and shift have it."""
         return step.multiplier / 2.0**step.shift * self._value(step.output).scale
 
     def _arithmetic(
         self,
-        step: Clamped,
+        step: Clamped | Softmax,
         operator: str,
         scales: Sequence[float],
         data: Sequence[str] = (),
@@ -331,14 +367,15 @@ class _Writer:
             self._node("DequantizeLinear", [codes, self._scale(scale), self._zero(name)], inputs[-1])
         result = f"{step.name}.result"
         self._node(operator, [*inputs, *rest], result, **attributes)
-        whole = (step.low, step.high) == (LOWEST, HIGHEST)
+        low, high = (step.low, step.high) if isinstance(step, Clamped) else (LOWEST, HIGHEST)
+        whole = (low, high) == (LOWEST, HIGHEST)
         quantized = target if whole else f"{step.name}.whole"
         self._node("QuantizeLinear", [result, *self._grid(step.output)], quantized)
         if not whole:
             # On the codes: clamped before, a result leaves no triple to fuse.
             bounds = [
                 self._constant(f"{step.name}.{name}", np.array(bound + _SHIFT, np.uint8))
-                for name, bound in (("low", step.low), ("high", step.high))
+                for name, bound in (("low", low), ("high", high))
             ]
             self._node("Clip", [quantized, *bounds], target)
 

@@ -22,11 +22,12 @@ from torch import Tensor, fx, nn
 from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
 from effcli.errors import DataError
 from effcli.graphs import executor
-from effcli.graphs.fusion import fuse, hoist_activations
+from effcli.graphs.fusion import covered, fuse, hoist_activations
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import Array, IntegerNetwork, Weighted
 from effcli.graphs.lowering import check, lower
 from effcli.graphs.ranges import Method, Observer, Range
+from effcli.graphs.rewriting import decompose_attention, select_before_permuting
 from effcli.passes._fold import fold_batch_norms
 
 # Inputs whose means correct the biases, and the bytes that one value of all of them may take.
@@ -70,9 +71,11 @@ def transform(config: Config, graph: Graph, seen: Observed) -> Transformed:
 
 
 def prepare(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
-    """A copy of `graph` as it will be lowered, batch norms folded, and remarks."""
+    """A copy of `graph` as it will be lowered, batch norms folded, attention decomposed, and remarks."""
     prepared = Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
     _, remarks = fold_batch_norms(prepared)
+    decompose_attention(prepared)
+    select_before_permuting(prepared)
     hoist_activations(prepared)
     return prepared, remarks
 
@@ -136,8 +139,13 @@ def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tupl
     """The integer network of a prepared `graph`."""
     ranges: dict[str, Range] = {}
     activations = []
-    inputs = fuse(graph).groups[graph.input.name]
+    fusion = fuse(graph)
+    inputs = fusion.groups[graph.input.name]
     for group, observer in statistics.observers.items():
+        if group in fusion.grids:
+            ranges[group] = covered(fusion.grids[group])
+            activations.append(observer.row(ranges[group], "demanded"))
+            continue
         # What is clipped of the input no layer can restore, and pixels from 0 to 255 become codes without any error.
         method: Method = "minmax" if group == inputs else config.observer
         ranges[group] = observer.range_of(method, config.percentile)

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from effcli.errors import NumericsError, UnsupportedError
-from effcli.graphs.fusion import bounds, fuse
+from effcli.graphs.fusion import bounds, fuse, is_constant
 from effcli.graphs.graph import Graph, where
 from effcli.graphs.integer import (
     HIGHEST,
     LOWEST,
     Array,
+    Constant,
     Operation,
     Pair,
     Program,
@@ -65,7 +66,11 @@ class Assembly:
         self.rounded_again: list[str] = []
         self._clip_weights = clip_weights
         grouped = {self.fusion.groups[name]: found for name, found in ranges.items()}
-        self._scales = {name: quantization(*grouped[group]) for name, group in self.fusion.groups.items()}
+        grids = self.fusion.grids
+        self._scales = {
+            name: grids[group] if group in grids else quantization(*grouped[group])
+            for name, group in self.fusion.groups.items()
+        }
 
     def declare(self, name: str, shape: tuple[int, ...], like: str | None = None) -> Value:
         """A new value, with the scale of the tensor `name` of the graph, or that of the value `like`."""
@@ -75,10 +80,43 @@ class Assembly:
 
     def source(self, node: fx.Node, index: int = 0) -> str:
         """The name of the value that `node` reads as its argument `index`."""
-        given = node.args[index]
+        return self._known(node, node.args[index])
+
+    def _known(self, node: fx.Node, given: object) -> str:
         if not isinstance(given, fx.Node) or given.name not in self.values:
             raise UnsupportedError(f"{where(node)} takes {given}, which is no tensor of activations", REMEDY)
         return given.name
+
+    def operand(self, node: fx.Node, given: object, axes: int) -> str:
+        """The name of the value `given`, an argument of `node`; a constant becomes one with so many axes."""
+        if isinstance(given, fx.Node) and is_constant(given):
+            return self._constant(node, given, axes)
+        return self._known(node, given)
+
+    def _constant(self, node: fx.Node, given: fx.Node, axes: int) -> str:
+        """A tensor of the network as a value without inputs: in the scale of its group, or of all its numbers."""
+        tensor = self.tensor(given)
+        shape = (1,) * (axes + 1 - tensor.ndim) + tuple(tensor.shape)
+        if shape[0] != 1 or len(shape) != axes + 1:
+            raise UnsupportedError(
+                f"{where(node)} takes {given.name} {tuple(tensor.shape)}, which does not fit one input of a batch",
+                REMEDY,
+            )
+        name = given.name if given.name in self._scales else f"{node.name}.{given.name}"
+        if name not in self.values:
+            if name not in self._scales:
+                self._scales[name] = quantization(float(tensor.min()), float(tensor.max()))
+            value = self.declare(name, shape[1:])
+            self.steps.append(Constant(name=name, output=name, source=origin(given)))
+            self.arrays[f"{name}.value"] = codes_of(value, numbers(tensor).reshape(shape[1:]))
+        return name
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The tensor that a constant node stands for, before it is repeated for a batch."""
+        held = node if node.op == "get_attr" else node.all_input_nodes[0]
+        owner, _, own = str(held.target).rpartition(".")
+        found: Tensor = getattr(self.graph.module.get_submodule(owner), own)
+        return found
 
     def result(self, node: fx.Node) -> tuple[str, Value, dict[str, int]]:
         """Name and value of what the operation of `node` returns, and the bounds in codes of what is fused into it."""
@@ -165,6 +203,12 @@ class Assembly:
 def code(value: Value, number: float) -> int:
     """The code nearest to `number`, which may lie outside of int8; infinity becomes a code beyond the end."""
     return round(max(min(number / value.scale, 2.0**20), -(2.0**20))) + value.zero
+
+
+def codes_of(value: Value, given: Numbers) -> Array:
+    """The codes int8 nearest to `given`, halves to even, clamped."""
+    codes: Array = np.clip(np.rint(given / value.scale) + value.zero, LOWEST, HIGHEST).astype(np.int8)
+    return codes
 
 
 def multiplier(node: fx.Node, scale: float) -> Pair:

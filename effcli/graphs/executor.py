@@ -16,15 +16,20 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from effcli.errors import DataError
 from effcli.graphs.integer import (
+    HIGHEST,
     LOWEST,
     Add,
     Array,
     AveragePool,
     Clamped,
     Concatenate,
+    Constant,
     Convolution,
+    Embedding,
     IntegerNetwork,
+    LayerNorm,
     Linear,
+    MatrixProduct,
     MaxPool,
     Mean,
     Multiply,
@@ -33,6 +38,7 @@ from effcli.graphs.integer import (
     Pair,
     Reshape,
     Slice,
+    Softmax,
     Table,
     Transpose,
     Weighted,
@@ -43,6 +49,8 @@ from effcli.graphs.integer import (
 _CHUNK = 1 << 22
 # Up to here float32 holds every integer.
 _EXACT = 1 << 24
+# The largest difference of two codes.
+_CODES = HIGHEST - LOWEST
 
 
 @overload
@@ -76,7 +84,9 @@ def run(network: IntegerNetwork, codes: Array, keep: bool = False) -> Array | di
                 if last[name] == index and name not in kept:
                     del values[name]
         for name, parts in kept.items():
-            parts.append(values[name])
+            # What follows from constants alone has a batch of one.
+            batch = len(codes[start : start + size])
+            parts.append(np.broadcast_to(values[name], (batch, *values[name].shape[1:])))
     whole = {name: np.concatenate(parts) for name, parts in kept.items()}
     return whole if keep else whole[program.output]
 
@@ -87,10 +97,14 @@ def run_float(network: IntegerNetwork, inputs: Array) -> Array:
 
 
 def execute(network: IntegerNetwork, step: Operation, values: Mapping[str, Array]) -> Array:
-    """The output of one step, int8 (n, *shape); values: at least its inputs, by name."""
+    """The output of one step, int8 (n, *shape); values: at least its inputs, by name.
+
+    A `Constant`, and what is made of constants alone, has a batch of one, which meets any other.
+    """
     inputs = [values[name] for name in step.inputs]
-    size, count = _batch(network, step), len(inputs[0])
+    size, count = _batch(network, step), next((len(codes) for codes in inputs if len(codes) != 1), 1)
     apply = _OPERATIONS[type(step)]
+    inputs = [np.broadcast_to(codes, (count, *codes.shape[1:])) for codes in inputs]
     if count <= size:
         return apply(network, step, *inputs)
     return np.concatenate(
@@ -238,6 +252,59 @@ def _transpose(network: IntegerNetwork, step: Transpose, codes: Array) -> Array:
     return codes.transpose(0, *(axis + 1 for axis in step.axes))
 
 
+def _matrix_product(network: IntegerNetwork, step: MatrixProduct, first: Array, second: Array) -> Array:
+    zeros, zero = _zeros(network, step)
+    dtype = np.float32 if first.shape[-1] * _CODES**2 < _EXACT else np.float64
+    sums: Array = np.matmul(first.astype(dtype) - zeros[0], second.astype(dtype) - zeros[1])
+    return _clamped(step, rescale(sums.astype(np.int64), step.multiplier, step.shift), zero)
+
+
+def _softmax(network: IntegerNetwork, step: Softmax, codes: Array) -> Array:
+    wide = codes.astype(np.int64)
+    powers = network.array(step, "table").astype(np.int64)[wide.max(axis=-1, keepdims=True) - wide]
+    total = powers.sum(axis=-1, keepdims=True)
+    quotients = (256 * powers + total // 2) // total
+    result: Array = np.minimum(quotients + LOWEST, HIGHEST).astype(np.int8)
+    return result
+
+
+def _layer_norm(network: IntegerNetwork, step: LayerNorm, codes: Array) -> Array:
+    multiplier, bias = (network.array(step, name).astype(np.int64) for name in ("multiplier", "bias"))
+    sums = normalized(codes, step.epsilon) * multiplier + bias * 2**16
+    return _clamped(step, rescale(sums, 1, 16 + step.shift), _zeros(network, step)[1])
+
+
+def normalized(codes: Array, epsilon: int) -> Array:
+    """The y of a `LayerNorm`, int64 in units of 2^-16, of codes int8 (..., n)."""
+    wide, count = codes.astype(np.int64), codes.shape[-1]
+    total = wide.sum(axis=-1, keepdims=True)
+    variance = count * np.square(wide).sum(axis=-1, keepdims=True) - total**2
+    # A row of equal codes has no difference to divide: any divisor will do.
+    measure = np.where(variance > 0, variance * 2**16 + epsilon, 1 << 16)
+    half = (32 - _bit_length(measure)) // 2
+    scaled = np.where(half >= 0, measure << (2 * np.maximum(half, 0)), measure >> (-2 * np.minimum(half, 0)))
+    # A square root in float64 of less than 2^52 is right to its last bit, and so is its floor.
+    root = np.sqrt(scaled.astype(np.float64)).astype(np.int64)
+    return rescale((count * wide - total) * ((2**32 - 1) // root), 1, 8 - half)
+
+
+def _bit_length(values: Array) -> Array:
+    """The length in binary of positive int64; in halves that float64 holds."""
+    high = values >> 32
+    upper, lower = np.frexp(high.astype(np.float64))[1], np.frexp((values & (2**32 - 1)).astype(np.float64))[1]
+    result: Array = np.where(high > 0, 32 + upper, lower).astype(np.int64)
+    return result
+
+
+def _embedding(network: IntegerNetwork, step: Embedding, codes: Array) -> Array:
+    result: Array = network.array(step, "table")[codes.astype(np.int64) - LOWEST]
+    return result
+
+
+def _constant(network: IntegerNetwork, step: Constant) -> Array:
+    return network.array(step, "value")[None]
+
+
 _OPERATIONS: dict[type[Operation], Callable[..., Array]] = {
     Convolution: _weighted,
     Linear: _weighted,
@@ -252,6 +319,11 @@ _OPERATIONS: dict[type[Operation], Callable[..., Array]] = {
     Slice: _slice,
     Reshape: _reshape,
     Transpose: _transpose,
+    MatrixProduct: _matrix_product,
+    Softmax: _softmax,
+    LayerNorm: _layer_norm,
+    Embedding: _embedding,
+    Constant: _constant,
 }
 
 

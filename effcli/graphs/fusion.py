@@ -13,9 +13,16 @@ from typing import Any
 
 from torch import fx, nn
 
-from effcli.graphs.graph import Graph, operation
+from effcli.errors import UnsupportedError
+from effcli.graphs.graph import Graph, operation, where
+from effcli.graphs.operations import HIGHEST, LOWEST
 
 Padding = tuple[int, int, int, int]
+Grid = tuple[float, int]
+
+# Scale and zero point of probabilities, and of the numbers of rows that an embedding looks up.
+PROBABILITIES: Grid = (1 / 256, LOWEST)
+INDICES: Grid = (1.0, LOWEST)
 
 # What returns numbers of its inputs, and perhaps a constant.
 SHARING = {
@@ -24,7 +31,9 @@ SHARING = {
     "aten.reshape.default",
     "aten.permute.default",
     "aten.slice.Tensor",
+    "aten.select.int",
     "aten.cat.default",
+    "aten.to.dtype",
     "aten.constant_pad_nd.default",
 }
 ACTIVATIONS = {"aten.relu.default", "aten.hardtanh.default"}
@@ -47,7 +56,8 @@ class Fusion:
     bounds: by the node that computes, the activation fused into it, whose name the result has; pads: by convolution,
     the node of the zero padding folded into it; absorbed: the nodes that are part of another in one of these ways;
     groups: by the name of each remaining tensor, the name of the one that stands for all that share its scale; roots:
-    the tensors whose numbers make up all others, which is what an observer has to see.
+    the tensors whose numbers make up all others, which is what an observer has to see; grids: by group, the scale and
+    the zero point that an operation demands whatever was observed.
     """
 
     bounds: dict[fx.Node, fx.Node]
@@ -55,6 +65,7 @@ class Fusion:
     absorbed: set[fx.Node]
     groups: dict[str, str]
     roots: tuple[str, ...]
+    grids: dict[str, Grid]
 
     def result(self, node: fx.Node) -> fx.Node:
         """The node whose tensor the operation of `node` returns."""
@@ -102,7 +113,9 @@ def fuse(graph: Graph) -> Fusion:
     parents: dict[str, str] = {}
     roots = []
     for node in graph.nodes:
-        if node.op in ("output", "get_attr") or node in absorbed:
+        if node.op == "output" or node in absorbed or operation(node) == "aten.sym_size.int":
+            continue
+        if is_constant(node) and not any(operation(user) in SHARING for user in node.users):
             continue
         result = bounds.get(node, node).name
         parents[result] = result
@@ -112,7 +125,44 @@ def fuse(graph: Graph) -> Fusion:
         else:
             roots.append(result)
     groups = {name: _top(parents, name) for name in parents}
-    return Fusion(bounds, pads, absorbed, groups, tuple(roots))
+    return Fusion(bounds, pads, absorbed, groups, tuple(roots), _grids(graph, groups, roots))
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node is a tensor of the network, perhaps repeated for each input of the batch."""
+    if operation(node) == "aten.expand.default":
+        given, sizes = node.args[:2]
+        kept = isinstance(sizes, list | tuple) and all(size == -1 for size in sizes[1:])
+        return kept and isinstance(given, fx.Node) and given.op == "get_attr"
+    return node.op == "get_attr"
+
+
+def _grids(graph: Graph, groups: dict[str, str], roots: list[str]) -> dict[str, Grid]:
+    """The scales that softmaxes and embeddings demand, by group. `UnsupportedError` where other numbers share them."""
+    softmaxes = [node for node in graph.nodes if operation(node) == "aten.softmax.int"]
+    lookups = [node for node in graph.nodes if operation(node) == "Embedding"]
+    demands = {node.name: PROBABILITIES for node in softmaxes}
+    if lookups:
+        demands[graph.input.name] = INDICES
+    grids: dict[str, Grid] = {}
+    for node, name, grid in (
+        *((node, node.name, PROBABILITIES) for node in softmaxes),
+        *((node, node.all_input_nodes[0].name, INDICES) for node in lookups),
+    ):
+        others = [root for root in roots if groups[root] == groups[name] and demands.get(root) != grid]
+        if others:
+            raise UnsupportedError(
+                f"{where(node)} shares its scale with {others[0]}",
+                "join no other numbers to probabilities, and look up rows by the network's input alone",
+            )
+        grids[groups[name]] = grid
+    return grids
+
+
+def covered(grid: Grid) -> tuple[float, float]:
+    """The numbers of the lowest and the highest code."""
+    scale, zero = grid
+    return scale * (LOWEST - zero), scale * (HIGHEST - zero)
 
 
 def _top(parents: dict[str, str], name: str) -> str:
@@ -149,7 +199,12 @@ def bounds(activation: fx.Node) -> tuple[float, float]:
 
 def _clamps(graph: Graph, node: fx.Node) -> bool:
     """Whether the operation of `node` has bounds of its own."""
-    if isinstance(graph.module_of(node), nn.Conv1d | nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d):
+    bounded = nn.Conv1d | nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm
+    if isinstance(graph.module_of(node), bounded):
         return True
     kind = operation(node)
-    return kind in _AVERAGES or (kind in _ARITHMETIC and all(isinstance(term, fx.Node) for term in node.args[:2]))
+    return (
+        kind in _AVERAGES
+        or kind == "aten.matmul.default"
+        or (kind in _ARITHMETIC and all(isinstance(term, fx.Node) for term in node.args[:2]))
+    )

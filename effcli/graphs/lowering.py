@@ -17,10 +17,11 @@ from typing import Any
 from torch import fx
 
 from effcli.errors import UnsupportedError
+from effcli.graphs import lowering_attention as attention
 from effcli.graphs import lowering_layers as layers
 from effcli.graphs import lowering_moves as moves
 from effcli.graphs.assembly import REMEDY, Assembly, Range
-from effcli.graphs.fusion import fuse
+from effcli.graphs.fusion import fuse, is_constant
 from effcli.graphs.graph import Graph, operation, where
 from effcli.graphs.integer import IntegerNetwork
 
@@ -39,7 +40,11 @@ _HANDLERS: dict[str, Callable[[Assembly, fx.Node], None]] = {
     "aten.sub.Tensor": layers.arithmetic,
     "aten.mul.Tensor": layers.arithmetic,
     "aten.div.Tensor": layers.quotient,
-    "aten.softmax.int": layers.softmax,
+    "aten.matmul.default": attention.product,
+    "aten.softmax.int": attention.softmax,
+    "LayerNorm": attention.layer_norm,
+    "Embedding": attention.embedding,
+    "aten.to.dtype": attention.conversion,
     **{f"aten.{name}.default": layers.table for name in _FUNCTIONS},
     "aten.max_pool1d.default": moves.max_pool,
     "aten.max_pool2d.default": moves.max_pool,
@@ -51,6 +56,7 @@ _HANDLERS: dict[str, Callable[[Assembly, fx.Node], None]] = {
     "aten.constant_pad_nd.default": moves.pad,
     "aten.cat.default": moves.concatenate,
     "aten.slice.Tensor": moves.take,
+    "aten.select.int": moves.select,
     "aten.reshape.default": moves.reshape,
     "aten.permute.default": moves.transpose,
 }
@@ -75,7 +81,7 @@ def lower(graph: Graph, ranges: Mapping[str, Range], clip_weights: bool = False)
     """
     assembly = Assembly(graph, ranges, clip_weights)
     for node in graph.nodes:
-        if node.op in ("output", "get_attr") or node in assembly.fusion.absorbed:
+        if node.op == "output" or is_constant(node) or node in assembly.fusion.absorbed:
             continue
         if operation(node) == "aten.sym_size.int":
             continue  # the batch's size, traced where torch checks it: what takes it is named, with its own line

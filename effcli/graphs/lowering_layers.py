@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from effcli.errors import NumericsError, UnsupportedError
-from effcli.graphs.assembly import REMEDY, Assembly, Numbers, multiplier, numbers, origin, pair
-from effcli.graphs.fusion import folded_padding
+from effcli.graphs.assembly import REMEDY, Assembly, Numbers, codes_of, multiplier, numbers, origin, pair
+from effcli.graphs.fusion import folded_padding, is_constant
 from effcli.graphs.graph import operation, where
 from effcli.graphs.integer import HIGHEST, LOWEST, Add, Convolution, Linear, Multiply, Table, addition
 from effcli.graphs.patches import padding as zeros_around
@@ -88,12 +88,12 @@ def arithmetic(assembly: Assembly, node: fx.Node) -> None:
     if not (isinstance(terms[0], fx.Node) and isinstance(terms[1], fx.Node)):
         table(assembly, node)
         return
-    if terms[0].op == "get_attr" or terms[1].op == "get_attr":
-        _with_constant(assembly, node, terms[0], terms[1])
+    if (is_constant(terms[0]) or is_constant(terms[1])) and _with_constant(assembly, node, terms[0], terms[1]):
         return
-    names = assembly.source(node, 0), assembly.source(node, 1)
+    axes = len(assembly.shapes[node.name])
+    names = assembly.operand(node, terms[0], axes), assembly.operand(node, terms[1], axes)
     target, value, clamps = assembly.result(node)
-    if len({len(assembly.shapes[name]) for name in (*names, target)}) > 1:
+    if len({len(assembly.values[name].shape) for name in (*names, target)}) > 1:
         raise UnsupportedError(f"{where(node)} broadcasts over the batch axis", REMEDY)
     first, second = (assembly.values[name] for name in names)
     options: dict[str, Any] = {"name": node.name, "inputs": names, "output": target, "source": origin(node), **clamps}
@@ -111,19 +111,15 @@ def arithmetic(assembly: Assembly, node: fx.Node) -> None:
     assembly.steps.append(Add(multipliers=multipliers, offset=offset, shift=shift, **options))
 
 
-def _with_constant(assembly: Assembly, node: fx.Node, first: fx.Node, second: fx.Node) -> None:
-    """A tensor and a parameter with one number per channel, or one in all."""
-    index = 0 if second.op == "get_attr" else 1
+def _with_constant(assembly: Assembly, node: fx.Node, first: fx.Node, second: fx.Node) -> bool:
+    """A tensor and a parameter with one number per channel, or one in all; whether it is that."""
+    index = 0 if is_constant(second) else 1
     given, constant = (first, second) if index == 0 else (second, first)
-    name = str(constant.target)
-    owner, _, own = name.rpartition(".")
-    tensor: Tensor = getattr(assembly.graph.module.get_submodule(owner), own)
+    tensor = assembly.tensor(constant)
     shape = assembly.shapes[given.name]
     extents = (1,) * (len(shape) + 1 - tensor.ndim) + tuple(tensor.shape)
     if extents[1] not in (1, shape[0]) or any(extent != 1 for extent in (extents[0], *extents[2:])):
-        raise UnsupportedError(
-            f"{where(node)} combines {shape} with {name} {tuple(tensor.shape)}, not one number per channel", REMEDY
-        )
+        return False
     parameter = np.broadcast_to(numbers(tensor).reshape(-1), shape[:1])
     ones, zeros = np.ones(shape[0]), np.zeros(shape[0])
     factor, offset = {
@@ -131,7 +127,8 @@ def _with_constant(assembly: Assembly, node: fx.Node, first: fx.Node, second: fx
         "aten.add.Tensor": (ones, parameter),
         "aten.sub.Tensor": (ones, -parameter) if index == 0 else (-ones, parameter),
     }[operation(node)]
-    _per_channel(assembly, node, factor, offset, name, index)
+    _per_channel(assembly, node, factor, offset, constant.name, index)
+    return True
 
 
 def table(assembly: Assembly, node: fx.Node) -> None:
@@ -144,24 +141,17 @@ def table(assembly: Assembly, node: fx.Node) -> None:
     outputs: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     if bool(outputs.isnan().any()):
         raise NumericsError(f"{where(node)} is not defined on all of its input's range", REMEDY)
-    codes = np.clip(np.rint(outputs.numpy() / value.scale) + value.zero, LOWEST, HIGHEST)
     function = operation(node).split(".")[1]
     assembly.steps.append(
         Table(name=node.name, inputs=(source,), output=node.name, function=function, source=origin(node))
     )
-    assembly.arrays[f"{node.name}.table"] = codes.astype(np.int8)
+    assembly.arrays[f"{node.name}.table"] = codes_of(value, outputs.numpy())
 
 
 def quotient(assembly: Assembly, node: fx.Node) -> None:
     if isinstance(node.args[1], fx.Node):
         raise UnsupportedError(f"{where(node)} divides tensors", REMEDY)
     table(assembly, node)
-
-
-def softmax(assembly: Assembly, node: fx.Node) -> None:
-    raise UnsupportedError(
-        f"{where(node)} has no integer operation", "leave it out at the end of a network: the classes keep their order"
-    )
 
 
 def _bias(module: nn.Conv1d | nn.Conv2d | nn.Linear) -> Numbers:

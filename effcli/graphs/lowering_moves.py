@@ -112,10 +112,8 @@ def concatenate(assembly: Assembly, node: fx.Node) -> None:
     axis = int(argument(node, 1, "dim", 0))
     if axis < 1:
         raise UnsupportedError(f"{where(node)} joins batches", REMEDY)
-    if any(part.name not in assembly.values for part in parts):
-        raise UnsupportedError(f"{where(node)} joins a constant to a tensor", REMEDY)
-    assembly.declare(node.name, assembly.shapes[node.name])
-    inputs = tuple(part.name for part in parts)
+    value = assembly.declare(node.name, assembly.shapes[node.name])
+    inputs = tuple(assembly.operand(node, part, len(value.shape)) for part in parts)
     assembly.steps.append(
         Concatenate(name=node.name, inputs=inputs, output=node.name, axis=axis - 1, source=origin(node))
     )
@@ -131,6 +129,21 @@ def take(assembly: Assembly, node: fx.Node) -> None:
     assembly.declare(node.name, assembly.shapes[node.name])
     options: dict[str, Any] = {"axis": axis - 1, "start": start, "stop": stop, "step": step, "source": origin(node)}
     assembly.steps.append(Slice(name=node.name, inputs=(source,), output=node.name, **options))
+
+
+def select(assembly: Assembly, node: fx.Node) -> None:
+    """One entry of an axis, and the axis goes."""
+    source, axis, index = assembly.source(node), int(argument(node, 1, "dim", 0)), int(argument(node, 2, "index", 0))
+    if axis < 1:
+        raise UnsupportedError(f"{where(node)} takes a part of the batch", REMEDY)
+    shape = list(assembly.values[source].shape)
+    start, shape[axis - 1] = index % shape[axis - 1], 1
+    part = f"{node.name}.part"
+    assembly.declare(part, tuple(shape), like=source)
+    options: dict[str, Any] = {"axis": axis - 1, "start": start, "stop": start + 1, "source": origin(node)}
+    assembly.steps.append(Slice(name=part, inputs=(source,), output=part, **options))
+    assembly.declare(node.name, assembly.shapes[node.name])
+    assembly.steps.append(Reshape(name=node.name, inputs=(part,), output=node.name, source=origin(node)))
 
 
 def reshape(assembly: Assembly, node: fx.Node) -> None:

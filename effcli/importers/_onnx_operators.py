@@ -143,6 +143,9 @@ def cast(op: Operator) -> fx.Node:
     from onnx import TensorProto
 
     to = op.attribute("to", _FLOAT32)
+    if to in (TensorProto.INT64, TensorProto.INT32):
+        # The numbers of rows, whatever integers hold them.
+        return op.call("aten.to.dtype", op.activation(), torch.int64)
     if to != _FLOAT32:
         raise op.refuse(f"makes {TensorProto.DataType.Name(to).lower()} of float32", "export the network in float32")
     return op.activation()
@@ -331,7 +334,16 @@ def split(op: Operator) -> tuple[fx.Node, ...]:
 
 
 def gather(op: Operator) -> fx.Node:
-    """Entries in a row along an axis: a slice, without its axis for a single index."""
+    """Entries in a row along an axis: a slice, without its axis for a single index.
+
+    Rows of a constant, picked by an activation: an embedding.
+    """
+    table = op.operand(0)
+    if isinstance(table, np.ndarray) and isinstance(op.operand(1), fx.Node):
+        if table.ndim != 2 or op.attribute("axis", 0) != 0:
+            raise op.refuse("looks up other than the rows of a matrix")
+        sizes = dict(zip(("num_embeddings", "embedding_dim"), table.shape, strict=True))
+        return op.layer(filled(nn.Embedding, {"weight": table}, **sizes), op.activation(1))
     x, index = op.activation(), op.needed(1)
     shape = op.shape(x)
     axis = op.axis(op.attribute("axis", 0), len(shape))

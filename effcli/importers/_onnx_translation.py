@@ -183,7 +183,9 @@ class Operator:
     def layer(self, module: nn.Module, x: fx.Node) -> fx.Node:
         """Call `module`, made from the constants of this node; nodes that share all constants share the layer."""
         attributes = tuple(item.SerializeToString() for item in self._proto.attribute)
-        key = self.kind, tuple(self._proto.input[1:]), attributes, repr(module)
+        names = enumerate(self._proto.input)
+        constants = tuple(name for index, name in names if not isinstance(self.operand(index), fx.Node))
+        key = self.kind, constants, attributes, repr(module)
         return self._translation.layer(layer_name(self._proto), key, module, x, self.source)
 
     def term(self, value: fx.Node | Array, x: fx.Node) -> fx.Node | float:
@@ -240,9 +242,10 @@ def describe(proto: NodeProto) -> str:
 
 def layer_name(proto: NodeProto) -> str:
     """The module path of a node's weight: from the weight's own name, from torch's notes, or from the node's name."""
-    parameter = _PARAMETER.fullmatch(proto.input[1])
-    if parameter:
-        return valid_name(parameter[1])
+    for name in proto.input:
+        parameter = _PARAMETER.fullmatch(name)
+        if parameter:
+            return valid_name(parameter[1])
     for item in proto.metadata_props:
         if item.key == _SCOPES:
             scopes: list[str] = ast.literal_eval(item.value)

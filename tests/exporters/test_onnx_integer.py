@@ -33,9 +33,13 @@ from effcli.graphs.integer import (
     Array,
     AveragePool,
     Concatenate,
+    Constant,
     Convolution,
+    Embedding,
     IntegerNetwork,
+    LayerNorm,
     Linear,
+    MatrixProduct,
     MaxPool,
     Mean,
     Multiply,
@@ -44,11 +48,13 @@ from effcli.graphs.integer import (
     Program,
     Reshape,
     Slice,
+    Softmax,
     Table,
     Transpose,
     Value,
     addition,
     requantizer,
+    softmax_bits,
 )
 from effcli.passes import int8
 
@@ -289,6 +295,67 @@ def test_table(tmp_path: Path) -> None:
     network = network_of([step_of(Table, function="shuffle")], {"x": (256,), "y": (256,)}, {"op.table": table})
     exact(network, tmp_path)
     assert not differences(network, np.arange(-128, 128, dtype=np.int8)[None], tmp_path).any()
+
+
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_matrix_products(leading: Shape, tmp_path: Path) -> None:
+    """Of a value and its table, transposed."""
+    first, second, out = (*leading, 5, 9), (*leading, 9, 5), (*leading, 5, 5)
+    axes = (*range(len(leading)), len(leading) + 1, len(leading))
+    multiplier, shift = requantizer(0.003)
+    steps = [
+        step_of(Table, function="shuffle").model_copy(update={"name": "table", "output": "t"}),
+        Transpose(name="turn", inputs=("t",), output="w", axes=axes),
+        step_of(MatrixProduct, "x", "w", multiplier=multiplier, shift=shift, low=-90, high=100),
+    ]
+    shapes = {"x": first, "w": second, "y": out}
+    values = {name: Value(shape=shape, scale=GRIDS[name][0], zero=GRIDS[name][1]) for name, shape in shapes.items()}
+    values["t"] = values["w"].model_copy(update={"shape": first})
+    table = np.random.default_rng(3).permutation(np.arange(-128, 128)).astype(np.int8)
+    program = Program(input="x", output="y", values=values, steps=tuple(steps))
+    close(IntegerNetwork(program, {"table.table": table}, Facts(origin="a test", shape=first)), tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(10,), (3, 7), (2, 3, 5), (4, 1)])
+def test_softmax(shape: Shape, tmp_path: Path) -> None:
+    powers = np.exp(-np.arange(256) * GRIDS["x"][0])
+    table = np.rint(2.0 ** softmax_bits(shape[-1]) * powers).astype(np.uint32)
+    network = network_of([step_of(Softmax)], {"x": shape, "y": shape}, {"op.table": table})
+    program = network.program
+    values = {**program.values, "y": Value(shape=shape, scale=1 / 256, zero=-128)}
+    network = IntegerNetwork(program.model_copy(update={"values": values}), network.arrays, network.facts)
+    exported(network, tmp_path)
+    found = differences(network, codes_of(20, shape), tmp_path)
+    assert np.abs(found).max() <= 1 and np.mean(found != 0) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 7), (2, 3, 5)])
+@pytest.mark.parametrize("epsilon", [0, 2**30])
+def test_layer_norm(shape: Shape, epsilon: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        "op.multiplier": np.rint(random.normal(0, 30, shape[-1]) * 2**20).astype(np.int32),
+        "op.bias": np.rint(random.normal(0, 10, shape[-1]) * 2**20).astype(np.int32),
+    }
+    step = step_of(LayerNorm, epsilon=epsilon, shift=20, low=-100, high=101)
+    close(network_of([step], {"x": shape, "y": shape}, arrays), tmp_path)
+
+
+def test_embedding(tmp_path: Path) -> None:
+    """Exact, as a table is."""
+    table = np.random.default_rng(0).integers(-128, 128, (256, 3)).astype(np.int8)
+    exact(network_of([step_of(Embedding)], {"x": (2, 5), "y": (2, 5, 3)}, {"op.table": table}), tmp_path)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_constants(alone: bool, tmp_path: Path) -> None:
+    """Joined to what is computed, or all that there is: once for each input."""
+    value = np.random.default_rng(0).integers(-128, 128, (2, 3)).astype(np.int8)
+    steps: list[Any] = [Constant(name="constant", output="y" if alone else "c")]
+    shapes: dict[str, Shape] = {"x": (4, 3), "y": (2, 3)} if alone else {"x": (4, 3), "c": (2, 3), "y": (6, 3)}
+    if not alone:
+        steps.append(step_of(Concatenate, "c", "x", axis=0))
+    exact(network_of(steps, shapes, {"constant.value": value}, like=True), tmp_path)
 
 
 MOVES = [

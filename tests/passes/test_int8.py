@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+import vision_architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -184,14 +185,75 @@ def test_inputs_that_cannot_serve() -> None:
 
 def test_what_is_unsupported_is_said_before_calibration() -> None:
     b = Builder()
-    x = b.module("norm", nn.LayerNorm(6), b.input(), source="net.py:3 in forward")
-    graph = b.finish(x, Facts(origin="test", shape=(6,)))
+    x = b.module("norm", nn.GroupNorm(2, 6), b.input(), source="net.py:3 in forward")
+    graph = b.finish(x, Facts(origin="test", shape=(6, 4)))
 
     def batches() -> Iterator[Tensor]:
         raise AssertionError("read too early")
 
-    with pytest.raises(UnsupportedError, match=r"norm \(LayerNorm, net\.py:3 in forward\)"):
+    with pytest.raises(UnsupportedError, match=r"norm \(GroupNorm, net\.py:3 in forward\)"):
         int8.transform(int8.Config(), graph, Observed(batches=batches))
+
+
+class Transformer(nn.Module):
+    """Tokens and their positions, attention of two heads, a perceptron, the mean, a classifier."""
+
+    def __init__(self, rows: int = 20, tokens: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.rows, self.places = nn.Embedding(rows, width), nn.Parameter(torch.randn(1, tokens, width) / 2)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.classes = nn.Linear(width, 4)
+
+    def attend(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = parts[0], parts[1], parts[2]
+        weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
+        return self.mix((weights @ value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.rows(tokens.long()) + self.places
+        x = x + self.attend(self.norms[0](x))
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.norms[1](x))))
+        return self.classes(self.norms[2](x).mean(1))  # type: ignore[no-any-return]
+
+
+def transformer(folder: Path) -> Graph:
+    torch.manual_seed(0)
+    batch = ({0: torch.export.Dim("batch")},)
+    example = (torch.zeros(2, 10),)
+    torch.export.save(torch.export.export(Transformer().eval(), example, dynamic_shapes=batch), folder / "net.pt2")
+    return read(folder / "net.pt2")
+
+
+def tokens_of(count: int, seed: int) -> Tensor:
+    return torch.randint(0, 20, (count, 10), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("observer", ["minmax", "least_squares"])
+def test_a_transformer(observer: str, tmp_path: Path) -> None:
+    graph = transformer(tmp_path)
+    made = transformed(graph, tokens_of(128, 1), observer=observer)
+    network, inputs = network_of(made), tokens_of(256, 2)
+    assert (network.input.scale, network.input.zero) == (1.0, -128)
+    kinds = {step.op for step in network.program.steps}
+    assert {"embedding", "constant", "matrix_product", "softmax", "layer_norm"} <= kinds
+    assert decibels(graph, network, inputs) > 25
+    rows = {row.name: row for row in made.activations}
+    # What an operation demands is what is reported.
+    assert (rows["softmax"].low, rows["softmax"].high, rows["softmax"].observer) == (0, 255 / 256, "demanded")
+    assert (rows[graph.input.name].low, rows[graph.input.name].high) == (0, 255)
+    network.save(tmp_path)
+    again = executor.run_float(IntegerNetwork.read(tmp_path), inputs.numpy())
+    np.testing.assert_array_equal(again, executor.run_float(network, inputs.numpy()))
+
+
+@pytest.mark.parametrize(("name", "least"), [("vit", 18), ("convnext", 25)])
+def test_image_classifiers_with_layer_norms(name: str, least: float, tmp_path: Path) -> None:
+    graph = read(vision_architectures.make(name, tmp_path / "source"))
+    network = network_of(transformed(graph, inputs_of(graph, 64)))
+    assert decibels(graph, network, inputs_of(graph, 64, 2)) > least
 
 
 def top1(outputs: Any, labels: Any) -> float:

@@ -20,9 +20,13 @@ from effcli.graphs.integer import (
     Array,
     AveragePool,
     Concatenate,
+    Constant,
     Convolution,
+    Embedding,
     IntegerNetwork,
+    LayerNorm,
     Linear,
+    MatrixProduct,
     MaxPool,
     Mean,
     Multiply,
@@ -31,10 +35,12 @@ from effcli.graphs.integer import (
     Program,
     Reshape,
     Slice,
+    Softmax,
     Table,
     Transpose,
     Value,
     requantizer,
+    softmax_bits,
 )
 
 ZERO_X, ZERO_Y = -5, 11
@@ -245,6 +251,186 @@ def test_moves() -> None:
     step = Concatenate(name="op", inputs=("x", "x"), output="y", axis=1)
     found = executor.run(network_of(step, {"x": (3, 4, 5), "y": (3, 8, 5)}, {}), inputs)
     np.testing.assert_array_equal(found, np.concatenate([inputs, inputs], axis=2))
+
+
+EXTREMES = np.array([[[-128] * 6], [[127] * 6], [[-128] * 3 + [127] * 3], [[127] + [-128] * 5]], dtype=np.int8)
+
+
+def product_of(first: Array, second: Array, **options: Any) -> Array:
+    """a @ b of codes (n, ..., M, K) and (n, ..., K, N), both beside each other in the values a and b."""
+    shapes = {"a": first.shape[1:], "b": second.shape[1:], "y": (*first.shape[1:-1], second.shape[-1])}
+    step = MatrixProduct(name="op", inputs=("a", "b"), output="y", **options)
+    zeros = {"a": ZERO_X, "b": 3, "y": ZERO_Y}
+    values = {name: Value(shape=shape, scale=0.5, zero=zeros[name]) for name, shape in shapes.items()}
+    other = Constant(name="other", inputs=(), output="b")
+    program = Program(input="a", output="y", values=values, steps=(other, step))
+    network = IntegerNetwork(program, {"other.value": second[0]}, Facts(origin="", shape=()))
+    return executor.execute(network, step, {"a": first, "b": second})
+
+
+def test_a_matrix_product_by_hand() -> None:
+    """(5, 6) from the codes 0 and 1 around the zero -5; (1, 2) from 4 and 5 around 3: 17 · ½ rounds up to 9."""
+    found = product_of(np.array([[[0, 1]]], np.int8), np.array([[[4], [5]]], np.int8), multiplier=1, shift=1)
+    assert found.tolist() == [[[9 + ZERO_Y]]]
+
+
+@pytest.mark.parametrize("leading", [(), (3,)])
+@pytest.mark.parametrize("inner", [1, 7, 300])
+def test_matrix_products(leading: tuple[int, ...], inner: int) -> None:
+    first, second = codes(2, *leading, 4, inner), codes(2, *leading, inner, 5, seed=1)
+    found = product_of(first, second, multiplier=345, shift=20, low=-100, high=90)
+    exact = (torch.from_numpy(first).double() - ZERO_X) @ (torch.from_numpy(second).double() - 3)
+    np.testing.assert_array_equal(found, finished(exact, 345, 20, -100, 90))
+
+
+@pytest.mark.parametrize("ends", [(-128, -128), (-128, 127), (127, 127)])
+def test_the_longest_matrix_product(ends: tuple[int, int]) -> None:
+    """33,025 terms at either end of the codes, whose sum float32 would not hold."""
+    first, second = np.full((1, 1, 33025), ends[0], np.int8), np.full((1, 33025, 1), ends[1], np.int8)
+    first[0, 0, 0] += 1 if ends[0] < 0 else -1
+    exact = int(((first[0, 0].astype(int) - ZERO_X) * (second[0, :, 0].astype(int) - 3)).sum())
+    found = product_of(first, second, multiplier=1 << 30, shift=55)
+    assert found.tolist() == [[[min(max(((exact >> 24) + 1 >> 1) + ZERO_Y, -128), 127)]]]
+
+
+def softmax_table(count: int, scale: float) -> Array:
+    """As its docstring says."""
+    powers: Array = np.rint(2.0 ** softmax_bits(count) * np.exp(-np.arange(256) * scale)).astype(np.uint32)
+    return powers
+
+
+def run_softmax(inputs: Array, scale: float) -> Array:
+    return run_one(Softmax, inputs, inputs.shape[1:], {"table": softmax_table(inputs.shape[-1], scale)})
+
+
+def test_a_softmax_by_hand() -> None:
+    """Powers of two: ½, ¼, ⅛, ⅛ of 256, whatever the largest code."""
+    for largest in (127, 0, -125):
+        row = np.array([[largest, largest - 1, largest - 2, largest - 2]]).clip(-128).astype(np.int8)
+        assert run_softmax(row, float(np.log(2))).tolist() == [[0, -64, -96, -96]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 511, 512, 513, 65536])
+def test_a_softmax_fits_unsigned_32_bits(count: int) -> None:
+    power = 2 ** softmax_bits(count)
+    assert count * power < 2**32 and 256 * power + count * power // 2 < 2**32
+    assert 2 * power * max(count, 256 + (count + 1) // 2) >= 2**32 and power >= 2**15
+
+
+@given(count=st.integers(1, 40), scale=st.floats(1e-4, 10), seed=st.integers(0, 999))
+def test_a_softmax_is_right_to_half_a_step(count: int, scale: float, seed: int) -> None:
+    """Half a step, and what rounding the table leaves; a probability of 1 is a step below."""
+    inputs = codes(3, 2, count, seed=seed)
+    found = run_softmax(inputs, scale)
+    exact = torch.softmax(torch.from_numpy(inputs).double() * scale, -1).numpy() * 256
+    slack = 256 * (count + 1) / 2.0 ** (softmax_bits(count) + 1)
+    assert np.abs(found.astype(int) + 128 - np.minimum(exact, 255)).max() <= 0.5 + slack
+
+
+def test_softmax_at_the_ends() -> None:
+    found = run_softmax(EXTREMES, 0.1)
+    # A sixth and a third of 256, and one alone.
+    assert found.tolist() == [[[-85] * 6], [[-85] * 6], [[-128] * 3 + [-43] * 3], [[127] + [-128] * 5]]
+    assert run_softmax(codes(2, 4, 1), 0.1).tolist() == [[[127]] * 4] * 2
+
+
+def run_norm(inputs: Array, epsilon: int = 0, gain: float = 30, bias: float = 0, **options: Any) -> Array:
+    count = inputs.shape[-1]
+    arrays = {
+        "multiplier": np.full(count, round(gain * 2**20), np.int32),
+        "bias": np.full(count, round(bias * 2**20), np.int32),
+    }
+    return run_one(LayerNorm, inputs, inputs.shape[1:], arrays, epsilon=epsilon, shift=20, **options)
+
+
+def test_a_layer_norm_by_hand() -> None:
+    """(1, -1, -1, 1) is its own result: v = 16, m = 2^20, t = 5, u = 2^30, r = 2^15, c = 2^17 - 1, y = ±(2^16 - ½)."""
+    inputs = np.array([[[6, 4, 4, 6]]], np.int8)
+    assert executor.normalized(inputs, 0).tolist() == [[[65536, -65535, -65535, 65536]]]
+    assert run_norm(inputs).tolist() == [[[41, -19, -19, 41]]]
+    assert run_norm(inputs, bias=2.5, gain=-30, high=30).tolist() == [[[-16, 30, 30, -16]]]
+
+
+def test_a_layer_norm_of_equal_codes_is_its_bias() -> None:
+    for inputs in (EXTREMES[:2], codes(3, 2, 1), np.zeros((1, 4), np.int8)):
+        for epsilon in (0, 1, 2**61 - 1):
+            assert np.unique(run_norm(inputs, epsilon, bias=3)).tolist() == [3 + ZERO_Y]
+
+
+@given(
+    count=st.sampled_from([2, 3, 5, 64, 768, 4096]),
+    epsilon=st.integers(0, 60).map(lambda power: 2**power),
+    spread=st.sampled_from([1, 2, 20, 128]),
+    seed=st.integers(0, 999),
+)
+def test_a_layer_norm_is_right_to_14_bits(count: int, epsilon: int, spread: int, seed: int) -> None:
+    inputs = np.random.default_rng(seed).integers(-spread, spread, (4, count)).astype(np.int8)
+    inputs[:2] = -128
+    inputs[0, seed % count], inputs[1, : count // 2] = 127, 127
+    wide = inputs.astype(np.float64)
+    variance = wide.var(-1, keepdims=True) * count**2
+    root = np.sqrt(variance + epsilon / 2**16)
+    exact = (wide - wide.mean(-1, keepdims=True)) * count / root
+    found = executor.normalized(inputs, epsilon)
+    assert np.abs(found).max() < 2**23
+    assert np.all(np.abs(found / 2**16 - exact) <= np.abs(exact) * 2.0**-14 + 2.0**-17 + 1e-12)
+
+
+@given(count=st.integers(1, 9), seed=st.integers(0, 999), shift=st.integers(-20, 20))
+def test_a_layer_norm_does_not_see_a_shift(count: int, seed: int, shift: int) -> None:
+    inputs = np.random.default_rng(seed).integers(-100, 100, (2, count)).astype(np.int8)
+    np.testing.assert_array_equal(run_norm(inputs + np.int8(shift), 77), run_norm(inputs, 77))
+
+
+def test_the_largest_sum_of_a_layer_norm() -> None:
+    """All bounds at once: the longest row, one code at the other end, multiplier and bias of 31 bits."""
+    inputs = np.full((1, 4096), -128, np.int8)
+    inputs[0, 0] = 127
+    y = executor.normalized(inputs, 0)[0].tolist()
+    assert abs(y[0] / 2**16 - 4095**0.5) < 64 * 2.0**-14
+    for shift in (8, 46):
+        arrays = {name: np.full(4096, 2**31 - 1, np.int32) for name in ("multiplier", "bias")}
+        found = run_one(LayerNorm, inputs, (4096,), arrays, epsilon=0, shift=shift)[0].tolist()
+        limit = 2**31 - 1
+        sums = [(each * limit + limit * 2**16 + (1 << (15 + shift)) >> (16 + shift)) + ZERO_Y for each in y[:2]]
+        assert found[:2] == [min(max(each, -128), 127) for each in sums]
+
+
+def test_an_embedding_takes_rows() -> None:
+    table = codes(256, 3)
+    inputs = np.array([[-128, 127, 0], [5, 5, -1]], np.int8)
+    found = run_one(Embedding, inputs, (3, 3), {"table": table})
+    np.testing.assert_array_equal(found, table[[[0, 255, 128], [133, 133, 127]]])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_a_constant_meets_any_batch(batch: int) -> None:
+    """Added, joined, and alone as the output; the parts of a batch too."""
+    inputs, value = codes(batch, 2, 3), codes(1, 3)
+    values = {name: Value(shape=(2, 3), scale=0.5, zero=0) for name in "xs"}
+    values |= {"c": Value(shape=(1, 3), scale=0.5, zero=0), "y": Value(shape=(3, 3), scale=0.5, zero=0)}
+    steps = (
+        Constant(name="c", output="c"),
+        Add(name="s", inputs=("c", "x"), output="s", multipliers=(1 << 4, 1 << 4), offset=0, shift=4),
+        Concatenate(name="y", inputs=("c", "s"), output="y", axis=0),
+    )
+    network = IntegerNetwork(
+        Program(input="x", output="y", values=values, steps=steps), {"c.value": value}, Facts(origin="", shape=())
+    )
+    kept = executor.run(network, inputs, keep=True)
+    sums = np.clip(inputs.astype(int) + value, -128, 127)
+    np.testing.assert_array_equal(kept["c"], np.broadcast_to(value, (batch, 1, 3)))
+    np.testing.assert_array_equal(kept["y"], np.concatenate([kept["c"], sums], axis=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_CHUNK", 1)
+        np.testing.assert_array_equal(executor.run(network, inputs), kept["y"])
+
+
+def test_a_network_of_a_constant_alone() -> None:
+    values = {"x": Value(shape=(2,), scale=1, zero=0), "c": Value(shape=(3,), scale=1, zero=0)}
+    program = Program(input="x", output="c", values=values, steps=(Constant(name="c", output="c"),))
+    network = IntegerNetwork(program, {"c.value": np.array([1, 2, 3], np.int8)}, Facts(origin="", shape=()))
+    assert executor.run(network, codes(2, 2)).tolist() == [[1, 2, 3]] * 2
 
 
 @given(batch=st.integers(0, 9), size=st.sampled_from([1, 4000, 20000, 1 << 22]))

@@ -20,10 +20,15 @@ from effcli.graphs.integer import (
     HIGHEST,
     LOWEST,
     Array,
+    Constant,
+    Embedding,
     IntegerNetwork,
+    LayerNorm,
     Linear,
+    MatrixProduct,
     Program,
     Reshape,
+    Softmax,
     Value,
     addition,
     is_integer,
@@ -42,7 +47,7 @@ def linear_network(bits: Literal[2, 4, 8] = 8) -> IntegerNetwork:
     weight[0, :2] = low, high
     step = Linear(name="fc", inputs=("x",), output="y", layer="fc", weight_bits=bits, low=-100)
     values = {"x": Value(shape=(5,), scale=0.5, zero=-3), "y": Value(shape=(3,), scale=0.25, zero=7)}
-    arrays = {
+    arrays: dict[str, Array] = {
         "fc.weight": weight,
         "fc.bias": np.array([-1, 2, 3], dtype=np.int32),
         "fc.multiplier": np.array([1 << 30] * 3, dtype=np.int32),
@@ -174,6 +179,50 @@ def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
         linear_network(4).save(tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_file_holds_the_parts_of_a_transformer(tmp_path: Path) -> None:
+    """Every type of constant, and an operation that reads nothing."""
+    steps: tuple[Any, ...] = (
+        Embedding(name="rows", inputs=("x",), output="e"),
+        Constant(name="place", output="p"),
+        MatrixProduct(name="product", inputs=("e", "p"), output="m", multiplier=3, shift=9, low=-5),
+        Softmax(name="weigh", inputs=("m",), output="s"),
+        LayerNorm(name="norm", inputs=("s",), output="y", epsilon=2**60, shift=46),
+    )
+    shapes = {"x": (5,), "e": (5, 3), "p": (3, 2), "m": (5, 2), "s": (5, 2), "y": (5, 2)}
+    values = {name: Value(shape=shape, scale=1.0, zero=-128) for name, shape in shapes.items()}
+    random = np.random.default_rng(0)
+    arrays: dict[str, Array] = {
+        "rows.table": random.integers(-128, 128, (256, 3)).astype(np.int8),
+        "place.value": random.integers(-128, 128, (3, 2)).astype(np.int8),
+        "weigh.table": random.integers(0, 2**32, 256).astype(np.uint32),
+        "norm.multiplier": np.array([-(2**31), 2**31 - 1], np.int32),
+        "norm.bias": np.array([5, -6], np.int32),
+    }
+    network = IntegerNetwork(Program(input="x", output="y", values=values, steps=steps), arrays, FACTS)
+    network.save(tmp_path)
+    found = IntegerNetwork.read(tmp_path)
+    assert found.program == network.program and found.arrays.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(found.arrays[name], array)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (LayerNorm, {"epsilon": -1, "shift": 8}),
+        (LayerNorm, {"epsilon": 2**61, "shift": 8}),
+        (LayerNorm, {"epsilon": 0, "shift": 7}),
+        (LayerNorm, {"epsilon": 0, "shift": 47}),
+        (Constant, {}),
+    ],
+)
+def test_operations_out_of_their_bounds(make: Any, options: dict[str, int]) -> None:
+    """A shift or an ε that would leave 64 bits, and a constant that reads something."""
+    with pytest.raises(ValidationError):
+        make(name="op", inputs=("x",), output="y", **options)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no weights", "no constant", "not json"])

@@ -19,7 +19,7 @@ from effcli.graphs import executor
 from effcli.graphs.assembly import quantization
 from effcli.graphs.fusion import fuse, hoist_activations
 from effcli.graphs.graph import Builder, Facts, Graph
-from effcli.graphs.integer import Convolution, IntegerNetwork, Table, Weighted
+from effcli.graphs.integer import Convolution, IntegerNetwork, LayerNorm, Table, Weighted
 from effcli.graphs.lowering import Lowered, check, lower
 from effcli.graphs.rows import rows_of
 
@@ -138,6 +138,34 @@ def arithmetic(b: Builder, x: fx.Node) -> fx.Node:
     return b.call("aten.add.Tensor", b.call("aten.add.Tensor", scaled, 1.5), b.call("aten.sub.Tensor", 1.0, d))
 
 
+def normed(width: int, affine: bool = True) -> nn.LayerNorm:
+    norm = nn.LayerNorm(width, eps=1e-3, bias=affine)
+    nn.init.normal_(norm.weight)
+    if affine:
+        nn.init.normal_(norm.bias)
+    return norm
+
+
+def attend(b: Builder, x: fx.Node, axis: int = 3) -> fx.Node:
+    """Rows of the three channels, weighed by each other; the softmax along `axis`."""
+    keys = b.call("aten.permute.default", b.module("k", nn.Linear(7, 7), x), [0, 1, 3, 2])
+    scores = b.call("aten.matmul.default", b.module("q", nn.Linear(7, 7), x), keys)
+    return b.call("aten.matmul.default", b.call("aten.softmax.int", scores, axis), b.module("v", nn.Linear(7, 7), x))
+
+
+def placed(b: Builder, x: fx.Node) -> fx.Node:
+    """Positions added and subtracted from, a row of factors, a token at either end."""
+    batch = b.call("aten.sym_size.int", x, 0)
+    x = b.call("aten.add.Tensor", x, b.tensor("position", torch.randn(1, 3, 9, 7)))
+    x = b.call("aten.sub.Tensor", b.tensor("origin", torch.randn(9, 7)), x)
+    x = b.call("aten.mul.Tensor", b.tensor("gamma", torch.randn(7)), x)
+    first, last = (
+        b.call("aten.expand.default", b.tensor(name, torch.randn(1, 3, 1, 7)), [batch, -1, -1, -1])
+        for name in ("first", "last")
+    )
+    return b.call("aten.cat.default", [first, x, last], 2)
+
+
 NETWORKS: dict[str, Build] = {
     "conv": lambda b, x: conv(b, x, 3, 5, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(2, 1)),
     "same": lambda b, x: conv(b, x, 3, 5, (3, 5), padding="same", bias=False),
@@ -166,6 +194,13 @@ NETWORKS: dict[str, Build] = {
     "per channel": per_channel,
     "batch norm": batch_norm,
     "arithmetic": arithmetic,
+    "attention": attend,
+    "attention across": lambda b, x: attend(b, x, 2),
+    "constants": placed,
+    "product with a constant": lambda b, x: b.call("aten.matmul.default", x, b.tensor("m", torch.randn(1, 3, 7, 4))),
+    "layer norm": lambda b, x: b.call("aten.relu.default", b.module("norm", normed(7), x)),
+    "layer norm without bias": lambda b, x: b.module("norm", normed(5, False), conv(b, x, 3, 5)),
+    "selected": lambda b, x: b.call("aten.select.int", b.call("aten.select.int", x, 2, -2), 1, 1),
     "leaky": unary("aten.leaky_relu.default", 0.1),
     **{name: unary(f"aten.{name}.default") for name in ("sigmoid", "tanh", "silu", "gelu", "hardswish", "elu")},
 }
@@ -372,12 +407,126 @@ def test_tables_by_hand() -> None:
     assert network.array(step, "table")[[0, 1, 125, 126, 127, 128, 255]].tolist() == [-64, -64, -2, -1, 0, 0, 127]
 
 
+def test_a_classifier_that_ends_with_probabilities() -> None:
+    """Forced to 1/256 whatever the range, also where they are moved before the end."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        x = b.call("aten.softmax.int", b.module("fc", nn.Linear(6, 5), x), 1)
+        return b.call("aten.reshape.default", b.call("aten.slice.Tensor", x, 1, 1, 5), [-1, 2, 2])
+
+    graph = graph_of((6,), build)
+    inputs = inputs_of(graph)
+    network = lowered(graph, inputs).network
+    assert {(value.scale, value.zero) for name, value in network.program.values.items() if name not in ("x", "fc")} == {
+        (1 / 256, -128)
+    }
+    found = executor.run_float(network, inputs.numpy())
+    assert np.abs(found - graph.run(inputs).numpy()).max() < 0.02
+
+
+def test_an_embedding_takes_numbers_as_they_are() -> None:
+    """The input's codes are the numbers less 128, however few were seen; the last row fills the table."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        return b.module("rows", nn.Embedding(7, 3), b.call("aten.to.dtype", x, torch.int64))
+
+    graph = graph_of((4,), build)
+    network = lower(graph, {"x": (0, 2), "rows": (-3, 3)}).network
+    assert (network.input.scale, network.input.zero) == (1.0, -128)
+    (step,) = network.program.steps
+    table = network.array(step, "table")
+    assert table.shape == (256, 3) and step.inputs == ("x",)
+    np.testing.assert_array_equal(table[7:], np.broadcast_to(table[6], (249, 3)))
+    inputs = torch.tensor([[0.0, 6, 3, 1], [5, 5, 2, 4]])
+    found = executor.run_float(network, inputs.numpy())
+    assert np.abs(found - graph.run(inputs).numpy()).max() <= network.output.scale / 2 + 1e-6
+
+
+def test_a_layer_norm_worked_by_hand() -> None:
+    """Outputs in steps of 1/64: a weight of 2 is 128 steps, a bias of -½ is -32; ε is that of codes in steps of ½."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        norm = nn.LayerNorm(2, eps=0.25)
+        norm.weight.data, norm.bias.data = torch.tensor([2.0, -1.0]), torch.tensor([-0.5, 0.0])
+        return b.module("norm", norm, x)
+
+    network = lower(graph_of((2,), build), {"x": (-64, 63.5), "norm": (-2, 127 / 64)}).network
+    (step,) = network.program.steps
+    assert isinstance(step, LayerNorm) and step.shift == 23
+    # ε · n² · 2^16 / scale², and 30 bits for the larger number.
+    assert step.epsilon == 4 << 16
+    assert network.array(step, "multiplier").tolist() == [128 << 23, -64 << 23]
+    assert network.array(step, "bias").tolist() == [-32 << 23, 0]
+    # (1, -1) over √(1 + ¼).
+    found = executor.run_float(network, np.array([[3.0, 1.0]], np.float32))
+    np.testing.assert_allclose(found, [[2 / 1.25**0.5 - 0.5, 1 / 1.25**0.5]], atol=1 / 128)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_a_layer_norm_of_any_size(size: float) -> None:
+    """Where ε dwarfs all, the bias is left; where it is nothing, all is as ever."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        return b.module("norm", normed(7), b.call("aten.mul.Tensor", x, size))
+
+    assert quality(graph_of((3, 7), build)) > 30
+
+
+def test_norms_that_no_multiplier_expresses() -> None:
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        norm = nn.LayerNorm(4)
+        norm.weight.data[0] = 1e9
+        return b.module("norm", norm, x)
+
+    with pytest.raises(NumericsError, match=r"norm \(LayerNorm\) scales by"):
+        lower(graph_of((4,), build), {"x": (-1, 1), "norm": (-1, 1)})
+
+
+def looked_up(rows: int, through: str = "") -> Build:
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        x = b.call("aten.mul.Tensor", x, 2.0) if through == "mul" else x
+        x = b.call("aten.to.dtype", x, torch.int64)
+        return b.module("rows", nn.Embedding(rows, 3), x)
+
+    return build
+
+
 UNSUPPORTED: dict[str, tuple[Build, str]] = {
-    "softmax": (
-        lambda b, x: b.call("aten.softmax.int", x, 1, source="net.py:9"),
-        r"softmax \(aten.softmax.int, net.py:9\)",
+    "softmax of the batch": (
+        lambda b, x: b.call("aten.softmax.int", x, 0, source="net.py:9"),
+        r"softmax \(aten.softmax.int, net.py:9\) compares the inputs of a batch",
     ),
-    "layer norm": (lambda b, x: b.module("norm", nn.LayerNorm(6), x), r"norm \(LayerNorm\) has no integer operation"),
+    "layer norm of two axes": (
+        lambda b, x: b.module("norm", nn.LayerNorm((5, 6)), x),
+        r"norm \(LayerNorm\) normalizes over \(5, 6\), not one axis",
+    ),
+    "long softmax": (
+        lambda b, x: b.call("aten.softmax.int", b.module("fc", nn.Linear(6, 65537), x), 3),
+        "weighs 65537 numbers",
+    ),
+    "long layer norm": (
+        lambda b, x: b.module("norm", nn.LayerNorm(4097), b.module("fc", nn.Linear(6, 4097), x)),
+        "normalizes 4097 numbers",
+    ),
+    "long product": (
+        lambda b, x: b.call(
+            "aten.matmul.default",
+            y := b.module("fc", nn.Linear(6, 33026), x),
+            b.call("aten.permute.default", y, [0, 1, 3, 2]),
+        ),
+        "sums 33026 products",
+    ),
+    "product that broadcasts": (
+        lambda b, x: b.call("aten.matmul.default", x, b.tensor("m", torch.zeros(6, 5))),
+        "no matrices one by one",
+    ),
+    "many rows": (looked_up(257), "has 257 rows, more than the 256"),
+    "rows by computed numbers": (looked_up(5, "mul"), r"rows \(Embedding\) shares its scale with mul"),
+    "conversion": (lambda b, x: b.call("aten.to.dtype", x, torch.int64), "to .* has no integer operation"),
+    "probabilities and others": (
+        lambda b, x: b.call("aten.cat.default", [b.call("aten.softmax.int", x, 3), x], 1),
+        r"softmax \(aten.softmax.int\) shares its scale with x",
+    ),
     "unknown": (lambda b, x: b.call("aten.cumsum.default", x, 1), "cumsum .* has no integer operation"),
     "size": (
         lambda b, x: b.call("aten.expand.default", x, [b.call("aten.sym_size.int", x, 0), 3, 5, 6]),
@@ -397,13 +546,9 @@ UNSUPPORTED: dict[str, tuple[Build, str]] = {
     "division": (lambda b, x: b.call("aten.div.Tensor", x, x), "divides tensors"),
     "negative pad": (lambda b, x: b.call("aten.constant_pad_nd.default", x, [-1, 0], 0.0), "pads by"),
     "far pad": (lambda b, x: b.call("aten.constant_pad_nd.default", x, [1, 0], -1e9), "outside the range"),
-    "constant": (
-        lambda b, x: b.call("aten.add.Tensor", x, b.tensor("position", torch.zeros(5, 6))),
-        r"position \(5, 6\), not one number per channel",
-    ),
-    "constant joined": (
-        lambda b, x: b.call("aten.cat.default", [x, b.tensor("t", torch.zeros(1, 3, 5, 6))], 1),
-        "joins a constant",
+    "constant of a batch": (
+        lambda b, x: b.call("aten.add.Tensor", x, b.tensor("position", torch.zeros(2, 3, 5, 6))),
+        r"position \(2, 3, 5, 6\), which does not fit one input",
     ),
     "broadcast": (
         lambda b, x: b.call("aten.add.Tensor", x, b.call("aten.mean.dim", x, [1])),

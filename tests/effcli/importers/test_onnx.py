@@ -288,6 +288,30 @@ def test_products_and_sums_of_activations(tmp_path: Path) -> None:
     assert steps(graph) == ["permute.default", "matmul.default", "cat.default", "sub.Tensor", "add.Tensor"]
 
 
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.INT32])
+def test_rows_that_the_input_picks_are_an_embedding(tmp_path: Path, kind: int) -> None:
+    """Two tables under one index are two layers, one table twice is one."""
+    nodes = [
+        node("Cast", "x", "i", to=kind),
+        node("Gather", "first.weight i", "a"),
+        node("Gather", "second.weight i", "b"),
+        node("Gather", "first.weight i", "c"),
+        node("Add", "a b", "d"),
+        node("Mul", "c d", "y"),
+    ]
+    tables = {"first.weight": floats(9, 4), "second.weight": floats(9, 4, seed=1)}
+    graph = agrees(written(tmp_path, model(nodes, (5,), tables)), positive_inputs=True)
+    assert steps(graph) == ["to.dtype", *["Embedding"] * 3, "add.Tensor", "mul.Tensor"]
+    assert graph.weights() == 2 * 9 * 4
+    torch.testing.assert_close(graph.layer("second").weight.data, torch.from_numpy(tables["second.weight"]))
+
+
+def test_rows_of_more_than_a_matrix_are_refused(tmp_path: Path) -> None:
+    nodes = [node("Cast", "x", "i", to=TensorProto.INT64), node("Gather", "t i", "y")]
+    network = model(nodes, (5,), {"t": floats(9, 4, 2)})
+    assert "looks up other than the rows of a matrix" in refused(tmp_path, network).cause
+
+
 @pytest.mark.parametrize("order", ["m fc.bias", "fc.bias m"])
 def test_the_constant_after_a_product_is_its_bias(tmp_path: Path, order: str) -> None:
     nodes = [node("MatMul", "x fc.weight", "m"), node("Add", order, "y")]
