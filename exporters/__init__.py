@@ -1,7 +1,8 @@
 """The export targets by name. Explicit, so that listing them imports neither torch nor the exporters themselves.
 
 An exporter `exporters/<target>.py` holds `Config`, its options, and `export(source, target, config, overwrite) ->
-Exported`: it writes the finished checkpoint `source` to the directory `target`, whole or not at all.
+Exported`: it writes the finished checkpoint `source` to the directory `target`, whole or not at all. It may hold
+`table(target)`, records of what it wrote that the command line shows.
 """
 
 from __future__ import annotations
@@ -30,12 +31,8 @@ TARGETS: dict[str, Entry] = {
         "Graphs for onnxruntime: float, int8, language models of packed weights.",
         onnx_session.PACKAGES,
     ),
+    "c": Entry("effcli.exporters.c", "Firmware for a microcontroller from an integer network."),
     "pt2": Entry("effcli.exporters.pt2", "A graph that torch.export.load reads, weights dense."),
-}
-
-# Named here so that asking for one gets an answer and not a guess at a misspelling.
-LATER: dict[str, str] = {
-    "c": "C for microcontrollers",
 }
 
 
@@ -43,10 +40,6 @@ def check(target: str) -> None:
     """Raise `UnsupportedError` unless this version exports to `target`."""
     if target in TARGETS:
         return
-    if target in LATER:
-        raise UnsupportedError(
-            f"this version does not export {LATER[target]} yet", f"it exports to {', '.join(TARGETS)}"
-        )
     raise UnsupportedError(f"there is no export target {target!r}", did_you_mean(target, TARGETS))
 
 
@@ -67,4 +60,4 @@ def load(target: str) -> ModuleType:
     return import_module(TARGETS[target].module)
 
 
-__all__ = ["LATER", "TARGETS", "Entry", "check", "load", "require"]
+__all__ = ["TARGETS", "Entry", "check", "load", "require"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from effcli.errors import OutputError, writing
 
 # One of these stands in every export.
-_WRITTEN = ("config.json", "model.onnx", "model.pt2", "model.safetensors")
+_WRITTEN = ("config.json", "model.onnx", "model.pt2", "model.safetensors", "plan.json")
 
 
 @contextmanager

@@ -35,8 +35,10 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "compare": results.compare,
     "report": results.report,
 }
+# An export takes the options of its target, which the target itself checks.
+_SETTINGS = {"export": {"allow_extra_args": True, "ignore_unknown_options": True}}
 for name, command in _COMMANDS.items():
-    app.command(name)(guarded(command))
+    app.command(name, context_settings=_SETTINGS.get(name))(guarded(command))
 passes_app.callback()(guarded(passes.passes))
 passes_app.command("show")(guarded(passes.passes_show))
 

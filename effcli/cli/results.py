@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effcli import exporters
+from effcli import exporters, yamls
 from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode
 from effcli.cli.printing import print_report, show
 from effcli.errors import UserError
+from effcli.exporters.firmware import targets
 
 if TYPE_CHECKING:
     from effcli.graphs.verify import GraphVerification
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def export(
+    context: typer.Context,
     source: Folder,
     to: Annotated[
         str,
@@ -33,39 +36,85 @@ def export(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Where to write.", show_default="OUT/exports/TARGET"),
     ] = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Write dense weights that any loader reads; the file grows.")
-    ] = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Write a finished checkpoint in another format."""
+    """Write a finished checkpoint in another format.
+
+    Options of the target may follow as --KEY VALUE: `--dequantize` for safetensors, `--precision float16` for onnx,
+    `--name kws --max-ram 64k` for c.
+    """
     exporters.check(to.partition(":")[0])
     from effcli import recipe
 
-    step = recipe.check_export(to, {"dequantize": True} if dequantize else {})
+    step = recipe.check_export(to, _options(context.args))
     exporters.require(step.name)
     target = output if output is not None else source / "exports" / step.name
-    done = exporters.load(step.name).export(source, target, step.config, overwrite)
+    exporter = exporters.load(step.name)
+    done = exporter.export(source, target, step.config, overwrite)
     print(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
     for remark in done.remarks:
         print(f"  {remark}")
+    if hasattr(exporter, "table"):
+        from effcli.reports import screen
+
+        show(screen.records_table("", exporter.table(target)))
 
 
-def verify(path: Folder, trust_remote_code: TrustRemoteCode = False, json: Json = False, debug: Debug = False) -> None:
+def _options(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--max-ram 64k --single-header` as {"max_ram": "64k", "single_header": True}; values are YAML, as in `--to`."""
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise UserError(f"unexpected argument {flag}", "see `effcli export --help`")
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)
+        key = flag[2:].replace("-", "_")
+        if key in found:
+            raise UserError(f"{flag} stands twice", "give each option once")
+        found[key] = yamls.parse(value, flag) if equals else True
+    return found
+
+
+def verify(
+    path: Folder,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="NAME",
+            help=f"Also compile an integer network as C, and run it in QEMU: {', '.join(targets.TARGETS)}.",
+            show_default=False,
+            autocompletion=lambda: list(targets.TARGETS),
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Load OUT as its users will and compare its outputs with effcli's own arithmetic."""
     from effcli import importers
 
     result: Verification | GraphVerification
-    if importers.recognises(path):
+    if target is not None or importers.recognises(path):
         from effcli.graphs import verify as graphverify
 
-        result = graphverify.verify(path)
+        result = graphverify.verify(path, target)
     else:
         from effcli.language import verify as verification
 
         result = verification.verify(path, trust_remote_code=trust_remote_code)
-    print(result.to_json() if json else result.line)
+    if json:
+        print(result.to_json())
+    else:
+        print(result.line)
+        firmware = getattr(result, "firmware", None)
+        if firmware is not None and firmware.emulated is not None:
+            from effcli.reports import screen
+
+            show(screen.records_table("", firmware.emulated.layers))
     if not result.passed:
         raise typer.Exit(UserError.exit_code)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from firmware_tools import need_target
 from small_graphs import batches, chain, residual
 from torch import nn
 
@@ -15,7 +16,8 @@ from effcli import exporters, onnx_session
 from effcli.checkpoint import read_header
 from effcli.cli import main
 from effcli.contract import Observed
-from effcli.errors import MachineError, UnsupportedError
+from effcli.errors import MachineError, UnsupportedError, UserError
+from effcli.exporters.firmware import check, targets
 from effcli.graphs import verify
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
@@ -119,3 +121,58 @@ def test_the_weights_are_where_no_stock_loader_looks(tmp_path: Path) -> None:
     assert "head.weight" in read_header(path / "effcli.safetensors")
     assert not (path / "model.safetensors").exists() and verify._refused(path)
     assert np.isfinite(verify._outputs(path).numpy()).all()
+
+
+def test_c_for_a_microcontroller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need_target(targets.find("host"))
+    need_target(targets.find("cortex-m4"))
+    path = integer(tmp_path / "out")
+    assert main(["verify", str(path), "--target", "cortex-m4"]) == 0
+    line, *table = capsys.readouterr().out.splitlines()
+    assert line.startswith("verified: ")
+    assert "to the byte for 12 inputs, compiled here and for Arm Cortex-M4 in QEMU (" in line
+    assert table[0].split() == ["layer", "instructions"] and len(table) >= 4
+    assert main(["verify", str(path), "--target", "cortex-m4", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    counted = printed["firmware"]["emulated"]
+    assert printed["passed"] is True and printed["firmware"]["target"] == "cortex-m4"
+    assert 0 < sum(layer["instructions"] for layer in counted["layers"]) <= counted["instructions"]
+    assert counted["text"] > 0 and counted["stack"] > 0
+
+
+def test_c_where_there_is_no_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_target(targets.find("host"))
+    which = targets.shutil.which
+    monkeypatch.setattr(targets.shutil, "which", lambda name: None if "qemu" in name else which(name))
+    found = verify.verify(integer(tmp_path / "out"), "rv32imc")
+    assert found.passed and found.firmware is not None and found.firmware.emulated is None
+    assert "compiled here; not run in QEMU, RISC-V RV32IMC needs qemu-system-riscv32" in found.line
+    assert "apt-get install qemu-system-misc" in found.line and "\n" not in found.line
+
+
+def test_c_where_there_is_no_compiler(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(targets.shutil, "which", lambda name: None)
+    path = integer(tmp_path / "out")
+    with pytest.raises(UserError, match="C for this machine needs cc, not installed here"):
+        verify.verify(path, "cortex-m4")
+    assert main(["verify", str(path), "--target", "cortex-m4"]) == 1
+    assert "apt-get install gcc" in capsys.readouterr().err
+
+
+def test_c_that_computes_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise MachineError("the C computes something else on this machine: layer0 differs")
+
+    need_target(targets.find("host"))
+    monkeypatch.setattr(check, "compare", fails)
+    found = verify.verify(integer(tmp_path / "out"), "cortex-m4")
+    assert not found.passed and found.line.startswith("NOT VERIFIED: the C computes something else")
+
+
+def test_c_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = floating(tmp_path / "out")
+    assert main(["verify", str(path), "--target", "cortex-m4"]) == 1
+    assert "holds no integer network" in capsys.readouterr().err
+    assert main(["verify", str(path), "--target", "cortex-m9"]) == 1
+    printed = capsys.readouterr().err
+    assert "there is no target 'cortex-m9'" in printed and "did you mean" in printed and "Traceback" not in printed

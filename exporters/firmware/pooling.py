@@ -1,0 +1,79 @@
+"""Pools: the largest code of a window, or its rescaled sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effcli.exporters.firmware.program import Spatial, Task
+from effcli.exporters.firmware.scope import Scope
+
+
+@dataclass(frozen=True)
+class MaxPool(Task):
+    spatial: Spatial | None = None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return "rows", "pool"
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return ("MAX_POOL",)
+
+    def distance(self, index: int) -> int | None:
+        assert self.spatial is not None
+        return self.spatial.distance(1, read_first=False)
+
+    def emit(self, scope: Scope) -> str:
+        s = self.spatial
+        assert s is not None
+        known = (s.width, s.channels, s.out_width, *s.kernel, s.stride[1], s.padding[2], s.dilation[1])
+        parameters = ["const int8_t *const *rows", "int8_t *out"]
+        name = scope.functions.add(
+            "max_pool", parameters, f"    net_max_pool_row(rows, out, {', '.join(map(str, known))});"
+        )
+        return f"{name}(rows0, out);"
+
+    def instructions(self) -> tuple[float, float]:
+        s = self.spatial
+        assert s is not None
+        total = 8.0 * self.output.nbytes * s.kernel[0] * s.kernel[1]
+        return total, total
+
+
+@dataclass(frozen=True)
+class AveragePool(Task):
+    """rescaling: multiplier and shift."""
+
+    spatial: Spatial | None = None
+    bounds: tuple[int, int] = (-128, 127)
+    rescaling: tuple[int, int] = (0, 1)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return "rows", "pool"
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return ("AVERAGE_POOL",)
+
+    def distance(self, index: int) -> int | None:
+        assert self.spatial is not None
+        return self.spatial.distance(1, read_first=False)
+
+    def emit(self, scope: Scope) -> str:
+        s = self.spatial
+        assert s is not None
+        known: tuple[int, ...] = (self.inputs[0].zero, self.output.zero, *self.bounds, *self.rescaling)
+        known += (s.width, s.channels, s.out_width, *s.kernel, s.stride[1], s.padding[2])
+        parameters = ["const int8_t *const *rows", "int8_t *out"]
+        name = scope.functions.add(
+            "average_pool", parameters, f"    net_average_pool_row(rows, out, {', '.join(map(str, known))});"
+        )
+        return f"{name}(rows0, out);"
+
+    def instructions(self) -> tuple[float, float]:
+        s = self.spatial
+        assert s is not None
+        total = self.output.nbytes * (6.0 * s.kernel[0] * s.kernel[1] + 40)
+        return total, total

@@ -1,0 +1,224 @@
+"""The export to C as a user meets it: the folder, what builds it, and bad requests."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from integer_networks import Network, random_network
+from pydantic import ValidationError
+from small_graphs import residual
+
+from effcli.cli import main
+from effcli.errors import MachineError, OutputError, UnsupportedError
+from effcli.exporters import c
+from effcli.exporters.c import Config, export
+from effcli.exporters.firmware import check
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkpoint with an integer network."""
+    net = Network((3, 10, 10))
+    net.convolution(8, (3, 3), padding=(1, 1, 1, 1))
+    net.convolution(8, (3, 3), groups=8, padding=(1, 1, 1, 1))
+    net.mean((1, 2))
+    net.linear(4)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    net.finish().save(folder)
+    return folder
+
+
+def call(command: list[str], folder: Path) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_folder_of_an_export(source: Path, tmp_path: Path) -> None:
+    done = export(source, tmp_path / "c", Config(name="kws"))
+    found = {str(path.relative_to(tmp_path / "c")) for path in (tmp_path / "c").rglob("*") if path.is_file()}
+    assert {
+        "src/kws.h",
+        "src/kws.c",
+        "src/kws_weights.c",
+        "test/kws_test.c",
+        "plan.json",
+        "arena.svg",
+        "Makefile",
+        "CMakeLists.txt",
+        "library.properties",
+        "library.json",
+        "zephyr/module.yml",
+        "examples/hello/hello.ino",
+        "README.md",
+    } <= found
+    assert done.nbytes == sum((tmp_path / "c" / path).stat().st_size for path in found)
+    assert re.search(r"3 calibration inputs: every byte of 4 layers", done.checked)
+    assert re.match(r"RAM \d+ bytes", done.remarks[0]) and re.match(r"flash about \d+ bytes", done.remarks[1])
+    # Nothing is left to be filled in.
+    texts = {path: (tmp_path / "c" / path).read_text() for path in found}
+    assert not [path for path, text in texts.items() if re.search(r"@\w+@|\bnet_|\bNET_", text)]
+    assert [row.layer for row in c.table(tmp_path / "c")] == ["convolution0", "convolution1", "mean2", "linear3"]
+
+
+def test_macros_of_the_header(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "c", Config(name="kws"))
+    header = (tmp_path / "c" / "src" / "kws.h").read_text()
+    assert "#define KWS_INPUT_SHAPE { 10, 10, 3 }" in header
+    assert "#define KWS_INPUT_BYTES 300u" in header and "#define KWS_OUTPUT_BYTES 4u" in header
+    assert "#define KWS_LAYERS 4" in header
+    assert re.search(r"#define KWS_INPUT_SCALE 0\.05\d*f", header)
+    arena = json.loads((tmp_path / "c" / "plan.json").read_text())["ram"]["arena"]
+    assert f"#define KWS_ARENA_BYTES {arena}u" in header
+
+
+def test_make(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "c", Config(name="kws"))
+    assert "PASS" in call(["make", "test"], tmp_path / "c")
+    call(["make"], tmp_path / "c")
+    assert (tmp_path / "c" / "build" / "libkws.a").is_file()
+
+
+@pytest.mark.parametrize("target", ["cortex-m4", "rv32imc"])
+def test_make_qemu(target: str, source: Path, tmp_path: Path) -> None:
+    for program in ("arm-none-eabi-gcc", "riscv64-unknown-elf-gcc", "qemu-system-arm", "qemu-system-riscv32"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    export(source, tmp_path / "c", Config(name="kws", target=target))
+    assert "PASS" in call(["make", "qemu"], tmp_path / "c")
+
+
+def test_cmake(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "c", Config(name="kws"))
+    call(["cmake", "-B", "build", "-S", "."], tmp_path / "c")
+    call(["cmake", "--build", "build"], tmp_path / "c")
+    assert "100% tests passed" in call(["ctest", "--test-dir", "build"], tmp_path / "c")
+
+
+def test_zephyr_module(source: Path, tmp_path: Path) -> None:
+    """Its CMake file, with Zephyr's functions in place of Zephyr."""
+    export(source, tmp_path / "c", Config(name="kws"))
+    assert yaml.safe_load((tmp_path / "c" / "zephyr" / "module.yml").read_text())["build"]["cmake"] == "zephyr"
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.13)\nproject(stub C)\nset(CONFIG_KWS y)\n"
+        "macro(zephyr_include_directories)\n  include_directories(${ARGN})\nendmacro()\n"
+        "macro(zephyr_library)\n  set(library stub_library)\nendmacro()\n"
+        "macro(zephyr_library_sources)\n  add_library(${library} STATIC ${ARGN})\nendmacro()\n"
+        "add_subdirectory(../c/zephyr kws)\n"
+    )
+    call(["cmake", "-B", "build", "-S", "."], tmp_path / "stub")
+    call(["cmake", "--build", "build"], tmp_path / "stub")
+
+
+def test_arduino_and_platformio_metadata(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "c", Config(name="kws"))
+    lines = (tmp_path / "c" / "library.properties").read_text().splitlines()
+    keys = {line.partition("=")[0] for line in lines}
+    assert {"name", "version", "author", "maintainer", "sentence", "paragraph", "category", "architectures"} <= keys
+    described = json.loads((tmp_path / "c" / "library.json").read_text())
+    assert described["name"] == "kws" and described["build"]["srcDir"] == "src"
+    sketch = (tmp_path / "c" / "examples" / "hello" / "hello.ino").read_text()
+    # The sketch as C++, with the board's functions in place of a board.
+    (tmp_path / "sketch.cpp").write_text(
+        "#include <stdint.h>\nstruct { void begin(long) {} template <class T> void print(T) {} "
+        "template <class T> void println(T) {} } Serial;\nunsigned long micros() { return 0; }\n" + sketch
+    )
+    call(["g++", "-std=c++17", "-fsyntax-only", "-I", str(tmp_path / "c" / "src"), "sketch.cpp"], tmp_path)
+
+
+def test_one_header(source: Path, tmp_path: Path) -> None:
+    done = export(source, tmp_path / "c", Config(name="kws", single_header=True))
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["arena.svg", "kws.h", "plan.json"]
+    assert "every byte of 4 layers" in done.checked
+
+
+def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(source), "--to", "c", "--name", "kws", "--target", "cortex-m4"]
+    assert main([*command, "--max-ram", "64k", "--max-flash=256k", "-o", str(tmp_path / "c")]) == 0
+    printed = capsys.readouterr().out
+    assert "every byte of 4 layers" in printed and "convolution0" in printed and "instructions" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max-ram", "1k"], "bytes of RAM of 1024"),
+        (["--max-flash", "1"], "bytes of flash of 1 "),
+        (["--max-ram", "lots"], "must be bytes, as 65536 or 64k, not 'lots'"),
+        (["--max-ram", "0"], "max_ram"),
+        (["--name", "2nd"], "must be a C identifier in lower case"),
+        (["--name", "Kws"], "must be a C identifier in lower case"),
+        (["--target", "cortex-m5"], "cortex-m55"),
+        (["--tests", "0"], "tests"),
+        (["--max-rom", "64k"], "max_ram"),
+        (["kws"], "unexpected argument kws"),
+        (["--name", "a", "--name", "b"], "--name stands twice"),
+    ],
+)
+def test_bad_requests(
+    flags: list[str], said: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(source), "--to", "c", "-o", str(tmp_path / "c"), *flags]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_checkpoint_that_is_not_integer(tmp_path: Path) -> None:
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    residual().save(folder)
+    with pytest.raises(UnsupportedError, match="int8"):
+        export(folder, tmp_path / "c")
+
+
+def test_nothing_of_the_users_is_overwritten(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "c")
+    with pytest.raises(OutputError, match="exists"):
+        export(source, tmp_path / "c")
+    export(source, tmp_path / "c", overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "main.c").write_text("int main;")
+    with pytest.raises(OutputError, match="holds no export"):
+        export(source, tmp_path / "mine", overwrite=True)
+    with pytest.raises(OutputError):
+        export(source, source, overwrite=True)
+
+
+def test_wrong_code_is_not_left_behind(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: object) -> None:
+        raise MachineError("the C computes something else")
+
+    monkeypatch.setattr(check, "compare", wrong)
+    with pytest.raises(MachineError):
+        export(source, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_without_a_compiler_the_export_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert export(source, tmp_path / "c").checked == "not compiled: there is no C compiler here"
+
+
+def test_options_in_a_recipe_are_the_same_models() -> None:
+    assert Config(max_ram="64k", max_flash="1M") == Config(max_ram=65536, max_flash=1048576)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError):
+        Config(max_rom=1)  # type: ignore[call-arg]
+
+
+def test_a_network_without_probe_is_compared_on_random_inputs(tmp_path: Path) -> None:
+    network = random_network(1)
+    network.probe = None
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    network.save(folder)
+    assert "16 random inputs" in export(folder, tmp_path / "c").checked
