@@ -28,6 +28,7 @@ from torch import Tensor
 
 from effcli.formats import Affine, AffineWeight
 from effcli.kernels.affine_matmul import Bytes, Nibbles, Packed, Words, matmul, prepare, route_name
+from effcli.language.caching import cache_name
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 GPU_ROWS = [1, 4, 16, 64, 512]
@@ -239,10 +240,11 @@ def phases(net: torch.nn.Module) -> tuple[float, float]:
     """Milliseconds of a prefill of 128 tokens and of one token after it, the head included."""
     tokens = torch.randint(0, 32000, (1, 128))
     prefill = cpu_ms(lambda: net(tokens, use_cache=True, logits_to_keep=1), 4)
-    cache = net(tokens, use_cache=True).past_key_values
+    name = cache_name(net.forward)
+    cache = {name: net(tokens, use_cache=True)[name]}
 
     # The cache grows by a token a call, for both alike.
-    return prefill, cpu_ms(lambda: net(tokens[:, :1], past_key_values=cache, use_cache=True), 8)
+    return prefill, cpu_ms(lambda: net(tokens[:, :1], use_cache=True, **cache), 8)
 
 
 def main() -> None:

@@ -66,6 +66,7 @@ def _compare(networks: dict[str, Any], threads: int, prefill: int, decode: int, 
     """One row for each network; ratios are of speeds, so above 1 is faster than the first network."""
     import torch
 
+    from effcli.language.caching import cache_name
     from effcli.language.latency import kernel_name
 
     torch.set_num_threads(threads)
@@ -80,7 +81,8 @@ def _compare(networks: dict[str, Any], threads: int, prefill: int, decode: int, 
                 steps = []
                 for _ in range(decode):
                     token = out.logits[:, -1:].argmax(-1)
-                    step, out = _timed(clock, network, token, past_key_values=out.past_key_values, use_cache=True)
+                    cache = cache_name(network.forward)
+                    step, out = _timed(clock, network, token, use_cache=True, **{cache: out[cache]})
                     steps.append(step)
                 # The first repetition is the warm-up.
                 if repeat:

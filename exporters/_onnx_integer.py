@@ -103,8 +103,7 @@ def compare(network: IntegerNetwork, folder: Path) -> str:
     if codes is None:
         generator = np.random.default_rng(0)
         codes, kind = generator.integers(LOWEST, HIGHEST + 1, (_COMPARED, *value.shape), dtype=np.int8), "random"
-    # It is the file that is compared, not this processor: without VNNI instructions the default saturates.
-    session = onnx_session.open_session(folder, entries={"session.x64quantprecision": "1"})
+    session = onnx_session.open_session(folder, entries=onnx_session.EXACT)
     parts = []
     for start in range(0, len(codes), _BATCH):
         inputs = (codes[start : start + _BATCH].astype(np.float32) - value.zero) * np.float32(value.scale)

@@ -231,7 +231,7 @@ def _compare(
     weights.fill(skeleton.model, "", names)
     if skeleton.tied:
         skeleton.model.tie_weights()  # type: ignore[operator]
-    session = onnx_session.open_session(folder)
+    session = onnx_session.open_session(folder, entries=onnx_session.EXACT)
     tolerance = _EXACT if arithmetic.exact else _ROUGH
     prompt, step = compare(session, skeleton.model, verify.tokens(skeleton.config), tolerance)
     if arithmetic.exact and not (prompt.passed and step.passed):

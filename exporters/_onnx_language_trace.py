@@ -21,6 +21,7 @@ from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from effcli.errors import UnsupportedError
+from effcli.language.caching import cache_name
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import place
 
@@ -47,19 +48,16 @@ class Decoder(nn.Module):
         super().__init__()
         self.network = network
         self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
+        self.cache_name = cache_name(network.forward)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        positions = {"position_ids": position_ids} if self.takes_positions else {}
-        out = self.network(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=_cache(past),
-            use_cache=True,
-            **positions,
-        )
-        return out.logits, *(tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values))
+        more = {"position_ids": position_ids} if self.takes_positions else {}
+        more[self.cache_name] = _cache(past)
+        out = self.network(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **more)
+        layers = out[self.cache_name].layers
+        return out.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
 
 
 def trace(skeleton: Skeleton) -> onnx_ir.Model:
@@ -143,10 +141,10 @@ def _past(skeleton: Skeleton) -> list[Tensor]:
     from transformers import DynamicCache
 
     try:
-        out = skeleton.model(
-            input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), past_key_values=DynamicCache(), use_cache=True
-        )
-        kept = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        name = cache_name(skeleton.model.forward)
+        ids = torch.zeros(1, _LENGTH, dtype=torch.int64)
+        out = skeleton.model(input_ids=ids, use_cache=True, **{name: DynamicCache()})
+        kept = [tensor for layer in out[name].layers for tensor in (layer.keys, layer.values)]
         shapes = [(_BATCH, tensor.shape[1], _PAST, tensor.shape[3]) for tensor in kept]
     except Exception as error:  # whatever the network's code says
         raise _untraceable(skeleton, _first_line(error)) from error

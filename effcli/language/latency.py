@@ -16,6 +16,7 @@ from effcli import runtime, samples
 from effcli.errors import DataError
 from effcli.inputs import text
 from effcli.kernels.affine_matmul import route_name
+from effcli.language.caching import cache_name
 from effcli.language.modules import AffineLinear
 from effcli.machine import cpu_threads, device_name, pick_device
 from effcli.reports.report import Speed
@@ -94,6 +95,7 @@ def _time(network: Any, ids: Tensor, decode: int, device: torch.device) -> tuple
     if "logits_to_keep" in inspect.signature(network.forward).parameters:
         # What `generate` asks for: of a prompt only the last position's logits.
         options["logits_to_keep"] = 1
+    cache = cache_name(network.forward)
     reads: list[float] = []
     writes: list[float] = []
     begin = time.perf_counter()
@@ -106,7 +108,7 @@ def _time(network: Any, ids: Tensor, decode: int, device: torch.device) -> tuple
             steps = []
             for _ in range(decode):
                 token = out.logits[:, -1:].argmax(dim=-1)
-                step, out = _timed(device, network, input_ids=token, past_key_values=out.past_key_values, **options)
+                step, out = _timed(device, network, input_ids=token, **{cache: getattr(out, cache)}, **options)
                 steps.append(step)
             if number:
                 reads.append(read)

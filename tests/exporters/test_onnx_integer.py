@@ -101,8 +101,7 @@ def floats(network: IntegerNetwork, codes: Array) -> Array:
 
 def differences(network: IntegerNetwork, codes: Array, folder: Path) -> Array:
     """onnxruntime's output minus the executor's, in codes."""
-    # Without VNNI instructions the default saturates sums of two products.
-    session = onnx_session.open_session(folder / "onnx", 1, {"session.x64quantprecision": "1"})
+    session = onnx_session.open_session(folder / "onnx", 1, onnx_session.EXACT)
     (theirs,) = onnx_session.run(session, {"input": floats(network, codes)}).values()
     assert theirs.dtype == np.float32 and theirs.shape == (len(codes), *network.output.shape)
     steps = theirs / network.output.scale + network.output.zero
@@ -679,7 +678,7 @@ def test_outputs_are_those_of_the_floating_network(tmp_path: Path) -> None:
     graph = residual()
     exported(quantized(graph), tmp_path)
     given = inputs(graph, 30, 2)
-    session = onnx_session.open_session(tmp_path / "onnx", 1, {"session.x64quantprecision": "1"})
+    session = onnx_session.open_session(tmp_path / "onnx", 1, onnx_session.EXACT)
     (found,) = onnx_session.run(session, {"input": given.numpy()}).values()
     expected = graph.run(given)
     error = float((torch.from_numpy(found) - expected).norm() / expected.norm())

@@ -83,7 +83,7 @@ def run_layer(module: Any, weight: AffineWeight, x: Tensor, folder: Path) -> Ten
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         )
     program.save(folder / "model.onnx")
-    session = onnx_session.open_session(folder, threads=1)
+    session = onnx_session.open_session(folder, threads=1, entries=onnx_session.EXACT)
     (y,) = onnx_session.run(session, {session.get_inputs()[0].name: x.numpy()}).values()
     return torch.from_numpy(y)
 

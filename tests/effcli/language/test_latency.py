@@ -95,7 +95,7 @@ def test_one_token_is_decoded_at_a_time_with_a_cache(monkeypatch: pytest.MonkeyP
     timed = latency._timed
 
     def watch(device: torch.device, network: Any, **arguments: Any) -> Any:
-        cache = arguments.get("past_key_values")
+        cache = arguments.get("cache", arguments.get("past_key_values"))
         seen.append((arguments["input_ids"].shape[1], None if cache is None else int(cache.get_seq_length())))
         return timed(device, network, **arguments)
 
