@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
-# For comparisons, which are of a file and not of this processor: without VNNI instructions the default saturates sums of
-# two products of int8.
+# For comparisons, which are of a file and not of this processor: without VNNI instructions onnxruntime's default
+# saturates sums of two products of int8.
 EXACT = {"session.x64quantprecision": "1"}
 
 _FATAL_ONLY = 4

@@ -261,7 +261,7 @@ def _compare(graph: Graph, folder: Path, exact: bool) -> str:
     kind = np.float16 if port.type == "tensor(float16)" else np.float32
     ours, theirs = [], []
     for size in _BATCHES:
-        inputs = torch.randn(size, *graph.facts.shape, generator=generator)
+        inputs = graph.examples(size, generator)
         (found,) = onnx_session.run(session, {port.name: inputs.numpy().astype(kind)}).values()
         theirs.append(torch.from_numpy(found.astype(np.float32)).flatten(1))
         ours.append(graph.run(inputs).flatten(1))

@@ -77,7 +77,7 @@ def _compare(graph: Graph, path: Path) -> str:
     """Load the file again and hold it against the graph, on batches of random inputs."""
     module = torch.export.load(path).module()
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(size, *graph.facts.shape, generator=generator) for size in _BATCHES]
+    batches = [graph.examples(size, generator) for size in _BATCHES]
     expected = torch.cat([graph.run(inputs) for inputs in batches])
     with torch.inference_mode():
         difference = torch.cat([module(inputs) for inputs in batches]) - expected

@@ -97,6 +97,11 @@ class Assembly:
         """A tensor of the network as a value without inputs: in the scale of its group, or of all its numbers."""
         tensor = self.tensor(given)
         shape = (1,) * (axes + 1 - tensor.ndim) + tuple(tensor.shape)
+        if not bool(tensor.isfinite().all()):
+            raise UnsupportedError(
+                f"{where(node)} takes {given.name}, which is infinite in places",
+                "mask scores with a finite number next to them, such as -30",
+            )
         if shape[0] != 1 or len(shape) != axes + 1:
             raise UnsupportedError(
                 f"{where(node)} takes {given.name} {tuple(tensor.shape)}, which does not fit one input of a batch",

@@ -154,6 +154,13 @@ class Graph:
             output: Tensor = self.module(inputs)
         return output
 
+    def examples(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random inputs float32 (count, *shape): normal numbers, or numbers of rows that all of its embeddings have."""
+        rows = [module.num_embeddings for module in self.module.modules() if isinstance(module, nn.Embedding)]
+        if rows:
+            return torch.randint(min(rows), (count, *self.facts.shape), generator=generator).float()
+        return torch.randn(count, *self.facts.shape, generator=generator)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by the name of its node, for a batch of one; the batch axis is left out."""
         found: dict[str, tuple[int, ...]] = {}

@@ -173,7 +173,7 @@ def _outputs(path: Path) -> torch.Tensor:
         inputs = torch.randn(_ROWS, *network.facts.shape, generator=generator)
         return torch.from_numpy(executor.run_float(network, inputs.numpy()))
     graph = Graph.read(path)
-    return graph.run(torch.randn(_ROWS, *graph.facts.shape, generator=generator))
+    return graph.run(graph.examples(_ROWS, generator))
 
 
 def _refused(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.graphs.graph import Facts, Graph
@@ -207,15 +207,6 @@ def _shape(op: Operator) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.array(extents[op.attribute("start", 0) : op.attribute("end", len(extents))], dtype=np.int64)
 
 
-def _examples(graph: Graph, count: int) -> Tensor:
-    """Inputs that a graph can compute with: random numbers, or rows that each of its tables has."""
-    random = torch.Generator().manual_seed(0)
-    tables = [module.num_embeddings for module in graph.module.modules() if isinstance(module, nn.Embedding)]
-    if tables:
-        return torch.randint(min(tables), (count, *graph.facts.shape), generator=random).float()
-    return torch.randn(count, *graph.facts.shape, generator=random)
-
-
 def _check_batches(graph: Graph, others: list[Graph], path: Path) -> None:
     """Refuse a graph in which a batch's size or its other inputs have a part in an output.
 
@@ -226,7 +217,7 @@ def _check_batches(graph: Graph, others: list[Graph], path: Path) -> None:
             raise UnsupportedError(
                 f"{path} computes with the size of its batch", "export the network so that it does not"
             )
-    inputs = _examples(graph, 3)
+    inputs = graph.examples(3, torch.Generator().manual_seed(0))
     try:
         alone = torch.cat([graph.run(one) for one in inputs.unsqueeze(1)])
         together = graph.run(inputs)

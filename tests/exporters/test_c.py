@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from integer_networks import Network, random_network
 from pydantic import ValidationError
 from small_graphs import residual
@@ -33,14 +30,6 @@ def source(tmp_path: Path) -> Path:
     folder.mkdir()
     net.finish().save(folder)
     return folder
-
-
-def call(command: list[str], folder: Path) -> str:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def test_the_folder_of_an_export(source: Path, tmp_path: Path) -> None:
@@ -79,61 +68,6 @@ def test_macros_of_the_header(source: Path, tmp_path: Path) -> None:
     assert re.search(r"#define KWS_INPUT_SCALE 0\.05\d*f", header)
     arena = json.loads((tmp_path / "c" / "plan.json").read_text())["ram"]["arena"]
     assert f"#define KWS_ARENA_BYTES {arena}u" in header
-
-
-def test_make(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "c", Config(name="kws"))
-    assert "PASS" in call(["make", "test"], tmp_path / "c")
-    call(["make"], tmp_path / "c")
-    assert (tmp_path / "c" / "build" / "libkws.a").is_file()
-
-
-@pytest.mark.parametrize("target", ["cortex-m4", "rv32imc"])
-def test_make_qemu(target: str, source: Path, tmp_path: Path) -> None:
-    for program in ("arm-none-eabi-gcc", "riscv64-unknown-elf-gcc", "qemu-system-arm", "qemu-system-riscv32"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-    export(source, tmp_path / "c", Config(name="kws", target=target))
-    assert "PASS" in call(["make", "qemu"], tmp_path / "c")
-
-
-def test_cmake(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "c", Config(name="kws"))
-    call(["cmake", "-B", "build", "-S", "."], tmp_path / "c")
-    call(["cmake", "--build", "build"], tmp_path / "c")
-    assert "100% tests passed" in call(["ctest", "--test-dir", "build"], tmp_path / "c")
-
-
-def test_zephyr_module(source: Path, tmp_path: Path) -> None:
-    """Its CMake file, with Zephyr's functions in place of Zephyr."""
-    export(source, tmp_path / "c", Config(name="kws"))
-    assert yaml.safe_load((tmp_path / "c" / "zephyr" / "module.yml").read_text())["build"]["cmake"] == "zephyr"
-    (tmp_path / "stub").mkdir()
-    (tmp_path / "stub" / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.13)\nproject(stub C)\nset(CONFIG_KWS y)\n"
-        "macro(zephyr_include_directories)\n  include_directories(${ARGN})\nendmacro()\n"
-        "macro(zephyr_library)\n  set(library stub_library)\nendmacro()\n"
-        "macro(zephyr_library_sources)\n  add_library(${library} STATIC ${ARGN})\nendmacro()\n"
-        "add_subdirectory(../c/zephyr kws)\n"
-    )
-    call(["cmake", "-B", "build", "-S", "."], tmp_path / "stub")
-    call(["cmake", "--build", "build"], tmp_path / "stub")
-
-
-def test_arduino_and_platformio_metadata(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "c", Config(name="kws"))
-    lines = (tmp_path / "c" / "library.properties").read_text().splitlines()
-    keys = {line.partition("=")[0] for line in lines}
-    assert {"name", "version", "author", "maintainer", "sentence", "paragraph", "category", "architectures"} <= keys
-    described = json.loads((tmp_path / "c" / "library.json").read_text())
-    assert described["name"] == "kws" and described["build"]["srcDir"] == "src"
-    sketch = (tmp_path / "c" / "examples" / "hello" / "hello.ino").read_text()
-    # The sketch as C++, with the board's functions in place of a board.
-    (tmp_path / "sketch.cpp").write_text(
-        "#include <stdint.h>\nstruct { void begin(long) {} template <class T> void print(T) {} "
-        "template <class T> void println(T) {} } Serial;\nunsigned long micros() { return 0; }\n" + sketch
-    )
-    call(["g++", "-std=c++17", "-fsyntax-only", "-I", str(tmp_path / "c" / "src"), "sketch.cpp"], tmp_path)
 
 
 def test_one_header(source: Path, tmp_path: Path) -> None:

@@ -90,6 +90,20 @@ def test_weights_and_shapes() -> None:
     assert shapes["shift"] == (4, 1, 1)
 
 
+def test_examples_are_inputs_that_the_network_takes() -> None:
+    """Numbers of rows for embeddings, of the smallest of them; the same for the same seed."""
+    random = network().examples(50, torch.Generator().manual_seed(0))
+    assert random.shape == (50, *SHAPE) and float(random.min()) < 0
+    builder = Builder()
+    numbers = builder.call("aten.to.dtype", builder.input(), torch.int64)
+    tables = [builder.module(f"rows{count}", nn.Embedding(count, 2), numbers) for count in (3, 7)]
+    graph = builder.finish(builder.call("aten.add.Tensor", *tables), Facts(origin="test", shape=(4,)))
+    rows, again = (graph.examples(50, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(rows, again) and rows.dtype == torch.float32
+    assert set(rows.flatten().tolist()) == {0, 1, 2}
+    assert graph.run(rows).shape == (50, 4, 2)
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_round_trip_keeps_every_bit(tmp_path: Path, batch: int) -> None:
     graph = network()

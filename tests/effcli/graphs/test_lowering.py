@@ -550,6 +550,10 @@ UNSUPPORTED: dict[str, tuple[Build, str]] = {
         lambda b, x: b.call("aten.add.Tensor", x, b.tensor("position", torch.zeros(2, 3, 5, 6))),
         r"position \(2, 3, 5, 6\), which does not fit one input",
     ),
+    "infinite constant": (
+        lambda b, x: b.call("aten.add.Tensor", x, b.tensor("mask", torch.full((5, 6), -torch.inf).triu(1))),
+        r"add .* takes mask, which is infinite",
+    ),
     "broadcast": (
         lambda b, x: b.call("aten.add.Tensor", x, b.call("aten.mean.dim", x, [1])),
         "broadcasts over the batch axis",

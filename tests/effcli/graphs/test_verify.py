@@ -19,7 +19,7 @@ from effcli.contract import Observed
 from effcli.errors import MachineError, UnsupportedError, UserError
 from effcli.exporters.firmware import check, targets
 from effcli.graphs import verify
-from effcli.graphs.graph import Graph
+from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.passes import int8
 
@@ -81,6 +81,17 @@ def test_a_damaged_file_is_not_verified(
     assert captured.out.startswith("NOT VERIFIED: ") and captured.out.count("\n") == 1
     assert "effcli.load reads it" not in captured.out
     assert "Traceback" not in captured.out + captured.err
+
+
+def test_a_network_of_tokens(tmp_path: Path) -> None:
+    """Its inputs are numbers of rows, here and in what it is exported to."""
+    builder = Builder()
+    numbers = builder.call("aten.to.dtype", builder.input(), torch.int64)
+    rows = builder.module("rows", nn.Embedding(5, 3), numbers)
+    graph = builder.finish(builder.call("aten.mean.dim", rows, [1]), Facts(origin="test", shape=(4,)))
+    path = floating(tmp_path / "out", graph)
+    assert verify.verify(path).passed
+    assert exporters.load("pt2").export(path, tmp_path / "pt2").checked.startswith("loaded by torch.export")
 
 
 def test_outputs_that_are_no_numbers(tmp_path: Path) -> None:
