@@ -8,7 +8,7 @@ from effcli.exporters.firmware.program import Task
 from effcli.exporters.firmware.scope import Scope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rowwise(Task):
     """A task over rows of numbers that lie one after the other: how many rows, and how long each is."""
 
@@ -20,7 +20,7 @@ class Rowwise(Task):
         return ("attention",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Softmax(Rowwise):
     @property
     def features(self) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ class Softmax(Rowwise):
         return 30.0 * self.output.nbytes, 30.0 * self.output.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerNorm(Rowwise):
     epsilon: int = 0
     shift: int = 8
@@ -64,7 +64,7 @@ class LayerNorm(Rowwise):
         return total, total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Embedding(Rowwise):
     @property
     def features(self) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ class Embedding(Rowwise):
         return 5.0 * self.output.nbytes, 5.0 * self.output.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MatrixProduct(Task):
     """size: batch, rows, inner, columns. steps: of both inputs over the batch and over their two axes.
 

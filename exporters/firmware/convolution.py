@@ -16,11 +16,11 @@ from effcli.graphs.integer import Array
 _PATCH_BYTES = 2 * 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Convolution(Requantized):
     """Any convolution of an image with channels last, dense or in groups."""
 
-    spatial: Spatial | None = None
+    spatial: Spatial
     groups: int = 1
     bits: int = 8
 
@@ -33,12 +33,10 @@ class Convolution(Requantized):
         return (f"DOT{self.bits}",)
 
     def distance(self, index: int) -> int | None:
-        assert self.spatial is not None
         return self.spatial.distance(2, read_first=self.groups == 1)
 
     def alone(self) -> Task:
         s = self.spatial
-        assert s is not None
         if s.kernel != (1, 1) or s.stride != (1, 1) or s.padded or s.height == 1:
             return self
         # Pixels side by side, so that an odd width costs nothing.
@@ -48,7 +46,6 @@ class Convolution(Requantized):
 
     def emit(self, scope: Scope) -> str:
         s = self.spatial
-        assert s is not None
         low, high = self.bounds
         known: tuple[int, ...] = (
             low,
@@ -74,7 +71,6 @@ class Convolution(Requantized):
 
     def instructions(self) -> tuple[float, float]:
         s = self.spatial
-        assert s is not None
         pixels = s.out_height * (s.out_width + s.out_width % 2)
         numbers = pixels * s.kernel[0] * s.kernel[1] * s.channels
         multiplied = numbers * s.out_channels // self.groups
@@ -84,28 +80,25 @@ class Convolution(Requantized):
         return multiplied + filled * numbers + 14 * outputs, 2.06 * multiplied + (filled + 2) * numbers + 15 * outputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Depthwise(Requantized):
     """A convolution with one filter for each channel."""
 
-    spatial: Spatial | None = None
+    spatial: Spatial
 
     @property
     def kernels(self) -> tuple[str, ...]:
         return "rows", "depthwise"
 
     def distance(self, index: int) -> int | None:
-        assert self.spatial is not None
         return self.spatial.distance(1, read_first=False)
 
     @property
     def taps(self) -> int:
-        assert self.spatial is not None
         return self.spatial.kernel[0] * self.spatial.kernel[1]
 
     def emit(self, scope: Scope) -> str:
         s = self.spatial
-        assert s is not None
         low, high = self.bounds
         known = (low, high, s.width, s.channels, s.out_width, *s.kernel, s.stride[1], s.padding[2], s.dilation[1])
         shifts = "shifts" if self.shifted else "0"
@@ -118,7 +111,6 @@ class Depthwise(Requantized):
 
     def instructions(self) -> tuple[float, float]:
         s = self.spatial
-        assert s is not None
         pixels = s.out_height * s.out_width
         outputs = pixels * s.out_channels
         extra = pixels * self.taps * 12 + outputs * 12

@@ -14,7 +14,7 @@ from effcli.exporters.firmware.program import Task
 from effcli.exporters.firmware.scope import Scope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pointwise(Task):
     """strides: how the second input is read where it does not lie as the output; None where it does."""
 
@@ -59,7 +59,7 @@ class Pointwise(Task):
         return total, total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Add(Pointwise):
     """offset: with half of 2^shift, so that a shift rounds."""
 
@@ -82,7 +82,7 @@ class Add(Pointwise):
         return f"net_add(a, b, factor, other, offset, {self.shift}, {self.bounds[0]}, {self.bounds[1]})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Multiply(Pointwise):
     """rescaling: multiplier and shift."""
 
@@ -98,7 +98,7 @@ class Multiply(Pointwise):
         return f"net_multiply(a, b, {', '.join(map(str, known))})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table(Pointwise):
     """A function of one number."""
 

@@ -16,7 +16,7 @@ _CHUNK = 128
 MOST_INPUTS = 32768
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Linear(Requantized):
     """All outputs of a linear layer, or of a convolution whose window is its whole input."""
 

@@ -10,7 +10,7 @@ from effcli.exporters.firmware.program import Task
 from effcli.exporters.firmware.scope import Scope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Move(Task):
     """Copies from each input, over a background where one is given.
 
@@ -43,21 +43,20 @@ class Move(Task):
         return total, total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mean(Task):
     """Rescaled sums. start: where the sum of each output begins; over: what is added to each.
 
     rescaling: multiplier and shift.
     """
 
-    start: Copy | None = None
-    over: Copy | None = None
-    count: int = 1
+    start: Copy
+    over: Copy
+    count: int
     bounds: tuple[int, int] = (-128, 127)
     rescaling: tuple[int, int] = (0, 1)
 
     def emit(self, scope: Scope) -> str:
-        assert self.start is not None and self.over is not None
         low, high = self.bounds
         offset = -self.count * self.inputs[0].zero
         add = nest(self.over, "sum += from[{1}];")

@@ -8,25 +8,28 @@ from effcli.exporters.firmware.program import Spatial, Task
 from effcli.exporters.firmware.scope import Scope
 
 
-@dataclass(frozen=True)
-class MaxPool(Task):
-    spatial: Spatial | None = None
+@dataclass(frozen=True, kw_only=True)
+class Pool(Task):
+    """A pool over an image with channels last."""
+
+    spatial: Spatial
 
     @property
     def kernels(self) -> tuple[str, ...]:
         return "rows", "pool"
 
+    def distance(self, index: int) -> int | None:
+        return self.spatial.distance(1, read_first=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxPool(Pool):
     @property
     def features(self) -> tuple[str, ...]:
         return ("MAX_POOL",)
 
-    def distance(self, index: int) -> int | None:
-        assert self.spatial is not None
-        return self.spatial.distance(1, read_first=False)
-
     def emit(self, scope: Scope) -> str:
         s = self.spatial
-        assert s is not None
         known = (s.width, s.channels, s.out_width, *s.kernel, s.stride[1], s.padding[2], s.dilation[1])
         parameters = ["const int8_t *const *rows", "int8_t *out"]
         name = scope.functions.add(
@@ -36,34 +39,23 @@ class MaxPool(Task):
 
     def instructions(self) -> tuple[float, float]:
         s = self.spatial
-        assert s is not None
         total = 8.0 * self.output.nbytes * s.kernel[0] * s.kernel[1]
         return total, total
 
 
-@dataclass(frozen=True)
-class AveragePool(Task):
+@dataclass(frozen=True, kw_only=True)
+class AveragePool(Pool):
     """rescaling: multiplier and shift."""
 
-    spatial: Spatial | None = None
     bounds: tuple[int, int] = (-128, 127)
     rescaling: tuple[int, int] = (0, 1)
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        return "rows", "pool"
 
     @property
     def features(self) -> tuple[str, ...]:
         return ("AVERAGE_POOL",)
 
-    def distance(self, index: int) -> int | None:
-        assert self.spatial is not None
-        return self.spatial.distance(1, read_first=False)
-
     def emit(self, scope: Scope) -> str:
         s = self.spatial
-        assert s is not None
         known: tuple[int, ...] = (self.inputs[0].zero, self.output.zero, *self.bounds, *self.rescaling)
         known += (s.width, s.channels, s.out_width, *s.kernel, s.stride[1], s.padding[2])
         parameters = ["const int8_t *const *rows", "int8_t *out"]
@@ -74,6 +66,5 @@ class AveragePool(Task):
 
     def instructions(self) -> tuple[float, float]:
         s = self.spatial
-        assert s is not None
         total = self.output.nbytes * (6.0 * s.kernel[0] * s.kernel[1] + 40)
         return total, total

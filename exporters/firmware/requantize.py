@@ -15,7 +15,7 @@ from effcli.graphs.integer import Array
 _HIGH_WORD = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Requantized(Task):
     """A task with weights. bounds: the codes between which its outputs are clamped."""
 
