@@ -14,6 +14,8 @@ from effcli.exporters.firmware.program import Program, Tensor
 
 # Addresses are multiples of this: kernels read words of weights and scratch.
 ALIGNMENT = 4
+# What the address of the whole arena, and its size, is a multiple of.
+WHOLE = 8
 # Tasks of one band at the most; longer ones were never of use, and planning stays quick.
 _LONGEST = 24
 # Orders of placement that are tried.
@@ -59,7 +61,7 @@ def plan(program: Program) -> tuple[Program, Plan]:
     alone = {band.start for band in bands if band.size == 1}
     tasks = tuple(task.alone() if index in alone else task for index, task in enumerate(program.tasks))
     placed = tuple(zip(pieces, offsets, strict=True))
-    return replace(program, tasks=tasks), Plan(tuple(bands), placed, _aligned(nbytes))
+    return replace(program, tasks=tasks), Plan(tuple(bands), placed, -(-nbytes // WHOLE) * WHOLE)
 
 
 def _aligned(nbytes: int) -> int:

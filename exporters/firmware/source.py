@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effcli.exporters.firmware.arena import Plan
+from effcli.exporters.firmware.arena import WHOLE, Plan
 from effcli.exporters.firmware.bands import Band
 from effcli.exporters.firmware.program import Array, Constant, Program, Task, Tensor, Window
 from effcli.exporters.firmware.scope import Functions, Scope
 from effcli.graphs.integer import IntegerNetwork, Value
 
-ARENA_ALIGNMENT = 8
 # Kernels in the order in which their files build on each other.
 _KERNELS = (
     "rows",
@@ -71,9 +70,25 @@ def implementation(program: Program, plan: Plan) -> str:
     taps = max((getattr(task, "taps", 1) for task in program.tasks), default=1)
     lines = [f"#define NET_HAS_{name} {int(name in features)}" for name in _FEATURES]
     lines += [f"#define NET_MOST_TAPS {taps}"]
-    parts = ["\n".join(lines), kernel("common.c"), *(kernel(f"{stem}.c") for stem in _KERNELS if stem in wanted)]
+    parts = [
+        "\n".join(lines),
+        _assertions(program),
+        kernel("common.c"),
+        *(kernel(f"{stem}.c") for stem in _KERNELS if stem in wanted),
+    ]
     parts += [*specialised.texts.values(), *steps, _schedule(program, plan), kernel("entry.c")]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def _assertions(program: Program) -> str:
+    """What a compiler can check of the sizes that the header names."""
+    names = [f"net_fixed_{index}" for index in range(len(program.fixed))]
+    names += [f"net_{index}_{suffix}" for index, task in enumerate(program.tasks) for suffix in task.arrays]
+    sizes = " + ".join(["0u", *(f"sizeof({name})" for name in names)])
+    return (
+        "typedef char net_assert_arena[(NET_ARENA_BYTES % NET_ARENA_ALIGN == 0u) ? 1 : -1];\n"
+        f"typedef char net_assert_constants[({sizes} == NET_CONSTANT_BYTES) ? 1 : -1];\n"
+    )
 
 
 def _base(tensor: Tensor, program: Program, plan: Plan) -> str:
@@ -270,7 +285,7 @@ extern "C" {{
 
 /* RAM that net_run needs, with room for its input and its output, and the alignment of its address. */
 #define NET_ARENA_BYTES {sizes.arena}u
-#define NET_ARENA_ALIGN {ARENA_ALIGNMENT}u
+#define NET_ARENA_ALIGN {WHOLE}u
 /* Flash: constants, and with them an estimate of the code for a Cortex-M4 at -O2. */
 #define NET_CONSTANT_BYTES {sizes.constants}u
 #define NET_FLASH_BYTES {sizes.flash}u
