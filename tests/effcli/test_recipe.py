@@ -86,7 +86,7 @@ def test_every_mistake_is_reported_at_once() -> None:
                 {"linear": {}, "awq": {}},
                 {"linear": 4},
             ],
-            "export": ["c"],
+            "export": ["gguf"],
             "device": "gpu",
             "threads": 0,
         }
@@ -105,7 +105,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         "passes.2.bits: ",
         "passes.3: a step is a name or",
         "passes.4: the options of linear must be a mapping, not 4",
-        "export: this version does not export C for microcontrollers",
+        "export: there is no export target 'gguf'",
         "device: must be cpu, cuda, cuda:N or auto, not 'gpu'",
         "threads: should be greater than or equal to 1, not 0",
     ):
