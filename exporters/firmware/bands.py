@@ -81,7 +81,8 @@ def join(program: Program, start: int, end: int, last_use: dict[str, int]) -> Ba
         if pace is None:
             return None
         paces.append(pace)
-    kept = {task.output.name for task in tasks[:-1] if last_use[task.output.name] < end}
+    # In the order of the tasks, so that the same network always gets the same addresses.
+    kept = [task.output.name for task in tasks[:-1] if last_use[task.output.name] < end]
     rings, distances = _simulate(tasks, needed, kept)
     outputs = tuple(task.output for task in tasks if task.output.name not in kept)
     return Band(start, end, tuple(paces), rings, outputs, distances, max(task.scratch for task in tasks))
@@ -130,7 +131,7 @@ def _pace(rows: list[int], height: int) -> Pace | None:
 
 
 def _simulate(
-    tasks: Sequence[Task], needed: list[list[int]], kept: set[str]
+    tasks: Sequence[Task], needed: list[list[int]], kept: Sequence[str]
 ) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """Rows that each tensor of `kept` must hold at once, and the distances between outputs and inputs from outside."""
     events = [

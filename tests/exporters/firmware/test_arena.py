@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from integer_networks import Network, random_network
@@ -87,6 +91,25 @@ def test_a_chain_runs_down_the_diagonal() -> None:
 
 def test_the_same_network_gets_the_same_addresses() -> None:
     assert planned(residual_block())[1].pieces == planned(residual_block())[1].pieces
+
+
+def test_addresses_do_not_depend_on_the_hashes_of_names() -> None:
+    program = (
+        "from test_arena import planned, residual_block\n"
+        "print([(piece.name, offset) for piece, offset in planned(residual_block())[1].pieces])"
+    )
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "support")]
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", f"import sys\nsys.path += {folders}\n{program}"],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2, 3)
+    }
+    assert len(printed) == 1
 
 
 @pytest.mark.parametrize("seed", range(30))
