@@ -93,9 +93,7 @@ def export(source: Path, target: Path, config: Config | None = None, overwrite: 
         )
         texts = project.files(generated, config.name, targets.find(config.target))
         with writing(target):
-            for path, text in texts.items():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_text(text, encoding="utf-8")
+            check.write_texts(folder, texts)
         checked = _checked(network, generated, config.name)
     cost = generated.cost
     remarks = (

@@ -6,6 +6,7 @@ is read by strides.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from effcli.exporters.firmware.layout import Copy, Level
@@ -24,9 +25,9 @@ class Pointwise(Task):
     def kernels(self) -> tuple[str, ...]:
         return ("elementwise",)
 
+    @abstractmethod
     def expression(self) -> str:
         """The C expression of one output of `a`, and of `b` where there are two inputs."""
-        raise NotImplementedError
 
     def distance(self, index: int) -> int | None:
         # What is broadcast is read more than once.

@@ -40,12 +40,12 @@ def generate(
     max_ram, max_flash: bytes. Raises `UnsupportedError` for what has no C code and for a limit that is not kept.
     """
     program, plan = arena.plan(lowering.lower(network))
-    functions = source.functions(program, plan)
-    found = cost(program, plan, functions.texts)
+    written = source.body(program, plan)
+    found = cost(program, plan, written.specialised.texts)
     limits.check(program, plan, found, max_ram, max_flash)
     sizes = source.Sizes(plan.nbytes, found.constants, found.flash)
     tested = vectors.test_file(network, program, inputs(network, tests))
-    sources = source.files(network, program, plan, sizes, name, tested)
+    sources = source.files(network, program, plan, written, sizes, name, tested)
     if single_header:
         sources = {f"{name}.h": source.single_header(sources, name)}
     documents = {"plan.json": description(program, plan, found, name), "arena.svg": arena_svg(program, plan)}

@@ -53,18 +53,22 @@ def kernel(name: str) -> str:
     return (resources.files("effcli.exporters.firmware") / "kernels" / name).read_text(encoding="utf-8")
 
 
-def functions(program: Program, plan: Plan) -> Functions:
-    """The specialised functions of a program."""
-    found = Functions()
-    for index, task in enumerate(program.tasks):
-        _step(index, task, program, plan, found)
-    return found
+class Body(NamedTuple):
+    """The functions of a program. specialised: those that tasks of one shape share; layers: one for each task."""
+
+    specialised: Functions
+    layers: tuple[str, ...]
 
 
-def implementation(program: Program, plan: Plan) -> str:
-    """Kernels, one function for each layer, and the schedule."""
+def body(program: Program, plan: Plan) -> Body:
+    """Write the functions of a planned program."""
     specialised = Functions()
-    steps = [_step(index, task, program, plan, specialised) for index, task in enumerate(program.tasks)]
+    layers = tuple(_step(index, task, program, plan, specialised) for index, task in enumerate(program.tasks))
+    return Body(specialised, layers)
+
+
+def implementation(program: Program, plan: Plan, written: Body) -> str:
+    """Kernels, one function for each layer, and the schedule."""
     wanted = {stem for task in program.tasks for stem in task.kernels}
     features = {feature for task in program.tasks for feature in task.features}
     taps = max((getattr(task, "taps", 1) for task in program.tasks), default=1)
@@ -76,7 +80,7 @@ def implementation(program: Program, plan: Plan) -> str:
         kernel("common.c"),
         *(kernel(f"{stem}.c") for stem in _KERNELS if stem in wanted),
     ]
-    parts += [*specialised.texts.values(), *steps, _schedule(program, plan), kernel("entry.c")]
+    parts += [*written.specialised.texts.values(), *written.layers, _schedule(program, plan), kernel("entry.c")]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
@@ -322,14 +326,16 @@ int net_selftest(void);
 """
 
 
-def files(network: IntegerNetwork, program: Program, plan: Plan, sizes: Sizes, name: str, tests: str) -> dict[str, str]:
+def files(
+    network: IntegerNetwork, program: Program, plan: Plan, written: Body, sizes: Sizes, name: str, tests: str
+) -> dict[str, str]:
     """The C files of a network called `name`, by file name; tests: the text of the test file."""
     declared, defined = constants(program)
     guarded = f"#ifndef NET_PROCESSOR_H\n#define NET_PROCESSOR_H\n\n{kernel('processor.h')}\n{declared}\n#endif\n"
     texts = {
         "@name@.h": header(network, program, plan, sizes),
         "@name@_internal.h": f"#include <stdint.h>\n\n{guarded}",
-        "@name@.c": f'#include "@name@.h"\n#include "@name@_internal.h"\n\n{implementation(program, plan)}',
+        "@name@.c": f'#include "@name@.h"\n#include "@name@_internal.h"\n\n{implementation(program, plan, written)}',
         "@name@_weights.c": f'#include "@name@_internal.h"\n\n{defined}',
         "@name@_test.c": f'#include "@name@.h"\n\n{tests}',
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from effcli.exporters.firmware.layout import Places
 from effcli.exporters.firmware.program import Array, Program
 from effcli.exporters.firmware.source import kernel
 from effcli.graphs import executor
@@ -20,22 +21,34 @@ def checksums(rows: Array) -> Array:
     return state.astype(np.uint32)
 
 
-def layers(network: IntegerNetwork, program: Program, codes: Array) -> list[Array]:
-    """What every layer must hold in memory for input codes (n, *shape): int8 (n, bytes) each."""
-    values = executor.run(network, codes, keep=True)
-    return [values[task.output.value].reshape(len(codes), -1)[:, task.output.places] for task in program.tasks]
+class Expected:
+    """What the reference executor gives for input codes (n, *shape): int8 (n, bytes) each, as the C's memory holds it.
+
+    layers: the outputs of all tasks.
+    """
+
+    def __init__(self, network: IntegerNetwork, program: Program, codes: Array) -> None:
+        values = executor.run(network, codes, keep=True)
+        self.inputs = _placed(values[network.program.input], program.input.places)
+        self.layers = [_placed(values[task.output.value], task.output.places) for task in program.tasks]
+        self.outputs = _placed(values[network.program.output], program.output.places)
+
+    def sums(self) -> Array:
+        """The checksum of every layer, uint32 (n, layers)."""
+        return np.stack([checksums(layer) for layer in self.layers], 1)
+
+
+def _placed(codes: Array, places: Places) -> Array:
+    return codes.reshape(len(codes), -1)[:, places]
 
 
 def test_file(network: IntegerNetwork, program: Program, codes: Array) -> str:
     """C with the test vectors for input codes (n, *shape)."""
-    held = layers(network, program, codes)
-    inputs = codes.reshape(len(codes), -1)[:, program.input.places]
-    outputs = executor.run(network, codes).reshape(len(codes), -1)[:, program.output.places]
-    sums = np.stack([checksums(each) for each in held], 1)
+    expected = Expected(network, program, codes)
     parts = [f"#define NET_TESTS {len(codes)}\n"]
-    parts.append(_matrix("int8_t", "net_test_inputs", "NET_INPUT_BYTES", inputs))
-    parts.append(_matrix("int8_t", "net_test_outputs", "NET_OUTPUT_BYTES", outputs))
-    checked = _matrix("uint32_t", "net_test_checksums", "NET_LAYERS", sums)
+    parts.append(_matrix("int8_t", "net_test_inputs", "NET_INPUT_BYTES", expected.inputs))
+    parts.append(_matrix("int8_t", "net_test_outputs", "NET_OUTPUT_BYTES", expected.outputs))
+    checked = _matrix("uint32_t", "net_test_checksums", "NET_LAYERS", expected.sums())
     parts.append(f"#if !defined(NET_NO_HOOKS)\n{checked}#endif\n")
     return "\n".join([*parts, kernel("selftest.c")])
 
