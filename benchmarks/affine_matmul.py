@@ -212,7 +212,7 @@ def model() -> None:
     """Eight random layers of Llama's shapes: one token after 128, and 128 tokens, bf16 against 4 bits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from effcli.language.modules import AffineLinear
+    from effcli.language.modules import QuantizedLinear
 
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=8, num_attention_heads=32, vocab_size=32000
@@ -226,7 +226,7 @@ def model() -> None:
                 for name, child in list(part.named_children()):
                     if isinstance(child, torch.nn.Linear):
                         shape = (child.out_features, child.in_features)
-                        setattr(part, name, AffineLinear(make_weight(shape, Affine(4, "group", 128))))
+                        setattr(part, name, QuantizedLinear(make_weight(shape, Affine(4, "group", 128))))
         after = phases(net)
     print(f"{processor()}, {torch.get_num_threads()} thread(s): 8 layers, hidden 4096, int4 g128 asym\n")
     rows = [

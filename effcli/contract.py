@@ -7,6 +7,7 @@ A pass module `passes/<name>.py` holds
 - with `Scope.GROUP` also `scale(configs, group, seen) -> (Tensor, notes)`: a factor per input channel of layers that
   share one input. The runner folds its inverse into the module that produces the input and hands `apply` the scaled
   weight and the Gram matrix of the scaled input;
+- where more is to be kept of the inputs than a Gram matrix, `observer(config, features) -> Gram`, which keeps it too;
 - with `Scope.GRAPH` instead of `apply` `transform(config, graph, seen) -> Transformed`: what becomes of a whole graph.
 
 A convolution is a layer whose inputs are its patches. A grouped one is as many independent layers as it has groups:
@@ -25,7 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from effcli.formats import AffineWeight
+from effcli.formats import Quantized
 from effcli.observers import Gram
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class PassConfig(Options):
     )
     lm_head: bool = Field(False, description="Also take the output head, which stands outside the repeated blocks.")
 
+    @property
+    def needed(self) -> Needs:
+        """What these options need: what the pass needs, unless some of its options need more."""
+        return self.needs
+
     def for_graph(self) -> Self:
         """These options in a network read as a graph: what was not set takes the defaults for graphs."""
         defaults = {key: value for key, value in self.graph_defaults.items() if key not in self.model_fields_set}
@@ -118,7 +124,7 @@ class Group:
 class Outcome:
     """What became of one layer: a quantized weight or a dense one (out, in), and notes for the ledger."""
 
-    weight: AffineWeight | Tensor
+    weight: Quantized | Tensor
     notes: dict[str, Any] = field(default_factory=dict)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from effcli.errors import NumericsError
+
+T = TypeVar("T")
 
 # Tokens whose products are summed before they are added up in float32.
 _CHUNK = 2048
@@ -30,6 +35,7 @@ class Gram:
         self._mirrored = True
         self.magnitude_sum = torch.zeros(features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self._remembered: dict[Hashable, Any] = {}
 
     @staticmethod
     def of(matrix: Tensor, magnitude_sum: Tensor, tokens: int) -> Gram:
@@ -37,7 +43,15 @@ class Gram:
         gram = Gram.__new__(Gram)
         gram._sum, gram._mirrored = matrix, True
         gram.magnitude_sum, gram.tokens = magnitude_sum, tokens
+        gram._remembered = {}
         return gram
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for all layers that share these inputs; new inputs make it anew."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        found: T = self._remembered[key]
+        return found
 
     def add(self, inputs: Tensor) -> None:
         """Take in inputs (..., in). Chunks are multiplied in the inputs' dtype, bf16 or float32, and summed in float32.
@@ -53,7 +67,15 @@ class Gram:
             # A product with ones: far faster than a sum over the rows of a wide matrix.
             self.magnitude_sum += torch.ones(chunk.shape[0], device=chunk.device) @ chunk.abs().float()
         self._mirrored = False
+        self._remembered.clear()
         self.tokens += rows.shape[0]
+
+    def add_patches(self, patches: Tensor) -> None:
+        """Take in patches (tokens, in) of inputs that `see` is shown whole."""
+        self.add(patches)
+
+    def see(self, inputs: Tensor) -> None:
+        """Look at the inputs of a convolution as they come, of all its groups; nothing of them is kept here."""
 
     def _parts(self) -> list[slice]:
         """G is symmetric: rows of each part are summed from its diagonal on, a third of the work less."""
@@ -130,3 +152,27 @@ class GroupedGram:
         return tuple(
             Gram.of(matrix, sums, self.tokens) for matrix, sums in zip(self.matrices, self.magnitude_sums, strict=True)
         )
+
+
+class Observers:
+    """A pass's own observers of the groups of one convolution, side by side."""
+
+    def __init__(self, observers: Sequence[Gram]) -> None:
+        self._observers = tuple(observers)
+
+    @property
+    def tokens(self) -> int:
+        return self._observers[0].tokens
+
+    def see(self, inputs: Tensor) -> None:
+        """Show the inputs, as they come and once for all groups, to the first group's observer."""
+        self._observers[0].see(inputs)
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in patches float32 (groups, tokens, in) of inputs that were seen."""
+        for observer, part in zip(self._observers, inputs, strict=True):
+            observer.add_patches(part)
+
+    def each(self) -> tuple[Gram, ...]:
+        """One observer per group."""
+        return self._observers

@@ -138,7 +138,7 @@ class _Run:
         stages = [self._stage(0, lambda: self._measured(base, "input", {}, count, first=True))]
         current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
-            said = remarks if step.config.needs is not Needs.NOTHING else ()
+            said = remarks if step.config.needed is not Needs.NOTHING else ()
             target = self._pass(number, step, current, reference, said, count, stages)
             dense = not any(row.status == "compressed" for row in stages[-1].ledger)
             former, current = current, target

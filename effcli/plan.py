@@ -10,7 +10,7 @@ from pydantic import Field
 from effcli import samples
 from effcli.contract import Needs, Options
 from effcli.errors import SelectionError
-from effcli.formats import Affine
+from effcli.formats import Packing
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, open_weights
 from effcli.recipe import Recipe
@@ -124,7 +124,7 @@ def make(recipe: Recipe) -> Plan:
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
-        if step.config.needs is Needs.INPUTS:
+        if step.config.needed is Needs.INPUTS:
             tokens = recipe.calibration.samples * recipe.calibration.length
             operations += _operations(choices, tokens, recipe.calibration.inputs == "compressed")
             if recipe.calibration.data is None:
@@ -199,12 +199,12 @@ class _Sizes:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        self.formats: dict[str, Affine] = {name: item.format for name, item in weights.stored.items()}
+        self.formats: dict[str, Packing] = {name: item.format for name, item in weights.stored.items()}
         self.taken: set[str] = set()
 
     def take(self, choice: Choice) -> None:
         format = getattr(choice.config, "format", None)
-        if isinstance(format, Affine):
+        if isinstance(format, Packing):
             self.formats[choice.site.name] = format
             self.taken.add(choice.site.name)
 
@@ -283,7 +283,7 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     skeleton = weights.skeleton
     state = skeleton.model.state_dict()
     itemsize: int = skeleton.dtype.itemsize
-    inputs = any(step.config.needs is Needs.INPUTS for step in recipe.passes)
+    inputs = any(step.config.needed is Needs.INPUTS for step in recipe.passes)
     outer = sum(state[name].numel() for name in skeleton.outer_parameters()) * itemsize
     total: int = BASE_MEMORY + outer
     sites = [skeleton.block_layers(k) for k in range(len(skeleton.blocks))]

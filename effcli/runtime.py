@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effcli import importers, samples
 from effcli.errors import UnsupportedError
-from effcli.language.modules import AffineExperts, AffineLinear
+from effcli.language.modules import QuantizedExperts, QuantizedLinear
 from effcli.language.weights import Weights, open_weights, place
 from effcli.sites import LayerSite
 from effcli.stock import restoring_verbosity
@@ -97,13 +97,13 @@ def _replace(
             bias = bias.to(weights.skeleton.dtype)
         packed = weights.packed(sites[0].name)
         assert packed is not None
-        setattr(network.get_submodule(owner), own, AffineLinear(packed, bias, device))
+        setattr(network.get_submodule(owner), own, QuantizedLinear(packed, bias, device))
         return
     owner, _, own = name.rpartition(".")
     module = network.get_submodule(owner)
     experts = [weights.packed(site.name) or weights.dense_matrix(site) for site in sites]
     del module._parameters[own]
-    setattr(module, own, AffineExperts(experts, device))
+    setattr(module, own, QuantizedExperts(experts, device))
 
 
 def _take_generation_settings(network: nn.Module, path: Path) -> None:

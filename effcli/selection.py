@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from effcli.contract import PassConfig
 from effcli.errors import SelectionError, did_you_mean
-from effcli.formats import Affine
+from effcli.formats import Affine, Codebook
 from effcli.language.skeleton import Skeleton
 from effcli.sites import LayerSite
 
@@ -125,7 +125,9 @@ def _check_group_sizes(choices: Iterable[Choice]) -> None:
     widths: set[int] = set()
     for choice in choices:
         format = getattr(choice.config, "format", None)
-        if isinstance(format, Affine) and format.group_size:
+        if isinstance(format, Affine) or (isinstance(format, Codebook) and format.fits_rows):
+            if not format.group_size:
+                continue
             widths.add(choice.site.columns)
             if choice.site.columns % format.group_size:
                 misfits.setdefault(format.group_size, []).append(choice.site)

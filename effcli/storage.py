@@ -1,16 +1,16 @@
 """Where compressed layers are described: the `quantization_config` of a stock checkpoint, or effcli's own layout.
 
 A layer with a standard place is an affine linear without an explicit input scale: compressed-tensors'
-`pack-quantized`, which stock transformers loads, with zero points as long as all layers have the same bits. Any other
-compressed layer puts the whole checkpoint into effcli's own layout, made so that stock loaders refuse it: the
-`model_type` is "effcli" and the weight files carry names that no stock loader looks for. (An unknown `quant_method`
-alone would be ignored and random weights be loaded.)
+`pack-quantized`, which stock transformers loads, with zero points as long as all layers have the same bits, or its
+`int-quantized` where the inputs become int8 too. Any other compressed layer puts the whole checkpoint into effcli's own
+layout, made so that stock loaders refuse it: the `model_type` is "effcli" and the weight files carry names that no
+stock loader looks for. (An unknown `quant_method` alone would be ignored and random weights be loaded.)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from effcli.checkpoint import read_config
 from effcli.contract import Kind
 from effcli.errors import CheckpointError, UnsupportedError
-from effcli.formats import Affine
+from effcli.formats import Activations, Affine, Codebook, Packing, format_from_json
 
 LAYOUT_VERSION = 1
 OWN_TYPE = "effcli"
@@ -28,7 +28,7 @@ OWN_TYPE = "effcli"
 class Stored:
     """How one compressed layer stands in the file."""
 
-    format: Affine
+    format: Packing
     kind: Kind = "linear"
     input_scale: bool = False
 
@@ -37,7 +37,7 @@ class Stored:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Stored:
-        return Stored(Affine.from_json(data), data["kind"], data["input_scale"])
+        return Stored(format_from_json(data), data["kind"], data["input_scale"])
 
     @property
     def obstacle(self) -> str:
@@ -48,6 +48,8 @@ class Stored:
             return "an expert is a slice of a 3-D parameter"
         if self.kind != "linear":
             return f"a {self.kind} is not a linear"
+        if isinstance(self.format, Codebook):
+            return f"{self.format.kind} has no place in compressed-tensors"
         if self.input_scale:
             return "its input scale is explicit"
         return ""
@@ -58,13 +60,22 @@ def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
     alone = {name: stored.obstacle for name, stored in layers.items() if stored.obstacle}
     if alone:
         return alone
-    # Transformers reads zero points only when it dequantizes, and then takes every layer for one like the first.
-    kinds = [(s.format.bits, s.format.symmetric, s.format.strategy == "tensor") for s in layers.values()]
-    if len(set(kinds)) < 2 or all(stored.format.symmetric for stored in layers.values()):
+    formats = {name: stored.format for name, stored in layers.items() if isinstance(stored.format, Affine)}
+    integer = {name: format.activations != "none" for name, format in formats.items()}
+    if len(set(integer.values())) == 2:
+        return _unusual(integer, "stock transformers reads packed layers or layers of int8 inputs, not both")
+    if all(format.symmetric for format in formats.values()):
         return {}
-    usual = max(kinds, key=kinds.count)
-    reason = "stock transformers reads mixed bits only where all layers are symmetric"
-    return {name: reason for name, kind in zip(layers, kinds, strict=True) if kind != usual}
+    # Transformers reads zero points only when it dequantizes, and then takes every layer for one like the first.
+    kinds = {name: (f.bits, f.symmetric, f.strategy == "tensor") for name, f in formats.items()}
+    return _unusual(kinds, "stock transformers reads mixed bits only where all layers are symmetric")
+
+
+def _unusual(kinds: Mapping[str, Hashable], reason: str) -> dict[str, str]:
+    """`reason` for every layer that is not of the most frequent kind."""
+    found = list(kinds.values())
+    usual = max(found, key=found.count, default=None)
+    return {name: reason for name, kind in kinds.items() if kind != usual}
 
 
 def network_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +87,13 @@ def network_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def is_own(config: dict[str, Any]) -> bool:
     return config.get("model_type") == OWN_TYPE
+
+
+def rounds_inputs(config: dict[str, Any]) -> bool:
+    """Whether the inputs of some layers of a language model's checkpoint become int8."""
+    if is_own(config):
+        return any(layer.get("activations", "none") != "none" for layer in config["effcli"]["layers"].values())
+    return bool(config.get("quantization_config", {}).get("format") == "int-quantized")
 
 
 def holds(folder: Path, file: str, kind: str) -> bool:
@@ -104,7 +122,8 @@ def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[st
         if packed:
             raise CheckpointError("the weights are packed but config.json has no quantization_config", "restore it")
         return {}
-    if quantization.get("quant_method") != "compressed-tensors" or quantization.get("format") != "pack-quantized":
+    known = quantization.get("format") in ("pack-quantized", "int-quantized")
+    if quantization.get("quant_method") != "compressed-tensors" or not known:
         what = f"{quantization.get('quant_method')}/{quantization.get('format')}"
         raise UnsupportedError(
             f"the checkpoint is already quantized as {what}, which effcli does not read",
@@ -123,8 +142,9 @@ def _scheme_of(name: str, quantization: dict[str, Any], has_zero: bool) -> Affin
     chosen = chosen or next((g for g in groups if "Linear" in g["targets"]), None)
     if chosen is None:
         raise CheckpointError(f"no config group of quantization_config names {name}", "restore config.json")
-    weights = chosen["weights"]
-    return Affine(weights["num_bits"], weights["strategy"], weights.get("group_size") or 0, not has_zero)
+    weights, inputs = chosen["weights"], chosen.get("input_activations")
+    activations: Activations = "none" if inputs is None else "token" if inputs.get("dynamic") else "tensor"
+    return Affine(weights["num_bits"], weights["strategy"], weights.get("group_size") or 0, not has_zero, activations)
 
 
 def own_config(config: dict[str, Any], layers: Mapping[str, Stored]) -> dict[str, Any]:
@@ -143,6 +163,7 @@ def standard_config(config: dict[str, Any], layers: Mapping[str, Stored], linear
         return dict(config)
     by_format: dict[Affine, list[str]] = {}
     for name, stored in sorted(layers.items()):
+        assert isinstance(stored.format, Affine)
         by_format.setdefault(stored.format, []).append(name)
     groups = {}
     for number, (format, names) in enumerate(sorted(by_format.items(), key=lambda item: item[1][0])):
@@ -156,17 +177,33 @@ def standard_config(config: dict[str, Any], layers: Mapping[str, Stored], linear
                 "group_size": format.group_size or None,
                 "dynamic": False,
             },
-            "input_activations": None,
+            "input_activations": _inputs(format.activations),
             "output_activations": None,
         }
+    integer = any(format.activations != "none" for format in by_format)
     quantization: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "int-quantized" if integer else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(set(linears) - layers.keys()),
     }
-    if len({stored.format.bits for stored in layers.values()}) == 1:
+    if not integer and len({format.bits for format in by_format}) == 1:
         # Zero points load in transformers only through its dequantizing route, mixed bits only through the other.
         quantization["dequantize"] = True
     return {**config, "quantization_config": quantization}
+
+
+def _inputs(activations: Activations) -> dict[str, Any] | None:
+    """How compressed-tensors says that inputs become int8."""
+    if activations == "none":
+        return None
+    dynamic = activations == "token"
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": dynamic,
+        "strategy": activations,
+        "dynamic": dynamic,
+        "group_size": None,
+    }

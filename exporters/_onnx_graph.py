@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +26,7 @@ from effcli import onnx_session
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, first_line, writing
 from effcli.exporters import _onnx_integer_linear
 from effcli.exporters._obstacles import by_reason
-from effcli.exporters._onnx_integer_linear import IntegerLinear
+from effcli.exporters._onnx_integer_linear import IntegerLinear, input_range, quantize
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph
 from effcli.reports.human import count
@@ -42,8 +42,9 @@ RESTORE_AT_LOAD = "session.disable_quant_qdq"
 _BATCHES = 1, 3
 # Protobuf ends at 2 GiB; with room for the graph itself.
 _EXTERNAL = 1_900_000_000
-# Largest ‖a - b‖ / ‖b‖ over all outputs when only the order of sums differs.
-_EXACT = 1e-3
+# Largest ‖a - b‖ / ‖b‖ over all outputs when only the order of sums differs, and when that may decide besides which of
+# 256 levels an input is rounded to.
+_EXACT, _ROUNDED = 1e-3, 5e-2
 
 Precision = Literal["float32", "float16"]
 
@@ -67,9 +68,11 @@ def export_graph(
     if dequantize and activations:
         raise UserError("int8 activations need packed layers, which dequantize removes", "ask for one of the two")
     graph = Graph.read(source)
-    stored = {} if dequantize else dict(graph.stored)
+    stored = {} if dequantize else _packed(graph)
     layers = len(graph.sites())
-    integer = _integer_layers(graph, stored) if activations else set()
+    rounding = {name for name, weight in stored.items() if weight.format.activations != "none"}
+    linear = {name for name in rounding if isinstance(graph.layer(name), nn.Linear)}
+    integer = linear | (_integer_layers(graph, stored) if activations else set())
     dtype = torch.float16 if precision == "float16" else torch.float32
     graph.module.to(dtype)
     for name, weight in stored.items():
@@ -80,8 +83,9 @@ def export_graph(
         external = FILE_NAME + ".data" if _nbytes(model) > _EXTERNAL else None
         onnx_ir.save(model, folder / FILE_NAME, external_data=external)
     _check_file(folder / FILE_NAME)
-    line = _compare(Graph.read(source), folder, exact=precision == "float32" and not activations)
-    return "; ".join([line, *_described(model, layers, len(stored), len(integer))])
+    tolerance = None if precision == "float16" or activations else _ROUNDED if graph.rounds_inputs else _EXACT
+    line = _compare(Graph.read(source), folder, tolerance)
+    return "; ".join([line, *_described(model, layers, stored, integer)])
 
 
 class Restored(nn.Module):
@@ -91,13 +95,16 @@ class Restored(nn.Module):
 
     weight_codes: (out, in) with groups, else in the shape of the weight; weight_scale float32 and weight_zero_point:
     (), (out,) or (out, groups); input_scale float32 (in,) and bias (out,) or None. Codes and zero points are uint8, or
-    int8 where they will be stored in 4 bits: so `_narrow` tells them apart.
+    int8 where they will be stored in 4 bits: so `_narrow` tells them apart. activation_scale float32 () and
+    activation_zero uint8 () where the inputs are rounded to int8 and back, None otherwise.
     """
 
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor | None
+    activation_scale: Tensor | None
+    activation_zero: Tensor | None
     bias: Tensor | None
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Linear, weight: AffineWeight) -> None:
@@ -124,6 +131,9 @@ class Restored(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero_point", zero.to(kind))
         self.register_buffer("input_scale", None if weight.input_scale is None else weight.input_scale.float())
+        fixed = input_range(weight)
+        self.register_buffer("activation_scale", fixed.get("input_scale"))
+        self.register_buffer("activation_zero", fixed.get("input_zero_point"))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
     def weight(self) -> Tensor:
@@ -140,12 +150,31 @@ class Restored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, channels, ...) of a convolution, (n, ..., in) of a linear layer."""
+        if self.activation_scale is not None and self.activation_zero is not None:
+            levels = quantize(x.float(), self.activation_scale, self.activation_zero)
+            restored: Tensor = torch.onnx.ops.symbolic(
+                "::DequantizeLinear",
+                [levels, self.activation_scale, self.activation_zero],
+                dtype=torch.float32,
+                shape=x.shape,
+            )
+            x = restored.to(x.dtype)
         if self.convolution:
             convolve = functional.conv1d if len(self.shape) == 3 else functional.conv2d
             return convolve(x, self.weight(), self.bias, **self.convolution)
         # As a `Gemm` of two axes: of `MatMul` onnxruntime makes a product with inputs rounded to 8 bits, unasked.
         y = functional.linear(x.reshape(-1, self.shape[1]) if x.dim() > 2 else x, self.weight(), self.bias)
         return y.reshape(-1, *x.shape[1:-1], self.shape[0]) if x.dim() > 2 else y
+
+
+def _packed(graph: Graph) -> dict[str, AffineWeight]:
+    """The quantized layers by name. `UnsupportedError` names those that ONNX has no arithmetic for."""
+    tables = {name: str(weight.format) for name, weight in graph.stored.items() if not isinstance(weight, AffineWeight)}
+    if tables:
+        raise UnsupportedError(
+            f"ONNX has no place for weights of a table: {by_reason(tables)}", "--dequantize writes dense weights"
+        )
+    return {name: weight for name, weight in graph.stored.items() if isinstance(weight, AffineWeight)}
 
 
 def _integer_layers(graph: Graph, stored: Mapping[str, AffineWeight]) -> set[str]:
@@ -170,7 +199,10 @@ def _replace(graph: Graph, name: str, weight: AffineWeight, integer: bool) -> No
     module: nn.Module = Restored(layer, weight)
     if integer:
         scaled = weight.input_scale is not None
-        module = IntegerLinear(weight.shape, layer.weight.dtype, bias=layer.bias is not None, scaled=scaled)
+        inputs = _onnx_integer_linear.inputs_of(weight.format)
+        module = IntegerLinear(
+            weight.shape, layer.weight.dtype, bias=layer.bias is not None, scaled=scaled, inputs=inputs
+        )
         tensors = IntegerLinear.tensors(weight) | _onnx_integer_linear.input_factor(weight)
         tensors |= {} if layer.bias is None else {"bias": layer.bias}
         for key, value in tensors.items():
@@ -229,6 +261,8 @@ def _forget_origin(model: onnx_ir.Model) -> None:
 def _narrow(model: onnx_ir.Model) -> None:
     """Store the int8 codes and zero points behind `DequantizeLinear` in 4 bits, unsigned."""
     for node in _restoring(model):
+        if node.inputs[0] is None or node.inputs[0].const_value is None:
+            continue  # rounded inputs
         for value in node.inputs:
             if value is not None and value.dtype == onnx_ir.DataType.INT8:
                 assert value.const_value is not None
@@ -253,8 +287,11 @@ def _check_file(path: Path) -> None:
         raise MachineError(f"{path} is not valid ONNX: {first_line(error)}") from error
 
 
-def _compare(graph: Graph, folder: Path, exact: bool) -> str:
-    """Hold the file against the graph, its layers dequantized without rounding, on batches of random inputs."""
+def _compare(graph: Graph, folder: Path, tolerance: float | None) -> str:
+    """Hold the file against the graph, its layers dequantized without rounding, on batches of random inputs.
+
+    tolerance: the largest ‖a - b‖ / ‖b‖ that passes, None where any does.
+    """
     generator = torch.Generator().manual_seed(0)
     session = onnx_session.open_session(folder, entries=onnx_session.EXACT)
     port = session.get_inputs()[0]
@@ -271,7 +308,7 @@ def _compare(graph: Graph, folder: Path, exact: bool) -> str:
     if not bool(found_all.isfinite().all()):
         raise NumericsError(f"{np.dtype(kind)} overflows in this network", "export with precision float32")
     difference = found_all - expected
-    if exact and float(difference.norm()) > _EXACT * float(expected.norm()):
+    if tolerance is not None and float(difference.norm()) > tolerance * float(expected.norm()):
         raise MachineError(f"the exported graph computes something else: {float(difference.abs().max()):.2g} off")
     agreement = float((expected.argmax(1) == found_all.argmax(1)).float().mean())
     found_line = f"top-1 agreement {agreement:.1%}, " if _classifies(graph) else ""
@@ -287,18 +324,24 @@ def _classifies(graph: Graph) -> bool:
     return len(shape) == 1 and shape != graph.facts.shape
 
 
-def _described(model: onnx_ir.Model, layers: int, packed: int, integer: int) -> list[str]:
-    """What the user should know of how the layers are held and run: all, the packed ones, those in integers."""
+def _described(model: onnx_ir.Model, layers: int, stored: Mapping[str, AffineWeight], integer: Set[str]) -> list[str]:
+    """What the user should know of how the `layers` are held and run: those `stored` packed, those in integers."""
     lines = []
-    if packed:
-        dense = f", {layers - packed} dense" if layers > packed else ""
-        lines.append(f"{packed} of {count(layers, 'layer')} packed{dense}")
+    if stored:
+        dense = f", {layers - len(stored)} dense" if layers > len(stored) else ""
+        lines.append(f"{len(stored)} of {count(layers, 'layer')} packed{dense}")
     if integer:
+        words = {"run": "of a run with one scale", "token": "with a scale per token", "tensor": "with a fixed scale"}
+        found = {_onnx_integer_linear.inputs_of(stored[name].format) for name in integer}
+        inputs = " or ".join(words[kind] for kind in words if kind in found)
         lines.append(
-            f"{count(integer, 'linear layer')} in integers, the inputs of a run with one scale; "
-            f"{count(layers - integer, 'layer')} in float"
+            f"{count(len(integer), 'linear layer')} in integers, the inputs {inputs}; "
+            f"{count(layers - len(integer), 'layer')} in float"
         )
-    if packed > integer:
+    rounding = sum(weight.activation_scale is not None for name, weight in stored.items() if name not in integer)
+    if rounding:
+        lines.append(f"the inputs of {count(rounding, 'convolution')} rounded to int8 and back")
+    if len(stored) > len(integer):
         lines.append(f"weights are restored in every run, or once at load with {RESTORE_AT_LOAD}=1")
         apart = sum(node.op_type == "BatchNormalization" for node in model.graph.all_nodes())
         if apart:

@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli import onnx_session
-from effcli.checkpoint import Checkpoint
 from effcli.contract import Options
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, writing
 from effcli.exporters import _onnx_language_layers as layers
@@ -33,7 +32,7 @@ from effcli.language.skeleton import Skeleton
 from effcli.language.verify import Agreement
 from effcli.language.weights import Weights
 from effcli.reports.human import count, size
-from effcli.storage import Stored, network_config
+from effcli.storage import Stored
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -96,7 +95,7 @@ def export_language(
     if accuracy_level not in (0, 4):
         raise UnsupportedError(f"onnxruntime has no accuracy level {accuracy_level} on a CPU", "use 0 or 4")
     arithmetic = Arithmetic(precision, activations, accuracy_level)
-    weights = _open(source, precision, trust_remote_code)
+    weights = verify.open_as(source, precision, trust_remote_code)
     packed = {} if dequantize else weights.stored
     layers.check(packed, arithmetic)
     kernels = _kernels(weights.skeleton, packed, arithmetic)
@@ -107,10 +106,13 @@ def export_language(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remarks = [*layers.remarks(packed, arithmetic), *_write(graph, weights, folder)]
+    rounding = layers.rounds_inputs(weights.stored)
+    if rounding and dequantize:
+        remarks.append("inputs that the checkpoint rounds to int8 stay floating, as the weights do")
     if any(name.startswith(_EXPERTS) for name in kernels):
         remarks.append("the experts of every token are copied together first: long prompts take memory and time")
     _check_file(folder / MODEL)
-    prompt, step = _compare(source, folder, arithmetic, trust_remote_code)
+    prompt, step = _compare(source, folder, arithmetic.exact and not rounding, arithmetic, trust_remote_code)
     return Described(
         path=folder,
         opset=OPSET,
@@ -120,15 +122,6 @@ def export_language(
         step=step,
         remarks=tuple(remarks),
     )
-
-
-def _open(source: Path, dtype: str, trust_remote_code: bool) -> Weights:
-    """The network of `source` in another dtype, whatever its files hold."""
-    checkpoint = Checkpoint.open(source)
-    config = {key: value for key, value in network_config(checkpoint.config).items() if key != "torch_dtype"}
-    weights = Weights(checkpoint, Skeleton(source, {**config, "dtype": dtype}, trust_remote_code))
-    weights.check_complete()
-    return weights
 
 
 def _replace(weights: Weights, name: str, arithmetic: Arithmetic) -> None:
@@ -220,21 +213,17 @@ def _check_file(path: Path) -> None:
 
 
 def _compare(
-    source: Path, folder: Path, arithmetic: Arithmetic, trust_remote_code: bool
+    source: Path, folder: Path, exact: bool, arithmetic: Arithmetic, trust_remote_code: bool
 ) -> tuple[Agreement, Agreement]:
-    """Hold the file against the checkpoint in float32, its compressed layers dequantized without rounding."""
-    weights = _open(source, "float32", trust_remote_code)
-    skeleton = weights.skeleton
-    names = skeleton.outer_parameters()
-    for k in range(len(skeleton.blocks)):
-        names += skeleton.block_parameters(k)
-    weights.fill(skeleton.model, "", names)
-    if skeleton.tied:
-        skeleton.model.tie_weights()  # type: ignore[operator]
+    """Hold the file against the checkpoint in float32, its compressed layers dequantized without rounding.
+
+    exact: whether only the order of sums differs.
+    """
+    network = verify.restored(source, "float32", trust_remote_code)
     session = onnx_session.open_session(folder, entries=onnx_session.EXACT)
-    tolerance = _EXACT if arithmetic.exact else _ROUGH
-    prompt, step = compare(session, skeleton.model, verify.tokens(skeleton.config), tolerance)
-    if arithmetic.exact and not (prompt.passed and step.passed):
+    tolerance = _EXACT if exact else _ROUGH
+    prompt, step = compare(session, network, verify.tokens(network.config), tolerance)
+    if exact and not (prompt.passed and step.passed):
         raise MachineError(f"the exported graph computes something else: prompt: {prompt}; cached step: {step}")
     if math.isnan(prompt.relative + step.relative):
         raise NumericsError(f"{arithmetic.precision} overflows in this network", "export with precision float32")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from effcli.errors import UnsupportedError
 from effcli.exporters import _onnx_integer_linear
 from effcli.exporters._obstacles import by_reason
-from effcli.exporters._onnx_integer_linear import IntegerLinear, declare, declare_rest, input_factor
+from effcli.exporters._onnx_integer_linear import Inputs, IntegerLinear, declare, declare_rest, input_factor
 from effcli.formats import Affine, AffineWeight
 from effcli.reports.human import count
 from effcli.storage import Stored
@@ -127,9 +127,20 @@ def as_blocks(format: Affine, shape: tuple[int, int]) -> Blocks:
 
 def kernel(stored: Stored, arithmetic: Arithmetic) -> str:
     """The operator that multiplies a layer that `check` passes, e.g. 'MatMulNBits 4 bits level 0'."""
-    if arithmetic.activations:
+    if _integer(stored, arithmetic):
         return "MatMulInteger 8 bits"
     return f"MatMulNBits {4 if stored.format.bits <= 4 else 8} bits level {arithmetic.accuracy_level}"
+
+
+def _integer(stored: Stored, arithmetic: Arithmetic) -> bool:
+    """Whether a layer is multiplied in integers: by request, or because the checkpoint's inputs are int8."""
+    own = isinstance(stored.format, Affine) and stored.format.activations != "none"
+    return own or arithmetic.activations is not None
+
+
+def rounds_inputs(layers: Mapping[str, Stored]) -> bool:
+    """Whether the inputs of some layers of the checkpoint are int8."""
+    return any(isinstance(stored.format, Affine) and stored.format.activations != "none" for stored in layers.values())
 
 
 def check(layers: Mapping[str, Stored], arithmetic: Arithmetic) -> None:
@@ -156,7 +167,9 @@ def _obstacle(stored: Stored, integer: bool) -> str:
         return "an expert is a slice of a 3-D parameter"
     if stored.kind not in ("linear", "conv1d"):
         return f"a {stored.kind} is not a linear"
-    if integer:
+    if not isinstance(format, Affine):
+        return f"{format}, weights of a table"
+    if integer or format.activations != "none":
         return _onnx_integer_linear.obstacle(format)
     if block_size(format, _SMALLEST_BLOCK) is None:
         return f"groups of {format.group_size}, not a multiple of {_SMALLEST_BLOCK}"
@@ -165,21 +178,32 @@ def _obstacle(stored: Stored, integer: bool) -> str:
 
 def remarks(layers: Mapping[str, Stored], arithmetic: Arithmetic) -> list[str]:
     """What the user should know of how the layers are held and run."""
-    if arithmetic.activations:
-        return [
-            "int8 activations have one scale for all tokens of a run: a token's logits depend a little on the others",
-            "x86 processors without VNNI instructions saturate sums of two int8 products",
-        ]
+    inputs = {name: _inputs(stored, arithmetic) for name, stored in layers.items()}
     found = []
-    for bits in sorted({stored.format.bits for stored in layers.values()} - {4, 8}):
-        number = count(sum(stored.format.bits == bits for stored in layers.values()), "layer")
+    if "run" in inputs.values():
+        found.append(
+            "int8 activations have one scale for all tokens of a run: a token's logits depend a little on the others"
+        )
+    if any(inputs.values()):
+        found.append("x86 processors without VNNI instructions saturate sums of two int8 products")
+    floating = [stored for name, stored in layers.items() if inputs[name] is None]
+    for bits in sorted({stored.format.bits for stored in floating} - {4, 8}):
+        number = count(sum(stored.format.bits == bits for stored in floating), "layer")
         found.append(f"{number} of {bits} bits stored as {4 if bits < 4 else 8}-bit codes with the same values")
-    if arithmetic.accuracy_level == 0 and any(stored.format.bits > 4 for stored in layers.values()):
+    if arithmetic.accuracy_level == 0 and any(stored.format.bits > 4 for stored in floating):
         found.append(
             "onnxruntime dequantizes 8-bit codes in every run at accuracy level 0, many times slower than float32 for "
             "one token; level 4 has a fast kernel"
         )
     return found
+
+
+def _inputs(stored: Stored, arithmetic: Arithmetic) -> Inputs | None:
+    """What a scale of a layer's inputs serves, None where they stay floating."""
+    if not _integer(stored, arithmetic):
+        return None
+    assert isinstance(stored.format, Affine)
+    return _onnx_integer_linear.inputs_of(stored.format)
 
 
 class PackedLinear(nn.Module):
@@ -224,8 +248,10 @@ def replacement(
     stored: Stored, shape: tuple[int, int], arithmetic: Arithmetic, dtype: torch.dtype, bias: bool
 ) -> PackedLinear | IntegerLinear:
     """The module that multiplies with the codes of a layer (out, in) that `check` passes."""
-    if arithmetic.activations:
-        return IntegerLinear(shape, dtype, bias=bias, scaled=stored.input_scale)
+    inputs = _inputs(stored, arithmetic)
+    if inputs is not None:
+        return IntegerLinear(shape, dtype, bias=bias, scaled=stored.input_scale, inputs=inputs)
+    assert isinstance(stored.format, Affine)
     blocks = as_blocks(stored.format, shape)
     return PackedLinear(blocks, arithmetic.accuracy_level, dtype, bias=bias, scaled=stored.input_scale)
 

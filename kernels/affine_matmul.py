@@ -22,15 +22,14 @@ multiplied in float32 on the CPU.
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from effcli.formats import Affine, AffineWeight, pack_bits, unpack_bits
+from effcli.kernels._packed import Packed, matmul, offers, reference, route_name
 
 # Largest number of rows of x for which torch's kernel beats the tiles. Measured by benchmarks/affine_matmul.py
 # on an AMD EPYC (Zen 5, AVX-512 with bf16), one thread, 4096 × 4096, groups of 128.
@@ -38,87 +37,14 @@ INT4_ROWS: Final = 28
 INT8_ROWS: Final = 24
 INT8_GROUP_ROWS: Final = 20
 
-# float32 numbers of one step of dequantization, per thread: 1 MiB, which stays in a core's level-2 cache. A tile is
-# four steps. Beyond eight threads a step grows no more: the weight is not to exist whole.
-_STEP: Final = 2**18
-_STEP_THREADS: Final = 8
-_TILE_STEPS: Final = 4
-
 _INT4_GROUPS: Final = (256, 128, 64, 32)
-
-
-def offers(namespace: str, operator: str) -> bool:
-    """Whether this build of torch has the operator: these are private and come and go."""
-    return hasattr(getattr(torch.ops, namespace), operator)
-
-
-def reference(x: Tensor, weight: AffineWeight) -> Tensor:
-    """x (..., in) floating -> (..., out) in x's dtype, computed in float64 on the weight rounded to x's dtype."""
-    return (x.double() @ weight.dequantize(x.dtype).double().T).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Packed(abc.ABC):
-    """A weight (out, in) laid out for a device."""
-
-    format: Affine
-    shape: tuple[int, int]
-    scale_dtype: torch.dtype
-
-    @abc.abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that is held, by name."""
-
-    @abc.abstractmethod
-    def restore(self) -> AffineWeight:
-        """The weight this was prepared from, bit for bit (without its input scale)."""
-
-    @abc.abstractmethod
-    def step(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Dequantize rows [start, stop): (stop - start, in); in `dtype`, or in float32 if that is cheaper."""
-
-    @abc.abstractmethod
-    def route(self, rows: int, dtype: torch.dtype) -> str:
-        """Name of the kernel that multiplies `rows` rows of `dtype`."""
-
-    @abc.abstractmethod
-    def multiply(self, x: Tensor) -> Tensor:
-        """x (rows, in) floating, rows > 0 -> (rows, out) in x's dtype."""
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in memory."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """Dequantized rows (n, in) in `dtype` with the number of their first row; a tile lives until the next one."""
-        rows, columns = self.shape
-        step = max(1, _STEP * min(torch.get_num_threads(), _STEP_THREADS) // max(1, columns))
-        size = min(rows, step * _TILE_STEPS)
-        buffer = torch.empty(size, columns, dtype=dtype, device=self.device)
-        for start in range(0, rows, max(1, size)):
-            stop = min(start + size, rows)
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                buffer[first - start : last - start] = self.step(first, last, dtype)
-            yield start, buffer[: stop - start]
-
-    def multiply_tiles(self, x: Tensor) -> Tensor:
-        """x (rows, in) -> (rows, out), dequantizing a tile of the weight at a time."""
-        out = x.new_empty(x.shape[0], self.shape[0])
-        for start, tile in self.tiles(x.dtype):
-            out[:, start : start + tile.shape[0]] = x @ tile.T
-        return out
 
 
 @dataclass(frozen=True)
 class Words(Packed):
     """The file's own layout: words int32 (out, ceil(in·bits/32)), scale (scale rows, groups), zero uint8 or None."""
 
+    format: Affine
     words: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -184,6 +110,7 @@ class Nibbles(Packed):
     cannot serve.
     """
 
+    format: Affine
     rows: Tensor
     scale: Tensor | None
     int4: Tensor | None
@@ -237,7 +164,7 @@ class Nibbles(Packed):
         shifts = torch.arange(0, 8, self.width, dtype=torch.uint8)
         codes = ((self.rows[:, :-4].unsqueeze(-1) >> shifts) & (2**self.width - 1)).view(out, columns)
         factor, zero = self._tails(self.rows)
-        scale = factor.view(out, -1).to(self.scale_dtype) if self.scale is None else self.scale
+        scale = factor.view(out, -1).to(self.dtype) if self.scale is None else self.scale
         taken = slice(0, 1) if self.format.strategy == "tensor" else slice(None)
         kept = None if self.format.symmetric else zero.view(out, -1).to(torch.uint8)[taken].contiguous()
         return AffineWeight(self.format, codes, scale[taken].contiguous(), kept)
@@ -289,6 +216,7 @@ class Bytes(Packed):
     scale: (groups, out); zero: uint8 (groups, out) when asymmetric.
     """
 
+    format: Affine
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -395,7 +323,7 @@ def _int4_layout(weight: AffineWeight, scale: Tensor, zero: Tensor) -> tuple[Ten
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32) + (8 - middle), 1), pair
 
 
-def prepare(weight: AffineWeight, device: torch.device | str | None = None) -> Packed:
+def prepare(weight: AffineWeight, device: torch.device | str | None = None) -> Words | Nibbles | Bytes:
     """Lay `weight` out for `device` (default: where its codes are). The input scale is left to the caller."""
     target = weight.codes.device if device is None else torch.device(device)
     if target.type == "cpu":
@@ -407,7 +335,7 @@ def prepare(weight: AffineWeight, device: torch.device | str | None = None) -> P
     packed = Words.build(weight)
     zero = None if packed.zero is None else packed.zero.to(target)
     words, scale = packed.words.to(target), packed.scale.to(target)
-    return Words(packed.format, packed.shape, packed.scale_dtype, words, scale, zero)
+    return Words(packed.format, packed.shape, packed.dtype, words, scale, zero)
 
 
 def _moved(weight: AffineWeight, device: torch.device) -> AffineWeight:
@@ -415,49 +343,4 @@ def _moved(weight: AffineWeight, device: torch.device) -> AffineWeight:
     return AffineWeight(weight.format, weight.codes.to(device), weight.scale.to(device), zero)
 
 
-def route_name(packed: Packed, rows: int, dtype: torch.dtype) -> str:
-    """The kernel that `matmul` picks for `rows` rows of activations in `dtype`."""
-    return packed.route(rows, _working_dtype(packed, dtype))
-
-
-def matmul(x: Tensor, packed: Packed) -> Tensor:
-    """x (..., in) floating -> x Ŵᵀ (..., out) in x's dtype. Gradients flow to x, never to the weight."""
-    if x.shape[-1] != packed.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} columns, the weight {packed.shape[1]}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        product: Any = _Matmul
-        result: Tensor = product.apply(x, packed)
-        return result
-    return _multiply(x, packed)
-
-
-def _working_dtype(packed: Packed, dtype: torch.dtype) -> torch.dtype:
-    # CPUs convert float16 but seldom multiply it.
-    return torch.float32 if dtype == torch.float16 and packed.device.type == "cpu" else dtype
-
-
-def _multiply(x: Tensor, packed: Packed) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.numel() == 0 or packed.shape[0] == 0:
-        result = flat.new_zeros(flat.shape[0], packed.shape[0])
-    else:
-        result = packed.multiply(flat.to(_working_dtype(packed, x.dtype))).to(x.dtype)
-    return result.view(*x.shape[:-1], packed.shape[0])
-
-
-class _Matmul(torch.autograd.Function):
-    """The product with a gradient for x: gy Ŵ, a tile of Ŵ at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
-        ctx.packed = packed
-        return _multiply(x, packed)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        packed: Packed = ctx.packed
-        flat = gradient.reshape(-1, packed.shape[0])
-        result = flat.new_zeros(flat.shape[0], packed.shape[1], dtype=torch.float32)
-        for start, tile in packed.tiles(flat.dtype):
-            result += flat[:, start : start + tile.shape[0]] @ tile
-        return result.to(gradient.dtype).view(*gradient.shape[:-1], packed.shape[1]), None
+__all__ = ["Bytes", "Nibbles", "Packed", "Words", "matmul", "prepare", "reference", "route_name"]

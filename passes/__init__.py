@@ -19,6 +19,9 @@ class Entry(NamedTuple):
 PASSES: dict[str, Entry] = {
     "linear": Entry("effcli.passes.linear", "Round weights to the nearest of 2^bits evenly spaced values."),
     "awq": Entry("effcli.passes.awq", "Scale channels by their activations, clip, then round (arXiv:2306.00978)."),
+    "smoothquant": Entry(
+        "effcli.passes.smoothquant", "Scale channels so that activations round well to int8 (arXiv:2211.10438)."
+    ),
     "fold": Entry("effcli.passes.fold", "Fold batch norms into the layers beside them (arXiv:1712.05877)."),
     "equalize": Entry(
         "effcli.passes.equalize", "Even out weight ranges across neighbouring layers (arXiv:1906.04721)."

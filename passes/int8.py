@@ -26,9 +26,9 @@ from effcli.graphs.fusion import covered, fuse, hoist_activations
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import Array, IntegerNetwork, Weighted
 from effcli.graphs.lowering import check, lower
-from effcli.graphs.ranges import Method, Observer, Range
 from effcli.graphs.rewriting import decompose_attention, select_before_permuting
 from effcli.passes._fold import fold_batch_norms
+from effcli.ranges import Method, Observer, Range
 
 # Inputs whose means correct the biases, and the bytes that one value of all of them may take.
 _CORRECTING = 256

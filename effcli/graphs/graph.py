@@ -21,10 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
+from effcli.activations import round_inputs
 from effcli.checkpoint import Checkpoint, read_config, write_shard, write_text
 from effcli.contract import Options
 from effcli.errors import CheckpointError, DataError, UnsupportedError
-from effcli.formats import AffineWeight
+from effcli.formats import AffineWeight, Quantized, unpack
 from effcli.inputs.preprocess import Preprocess
 from effcli.sites import LayerSite
 from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored, holds
@@ -76,13 +77,14 @@ class Facts(Options):
 class Graph:
     """A network as a graph. `stored` holds the compressed layers by name; the modules hold their dequantized weights.
 
-    Every node carries its source, such as 'networks.py:39 in forward' or an ONNX node's name, in `node.meta["source"]`.
+    Modules whose inputs are int8 round them with a hook (`effcli.activations`), wherever the graph runs. Every node
+    carries its source, such as 'networks.py:39 in forward' or an ONNX node's name, in `node.meta["source"]`.
     """
 
-    def __init__(self, module: fx.GraphModule, facts: Facts, stored: Mapping[str, AffineWeight] | None = None) -> None:
+    def __init__(self, module: fx.GraphModule, facts: Facts, stored: Mapping[str, Quantized] | None = None) -> None:
         self.module = module.eval()
         self.facts = facts
-        self.stored: dict[str, AffineWeight] = dict(stored or {})
+        self.stored: dict[str, Quantized] = dict(stored or {})
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -120,15 +122,24 @@ class Graph:
                 found.setdefault(name, LayerSite(name, "linear", f"{name}.weight", rows, columns))
         return list(found.values())
 
-    def set_weight(self, name: str, weight: AffineWeight | Tensor) -> None:
-        """Give layer `name` a weight (out, in): compressed, to be stored as it is, or dense."""
+    def set_weight(self, name: str, weight: Quantized | Tensor) -> None:
+        """Give layer `name` a weight (out, in): compressed, to be stored as it is, or dense.
+
+        Where the weight asks for inputs of int8 the layer rounds them from now on.
+        """
         parameter: Tensor = self.layer(name).weight  # type: ignore[assignment]
-        dense = weight.effective(torch.float32) if isinstance(weight, AffineWeight) else weight
+        dense = weight.effective(torch.float32) if isinstance(weight, Quantized) else weight
         with torch.no_grad():
             parameter.copy_(dense.reshape(parameter.shape))
+        round_inputs(self.layer(name), weight)
         self.stored.pop(name, None)
-        if isinstance(weight, AffineWeight):
+        if isinstance(weight, Quantized):
             self.stored[name] = weight
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of some layers are int8."""
+        return any(isinstance(w, AffineWeight) and w.format.activations != "none" for w in self.stored.values())
 
     def set_bias(self, name: str, bias: Tensor) -> None:
         """Give layer `name` the bias (out,), whether it had one or not."""
@@ -234,8 +245,8 @@ class Graph:
             }
             tensors.pop("bias", None)
             try:
-                self.set_weight(name, AffineWeight.unpack(item.format, tensors))
-            except (KeyError, AttributeError, RuntimeError) as error:
+                self.set_weight(name, unpack(item.format, tensors))
+            except (KeyError, AttributeError, RuntimeError, ValueError) as error:
                 raise CheckpointError(f"{checkpoint.path} does not hold {name} as {item.format}", _DAMAGED) from error
         for key, value in self.module.state_dict(keep_vars=True).items():
             owner, _, own = key.rpartition(".")

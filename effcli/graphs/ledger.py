@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli.formats import AffineWeight, Dense
+from effcli.formats import Dense, Quantized
 from effcli.graphs.graph import Graph, calls, macs
 from effcli.graphs.integer import IntegerNetwork, Weighted
 from effcli.reports.report import LedgerRow
@@ -91,9 +91,9 @@ def dense(graph: Graph, site: LayerSite) -> Tensor:
     return weight.detach().reshape(site.shape)
 
 
-def stored(weight: AffineWeight | Tensor) -> tuple[int, str]:
+def stored(weight: Quantized | Tensor) -> tuple[int, str]:
     """Bytes of a weight on disk, and its format."""
-    if isinstance(weight, AffineWeight):
+    if isinstance(weight, Quantized):
         return sum(tensor.nbytes for tensor in weight.pack().values()), str(weight.format)
     return weight.nbytes, str(Dense(weight.dtype))
 

@@ -66,7 +66,7 @@ class GraphNetwork:
         return graphplan.make(self.recipe, self.graph)
 
     def calibrate(self) -> tuple[str, ...]:
-        if all(step.config.needs is Needs.NOTHING for step in self.recipe.passes):
+        if all(step.config.needed is Needs.NOTHING for step in self.recipe.passes):
             return ()
         wanted = self.recipe.calibration
         data = wanted.data or _beside(self.source, CALIBRATION)
@@ -110,7 +110,7 @@ class GraphNetwork:
             raise CheckpointError(
                 f"{step.name} follows a pass that made the network integer", "make that pass the last one"
             )
-        batches = self._batches if step.config.needs is not Needs.NOTHING else None
+        batches = self._batches if step.config.needed is not Needs.NOTHING else None
         return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress)
 
     def _batches(self) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from effcli import importers
 from effcli.contract import Needs, Scope
-from effcli.formats import Affine
+from effcli.formats import Packing
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.plan import BASE_MEMORY, Inspection, Plan, Row
@@ -34,7 +34,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
         kept: dict[str, list[str]] = {}
         for choice in choices.values():
             format = getattr(choice.config, "format", None)
-            if isinstance(format, Affine):
+            if isinstance(format, Packing):
                 formats[choice.site.name] = format
             status = "keep" if choice.config is None else "change" if format is None else "compress"
             rows.append(_row(choice.site, formats, name, status, choice.reason))
@@ -43,7 +43,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
-        if step.config.needs is not Needs.NOTHING:
+        if step.config.needed is not Needs.NOTHING:
             operations += 2.0 * recipe.calibration.samples * _forward_and_gram(choices, work, step.config.scope)
     after, memory = _total(graph, formats), _memory(graph, recipe)
     first = [
@@ -110,7 +110,7 @@ def _inspection(model: str, rows: list[Row], what: str, facts: Facts, nbytes: in
     )
 
 
-def _row(site: LayerSite, formats: Mapping[str, Affine], step: str = "", status: str = "", reason: str = "") -> Row:
+def _row(site: LayerSite, formats: Mapping[str, Packing], step: str = "", status: str = "", reason: str = "") -> Row:
     format = formats.get(site.name)
     nbytes = _nbytes(site, format)
     return Row(
@@ -126,11 +126,11 @@ def _row(site: LayerSite, formats: Mapping[str, Affine], step: str = "", status:
     )
 
 
-def _nbytes(site: LayerSite, format: Affine | None) -> int:
+def _nbytes(site: LayerSite, format: Packing | None) -> int:
     return format.nbytes(site.shape, _FLOAT) if format else site.rows * site.columns * _FLOAT
 
 
-def _total(graph: Graph, formats: Mapping[str, Affine]) -> int:
+def _total(graph: Graph, formats: Mapping[str, Packing]) -> int:
     """Bytes of all tensors that a checkpoint holds; what is no layer's weight stays as it is."""
     sites = {site.parameter: site for site in graph.sites()}
     others: int = sum(
@@ -156,10 +156,10 @@ def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], sc
 def _memory(graph: Graph, recipe: Recipe) -> int:
     """Twice the weights, and for a batch the tensors alive at the busiest node, with a copy of the largest."""
     live, peak = _live_numbers(graph)
-    whole = any(step.config.needs is Needs.REFERENCE for step in recipe.passes)
+    whole = any(step.config.needed is Needs.REFERENCE for step in recipe.passes)
     whole |= recipe.calibration.inputs == "compressed"
     count = recipe.calibration.samples if whole else recipe.calibration.batch_size
-    needed = any(step.config.needs is not Needs.NOTHING for step in recipe.passes)
+    needed = any(step.config.needed is not Needs.NOTHING for step in recipe.passes)
     activations = count * (2 * live + peak) * _FLOAT if needed else 0
     return BASE_MEMORY + 2 * graph.weights() * _FLOAT + activations
 

@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 from effcli import passes
 from effcli.contract import Group, Layer, Needs, Observed, Outcome, PassConfig, Scope
 from effcli.errors import DataError
-from effcli.formats import Affine, AffineWeight
+from effcli.formats import Quantized, join_rows, with_input_scale
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
 from effcli.graphs.graph import Graph, calls, where
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, stored, table_rows
 from effcli.graphs.patches import geometry, patches
 from effcli.graphs.walk import Walk, stream
-from effcli.observers import Gram, GroupedGram
+from effcli.observers import Gram, GroupedGram, Observers
 from effcli.reports.report import LedgerRow
 from effcli.selection import Choice, choose_graph
 from effcli.swept import Progress, Swept, check_tensor, histogram, layer_row, ratio, worst
@@ -59,7 +59,7 @@ def graph_sweep(
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
     choices = choose_graph(graph, step)
-    if step.config.needs is Needs.NOTHING:
+    if step.config.needed is Needs.NOTHING:
         batches = None
     elif batches is None:
         raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
@@ -119,10 +119,26 @@ class _GraphWork:
         nodes = list(calls(self.graph, name))
         return (nodes[0].args[0], *geometry(self.graph.layer(name))) if len(nodes) == 1 else (name,)
 
+    def _alike(self, names: Sequence[str]) -> list[list[str]]:
+        """Layers that see the same patches, parted where a pass's own observer may depend on different options."""
+        if not hasattr(self.module, "observer"):
+            return [list(names)] if names else []
+        parts: list[list[str]] = []
+        for name in names:
+            part = next((p for p in parts if self.choices[p[0]].config == self.choices[name].config), None)
+            if part is None:
+                parts.append([name])
+            else:
+                part.append(name)
+        return parts
+
     def observe(self, batches: Iterable[Tensor]) -> dict[str, Seen]:
         """Sum up the inputs of every chosen layer in one forward over the batches."""
-        members = [[name for name in names if name in set(self.taken)] for names in self.sharing.values()]
-        sums = {names[0]: self._sums(names[0]) for names in members if names}
+        taken = set(self.taken)
+        members = [
+            part for names in self.sharing.values() for part in self._alike([name for name in names if name in taken])
+        ]
+        sums = {names[0]: self._sums(names[0]) for names in members}
 
         def look(node: fx.Node, inputs: Any, value: Any) -> None:
             name = str(node.target)
@@ -135,7 +151,8 @@ class _GraphWork:
 
     def walk(self, batches: Iterable[Tensor]) -> None:
         """Compress each layer with the inputs that the compressed layers before it lead to."""
-        latest: tuple[tuple[object, ...], Seen] | None = None
+        latest: tuple[object, Seen] | None = None
+        own = hasattr(self.module, "observer")
         done: set[str] = set()
         taken = set(self.taken)
         walk = Walk(self.graph, batches)
@@ -143,7 +160,7 @@ class _GraphWork:
             name = str(node.target)
             if node.op != "call_module" or name not in taken or name in done:
                 continue
-            view = self._view(name)
+            view = self._view(name), self.choices[name].config if own else None
             if latest is None or latest[0] != view:
                 sums = self._sums(name)
                 for value in walk.inputs(node):
@@ -154,15 +171,21 @@ class _GraphWork:
             self.compress(name, latest[1])
             done.add(name)
 
-    def _sums(self, name: str) -> GroupedGram:
+    def _sums(self, name: str) -> GroupedGram | Observers:
+        """What sums up the inputs of a layer: of its own kind where the pass has one."""
         site = self.choices[name].site
-        return GroupedGram(site.groups, site.columns)
+        make = getattr(self.module, "observer", None)
+        if make is None:
+            return GroupedGram(site.groups, site.columns)
+        return Observers([make(self.choices[name].config, site.columns) for _ in range(site.groups)])
 
-    def _add(self, sums: GroupedGram, name: str, inputs: Tensor) -> None:
+    def _add(self, sums: GroupedGram | Observers, name: str, inputs: Tensor) -> None:
+        if isinstance(sums, Observers):
+            sums.see(inputs)
         for part in patches(self.graph.layer(name), inputs):
             sums.add(part)
 
-    def _checked(self, sums: GroupedGram, name: str) -> Seen:
+    def _checked(self, sums: GroupedGram | Observers, name: str) -> Seen:
         if not sums.tokens:
             raise DataError(f"no calibration input reached {name}", "give calibration data that is not empty")
         found = sums.each()
@@ -255,12 +278,10 @@ class _GraphWork:
         layer = self._layer(name)
         outcome = _apply(self.module, config, layer, seen)
         weight = outcome.weight
-        restored = weight.dequantize(torch.float32) if isinstance(weight, AffineWeight) else weight.float()
+        restored = weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight.float()
         if name in self.explicit:
             scale = self.explicit[name]
-            weight = (
-                dataclasses.replace(weight, input_scale=scale) if isinstance(weight, AffineWeight) else restored / scale
-            )
+            weight = with_input_scale(weight, scale) if isinstance(weight, Quantized) else restored / scale
         self.graph.set_weight(name, weight)
         site = self.choices[name].site
         rows = self.divided.get(name, torch.ones(site.rows)).unsqueeze(1)
@@ -272,7 +293,7 @@ class _GraphWork:
             site,
             format,
             nbytes,
-            "compressed" if isinstance(weight, AffineWeight) else "changed",
+            "compressed" if isinstance(weight, Quantized) else "changed",
             reason="; ".join(self.reasons.get(name, ())),
             weight_error=ratio(
                 float((difference / columns).square().sum()), float((original / columns).square().sum())
@@ -326,28 +347,11 @@ def join(outcomes: Sequence[Outcome]) -> Outcome:
         elif all(value == values[0] for value in values):
             notes[key] = values[0]
     weights = [outcome.weight for outcome in outcomes]
-    packed = [weight for weight in weights if isinstance(weight, AffineWeight)]
+    packed = [weight for weight in weights if isinstance(weight, Quantized)]
     if len(packed) < len(weights):
-        dense = [weight.dequantize(torch.float32) if isinstance(weight, AffineWeight) else weight for weight in weights]
+        dense = [weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight for weight in weights]
         return Outcome(torch.cat(dense), notes)
-    if packed[0].format.strategy == "tensor":
-        packed = [_per_channel(weight) for weight in packed]
-    zeros = [weight.zero for weight in packed if weight.zero is not None]
-    joined = AffineWeight(
-        packed[0].format,
-        torch.cat([weight.codes for weight in packed]),
-        torch.cat([weight.scale for weight in packed]),
-        torch.cat(zeros) if zeros else None,
-    )
-    return Outcome(joined, notes)
-
-
-def _per_channel(weight: AffineWeight) -> AffineWeight:
-    """The same numbers with the tensor's scale repeated for every channel."""
-    rows = weight.codes.shape[0]
-    format = Affine(weight.format.bits, "channel", 0, weight.format.symmetric)
-    zero = None if weight.zero is None else weight.zero.expand(rows, 1)
-    return AffineWeight(format, weight.codes, weight.scale.expand(rows, 1), zero)
+    return Outcome(join_rows(packed), notes)
 
 
 def _transform(
@@ -362,7 +366,7 @@ def _transform(
     """Carry out a pass that takes the graph as a whole."""
     before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}
     chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
-    compared = Graph.read(reference) if reference is not None and step.config.needs is Needs.REFERENCE else None
+    compared = Graph.read(reference) if reference is not None and step.config.needed is Needs.REFERENCE else None
     observed = Observed(reference=compared, chosen=chosen)
     if batches is not None:
         observed = dataclasses.replace(observed, batches=batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effcli.contract import Group, Layer, Scope
-from effcli.formats import AffineWeight, Dense
+from effcli.formats import Dense, Quantized, with_input_scale
 from effcli.language.pairs import (
     SharedInput,
     divide_bias,
@@ -233,6 +232,11 @@ class BlockWork:
         for site in sites:
             self.notes.setdefault(site.name, {}).update(notes)
 
+    def _rescaled(self, gram: Gram, columns: Tensor) -> Gram:
+        """The Gram matrix of the scaled input, one object for all layers that read it."""
+        scaled = gram.remember("rescaled", lambda: (columns, gram.rescaled(columns)))
+        return scaled[1] if scaled[0] is columns else gram.rescaled(columns)
+
     def quantize(self, part: Part, site: LayerSite, parameter: Tensor, gram: Gram | None) -> None:
         """Hand one layer to the pass, store the outcome in `part` and in `parameter`."""
         config = self._config(site.name)
@@ -242,12 +246,12 @@ class BlockWork:
         scaled = original if columns is None else original * columns
         scaled = scaled if rows is None else scaled / rows.unsqueeze(1)
         layer = Layer(site.name, site.kind, scaled.contiguous(), self._scale_dtype(site))
-        seen = gram if gram is None or columns is None else gram.rescaled(columns)
+        seen = gram if gram is None or columns is None else self._rescaled(gram, columns)
         outcome = self.module.apply(config, layer, seen)
         weight = outcome.weight
-        if isinstance(weight, AffineWeight):
+        if isinstance(weight, Quantized):
             if explicit is not None:
-                weight = dataclasses.replace(weight, input_scale=explicit.to(layer.dtype))
+                weight = with_input_scale(weight, explicit.to(layer.dtype))
             restored = weight.dequantize(torch.float32)
             part.stored[site.name] = Stored(weight.format, site.kind, explicit is not None)
             tensors = {f"{site.name}.{suffix}": tensor for suffix, tensor in weight.pack().items()}

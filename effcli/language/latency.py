@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from effcli import runtime, samples
 from effcli.errors import DataError
 from effcli.inputs import text
-from effcli.kernels.affine_matmul import route_name
+from effcli.kernels.quantized_matmul import route_name
 from effcli.language.caching import cache_name
-from effcli.language.modules import AffineLinear
+from effcli.language.modules import QuantizedLinear
 from effcli.machine import cpu_threads, device_name, pick_device
 from effcli.reports.report import Speed
 
@@ -82,7 +82,7 @@ def kernel_name(network: nn.Module, rows: int) -> str:
     head = outputs() if callable(outputs) else None
     names: Counter[str] = Counter()
     for module in network.modules():
-        if isinstance(module, AffineLinear):
+        if isinstance(module, QuantizedLinear):
             names[route_name(module.packed, rows, network.dtype)] += 1  # type: ignore[arg-type]
         elif isinstance(module, nn.Linear | Conv1D) and module is not head:
             names[f"torch linear ({str(module.weight.dtype).removeprefix('torch.')})"] += 1

@@ -42,7 +42,7 @@ class LanguageModel:
         return make(self.recipe)
 
     def calibrate(self) -> tuple[str, ...]:
-        if all(step.config.needs is Needs.NOTHING for step in self.recipe.passes):
+        if all(step.config.needed is Needs.NOTHING for step in self.recipe.passes):
             return ()
         self._windows, remarks = text.calibration_windows(self.recipe, self.source)
         return tuple(remarks)
@@ -74,7 +74,7 @@ class LanguageModel:
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
     ) -> Swept:
-        windows = self._windows if step.config.needs is not Needs.NOTHING else None
+        windows = self._windows if step.config.needed is not Needs.NOTHING else None
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code)
 
     def verify(self, checkpoint: Path) -> str:

@@ -1,9 +1,10 @@
-"""Modules that stand in for dense ones and multiply with the packed weight: `AffineLinear` and `AffineExperts`.
+"""Modules that stand in for dense ones and multiply with the packed weight: `QuantizedLinear` and `QuantizedExperts`.
 
-Both hold their weights in the form that the kernel of their device reads and nothing dense; moved to another device
-they are laid out anew. Their `state_dict()` is empty: what stands in a file is written by the checkpoint writer from
-`AffineWeight.pack()`, and the layouts of one machine are no business of another. Nothing in them is trainable;
-gradients flow through them to their input.
+Both take a weight in any format and hold it in the form that the kernel of their device reads and nothing dense: codes
+in few bits, and scales that are quantized themselves stay so. Moved to another device they are laid out anew. Their
+`state_dict()` is empty: what stands in a file is written by the checkpoint writer from `Quantized.pack()`, and the
+layouts of one machine are no business of another. Nothing in them is trainable; gradients flow through them to their
+input.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effcli.formats import AffineWeight
-from effcli.kernels.affine_matmul import Packed, matmul, prepare, route_name
+from effcli.formats import Quantized, with_input_scale
+from effcli.kernels.quantized_matmul import Packed, matmul, prepare, route_name
 
 
-class AffineLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """y = Ŵ (x / s) + b in place of `nn.Linear` or transformers' `Conv1D`.
 
     weight: (out, in), whose input scale s, if any, stays explicit; bias: floating (out,) or None.
@@ -29,9 +30,7 @@ class AffineLinear(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(
-        self, weight: AffineWeight, bias: Tensor | None = None, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, weight: Quantized, bias: Tensor | None = None, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.packed = prepare(weight, device)
@@ -44,7 +43,7 @@ class AffineLinear(nn.Module):
     def weight(self) -> Tensor:
         """(out, in), dequantized for this one look, the input scale divided in: what a dense layer would hold."""
         weight = self.packed.restore()
-        return AffineWeight(weight.format, weight.codes, weight.scale, weight.zero, self.input_scale).effective()
+        return (weight if self.input_scale is None else with_input_scale(weight, self.input_scale)).effective()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
@@ -54,7 +53,7 @@ class AffineLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        kernel = route_name(self.packed, 1, self.packed.scale_dtype)
+        kernel = route_name(self.packed, 1, self.packed.dtype)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.packed.format}, kernel={kernel!r}"
@@ -65,7 +64,7 @@ class AffineLinear(nn.Module):
         for name, tensor in self.packed.tensors().items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AffineLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # A layout belongs to its device and its scales keep their dtype: `fn` is asked where to, and no more.
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             del self._buffers[name]
@@ -78,17 +77,17 @@ class AffineLinear(nn.Module):
         return self
 
 
-class AffineExperts(nn.Module):
+class QuantizedExperts(nn.Module):
     """Stands in for a stacked parameter (experts, out, in) that is read as `F.linear(x, stack[expert])`.
 
     weights: one (out, in) per expert; an expert kept dense is a plain tensor. Whoever multiplies the whole stack at
     once must be told not to: transformers does so unless the experts' implementation is "eager".
     """
 
-    def __init__(self, weights: Sequence[AffineWeight | Tensor], device: torch.device | str | None = None) -> None:
+    def __init__(self, weights: Sequence[Quantized | Tensor], device: torch.device | str | None = None) -> None:
         super().__init__()
         self.experts = nn.ModuleList(
-            AffineLinear(weight, device=device) if isinstance(weight, AffineWeight) else _Dense(weight, device)
+            QuantizedLinear(weight, device=device) if isinstance(weight, Quantized) else _Dense(weight, device)
             for weight in weights
         )
         self.shape = torch.Size((len(weights), *weights[0].shape)) if weights else torch.Size((0, 0, 0))
@@ -106,10 +105,10 @@ class Expert:
     """One quantized expert, (out, in): `F.linear` multiplies with the packed weight, all else with a dense copy."""
 
     def __init__(self, linear: nn.Module) -> None:
-        assert isinstance(linear, AffineLinear)
+        assert isinstance(linear, QuantizedLinear)
         self.linear = linear
         self.shape = torch.Size((linear.out_features, linear.in_features))
-        self.dtype = linear.packed.scale_dtype
+        self.dtype = linear.packed.dtype
         self.device = linear.packed.device
 
     @property
@@ -147,4 +146,4 @@ def _dense(value: Any) -> Any:
     return value.linear.weight if isinstance(value, Expert) else value
 
 
-__all__ = ["AffineExperts", "AffineLinear", "Expert", "Packed"]
+__all__ = ["Expert", "Packed", "QuantizedExperts", "QuantizedLinear"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +90,7 @@ class _Sweep:
         self.step = step
         self.module: ModuleType = passes.load(step.name)
         self.choices = choose(self.skeleton, step)
-        self.windows = windows if step.config.needs is Needs.INPUTS else None
+        self.windows = windows if step.config.needed is Needs.INPUTS else None
         self.journal = journal
         self.progress = progress
         self.shapes: list[tuple[int, ...]] = []
@@ -120,7 +120,7 @@ class _Sweep:
             grams: dict[str, Gram] = {}
             if flow is not None and stream is not None:
                 shared = self._shared_inputs(k, stream)
-                grams = flow.observe(stream, k, sites, shared, self._wanted(sites), propagate=flow.original)
+                grams = flow.observe(stream, k, sites, self._leaders(k, sites, shared), self._observer, flow.original)
             work = BlockWork(self.weights, self.module, block, name, sites, self.choices)
             part = work.compress(shared, grams)
             del grams
@@ -131,8 +131,22 @@ class _Sweep:
         del part
         memory.trim()
 
-    def _wanted(self, sites: Sequence[LayerSite]) -> set[str]:
-        return {site.name for site in sites if self.choices[site.name].config is not None}
+    def _observer(self, site: LayerSite) -> Gram:
+        """What sums up the inputs of a layer: of its own kind where the pass has one."""
+        make = getattr(self.module, "observer", None)
+        return Gram(site.columns) if make is None else make(self.choices[site.name].config, site.columns)
+
+    def _leaders(self, k: int, sites: Sequence[LayerSite], shared: Sequence[SharedInput]) -> dict[str, str]:
+        """For every layer to compress the one whose observer it shares: the first that reads the same input."""
+        configs = {site.name: self.choices[site.name].config for site in sites}
+        leaders = {name: name for name, config in configs.items() if config is not None}
+        prefix, own = self.skeleton.block_names[k] + ".", hasattr(self.module, "observer")
+        for item in shared:
+            members = [prefix + name for name in item.consumers if prefix + name in leaders]
+            for name in members:
+                # A pass's own observer may depend on its options.
+                leaders[name] = next(other for other in members if not own or configs[other] == configs[name])
+        return leaders
 
     def _shared_inputs(self, k: int, stream: Stream) -> list[SharedInput]:
         """The shared inputs of block k; blocks of one kind have them in common, so one of each is tried."""
@@ -191,7 +205,7 @@ class _Sweep:
     def _head_gram(self, site: LayerSite) -> Gram:
         """The Gram matrix of the output head's inputs, from the hidden states behind the last block."""
         assert self.windows is not None
-        gram = Gram(site.columns)
+        gram = self._observer(site)
         with Stream(self.weights, with_head=True) as stream:
             spool = Spool(self.journal.spool(len(self.skeleton.blocks)), self.shapes, self.skeleton.dtype)
             watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
@@ -287,18 +301,17 @@ class _Flow:
         stream: Stream,
         k: int,
         sites: Sequence[LayerSite],
-        shared: Sequence[SharedInput],
-        wanted: set[str],
+        leaders: Mapping[str, str],
+        make: Callable[[LayerSite], Gram],
         propagate: bool,
     ) -> dict[str, Gram]:
-        """Run all windows through block k and sum up the inputs of the wanted layers, one Gram per shared input."""
+        """Run all windows through block k and sum up the inputs of its layers, once for all with the same leader.
+
+        make: what is to sum up the inputs of a layer.
+        """
         prefix = stream.skeleton.block_names[k] + "."
         by_name = {site.name: site for site in sites}
-        leaders: dict[str, str] = {name: name for name in wanted}
-        for item in shared:
-            members = [prefix + name for name in item.consumers if prefix + name in wanted]
-            leaders.update({name: members[0] for name in members})
-        grams = {leader: Gram(by_name[leader].columns) for leader in dict.fromkeys(leaders.values())}
+        grams = {leader: make(by_name[leader]) for leader in dict.fromkeys(leaders.values())}
 
         def add(name: str, inputs: Tensor, output: Tensor) -> None:
             grams[name].add(inputs)

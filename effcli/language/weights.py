@@ -18,10 +18,27 @@ from torch import Tensor, nn
 
 from effcli.checkpoint import Checkpoint
 from effcli.errors import CheckpointError
-from effcli.formats import AffineWeight
+from effcli.formats import Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.sites import LayerSite
 from effcli.storage import Stored, network_config, stored_layers
+
+# The tensors that a quantized layer may consist of, by the end of their names.
+SUFFIXES = frozenset(
+    {
+        "weight",
+        "weight_packed",
+        "weight_shape",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_table",
+        "weight_lengths",
+        "weight_scale_absmax",
+        "weight_scale_mean",
+        "input_scale",
+        "input_zero_point",
+    }
+)
 
 
 def open_weights(path: Path, trust_remote_code: bool = False) -> Weights:
@@ -95,11 +112,11 @@ class Weights:
             return name in self._sources
         return all(site.name in self._packed or f"{site.name}.weight" in self._sources for site in sites)
 
-    def packed(self, layer: str) -> AffineWeight | None:
+    def packed(self, layer: str) -> Quantized | None:
         """The quantized weight of `layer` as it stands in the file, None for a dense one."""
         if layer not in self._packed:
             return None
-        return AffineWeight.unpack(self.stored[layer].format, self.raw(layer))
+        return unpack(self.stored[layer].format, self.raw(layer))
 
     def raw(self, layer: str) -> dict[str, Tensor]:
         """The tensors of a packed layer by suffix, as they stand in the file."""
@@ -219,10 +236,9 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
     sources: Sources = {}
     chosen: dict[str, Any] = {}
     packed: dict[str, dict[str, str]] = {}
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
     for key in sorted(checkpoint.entries, key=_natural):
         stem, _, suffix = key.rpartition(".")
-        if suffix in suffixes and f"{stem}.weight_packed" in checkpoint.entries:
+        if suffix in SUFFIXES and _is_packed(checkpoint, stem):
             layer = rename(f"{stem}.weight")[0].removesuffix(".weight")
             packed.setdefault(layer, {})[suffix] = key
             continue
@@ -231,6 +247,15 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
             chosen[name] = by_pattern[pattern]
         sources.setdefault(name, []).append((pattern or key, key))
     return sources, chosen, packed
+
+
+def _is_packed(checkpoint: Checkpoint, layer: str) -> bool:
+    """Whether the files hold the weight of `layer` quantized: packed, or as int8 with a scale."""
+    entries = checkpoint.entries
+    if f"{layer}.weight_packed" in entries:
+        return True
+    weight = entries.get(f"{layer}.weight")
+    return weight is not None and weight.dtype == "I8" and f"{layer}.weight_scale" in entries
 
 
 def _natural(key: str) -> list[tuple[int, int | str]]:

@@ -304,3 +304,56 @@ def test_a_file_that_computes_something_else(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(exporter, "_narrow", wrong)
     with pytest.raises(MachineError, match="something else"):
         exported(chain((4,), nn.Linear(4, 4)), tmp_path)
+
+
+def rounding(graph: Graph, **options: Any) -> Graph:
+    """The graph with int8 weights whose inputs are int8 too, their ranges those of random inputs."""
+    config = linear.Config(activations="int8", **options).for_graph()
+    watched = {str(node.target): [] for node in graph.nodes if node.op == "call_module"}
+    for name, seen in watched.items():
+        graph.layer(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+    graph.run(inputs(graph))
+    for site in graph.sites():
+        weight: Any = graph.layer(site.name).weight
+        graph.layer(site.name)._forward_pre_hooks.clear()
+        observer = linear.observer(config, site.columns)
+        if config.static:
+            observer.see(watched[site.name][0])
+            observer.tokens = 1
+        layer = linear.Layer(site.name, site.kind, weight.reshape(site.shape), torch.float32)
+        graph.set_weight(site.name, linear.apply_groups(config, layer, (observer,)).weight)
+    return graph
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "least_squares"])
+def test_inputs_of_a_fixed_range(method: str, tmp_path: Path) -> None:
+    """Convolutions round them and back, linear layers multiply integers; both as the checkpoint does."""
+    graph = rounding(separable(), activation_range=method)
+    line = exported(graph, tmp_path)
+    assert "1 linear layer in integers, the inputs with a fixed scale; 3 layers in float" in line
+    assert "the inputs of 3 convolutions rounded to int8 and back" in line
+    values = inputs(graph, 40, seed=7)
+    expected = graph.run(values)
+    found = run(tmp_path, values)
+    # Sums in another order move a number across the border between two levels here and there.
+    close = (found - expected).abs() < 1e-4 * expected.abs().max()
+    assert float(close.float().mean()) > 0.5
+    assert float((found - expected).norm()) < 0.1 * float((separable().run(values) - expected).norm())
+    operators = [node.op_type for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node]
+    assert operators.count("QuantizeLinear") == 4
+
+
+def test_inputs_with_a_scale_per_token(tmp_path: Path) -> None:
+    graph = rounding(chain((5, 12), nn.Linear(12, 8), "relu.default", nn.Linear(8, 3)))
+    assert "2 linear layers in integers, the inputs with a scale per token" in exported(graph, tmp_path)
+    values = inputs(graph, 9, seed=3) * torch.logspace(-3, 3, 5).unsqueeze(1)
+    values[0, 0] = 0
+    torch.testing.assert_close(run(tmp_path, values), graph.run(values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"activation_range": "minmax"}, {}])
+def test_dense_weights_keep_rounded_inputs(options: dict[str, Any], tmp_path: Path) -> None:
+    graph = rounding(chain((12,), nn.Linear(12, 8), "relu.default", nn.Linear(8, 3)), **options)
+    exported(graph, tmp_path, dequantize=True)
+    values = inputs(graph, 9, seed=3)
+    torch.testing.assert_close(run(tmp_path, values), graph.run(values), rtol=1e-4, atol=1e-5)

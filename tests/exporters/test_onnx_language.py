@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from effcli.exporters import _onnx_language_layers as layers
 from effcli.exporters._onnx_language_layers import Arithmetic, Blocks
 from effcli.exporters._onnx_language_trace import quiet
 from effcli.formats import Affine, AffineWeight
+from effcli.kernels import int8_matmul
 from effcli.language.sweep import sweep
 from effcli.overrides import parse_pass
 from effcli.recipe import PassStep
@@ -184,6 +186,35 @@ def test_an_integer_layer_in_onnxruntime(strategy: Any, scaled: bool, tmp_path: 
     levels = ((scaled_x / step).round() + zero).clamp(0, 255)
     expected = (levels - zero) * step @ weight.dequantize(torch.float64).t()
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+@pytest.mark.parametrize("shape", [(41, 72), (5, 17)])
+def test_a_layer_whose_inputs_are_int8_in_onnxruntime(activations: Any, shape: tuple[int, int], tmp_path: Path) -> None:
+    """As the integer kernel multiplies it, on tokens of very different loudness and one of zeros."""
+    format = Affine(8, "channel", symmetric=True)
+    weight = weight_of(format, shape)
+    fixed = {"activation_scale": torch.tensor([0.05]), "activation_zero": torch.tensor([-7], dtype=torch.int8)}
+    format = dataclasses.replace(format, activations=activations)
+    weight = dataclasses.replace(weight, format=format, **(fixed if activations == "tensor" else {}))
+    module = layers.replacement(Stored(format), shape, Arithmetic(), torch.float32, bias=False)
+    assert layers.kernel(Stored(format), Arithmetic()) == "MatMulInteger 8 bits"
+    x = torch.randn(6, shape[1], generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 1, 6).unsqueeze(1)
+    x[3] = 0
+    y = run_layer(module, weight, x, tmp_path)
+    torch.testing.assert_close(y, int8_matmul.reference(x, weight), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_network_whose_inputs_are_int8(
+    dequantize: bool, compressed: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    source = compressed("llama", "linear:activations=int8")
+    made = language.export_language(source, tmp_path / "out", dequantize=dequantize)
+    assert made.prompt.passed and made.step.passed, made.line
+    assert made.prompt.relative < 0.03
+    assert made.kernels.get("MatMulInteger 8 bits", 0) == (0 if dequantize else 7)
+    assert any("stay floating" in remark for remark in made.remarks) == dequantize
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from effcli.formats import Affine, AffineWeight, Strategy, quantize_codes
-from effcli.kernels import affine_matmul
+from effcli.kernels import _packed, affine_matmul
 from effcli.kernels.affine_matmul import Bytes, Nibbles, Packed, Words, matmul, prepare, reference, route_name
 
 # Where the Triton kernels run: on a GPU, or in Triton's interpreter (tests/conftest.py turns it on).
@@ -72,9 +72,7 @@ def assert_product(y: Tensor, x: Tensor, weight: AffineWeight, slack: float = 1)
 def run_triton(x: Tensor, weight: AffineWeight) -> Tensor:
     packed = Words.build(weight)
     zero = None if packed.zero is None else packed.zero.to(TRITON)
-    there = Words(
-        packed.format, packed.shape, packed.scale_dtype, packed.words.to(TRITON), packed.scale.to(TRITON), zero
-    )
+    there = Words(packed.format, packed.shape, packed.dtype, packed.words.to(TRITON), packed.scale.to(TRITON), zero)
     return there.multiply_triton(x.to(TRITON)).cpu()
 
 
@@ -300,7 +298,7 @@ def test_without_private_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiles_cover_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(affine_matmul, "_STEP", 7 * 64)
+    monkeypatch.setattr(_packed, "_STEP", 7 * 64)
     for bits in (1, 4, 8):
         weight = make_weight((67, 64), bits, "group", 32, False, torch.float32)
         whole = torch.cat([tile.clone() for _, tile in prepare(weight).tiles(torch.float32)])

@@ -21,9 +21,9 @@ from effcli.errors import DataError, NumericsError, UnsupportedError
 from effcli.graphs import executor
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork, Weighted
-from effcli.graphs.ranges import Method
 from effcli.importers import read
 from effcli.passes import int8
+from effcli.ranges import Method
 
 
 def residual(seed: int = 0, channels: int = 8) -> Graph:

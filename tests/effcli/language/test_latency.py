@@ -10,9 +10,9 @@ import torch
 
 from effcli import runtime, samples
 from effcli.errors import DataError, UnsupportedError
-from effcli.kernels.affine_matmul import route_name
+from effcli.kernels.quantized_matmul import route_name
 from effcli.language import latency
-from effcli.language.modules import AffineLinear
+from effcli.language.modules import QuantizedLinear
 from effcli.language.sweep import sweep
 from effcli.overrides import parse_pass
 from effcli.recipe import PassStep
@@ -39,7 +39,7 @@ def test_the_dense_sample() -> None:
 def test_names_the_kernels_that_run(compressed: Path) -> None:
     speed = latency.measure(compressed, prefill=64, decode=2)
     layer: Any = runtime.load(compressed).get_submodule("model.layers.0.mlp.down_proj")
-    assert isinstance(layer, AffineLinear)
+    assert isinstance(layer, QuantizedLinear)
     assert speed.kernel == route_name(layer.packed, 1, torch.bfloat16)
     assert speed.prefill_kernel == route_name(layer.packed, 64, torch.bfloat16)
 

@@ -95,12 +95,12 @@ def test_random_weights_are_caught(standard: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_kernel_is_caught(standard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = verify.runtime.AffineLinear.__init__
+    prepare = verify.runtime.QuantizedLinear.__init__
 
     def shifted(self: Any, weight: formats.AffineWeight, *rest: Any) -> None:
         prepare(self, dataclasses.replace(weight, codes=weight.codes ^ 1), *rest)
 
-    monkeypatch.setattr(verify.runtime.AffineLinear, "__init__", shifted)
+    monkeypatch.setattr(verify.runtime.QuantizedLinear, "__init__", shifted)
     found = verify.verify(standard)
     assert not found.passed
     assert found.stock is not None and found.stock.passed

@@ -1,106 +1,48 @@
-"""How numbers are stored: formats are values, with the arithmetic to pack, unpack and restore them.
-
-A format knows nothing of how its numbers were chosen. The packed layout is the one of compressed-tensors'
-`pack-quantized` (https://github.com/vllm-project/compressed-tensors): element j of a row stands in bits
-[j·b, (j+1)·b) of the row's stream of 32-bit little-endian words, for every b from 1 to 8.
-"""
+"""Affine quantization: evenly spaced values, (q - zero) · scale."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Strategy = Literal["tensor", "channel", "group"]
+from effcli.formats.base import Packing, Quantized, Strategy
+from effcli.formats.bits import pack_bits, unpack_bits
 
-# 32 elements of b bits fill exactly b words, so a row is packed in runs of 32.
-_RUN = 32
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes (rows, n) below 2**bits into int32 words (rows, ceil(n·bits/32)).
-
-    Every code lies in at most two neighbouring words; both parts are or-ed in, since no two codes share a bit.
-    """
-    rows, count = codes.shape
-    runs = math.ceil(count / _RUN)
-    padded = torch.zeros(rows, runs * _RUN, dtype=torch.int64, device=codes.device)
-    padded[:, :count] = codes
-    padded = padded.view(rows, runs, _RUN)
-    words = torch.zeros(rows, runs, bits, dtype=torch.int64, device=codes.device)
-    for j in range(_RUN):
-        word, shift = divmod(j * bits, 32)
-        spread = padded[:, :, j] << shift
-        words[:, :, word] |= spread & 0xFFFFFFFF
-        if shift + bits > 32:
-            words[:, :, word + 1] |= spread >> 32
-    packed = words.view(rows, runs * bits)[:, : math.ceil(count * bits / 32)]
-    # Words above 2**31 wrap to negative int32: the same bits.
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-
-
-def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """Restore uint8 codes (rows, count) from int32 words (rows, ceil(count·bits/32))."""
-    rows = words.shape[0]
-    if bits in (2, 4, 8):
-        # Codes that never straddle a byte: split bytes, 8 times less memory than going through words.
-        # One word may have any stride and still count as contiguous; bytes can be viewed of stride 1 only.
-        ready = words.is_contiguous() and words.stride(1) == 1
-        whole = words if ready else words.clone(memory_format=torch.contiguous_format)
-        octets = whole.view(torch.uint8).view(rows, 4 * words.shape[1], 1)
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        codes: Tensor = (octets >> shifts) & (2**bits - 1)
-        return codes.view(rows, words.shape[1] * 32 // bits)[:, :count]
-    runs = math.ceil(count / _RUN)
-    padded = torch.zeros(rows, runs * bits, dtype=torch.int32, device=words.device)
-    padded[:, : words.shape[1]] = words
-    padded = padded.view(rows, runs, bits)
-    codes = torch.empty(rows, runs, _RUN, dtype=torch.uint8, device=words.device)
-    for j in range(_RUN):
-        word, shift = divmod(j * bits, 32)
-        # Arithmetic shifts smear the sign upwards; the mask keeps only the bits that belong to this word.
-        low = min(bits, 32 - shift)
-        code = (padded[:, :, word] >> shift) & (2**low - 1)
-        if low < bits:
-            code |= (padded[:, :, word + 1] & (2 ** (bits - low) - 1)) << low
-        codes[:, :, j] = code.to(torch.uint8)
-    return codes.view(rows, runs * _RUN)[:, :count]
+# How a layer's inputs become int8 at run time: not at all, with a scale per token taken as they come, or with one scale
+# and zero point for all, fixed beforehand.
+Activations = Literal["none", "token", "tensor"]
 
 
 @dataclass(frozen=True)
-class Dense:
-    """Floating-point numbers, as they are."""
-
-    dtype: torch.dtype
-
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        return math.prod(shape) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True)
-class Affine:
+class Affine(Packing):
     """Integers q in [0, 2**bits) that stand for (q - zero) · scale, one scale per tensor, row, or group of a row.
 
     `group_size` columns share a scale when `strategy` is "group" and must divide the row length; it is 0 otherwise.
-    Symmetric weights have the fixed zero 2**(bits-1), which is not stored.
+    Symmetric weights have the fixed zero 2**(bits-1), which is not stored. With `activations` the layer multiplies
+    integers with integers: its inputs are rounded to int8, and its weights are symmetric of 8 bits with one scale per
+    row or tensor, so that the sum of products is an integer and is rescaled once.
     """
 
     bits: int
     strategy: Strategy
     group_size: int = 0
     symmetric: bool = False
+    activations: Activations = "none"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be 1 to 8, not {self.bits}")
         if (self.strategy == "group") != (self.group_size > 0):
             raise ValueError("a group size belongs to the strategy 'group', and only to it")
+        integer = self.bits == 8 and self.symmetric and self.strategy != "group"
+        if self.activations != "none" and not integer:
+            raise ValueError("int8 activations need symmetric weights of 8 bits, one scale per channel or tensor")
 
     @property
     def levels(self) -> int:
@@ -134,6 +76,9 @@ class Affine:
         """Bytes on disk of a weight of this `shape`, scales and packed zero points included."""
         rows, columns = shape
         scale_rows, scale_columns = self.scale_shape(shape)
+        if self.activations != "none":
+            static = scale_bytes + 1 if self.activations == "tensor" else 0
+            return rows * columns + scale_rows * scale_columns * scale_bytes + static
         total = rows * math.ceil(columns * self.bits / 32) * 4 + 16
         total += scale_rows * scale_columns * scale_bytes
         if not self.symmetric:
@@ -147,27 +92,29 @@ class Affine:
             "strategy": self.strategy,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
+            "activations": self.activations,
         }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Affine:
-        return Affine(data["bits"], data["strategy"], data["group_size"], data["symmetric"])
+        return Affine(
+            data["bits"], data["strategy"], data["group_size"], data["symmetric"], data.get("activations", "none")
+        )
 
     def __str__(self) -> str:
         where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
-        return f"int{self.bits} {where} {'sym' if self.symmetric else 'asym'}"
-
-
-Format = Dense | Affine
+        inputs = "" if self.activations == "none" else f", int8 inputs per {self.activations}"
+        return f"int{self.bits} {where} {'sym' if self.symmetric else 'asym'}{inputs}"
 
 
 @dataclass(frozen=True)
-class AffineWeight:
+class AffineWeight(Quantized):
     """One quantized weight matrix.
 
     codes: uint8 (out, in); scale: floating (scale rows, scale columns) as stored; zero: uint8, the shape of `scale`,
-    or None when symmetric; input_scale: floating (in,) or None. With an input scale s the layer computes
-    Ŵ (x / s): the scale that no producer could take in stays explicit on the input.
+    or None when symmetric; input_scale: floating (in,) or None, explicit on the input.
+    activation_scale: floating (1,) and activation_zero: int8 (1,), of inputs quantized per tensor: an input x becomes
+    clamp(round(x / scale) + zero, -128, 127). None otherwise.
     """
 
     format: Affine
@@ -175,10 +122,18 @@ class AffineWeight:
     scale: Tensor
     zero: Tensor | None = None
     input_scale: Tensor | None = None
+    activation_scale: Tensor | None = None
+    activation_zero: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.format.activations == "tensor") != (self.activation_scale is not None):
+            raise ValueError("a fixed scale of the inputs belongs to activations per tensor, and only to them")
+        if self.format.activations != "none" and self.input_scale is not None:
+            raise ValueError("inputs that become int8 take no explicit scale beforehand")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in) floating: (q - zero) · scale, the product rounded once to `dtype` (default: the scale's).
@@ -190,18 +145,19 @@ class AffineWeight:
         values = (self.format.grouped(self.codes).float() - zero) * self.scale.float().unsqueeze(-1)
         return values.reshape(self.codes.shape).to(dtype or self.scale.dtype)
 
-    def effective(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in) floating: the dequantized weight with the explicit input scale divided in."""
-        dense = self.dequantize(torch.float32)
-        if self.input_scale is not None:
-            dense = dense / self.input_scale.float()
-        return dense.to(dtype or self.scale.dtype)
-
     def pack(self) -> dict[str, Tensor]:
-        """Tensors by suffix, as they stand in a file: `weight_packed`, `weight_scale`, `weight_shape` ..."""
+        """Tensors by suffix, as they stand in a file: `weight_packed`, `weight_scale`, `weight_shape` ..., or a plain
+        int8 `weight` where the inputs are int8 too.
+        """
+        scale = self.scale.reshape(-1) if self.format.strategy == "tensor" else self.scale
+        if self.format.activations != "none":
+            packed = {"weight": self.signed, "weight_scale": scale}
+            if self.activation_scale is not None and self.activation_zero is not None:
+                packed |= {"input_scale": self.activation_scale, "input_zero_point": self.activation_zero}
+            return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
         packed = {
             "weight_packed": pack_bits(self.codes, self.format.bits),
-            "weight_scale": self.scale.reshape(-1) if self.format.strategy == "tensor" else self.scale,
+            "weight_scale": scale,
             "weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64),
         }
         if self.zero is not None:
@@ -215,9 +171,24 @@ class AffineWeight:
             packed["input_scale"] = self.input_scale
         return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
 
+    @property
+    def signed(self) -> Tensor:
+        """The codes of symmetric weights as int8 (out, in): code · scale is the weight."""
+        return (self.codes.to(torch.int16) - self.format.fixed_zero).to(torch.int8)
+
     @staticmethod
     def unpack(format: Affine, tensors: dict[str, Tensor]) -> AffineWeight:
         """The inverse of `pack`."""
+        if format.activations != "none":
+            signed = tensors["weight"]
+            scale = tensors["weight_scale"].reshape(format.scale_shape((signed.shape[0], signed.shape[1])))
+            return AffineWeight(
+                format,
+                (signed.to(torch.int16) + format.fixed_zero).to(torch.uint8),
+                scale,
+                activation_scale=tensors.get("input_scale"),
+                activation_zero=tensors.get("input_zero_point"),
+            )
         rows, columns = (int(n) for n in tensors["weight_shape"].tolist())
         codes = unpack_bits(tensors["weight_packed"], format.bits, columns)
         scale = tensors["weight_scale"].reshape(format.scale_shape((rows, columns)))
@@ -238,3 +209,30 @@ def quantize_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, format: 
     zeros = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
     levels = (format.grouped(weight) / scale.unsqueeze(-1)).round_().add_(zeros).clamp_(0, format.levels)
     return levels.to(torch.uint8).reshape(weight.shape)
+
+
+def join_rows(weights: Sequence[AffineWeight]) -> AffineWeight:
+    """See `effcli.formats.join_rows`. `ValueError` when their inputs become int8 with different scales."""
+    first = weights[0]
+    if any(_activation(weight) != _activation(first) for weight in weights):
+        raise ValueError("the inputs of one layer have one scale")
+    spread = [_per_channel(weight) if weight.format.strategy == "tensor" else weight for weight in weights]
+    zeros = [weight.zero for weight in spread if weight.zero is not None]
+    return dataclasses.replace(
+        spread[0],
+        codes=torch.cat([weight.codes for weight in spread]),
+        scale=torch.cat([weight.scale for weight in spread]),
+        zero=torch.cat(zeros) if zeros else None,
+    )
+
+
+def _activation(weight: AffineWeight) -> list[float]:
+    return [float(part) for part in (weight.activation_scale, weight.activation_zero) if part is not None]
+
+
+def _per_channel(weight: AffineWeight) -> AffineWeight:
+    """The same numbers with the tensor's scale repeated for every channel."""
+    rows = weight.codes.shape[0]
+    format = dataclasses.replace(weight.format, strategy="channel")
+    zero = None if weight.zero is None else weight.zero.expand(rows, 1)
+    return dataclasses.replace(weight, format=format, scale=weight.scale.expand(rows, 1), zero=zero)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from effcli import ranges
 from effcli.errors import NumericsError
-from effcli.graphs import ranges
-from effcli.graphs.ranges import Method, Observer
+from effcli.ranges import Method, Observer
 
 METHODS: tuple[Method, ...] = get_args(Method)
 

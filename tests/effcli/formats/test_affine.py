@@ -8,7 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effcli.formats import Affine, AffineWeight, Dense, Strategy, pack_bits, quantize_codes, unpack_bits
+from effcli.formats import (
+    Activations,
+    Affine,
+    AffineWeight,
+    Dense,
+    Strategy,
+    format_from_json,
+    join_rows,
+    pack_bits,
+    quantize_codes,
+    unpack,
+    unpack_bits,
+    with_input_scale,
+)
 
 BITS = range(1, 9)
 
@@ -139,3 +152,70 @@ def test_one_word_unpacks_whatever_its_stride(bits: int) -> None:
     words = pack_bits(codes, bits)
     strided = torch.stack([words, words], dim=2)[:, :, 0]
     torch.testing.assert_close(unpack_bits(strided, bits, 3), codes, rtol=0, atol=0)
+
+
+def integer_weight(activations: Activations, strategy: Strategy = "channel", rows: int = 2) -> AffineWeight:
+    codes = torch.tensor([[0, 128, 255], [127, 129, 1]], dtype=torch.uint8).repeat(rows // 2, 1)
+    format = Affine(8, strategy, 0, True, activations)
+    scale = torch.full(format.scale_shape((rows, 3)), 0.5, dtype=torch.bfloat16)
+    static = activations == "tensor"
+    return AffineWeight(
+        format,
+        codes,
+        scale,
+        activation_scale=torch.tensor([0.25], dtype=torch.bfloat16) if static else None,
+        activation_zero=torch.tensor([-3], dtype=torch.int8) if static else None,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+def test_weights_of_int8_inputs_stand_in_a_file_as_signed_bytes(activations: Activations, strategy: Strategy) -> None:
+    weight = integer_weight(activations, strategy)
+    assert weight.signed.tolist() == [[-128, 0, 127], [-1, 1, -127]]
+    assert weight.dequantize(torch.float32).tolist() == [[-64, 0, 63.5], [-0.5, 0.5, -63.5]]
+    packed = weight.pack()
+    assert packed["weight"].dtype == torch.int8
+    assert set(packed) == {"weight", "weight_scale"} | (
+        {"input_scale", "input_zero_point"} if activations == "tensor" else set()
+    )
+    assert weight.format.nbytes(weight.shape, 2) == sum(tensor.nbytes for tensor in packed.values())
+    format = format_from_json(weight.format.to_json())
+    assert format == weight.format and "int8 inputs per" in str(format)
+    restored = unpack(format, packed)
+    assert isinstance(restored, AffineWeight)
+    assert torch.equal(restored.codes, weight.codes) and torch.equal(restored.scale, weight.scale)
+    assert restored.activation_scale is weight.activation_scale
+
+
+def test_int8_inputs_need_weights_that_leave_one_rescaling() -> None:
+    wrong: list[tuple[int, Strategy, int, bool]] = [
+        (4, "channel", 0, True),
+        (8, "group", 32, True),
+        (8, "channel", 0, False),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="int8 activations need"):
+            Affine(*arguments, "token")
+    with pytest.raises(ValueError, match="fixed scale"):
+        AffineWeight(Affine(8, "channel", 0, True, "tensor"), torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="no explicit scale"):
+        with_input_scale(integer_weight("token"), torch.ones(3))
+
+
+def test_rows_are_joined() -> None:
+    first, second = (make_weight((rows, 8), 4, "tensor", 0, False, torch.float32, rows) for rows in (2, 3))
+    joined = join_rows([first, second])
+    assert joined.format == Affine(4, "channel")
+    assert torch.equal(joined.dequantize(), torch.cat([first.dequantize(), second.dequantize()]))
+    static = integer_weight("tensor")
+    assert join_rows([static, static]).format == static.format
+    other = AffineWeight(
+        static.format,
+        static.codes,
+        static.scale,
+        activation_scale=torch.tensor([1.0]),
+        activation_zero=static.activation_zero,
+    )
+    with pytest.raises(ValueError, match="one scale"):
+        join_rows([static, other])
