@@ -22,6 +22,7 @@ PASSES: dict[str, Entry] = {
     "smoothquant": Entry(
         "effcli.passes.smoothquant", "Scale channels so that activations round well to int8 (arXiv:2211.10438)."
     ),
+    "gptq": Entry("effcli.passes.gptq", "Round columns in turn, the rest makes up for the error (arXiv:2210.17323)."),
     "fold": Entry("effcli.passes.fold", "Fold batch norms into the layers beside them (arXiv:1712.05877)."),
     "equalize": Entry(
         "effcli.passes.equalize", "Even out weight ranges across neighbouring layers (arXiv:1906.04721)."

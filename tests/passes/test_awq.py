@@ -15,6 +15,7 @@ from effcli.formats import Affine, AffineWeight
 from effcli.observers import Gram
 from effcli.passes import awq
 from effcli.passes._affine import nearest
+from effcli.passes._scales import scaled_error, scales
 
 
 def seen(inputs: Tensor) -> Gram:
@@ -45,9 +46,9 @@ def layers(*weights: Tensor) -> tuple[Layer, ...]:
 def test_scales_by_hand() -> None:
     """√m of (1, 4, 16) is (1, 2, 4), and √(max · min) = 2."""
     magnitude = torch.tensor([1.0, 4.0, 16.0])
-    torch.testing.assert_close(awq.scales(magnitude, 0.5), torch.tensor([0.5, 1, 2]))
-    torch.testing.assert_close(awq.scales(magnitude, 1.0), torch.tensor([0.25, 1, 4]))
-    torch.testing.assert_close(awq.scales(magnitude, 0.0), torch.ones(3))
+    torch.testing.assert_close(scales(magnitude, 0.5), torch.tensor([0.5, 1, 2]))
+    torch.testing.assert_close(scales(magnitude, 1.0), torch.tensor([0.25, 1, 4]))
+    torch.testing.assert_close(scales(magnitude, 0.0), torch.ones(3))
 
 
 def test_a_case_worked_by_hand() -> None:
@@ -59,11 +60,11 @@ def test_a_case_worked_by_hand() -> None:
     inputs = torch.tensor([[100.0, 0.0], [0.0, 1.0]])
     gram = seen(inputs)
     weight = torch.tensor([[0.4, 1.0]])
-    error = awq._scaled_error(weight, torch.ones(2), gram.matrix, Affine(1, "channel"), torch.float32)
+    error = scaled_error(weight, torch.ones(2), gram.matrix, Affine(1, "channel"), torch.float32)
     assert error == pytest.approx((0.4 * 100) ** 2)
-    factor = awq.scales(torch.tensor([100.0, 1.0]), 1.0)
+    factor = scales(torch.tensor([100.0, 1.0]), 1.0)
     torch.testing.assert_close(factor, torch.tensor([10.0, 0.1]))
-    error = awq._scaled_error(weight, factor, gram.matrix, Affine(1, "channel"), torch.float32)
+    error = scaled_error(weight, factor, gram.matrix, Affine(1, "channel"), torch.float32)
     assert error == pytest.approx(1.0)
     factor, notes = awq.scale((awq.Config(bits=2, group_size=None),), Group(layers(weight)), gram)
     assert notes["alpha"] > 0
@@ -74,10 +75,10 @@ def test_the_error_is_that_of_the_outputs() -> None:
     """tr(D G Dᵀ) against the products themselves, at a weird shape."""
     inputs = loud_inputs(401, 40, 1)
     weight = torch.randn(41, 40, generator=torch.Generator().manual_seed(2))
-    factor = awq.scales(seen(inputs).magnitude, 0.4)
+    factor = scales(seen(inputs).magnitude, 0.4)
     config = awq.Config(bits=3, group_size=8)
     restored = scaled_and_back(weight, factor, config)
-    actual = awq._scaled_error(weight, factor, seen(inputs).matrix, config.format, torch.float32)
+    actual = scaled_error(weight, factor, seen(inputs).matrix, config.format, torch.float32)
     assert actual == pytest.approx(output_error(weight, restored, inputs), rel=1e-4)
 
 

@@ -1,0 +1,111 @@
+"""GPTQ: round column after column while the columns that follow make up for each error (arXiv:2210.17323).
+
+Besides the method itself: channels may first be scaled as `awq` scales them, ranges may be searched, and codes and
+scales are improved in turn afterwards. Groups are those of the original order whatever the order of rounding, and their
+ranges are found beforehand, so that files have the layout that every loader reads. The output error
+tr((Ŵ - W) G (Ŵ - W)ᵀ) of no row is above that of rounding it to the nearest codes of the same ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from effcli.contract import Gram, Group, Layer, Needs, Outcome, PassConfig, Scope
+from effcli.formats import Affine, AffineWeight
+from effcli.passes._affine import clipped_range, encode, extremes, parameters
+from effcli.passes._gptq import Feedback, factorize, quantize, weighted_range
+from effcli.passes._scales import find_scale
+
+# Below half of the range the error of the clipped weights outweighs every gain.
+SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 0.52)
+
+
+class Config(PassConfig):
+    """Options of a `gptq` step."""
+
+    needs: ClassVar[Needs] = Needs.INPUTS
+    scope: ClassVar[Scope] = Scope.GROUP
+    graph_defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
+    group_size: int | None = Field(
+        64, ge=1, description="Input channels that share a scale; must divide each layer's. null: the whole channel."
+    )
+    symmetric: bool = Field(False, description="A range around zero, with no zero point to store.")
+    act_order: bool = Field(True, description="Round loud channels first, by the falling diagonal of the Gram matrix.")
+    damping: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="What is added to the Gram matrix's diagonal, as a fraction of its mean. More of it trusts the "
+        "calibration inputs less; the paper has 0.01.",
+    )
+    range: Literal["minmax", "least_squares", "gram", "remaining"] = Field(
+        "remaining",
+        description="How ranges are chosen: those of the weights, or shrunk to the least squared error; `gram`: to the "
+        "least output error of rounding to nearest; `remaining`: to the least output error that columns rounded later "
+        "cannot make up for.",
+    )
+    scales: bool = Field(True, description="First scale the channels as `awq` does.")
+    sweeps: int = Field(
+        3, ge=0, description="How often codes and scales are improved in turn after the first rounding."
+    )
+    without_pair: Literal["unscaled", "explicit"] = Field(
+        "unscaled",
+        description="Where no module can take in the scale: leave the layers unscaled, or keep the scale on their "
+        "input at run time, in effcli's own layout.",
+    )
+
+    @property
+    def format(self) -> Affine:
+        return Affine(self.bits, "group" if self.group_size else "channel", self.group_size or 0, self.symmetric)
+
+
+def scale(configs: tuple[Config, ...], group: Group, seen: Gram) -> tuple[Tensor, Mapping[str, float | str]]:
+    """Factor per input channel, float32 (in,), for the layers of `group` with their options, and notes.
+
+    Ones where `scales` is off, for all of them when it is for one: the factor is of the input that they share.
+    """
+    if all(config.scales for config in configs):
+        return find_scale([config.format for config in configs], group, seen)
+    notes = {"unscaled": "a layer with the same input has scales off"} if any(c.scales for c in configs) else {}
+    return torch.ones(group.layers[0].weight.shape[1]), notes
+
+
+def apply(config: Config, layer: Layer, seen: Gram) -> Outcome:
+    """Quantize one weight (out, in), already scaled, under the Gram matrix of its scaled inputs.
+
+    Raises `NumericsError` when the Gram matrix cannot be factored with any damping up to one.
+    """
+    if not seen.tokens:
+        low, high = _range(config, layer, seen, None)
+        weight = encode(layer.weight, low, high, config.format, layer.dtype)
+        return Outcome(weight, {"rounded": "to nearest: no calibration token reached it"})
+    key = "gptq", config.damping, config.act_order
+    feedback = seen.remember(key, lambda: factorize(seen.matrix, config.damping, config.act_order, layer.name))
+    notes: dict[str, Any] = {"damping": feedback.damping}
+    if feedback.damping > config.damping:
+        notes["damping_raised_from"] = config.damping
+    low, high = _range(config, layer, seen, feedback)
+    scale, zero = parameters(low, high, config.format, layer.dtype)
+    made = quantize(layer.weight, seen.matrix, feedback, scale, zero, config.format, layer.dtype, config.sweeps)
+    notes |= {"error_over_nearest": round(made.ratio, 4), "rows_to_nearest": made.kept}
+    stored = None if config.symmetric else zero.to(torch.uint8)
+    return Outcome(AffineWeight(config.format, made.codes, made.scale.to(layer.dtype), stored), notes)
+
+
+def _range(config: Config, layer: Layer, seen: Gram, feedback: Feedback | None) -> tuple[Tensor, Tensor]:
+    """The range behind each scale (low, high), shaped like the scales; without inputs those that need none."""
+    weight, format, dtype = layer.weight, config.format, layer.dtype
+    if config.range == "least_squares":
+        return weighted_range(weight, torch.ones(weight.shape[1]), format, dtype, SHRINKS)
+    if feedback is None or config.range == "minmax":
+        return extremes(weight, format)
+    if config.range == "gram":
+        return clipped_range(weight, seen.matrix, format, dtype, SHRINKS)
+    return weighted_range(weight, feedback.remaining, format, dtype, SHRINKS)
