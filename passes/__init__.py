@@ -22,6 +22,12 @@ PASSES: dict[str, Entry] = {
     "smoothquant": Entry(
         "effcli.passes.smoothquant", "Scale channels so that activations round well to int8 (arXiv:2211.10438)."
     ),
+    "kmeans": Entry("effcli.passes.kmeans", "Let weights share the entries of a table (arXiv:1510.00149)."),
+    "centroids": Entry(
+        "effcli.passes.centroids", "Train the tables of `kmeans` to restore the outputs (arXiv:1510.00149)."
+    ),
+    "binary": Entry("effcli.passes.binary", "Keep the signs of the weights and a scale (arXiv:1603.05279)."),
+    "ternary": Entry("effcli.passes.ternary", "Round weights to -1, 0 and 1 times a scale (arXiv:1605.04711)."),
     "gptq": Entry("effcli.passes.gptq", "Round columns in turn, the rest makes up for the error (arXiv:2210.17323)."),
     "fold": Entry("effcli.passes.fold", "Fold batch norms into the layers beside them (arXiv:1712.05877)."),
     "equalize": Entry(
