@@ -26,6 +26,9 @@ PASSES: dict[str, Entry] = {
     "centroids": Entry(
         "effcli.passes.centroids", "Train the tables of `kmeans` to restore the outputs (arXiv:1510.00149)."
     ),
+    "nf4": Entry(
+        "effcli.passes.nf4", "Round blocks of weights to quantiles of a normal distribution (arXiv:2305.14314)."
+    ),
     "binary": Entry("effcli.passes.binary", "Keep the signs of the weights and a scale (arXiv:1603.05279)."),
     "ternary": Entry("effcli.passes.ternary", "Round weights to -1, 0 and 1 times a scale (arXiv:1605.04711)."),
     "gptq": Entry("effcli.passes.gptq", "Round columns in turn, the rest makes up for the error (arXiv:2210.17323)."),
