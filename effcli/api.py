@@ -28,9 +28,9 @@ def compress(
     model: a directory, a Hub id, or `sample:lm`. passes: `"awq:bits=4"`, `{"awq": {"bits": 4}}` or a pass's `Config`.
     keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
     """
-    from effcli import pipeline
+    from effcli import search
     from effcli.stock import restoring_verbosity
 
     recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
     with restoring_verbosity():
-        return pipeline.run(recipe, overwrite=overwrite, listener=listener)
+        return search.run(recipe, overwrite=overwrite, listener=listener)[0]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -151,8 +152,46 @@ class PassStep(Step):
             return None
         config_type: type[PassConfig] = passes.load(name).Config
         config = validated(config_type, options, path, mistakes, owner=name)
-        _check_layers(config_type, options, path, name, mistakes)
+        chosen = None if config is None else cls._chosen(config, path, mistakes)
+        if chosen is None:
+            _check_layers(config_type, options, path, name, mistakes)
         return config
+
+    @classmethod
+    def _chosen(cls, config: PassConfig, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
+        """For a step that chooses the bits of another, that other with each number of bits; None for any other step.
+
+        What cannot be carried out is noted, and then left out.
+        """
+        inner: Mapping[str, Mapping[str, Any]] | None = getattr(config, "chooses_bits_of", None)
+        if inner is None:
+            return None
+        ((name, options),) = inner.items()
+        if name in passes.PASSES:
+            fields = passes.load(name).Config.model_fields
+            if "bits" not in fields or "format" not in dir(passes.load(name).Config):
+                mistakes.add(join(path, "using"), f"{name} has no number of bits to choose; take awq or linear")
+                return ()
+            if "bits" in options:
+                mistakes.add(
+                    join(path, "options.bits"), "the bits are what is chosen; name those to choose from in `bits`"
+                )
+                return ()
+        made = []
+        for bits in config.bits:  # type: ignore[attr-defined]
+            step = cls.check({name: {**options, "bits": bits}}, path, mistakes)
+            made += [] if step is None else [step]
+        return tuple(made)
+
+    @property
+    def chosen(self) -> tuple[PassStep, ...]:
+        """The step that this one stands for with each number of bits it may choose; empty when it stands for itself."""
+        return self._chosen(self.config, "", Mistakes()) or ()
+
+    @property
+    def module(self) -> ModuleType:
+        """The pass itself."""
+        return passes.load(self.name)
 
     def for_graph(self) -> PassStep:
         """This step in a network read as a graph: defaults that differ there filled in."""

@@ -40,6 +40,7 @@ PASSES: dict[str, Entry] = {
     "bias_correction": Entry(
         "effcli.passes.bias_correction", "Undo the mean error of every channel in the biases (arXiv:1906.04721)."
     ),
+    "auto": Entry("effcli.passes.auto", "Choose the bits of every layer under a budget, for another pass."),
     "int8": Entry("effcli.passes.int8", "Quantize weights and activations to an integer network (arXiv:1712.05877)."),
 }
 

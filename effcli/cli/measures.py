@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 import typer
 
-from effcli.cli.flags import Debug, Device, Json, Model, Threads, TrustRemoteCode, Weights
+from effcli.cli.flags import Calib, Debug, Device, Json, Model, Overrides, Threads, TrustRemoteCode, Weights
 from effcli.cli.printing import path_of, print_json, show
-from effcli.errors import RecipeError
+from effcli.errors import RecipeError, did_you_mean
 
 
 def inspect(
     model: Model,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Say what quantizing each layer alone costs, for each number of bits.")
+    ] = False,
+    step: Annotated[
+        str | None,
+        typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="What quantizes the layers.", show_default="awq"),
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option("--bits", metavar="N,N,...", help="The bits to try.", show_default="2,3,4,8")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            metavar="WAY",
+            help="gram (one forward), fisher (and one backward), or loss (each layer in turn).",
+            show_default="loss for small networks, else fisher",
+        ),
+    ] = None,
+    calib: Calib = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Also write this .html or .json.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
     weights: Weights = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what MODEL consists of."""
+    """Say what MODEL consists of, or which of its layers suffer from few bits."""
+    given = {"--pass": step, "--bits": bits, "--by": by, "--calib": calib, "--output": output, "--set": overrides}
+    if sensitivity:
+        keys = {"weights": weights, "trust_remote_code": trust_remote_code or None}
+        _sensitivity(model, step or "awq", bits or "2,3,4,8", by, calib, output, overrides or [], keys, json)
+        return
+    _refuse(given, "it belongs to --sensitivity", "add --sensitivity, or leave it out")
     from effcli import importers, samples
     from effcli import plan as planning
     from effcli.reports import screen
@@ -34,6 +66,47 @@ def inspect(
         print(found.to_json())
     else:
         show(screen.records_table("", planning.summary(found.rows), found.remarks))
+
+
+def _sensitivity(
+    model: str,
+    step: str,
+    bits: str,
+    by: str | None,
+    calib: str | None,
+    output: Path | None,
+    overrides: list[str],
+    keys: dict[str, Any],
+    json: bool,
+) -> None:
+    from effcli import recipe
+
+    if not all(part.strip().isdigit() for part in bits.split(",")):
+        raise RecipeError(f"--bits {bits}: not whole numbers", "write --bits 2,3,4")
+    if by not in (None, "gram", "fisher", "loss"):
+        raise RecipeError(f"--by {by}: there is no such way", did_you_mean(by, ("gram", "fisher", "loss")))
+    if output is not None and output.suffix not in (".html", ".json"):
+        raise RecipeError(f"--output {output}: neither .html nor .json", "name a file with one of these endings")
+    widths = sorted({int(part) for part in bits.split(",")})
+    recipes = [
+        recipe.from_arguments(model, passes=[step], bits=width, calib=calib, overrides=overrides, **keys)
+        for width in widths
+    ]
+    from effcli import search
+    from effcli.reports import screen
+    from effcli.reports.html_sensitivity import write
+    from effcli.reports.sensitivity import Way, table
+
+    with screen.Screen(recipes[0], quiet=json) as shown:
+        found = search.inspect(recipes, cast("Way | None", by), shown)
+    if output is not None:
+        write(found, output)
+    if json:
+        print(found.model_dump_json(indent=1))
+    else:
+        show(table(found))
+        if output is not None:
+            print(f"written: {output}")
 
 
 def evaluate(

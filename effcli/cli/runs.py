@@ -128,6 +128,12 @@ def plan(
             revision=revision,
             trust_remote_code=trust_remote_code or None,
         )
+    undecided = next((step.name for step in made.passes if step.chosen), None)
+    if undecided is not None:
+        raise RecipeError(
+            f"{undecided} measures the layers before it can say what it does to each",
+            "look with `effcli inspect --sensitivity`, or plan the recipe.yaml of a finished run",
+        )
     from effcli import plan as planning
     from effcli.pipeline import subject_of
     from effcli.reports import screen
@@ -152,13 +158,17 @@ def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: 
 def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
     # Known before torch is imported and the model looked for.
     target = recipe.target
-    from effcli import pipeline
+    from effcli import search
     from effcli.reports.screen import Screen
 
     with Screen(recipe, quiet=quiet) as screen:
-        result = pipeline.run(recipe, overwrite=overwrite, listener=screen)
+        result, searches = search.run(recipe, overwrite=overwrite, listener=screen)
     if json:
         print(result.model_dump_json(indent=1))
     elif not quiet:
+        from effcli.reports.sensitivity import search_table
+
+        for found in searches:
+            show(search_table(found))
         print_report(result, layers=None)
         print(f"written: {target}" + (f" ({result.verified})" if result.verified else ""))

@@ -96,7 +96,7 @@ def figure_plot(
     points = [(row, found) for row in rows if (found := value(row)) is not None]
     if not points:
         return ""
-    scale = _log_scale if log else _linear_scale
+    scale = log_scale if log else _linear_scale
     to_unit, ticks = scale([found for _, found in points])
     bottom = height - _below(axis)
     tall = bottom - _TOP
@@ -241,7 +241,7 @@ def _nice_step(least: float) -> int:
         power *= 10
 
 
-def _log_scale(values: Iterable[float]) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+def log_scale(values: Iterable[float]) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
     """From a positive value to 0..1 by its logarithm, and ticks at 1, and where few at 2 and 5, times powers of 10."""
     positive = [value for value in values if 0 < value < math.inf]
     low, high = (math.log10(min(positive)), math.log10(max(positive))) if positive else (-1.0, 0.0)

@@ -1,0 +1,150 @@
+"""A pass that keeps account of itself: what each layer's quantization costs, beside what comes out.
+
+With D = Ŵ - W, G the second moments of the inputs and f the mean squared gradient of the loss at each output, the loss
+grows by about ½ Σ_o f_o (D G Dᵀ)_oo: the Fisher information with tokens and outputs taken for independent, the
+diagonal of one factor of arXiv:1503.05671.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effcli.contract import Gram, Layer, Needs, Outcome, PassConfig
+from effcli.formats import Quantized
+
+_ROWS = 1024
+
+
+class SquaredGradients:
+    """Mean squared gradient of the loss at each output of a layer.
+
+    sums: float64 (out,), Σ g²; tokens: how many were seen.
+    """
+
+    def __init__(self, features: int) -> None:
+        self.sums = torch.zeros(features, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, gradients: Tensor) -> None:
+        """Take in gradients (..., out)."""
+        rows = gradients.reshape(-1, gradients.shape[-1]).float()
+        self.sums += rows.square().sum(0, dtype=torch.float64)
+        self.tokens += rows.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 (out,)."""
+        return (self.sums / max(self.tokens, 1)).float()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one layer.
+
+    energy, whole: mean squared norm of each output's error and of the output itself, float32 (out,), None where no
+    inputs were seen; weight: what the layer then multiplies its unscaled inputs with, float32 (out, in), None unless
+    it was to be kept.
+    """
+
+    energy: Tensor | None
+    whole: Tensor | None
+    weight: Tensor | None
+
+    @property
+    def output_error(self) -> float:
+        """Relative squared error of the outputs; 0 of an output that is always 0."""
+        if self.energy is None or self.whole is None:
+            return 0.0
+        whole = float(self.whole.sum(dtype=torch.float64))
+        return float(self.energy.sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
+
+    def cost(self, gradients: Tensor) -> float:
+        """½ Σ_o f_o E_o for squared gradients f float32 (out,)."""
+        return 0.0 if self.energy is None else 0.5 * float((self.energy.double() * gradients.double()).sum())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer's quantization costs. output_error: relative and squared; cost: in the unit of the measurement."""
+
+    output_error: float
+    cost: float
+
+
+class Probe:
+    """Stands in for the module of a pass, and remembers what became of every layer.
+
+    factors: rows (out,) and columns (in,) by which a layer's weight stands multiplied when it reaches the pass, so
+    that it can be told of as it was. keep_weights: remember the weights too, not only their errors.
+    """
+
+    def __init__(self, module: ModuleType, keep_weights: bool = False) -> None:
+        self.factors: Callable[[str], tuple[Tensor | None, Tensor | None]] = lambda name: (None, None)
+        self._module = module
+        self._keep_weights = keep_weights
+        # Of a grouped convolution the pass may see one group of rows after the other.
+        self._parts: dict[str, list[Trial]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "apply_groups" and self._module.Config.needs is Needs.NOTHING:
+            return self._apply_groups
+        found = getattr(self._module, name)
+        return self._apply_groups if name == "apply_groups" else found
+
+    @property
+    def trials(self) -> dict[str, Trial]:
+        """What became of every layer so far."""
+        return {name: self._joined(name, parts) for name, parts in self._parts.items()}
+
+    def apply(self, config: PassConfig, layer: Layer, seen: Gram | None) -> Outcome:
+        """As the pass's own; inputs that it does not ask for are kept from it."""
+        outcome: Outcome = self._module.apply(config, layer, seen if config.needed is not Needs.NOTHING else None)
+        self._remember(layer, outcome, () if seen is None else (seen,))
+        return outcome
+
+    def _apply_groups(self, config: PassConfig, layer: Layer, seen: Sequence[Gram]) -> Outcome:
+        if config.needed is Needs.NOTHING:
+            # Such a pass is given a layer whole, however many groups it has.
+            outcome: Outcome = self._module.apply(config, layer, None)
+        else:
+            outcome = self._module.apply_groups(config, layer, seen)
+        self._remember(layer, outcome, seen)
+        return outcome
+
+    def _remember(self, layer: Layer, outcome: Outcome, seen: Sequence[Gram]) -> None:
+        made = outcome.weight
+        restored = made.dequantize(torch.float32) if isinstance(made, Quantized) else made.float()
+        energy, whole = (energies(of, seen) if seen else None for of in (restored - layer.weight, layer.weight))
+        kept = restored if self._keep_weights else None
+        self._parts.setdefault(layer.name, []).append(Trial(energy, whole, kept))
+
+    def _joined(self, name: str, parts: Sequence[Trial]) -> Trial:
+        rows, columns = self.factors(name)
+        energy, whole, weight = (_cat([getattr(part, key) for part in parts]) for key in ("energy", "whole", "weight"))
+        if rows is not None:
+            energy, whole = (None if of is None else of * rows.square() for of in (energy, whole))
+            weight = None if weight is None else weight * rows.unsqueeze(1)
+        if columns is not None:
+            weight = None if weight is None else weight / columns
+        return Trial(energy, whole, weight)
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
+
+
+def energies(weight: Tensor, seen: Sequence[Gram]) -> Tensor:
+    """Mean squared output of each row of weight (out, in), float32 (out,); `seen`: of each group of rows in turn."""
+    parts = []
+    for gram, part in zip(seen, weight.chunk(len(seen)), strict=True):
+        for start in range(0, part.shape[0], _ROWS):
+            rows = part[start : start + _ROWS].float()
+            parts.append((rows @ gram.matrix).mul_(rows).sum(1) / max(gram.tokens, 1))
+    return torch.cat(parts) if parts else weight.new_zeros(0)

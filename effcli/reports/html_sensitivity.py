@@ -1,0 +1,171 @@
+"""Sensitivities, and what a search for bits found, as one HTML file or as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from effcli.errors import writing
+from effcli.reports import human, svg
+from effcli.reports.html_parts import LONG, breakable, folded, headings, missing, number, sortable
+from effcli.reports.html_style import CSS, SORT
+from effcli.reports.report import LedgerRow
+from effcli.reports.sensitivity import LayerCosts, Point, Search, Sensitivity
+
+_WIDTH, _HEIGHT = 960, 380
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 14, 44
+
+
+def write(found: Sensitivity | Search, path: Path) -> None:
+    """Write `found` to `path`, as a page where it ends in .html and as JSON otherwise."""
+    text = render(found) if path.suffix == ".html" else found.model_dump_json(indent=1) + "\n"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def render(found: Sensitivity | Search) -> str:
+    """The whole page."""
+    layers = found.sensitivity if isinstance(found, Search) else found
+    what = f"bits per layer for {layers.step}" if isinstance(found, Search) else f"each layer alone with {layers.step}"
+    head = (
+        f'<header><p class="maker">effcli</p><h1>{escape(layers.model)}</h1><p class="lead">{escape(what)}</p></header>'
+    )
+    body = [head, *([_search(found)] if isinstance(found, Search) else []), _sensitivity(layers)]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(layers.model)} \N{MIDDLE DOT} {escape(what)}</title>\n<style>{CSS}</style>\n</head>\n"
+        "<body>\n<main>\n" + "\n".join(body) + f"\n</main>\n<script>{SORT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _search(found: Search) -> str:
+    """The front, and every choice that is drawn in it."""
+    points = [*found.front, *found.uniform]
+    unit = found.sensitivity.unit
+    rows = []
+    for point in sorted({id(point): point for point in points}.values(), key=lambda point: point.nbytes):
+        name = "chosen" if point.nbytes == found.chosen.nbytes and point.cost == found.chosen.cost else point.name
+        measured = missing() if point.measured is None else number(point.measured, human.significant(point.measured, 4))
+        rows.append(
+            f'<th scope="row">{escape(name or "front")}</th>'
+            + number(point.nbytes, human.size(point.nbytes))
+            + number(point.average_bits, f"{point.average_bits:.2f}")
+            + number(point.cost, human.significant(point.cost))
+            + measured
+        )
+    titles = ("choice", "layers", "bits", f"cost, {unit}", found.measure or "measured")
+    return (
+        f"<section><h2>{escape(found.budget)}</h2>"
+        f'<div class="scroll plots">{front_plot(found.front, found.uniform, found.chosen, unit)}</div>'
+        '<p class="legend"><span class="s0"><i></i>cheapest choices</span><span class="s1"><i></i>every layer alike'
+        '</span><span class="s3"><i></i>chosen</span></p>'
+        + folded("Choices", "", len(rows), sortable(headings(titles, titles[1:]), rows))
+        + "</section>"
+    )
+
+
+def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, unit: str) -> str:
+    """Cost, on a logarithmic axis, over the bytes of all layers. Choices that cost nothing stand at the lower edge."""
+    points = [*front, *uniform, chosen]
+    low, high = min(point.nbytes for point in points), max(point.nbytes for point in points)
+    rise, ticks = svg.log_scale([point.cost for point in points])
+    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+
+    def place(point: Point) -> tuple[float, float]:
+        across = 0.04 + 0.92 * (point.nbytes - low) / (high - low) if high > low else 0.5
+        up = min(1.0, max(0.0, rise(point.cost)))
+        return _LEFT + (right - _LEFT) * across, bottom - (bottom - _TOP) * up
+
+    parts = [svg.opened(_WIDTH, _HEIGHT, "Cost of the cheapest choices over their size")]
+    for tick, text in ticks:
+        y = bottom - (bottom - _TOP) * rise(tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, front))
+    parts.append(f'<polyline class="trend s0" points="{path}"/>')
+    for series, shown in ((0, front), (1, uniform), (3, [chosen])):
+        for point in shown:
+            x, y = place(point)
+            measured = "" if point.measured is None else f", measured {human.significant(point.measured, 4)}"
+            name = f"{point.name}: " if point.name else ""
+            title = f"{name}{human.size(point.nbytes)}, {human.significant(point.cost)} {unit}{measured}"
+            radius = 5 if series else 3.4
+            parts.append(
+                f'<circle class="mark s{series}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+                f"<title>{escape(title)}</title></circle>"
+            )
+    for point in uniform:
+        x, _ = place(point)
+        label = f"{point.name}, {human.size(point.nbytes)}"
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(label)}</text>')
+    parts.append(f'<text x="{right}" y="{bottom + 36}" text-anchor="end">bytes of the layers</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _sensitivity(found: Sensitivity) -> str:
+    """One plot for each number of bits, and the figures of all layers."""
+    widths = sorted({option.bits for layer in found.layers for option in layer.options})
+    parts = [f"<section><h2>Cost of each layer</h2><p>{escape(found.explained)}; {found.inputs:,} inputs.</p>"]
+    axis = svg.layer_axis([_row(layer, 0) for layer in found.layers])
+    if axis.legend:
+        names = (f'<span class="s{at} k{at}"><i></i>{escape(text)}</span>' for at, text in enumerate(axis.legend))
+        legend = f'<p class="legend">{"".join(names)}</p>'
+    else:
+        legend = ""
+    plots = []
+    for bits in widths:
+        places = {
+            layer.name: at
+            for layer in found.layers
+            for at, option in enumerate(layer.options)
+            if option.bits == bits and math.isfinite(option.cost)
+        }
+        costs = {layer.name: layer.options[places[layer.name]].cost for layer in found.layers if layer.name in places}
+        rows = [_row(layer, places[layer.name]) for layer in found.layers if layer.name in places]
+        drawn = svg.figure_plot(
+            axis,
+            rows,
+            lambda row, costs=costs: costs[row.name],  # type: ignore[misc]
+            human.significant,
+            f"Cost of each layer with {bits} bits",
+            log=True,
+            height=240,
+        )
+        plots.append(f"<h3>{bits} bits <small>{escape(found.unit)}</small></h3>{drawn}")
+    parts.append(f'<div class="plots scroll">{legend}{"".join(plots)}</div>')
+    titles = ("layer", "shape", *(f"{bits} bits" for bits in widths))
+    table = [_line(layer, widths) for layer in found.layers]
+    parts.append(
+        folded("All layers", f"{len(table)}", max(len(table), LONG), sortable(headings(titles, titles[2:]), table))
+    )
+    parts += [f"<p>{escape(remark)}</p>" for remark in found.remarks]
+    return "".join(parts) + "</section>"
+
+
+def _line(layer: LayerCosts, widths: Sequence[int]) -> str:
+    costs = {option.bits: option.cost for option in layer.options}
+    cells = (number(costs[bits], human.significant(costs[bits])) if bits in costs else missing() for bits in widths)
+    return f'<th scope="row">{breakable(layer.name)}</th><td>{human.shape(layer.shape)}</td>' + "".join(cells)
+
+
+def _row(layer: LayerCosts, at: int) -> LedgerRow:
+    """A layer with one of its options as a line of a ledger, which is what the plots are drawn from."""
+    option = layer.options[at]
+    return LedgerRow(
+        name=layer.name,
+        kind=layer.kind,
+        shape=layer.shape,
+        format=option.format,
+        bits_per_weight=8 * option.nbytes / max(layer.shape[0] * layer.shape[1], 1),
+        nbytes=option.nbytes,
+        status="compressed",
+        output_error=option.output_error,
+    )
+
+
+__all__ = ["front_plot", "render", "write"]

@@ -1,0 +1,106 @@
+"""What each layer of a graph costs alone: held against the graph run with that layer changed, and against autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small_graphs
+import torch
+from torch import Tensor, nn
+
+from effcli.graphs.graph import Graph
+from effcli.graphs.sensitivity import is_classifier, layer_costs
+from effcli.probe import Cost
+from effcli.recipe import PassStep
+from effcli.reports.sensitivity import Way
+from effcli.selection import choose_graph
+
+
+def step(name: str, bits: int, **more: object) -> PassStep:
+    return PassStep.model_validate({name: {"bits": bits, **more}}).for_graph()
+
+
+def costs(graph: Graph, folder: Path, way: Way, *steps: PassStep) -> list[dict[str, Cost]]:
+    folder.mkdir(exist_ok=True)
+    graph.save(folder)
+    variants = [choose_graph(graph, each) for each in steps]
+    return layer_costs(folder, steps[0].module, variants, small_graphs.batches(graph), way)
+
+
+def changed(graph: Graph, folder: Path, name: str, given: PassStep) -> tuple[Tensor, Tensor]:
+    """The outputs for all inputs, and those with layer `name` alone rounded."""
+    inputs = small_graphs.inputs(graph)
+    before = graph.run(inputs).double()
+    copy = Graph.read(folder)
+    weight: Tensor = copy.layer(name).weight  # type: ignore[assignment]
+    from effcli.contract import Layer
+    from effcli.formats import AffineWeight
+
+    flat = weight.detach().flatten(1).clone()
+    outcome = given.module.apply(given.config, Layer(name, "conv", flat, torch.float32), None).weight
+    assert isinstance(outcome, AffineWeight)
+    copy.set_weight(name, outcome)
+    return before, copy.run(inputs).double()
+
+
+@pytest.mark.parametrize("make", [small_graphs.residual, small_graphs.separable])
+def test_loss_is_that_of_the_network_with_one_layer_changed(make: type, tmp_path: Path) -> None:
+    graph = make()
+    given = step("linear", 3)
+    (found,) = costs(graph, tmp_path / "work", "loss", given)
+
+    assert is_classifier(graph)
+    for name in found:
+        before, after = (values.log_softmax(1) for values in changed(graph, tmp_path / "work", name, given))
+        expected = float((before.exp() * (before - after)).sum(1).mean())
+        assert found[name].cost == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_of_a_network_that_is_no_classifier(tmp_path: Path) -> None:
+    """Of one linear layer even the prediction is exact, up to the noise that it draws."""
+    graph = small_graphs.chain((6,), nn.Linear(6, 6))
+    given = step("linear", 2)
+    (found,) = costs(graph, tmp_path / "work", "loss", given)
+    assert not is_classifier(graph)
+    before, after = changed(graph, tmp_path / "work", "layer0", given)
+    assert found["layer0"].cost == pytest.approx(
+        float((before - after).square().sum() / before.square().sum()), rel=1e-4
+    )
+
+    variants = [choose_graph(graph, given)]
+    inputs = torch.randn(4000, 6, generator=torch.Generator().manual_seed(1))
+    predicted, measured = (
+        layer_costs(tmp_path / "work", given.module, variants, lambda: iter(inputs.split(500)), way)[0]["layer0"].cost
+        for way in ("fisher", "loss")
+    )
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["linear", "awq", "adaround"])
+@pytest.mark.parametrize("way", ["gram", "fisher", "loss"])
+def test_every_pass_with_bits(name: str, way: Way, tmp_path: Path) -> None:
+    more = {"iterations": 5} if name == "adaround" else {}
+    graph = small_graphs.separable()
+    few, many = costs(graph, tmp_path / "work", way, step(name, 2, **more), step(name, 8, **more))
+
+    assert few.keys() == many.keys() == {site.name for site in graph.sites()}
+    for layer, cost in many.items():
+        assert 0 <= cost.cost <= few[layer].cost
+        assert 0 <= cost.output_error < 0.1 * few[layer].output_error
+
+
+def test_the_network_is_left_as_it_was(tmp_path: Path) -> None:
+    graph = small_graphs.residual()
+    inputs = small_graphs.inputs(graph)
+    before = graph.run(inputs)
+    costs(graph, tmp_path / "work", "loss", step("awq", 2))
+    assert torch.equal(graph.run(inputs), before)
+    assert torch.equal(Graph.read(tmp_path / "work").run(inputs), before)
+
+
+def test_the_same_again(tmp_path: Path) -> None:
+    first, second = (
+        costs(small_graphs.residual(), tmp_path / name, "fisher", step("linear", 3)) for name in ("a", "b")
+    )
+    assert first == second

@@ -1,0 +1,179 @@
+"""What each layer of a language model costs alone: held against the whole network in memory, on every architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from effcli.errors import NumericsError
+from effcli.formats import Affine
+from effcli.inputs.text import Windows
+from effcli.language.sensitivity import layer_costs
+from effcli.language.weights import open_weights
+from effcli.probe import Cost
+from effcli.recipe import PassStep
+from effcli.reports.sensitivity import Way
+from effcli.selection import choose
+
+LENGTH = 24
+
+
+def windows(count: int = 4, batch: int = 3) -> Windows:
+    ids = torch.randint(architectures.VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(5))
+    return Windows(list(ids.split(batch)))
+
+
+def step(name: str, bits: int, **more: object) -> PassStep:
+    return PassStep.model_validate({name: {"bits": bits, "group_size": 32, **more}})
+
+
+def costs(
+    source: Path, folder: Path, way: Way, steps: list[PassStep], given: Windows | None = None
+) -> list[dict[str, Cost]]:
+    skeleton = open_weights(source).skeleton
+    folder.mkdir(exist_ok=True)
+    variants = [choose(skeleton, each) for each in steps]
+    return layer_costs(source, steps[0].module, variants, given or windows(), folder, way)
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """The pass `linear` in float64, groups of 32."""
+    from effcli.contract import Layer
+    from effcli.formats import AffineWeight
+
+    made = step("linear", bits)
+    outcome = made.module.apply(made.config, Layer("", "linear", weight, weight.dtype), None).weight
+    assert isinstance(outcome, AffineWeight)
+    return outcome.dequantize(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return architectures.make("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_fisher_is_that_of_the_whole_network(llama: Path, tmp_path: Path) -> None:
+    """Against autograd through the stock network, with the same tokens drawn."""
+    (found,) = costs(llama, tmp_path / "work", "fisher", [step("linear", 3)])
+    model = AutoModelForCausalLM.from_pretrained(llama).eval().requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    generator = torch.Generator().manual_seed(0)
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def watch(name: str) -> None:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            inputs[name].append(args[0].detach().flatten(0, 1))
+            out.register_hook(lambda gradient: outputs[name].append(gradient.flatten(0, 1)))
+
+        model.get_submodule(name).register_forward_hook(hook)
+
+    for name in names:
+        watch(name)
+    for batch in windows().batches:
+        logits = model(input_ids=batch).logits.flatten(0, 1)
+        drawn = torch.cat(
+            [torch.multinomial(part.detach().softmax(-1), 1, generator=generator) for part in logits.split(LENGTH)]
+        )
+        torch.nn.functional.cross_entropy(logits, drawn.squeeze(1), reduction="sum").backward()
+    for name in names:
+        weight = model.get_submodule(name).weight
+        squared = (torch.cat(inputs[name]).double() @ (rounded(weight, 3) - weight).double().t()).square().mean(0)
+        gradients = torch.cat(outputs[name]).double().square().mean(0)
+        assert found[name].cost == pytest.approx(float(0.5 * (squared * gradients).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.gate_proj"])
+def test_loss_is_that_of_the_network_with_one_layer_changed(llama: Path, tmp_path: Path, name: str) -> None:
+    (found,) = costs(llama, tmp_path / "work", "loss", [step("linear", 2)])
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    ids = torch.cat(windows().batches)
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits.double().log_softmax(-1)
+        layer = model.get_submodule(name)
+        layer.weight.copy_(rounded(layer.weight, 2))
+        after = model(input_ids=ids).logits.double().log_softmax(-1)
+    expected = float((before.exp() * (before - after)).sum(-1).mean())
+    assert found[name].cost == pytest.approx(expected, rel=1e-3)
+
+
+def test_gram_is_the_relative_output_error(llama: Path, tmp_path: Path) -> None:
+    (found,) = costs(llama, tmp_path / "work", "gram", [step("linear", 4)])
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    name, seen = "model.layers.1.mlp.down_proj", []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.inference_mode():
+        for batch in windows().batches:
+            model(input_ids=batch)
+    weight, inputs = model.get_submodule(name).weight, torch.cat([each.flatten(0, 1) for each in seen])
+    with torch.inference_mode():
+        error = (inputs @ (rounded(weight, 4) - weight).t()).square().sum() / (inputs @ weight.t()).square().sum()
+    assert found[name].cost == found[name].output_error == pytest.approx(float(error), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", architectures.NAMES)
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    """Every layer of the blocks has a cost, and more bits cost less; the hidden states are gone or in one folder."""
+    source = architectures.make(name, tmp_path / "model")
+    for way in ("gram", "fisher", "loss"):
+        few, many = costs(
+            source, tmp_path / way, way, [step("awq", 2, coarse=1, fine=1), step("awq", 8, coarse=1, fine=1)]
+        )
+        skeleton = open_weights(source).skeleton
+        layers = {site.name for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)}
+        assert few.keys() == many.keys() == layers
+        assert sum(cost.cost for cost in many.values()) < 0.1 * sum(cost.cost for cost in few.values())
+        assert all(cost.cost >= 0 for found in (few, many) for cost in found.values())
+
+
+@pytest.mark.parametrize("way", ["gram", "fisher", "loss"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_head(tmp_path: Path, way: Way, tied: bool) -> None:
+    source = architectures.make("llama", tmp_path / "model", tie_word_embeddings=tied)
+    few, many = costs(source, tmp_path / "work", way, [step("linear", bits, lm_head=True) for bits in (2, 8)])
+    assert "lm_head" in few
+    assert 0 <= many["lm_head"].cost < 0.05 * few["lm_head"].cost
+
+
+def test_layers_left_alone_have_no_cost(llama: Path, tmp_path: Path) -> None:
+    (found,) = costs(llama, tmp_path / "work", "fisher", [step("awq", 4, ignore=["*.q_proj", "*.1.*"])])
+    assert found and not any(name.endswith("q_proj") or ".1." in name for name in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["gram", "fisher", "loss"])
+def test_half_precision(tmp_path: Path, way: Way, dtype: torch.dtype) -> None:
+    """The costs are those of the same weights in float32, but for what the forward rounds."""
+    half = architectures.make("llama", tmp_path / "half", dtype)
+    wide = architectures.make("llama", tmp_path / "wide")
+    (found,), (expected,) = (costs(path, tmp_path / way, way, [step("linear", 3)]) for path in (half, wide))
+    largest = max(cost.cost for cost in expected.values())
+    for name, cost in found.items():
+        assert cost.cost == pytest.approx(expected[name].cost, rel=0.2, abs=1e-2 * largest)
+
+
+def test_the_same_again(llama: Path, tmp_path: Path) -> None:
+    steps = [step("awq", 3), step("awq", 4)]
+    assert costs(llama, tmp_path / "a", "fisher", steps) == costs(llama, tmp_path / "b", "fisher", steps)
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.embed_tokens.weight.data[3] = torch.nan
+    model.save_pretrained(source)
+    with pytest.raises(NumericsError):
+        costs(source, tmp_path / "work", "fisher", [step("linear", 3)])
+
+
+def test_formats_of_the_variants(llama: Path) -> None:
+    skeleton = open_weights(llama).skeleton
+    chosen = choose(skeleton, step("awq", 3))["model.layers.0.mlp.up_proj"].config
+    assert chosen is not None
+    assert getattr(chosen, "format", None) == Affine(3, "group", 32)

@@ -1,0 +1,151 @@
+"""A pass under observation: errors by hand, scales undone, groups joined, and nothing changed by looking on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from effcli.contract import Gram, Layer, Needs, Outcome, PassConfig
+from effcli.probe import Probe, SquaredGradients, energies
+from effcli.recipe import PassStep
+
+
+def gram(inputs: Tensor) -> Gram:
+    found = Gram(inputs.shape[1])
+    found.add(inputs)
+    return found
+
+
+def halving(needs: Needs = Needs.INPUTS, **more: Any) -> Any:
+    """A pass that halves every weight, and remembers what it was given."""
+    given: list[Any] = []
+
+    class Config(PassConfig):
+        pass
+
+    Config.needs = needs
+
+    def apply(config: PassConfig, layer: Layer, seen: Any) -> Outcome:
+        given.append(seen)
+        return Outcome(layer.weight / 2)
+
+    return SimpleNamespace(Config=Config, apply=apply, given=given, **more)
+
+
+def layer(weight: Tensor, name: str = "a") -> Layer:
+    return Layer(name, "linear", weight, torch.float32)
+
+
+def test_squared_gradients_by_hand() -> None:
+    found = SquaredGradients(2)
+    found.add(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
+    found.add(torch.tensor([[5.0, 4.0]]))
+
+    assert found.tokens == 3
+    torch.testing.assert_close(found.mean, torch.tensor([35 / 3, 20 / 3]))
+    assert SquaredGradients(3).mean.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_costs_by_hand() -> None:
+    # Halved, the rows [2, 0] and [0, 4] leave errors of 1 and 2 per unit of input, over inputs (1, 1) and (3, 0).
+    module = halving()
+    probe = Probe(module, keep_weights=True)
+    probe.apply(
+        module.Config(), layer(torch.tensor([[2.0, 0.0], [0.0, 4.0]])), gram(torch.tensor([[1.0, 1.0], [3.0, 0.0]]))
+    )
+    trial = probe.trials["a"]
+
+    assert trial.energy is not None and trial.whole is not None and trial.weight is not None
+    assert trial.energy.tolist() == [5.0, 2.0]
+    assert trial.whole.tolist() == [20.0, 8.0]
+    assert trial.output_error == 0.25
+    assert trial.cost(torch.tensor([0.2, 3.0])) == pytest.approx(0.5 * (0.2 * 5 + 3 * 2))
+    assert trial.weight.tolist() == [[1.0, 0.0], [0.0, 2.0]]
+
+
+def test_energies_are_the_mean_squares_of_the_outputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    torch.testing.assert_close(
+        energies(weight, [gram(inputs)]),
+        (inputs.double() @ weight.double().t()).square().mean(0),
+        check_dtype=False,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    two = [gram(inputs), gram(2 * inputs)]
+    expected = torch.cat([energies(weight[:4], two[:1]), 4 * energies(weight[4:], two[:1])])
+    torch.testing.assert_close(energies(weight, two), expected)
+    assert energies(weight[:0], [gram(inputs)]).shape == (0,)
+
+
+def test_a_scaled_layer_is_told_of_as_it_was() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, inputs = torch.randn(4, 3, generator=generator), torch.randn(9, 3, generator=generator)
+    rows, columns = torch.tensor([1.0, 2.0, 0.5, 4.0]), torch.tensor([0.5, 2.0, 3.0])
+    module = halving()
+    plain, scaled = Probe(module, keep_weights=True), Probe(module, keep_weights=True)
+    scaled.factors = lambda name: (rows, columns)
+    plain.apply(module.Config(), layer(weight), gram(inputs))
+    scaled.apply(module.Config(), layer(weight * columns / rows.unsqueeze(1)), gram(inputs).rescaled(columns))
+
+    for key in ("energy", "whole", "weight"):
+        torch.testing.assert_close(getattr(scaled.trials["a"], key), getattr(plain.trials["a"], key))
+
+
+def test_inputs_that_a_pass_does_not_ask_for_are_kept_from_it() -> None:
+    module = halving(Needs.NOTHING)
+    seen = gram(torch.ones(2, 3))
+    probe = Probe(module)
+    probe.apply(module.Config(), layer(torch.ones(2, 3)), seen)
+    # A layer of two groups is given whole.
+    probe.apply_groups(module.Config(), layer(torch.ones(4, 3), "b"), (seen, seen))
+
+    assert module.given == [None, None]
+    assert probe.trials["a"].output_error == probe.trials["b"].output_error == 0.25
+    assert probe.trials["a"].weight is None
+
+
+def test_groups_seen_one_by_one_become_one_layer() -> None:
+    module = halving()
+    probe = Probe(module, keep_weights=True)
+    parts = torch.arange(12.0).view(2, 2, 3)
+    for part in parts:
+        probe.apply(module.Config(), layer(part), gram(torch.eye(3)))
+    trial = probe.trials["a"]
+
+    assert trial.weight is not None
+    torch.testing.assert_close(trial.weight, parts.view(4, 3) / 2)
+    assert trial.output_error == pytest.approx(0.25)
+    assert not hasattr(probe, "apply_groups")
+    grouped = Probe(halving(apply_groups=lambda config, layer, seen: Outcome(layer.weight / 2)))
+    grouped.apply_groups(module.Config(), layer(parts.view(4, 3)), (gram(torch.eye(3)), gram(torch.eye(3))))
+    assert grouped.trials["a"].output_error == pytest.approx(0.25)
+
+
+def test_an_output_that_is_always_zero() -> None:
+    module = halving()
+    probe = Probe(module)
+    probe.apply(module.Config(), layer(torch.zeros(2, 3)), gram(torch.ones(4, 3)))
+    assert probe.trials["a"].output_error == 0.0
+
+
+@pytest.mark.parametrize("name", ["linear", "awq"])
+def test_looking_on_changes_nothing(name: str) -> None:
+    step = PassStep.model_validate({name: {"bits": 3, "group_size": 16}})
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(8, 32, generator=generator)
+    seen = gram(torch.randn(40, 32, generator=generator))
+    probe = Probe(step.module, keep_weights=True)
+    outcome = probe.apply(step.config, layer(weight), seen)
+    expected = step.module.apply(step.config, layer(weight), seen)
+
+    made, wanted = cast(Any, outcome.weight), cast(Any, expected.weight)
+    assert torch.equal(made.dequantize(), wanted.dequantize())
+    kept = probe.trials["a"].weight
+    assert kept is not None
+    assert torch.equal(kept, made.dequantize(torch.float32))
