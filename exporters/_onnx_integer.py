@@ -7,7 +7,8 @@ onnxruntime computes, it multiplies by scales of float32, with 24 bits, and roun
 integers of up to 31 bits and round halves up: of one operation single codes differ, by one.
 
 Weights of 4 and 2 bits are stored as INT4 and cast to INT8. onnxruntime casts once, as it loads, and keeps its integer
-kernels; with INT4 directly behind `DequantizeLinear` it falls back to floating convolutions.
+kernels; with INT4 directly behind `DequantizeLinear` it falls back to floating convolutions. Weights that are entries
+of a table are stored as UINT4 numbers with the table, and looked up as it loads.
 """
 
 from __future__ import annotations
@@ -256,9 +257,11 @@ class _Writer:
         # Where |bias| + 128 · Σ|weight| fits 32 bits, as in any sum that stays inside them, so does this.
         unfolded = self.network.array(step, "bias").astype(np.int64) + source.zero * weight.astype(np.int64).sum(axes)
         codes = f"{step.name}.weight.codes"
-        if step.weight_bits < 8:
+        if self.network.codebook(step) is not None:
+            self._entries(step, codes)
+        elif step.weight_bits < 8:
             narrow = f"{step.name}.weight.narrow"
-            self.constants[narrow] = _int4(narrow, weight)
+            self.constants[narrow] = _halves(narrow, weight, TensorProto.INT4)
             self._node("Cast", [narrow], codes, to=TensorProto.INT8)
         else:
             self._constant(codes, weight)
@@ -267,6 +270,22 @@ class _Writer:
             self._restored(f"{step.name}.weight", codes, scale, np.int8),
             self._restored(f"{step.name}.bias", bias, scale * source.scale, np.int32),
         )
+
+    def _entries(self, step: Weighted, target: str) -> None:
+        """The weights of a step as entries of its table: of one for all channels, or of one for each."""
+        table, name = self.network.codebook(step), f"{step.name}.weight"
+        assert table is not None
+        numbers, index = f"{name}.numbers", f"{name}.index"
+        shape = self.network.array(step, "weight").shape
+        whole = shape if len(table) == 1 else (shape[0], math.prod(shape[1:]))
+        self.constants[numbers] = _halves(numbers, self.network.codes(step).reshape(whole), TensorProto.UINT4)
+        self._node("Cast", [numbers], index, to=TensorProto.INT32)
+        if len(table) == 1:
+            self._node("Gather", [self._constant(f"{name}.table", table[0]), index], target)
+            return
+        found = f"{name}.found"
+        self._node("GatherElements", [self._constant(f"{name}.table", table), index], found, axis=1)
+        self._reshape(found, found, target, shape)
 
     def _restored(self, name: str, codes: str, scale: Array, dtype: type[np.signedinteger[Any]]) -> str:
         """Symmetric codes with one scale for each entry of the first axis, dequantized as `name`."""
@@ -408,11 +427,11 @@ class _Writer:
         self.nodes.append(helper.make_node(operator, list(inputs), [output], name=f"{output}:{operator}", **given))
 
 
-def _int4(name: str, codes: Array) -> onnx.TensorProto:
-    """codes from -8 to 7, two to a byte, the first in the low half."""
+def _halves(name: str, codes: Array, kind: int) -> onnx.TensorProto:
+    """Codes of `kind` INT4, from -8 to 7, or UINT4, from 0 to 15: two to a byte, the first in the low half."""
     halves = np.append(codes.reshape(-1).view(np.uint8) & 15, np.zeros(codes.size % 2, np.uint8))
     packed = halves[::2] | halves[1::2] << 4
-    return helper.make_tensor(name, TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
+    return helper.make_tensor(name, kind, codes.shape, packed.tobytes(), raw=True)
 
 
 def _codes(name: str) -> str:

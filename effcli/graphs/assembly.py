@@ -13,6 +13,7 @@ from effcli.errors import NumericsError, UnsupportedError
 from effcli.graphs.fusion import bounds, fuse, is_constant
 from effcli.graphs.graph import Graph, where
 from effcli.graphs.integer import (
+    CODEBOOK,
     HIGHEST,
     LOWEST,
     Array,
@@ -187,8 +188,13 @@ class Assembly:
             "multiplier": np.array([factor for factor, _ in multipliers], dtype=np.int32),
             "shift": np.array([shift for _, shift in multipliers], dtype=np.uint8),
         }
-        self.arrays.update({f"{node.name}.{suffix}": array for suffix, array in arrays.items()})
         self.notes[layer] = {"weight_bits": rows.bits}
+        if rows.table is not None:
+            arrays[CODEBOOK] = rows.table
+            self.notes[layer]["tables"] = len(rows.table)
+        if rows.unrolled:
+            self.notes[layer]["table_unrolled"] = True
+        self.arrays.update({f"{node.name}.{suffix}": array for suffix, array in arrays.items()})
         if rows.raised:
             self.notes[layer]["raised_scales"] = rows.raised
 
@@ -202,7 +208,8 @@ class Assembly:
                 steps.append(step)
         values = {name: value for name, value in self.values.items() if name in needed}
         program = Program(input=start, output=output, values=values, steps=tuple(reversed(steps)))
-        return program, {f"{s.name}.{suffix}": self.arrays[f"{s.name}.{suffix}"] for s in steps for suffix in s.arrays}
+        wanted = [f"{step.name}.{suffix}" for step in steps for suffix in (*step.arrays, CODEBOOK)]
+        return program, {name: self.arrays[name] for name in wanted if name in self.arrays}
 
 
 def code(value: Value, number: float) -> int:

@@ -3,6 +3,9 @@
 `effcli.graphs.operations` defines the operations by integers alone: weights, int32 biases into which the input's zero
 point is folded, multipliers, shifts and tables. `effcli.graphs.executor` is their meaning; exporters translate them
 without a floating-point decision left to make.
+
+Weights may be entries of a small table, `step.codebook`. They are weights like any others to whoever computes with
+them; a file, and whoever wants to save room, holds their numbers in the table instead, `IntegerNetwork.codes`.
 """
 
 from __future__ import annotations
@@ -55,11 +58,14 @@ from effcli.graphs.operations import (
     rescale,
     softmax_bits,
 )
+from effcli.graphs.rows import look_up, numbers_in
 from effcli.storage import LAYOUT_VERSION, OWN_TYPE, holds
 
 FILE_NAME = "integer.json"
 WEIGHTS_NAME = "effcli.safetensors"
 PROBE_NAME = "probe.npz"
+# The suffix of the table that a step's weights may be entries of.
+CODEBOOK = "codebook"
 
 
 class Program(Options):
@@ -88,6 +94,8 @@ class Program(Options):
 class IntegerNetwork:
     """A program with its constants, by `step.suffix`, and what is to be known of the network.
 
+    A weighted step whose weights are entries of a table has it as a further constant `codebook`, int8 (1, entries) or
+    (out, entries); its `weight_bits` are those of the entries' numbers.
     probe: a few calibration inputs as codes int8 (n, *input shape), on which exports are compared; None without any.
     """
 
@@ -108,6 +116,19 @@ class IntegerNetwork:
 
     def array(self, step: Operation, suffix: str) -> Array:
         return self.arrays[f"{step.name}.{suffix}"]
+
+    def codebook(self, step: Weighted) -> Array | None:
+        """The table int8 (1 or out, entries) of a step's weights, None where they are stored themselves."""
+        return self.arrays.get(f"{step.name}.{CODEBOOK}")
+
+    def codes(self, step: Weighted) -> Array:
+        """The numbers uint8 (out, n) of a step's weights in its codebook. `CheckpointError` where it lacks one."""
+        table, weight = self.codebook(step), self.array(step, "weight")
+        assert table is not None
+        try:
+            return numbers_in(table, weight.reshape(len(weight), -1))
+        except ValueError as error:
+            raise CheckpointError(f"{step.name}: {error}", "quantize the network again") from error
 
     @property
     def input(self) -> Value:
@@ -133,9 +154,12 @@ class IntegerNetwork:
         stored = dict(self.arrays)
         for step in self.program.steps:
             if isinstance(step, Weighted) and step.weight_bits < 8:
-                codes = torch.from_numpy(self.array(step, "weight").reshape(len(self.array(step, "bias")), -1))
-                packed = pack_bits(codes.short() + 2 ** (step.weight_bits - 1), step.weight_bits)
-                stored[f"{step.name}.weight"] = packed.numpy()
+                if self.codebook(step) is None:
+                    weight = self.array(step, "weight").reshape(len(self.array(step, "bias")), -1)
+                    codes = torch.from_numpy(weight).short() + 2 ** (step.weight_bits - 1)
+                else:
+                    codes = torch.from_numpy(self.codes(step))
+                stored[f"{step.name}.weight"] = pack_bits(codes, step.weight_bits).numpy()
         shapes = {f"{step.name}.weight": list(self.array(step, "weight").shape) for step in self._weighted()}
         file = folder / WEIGHTS_NAME
         with writing(file):
@@ -145,7 +169,10 @@ class IntegerNetwork:
                 (folder / PROBE_NAME).unlink(missing_ok=True)
             else:
                 np.savez_compressed(folder / PROBE_NAME, codes=self.probe)
-        described = {"program": self.program.model_dump(mode="json"), "shapes": shapes}
+        described: dict[str, object] = {"program": self.program.model_dump(mode="json"), "shapes": shapes}
+        looked_up = [step.name for step in self._weighted() if self.codebook(step) is not None]
+        if looked_up:
+            described["codebooks"] = looked_up
         write_text(folder / FILE_NAME, json.dumps(described, indent=1) + "\n")
         own = {
             "version": LAYOUT_VERSION,
@@ -171,9 +198,12 @@ class IntegerNetwork:
                 key = f"{step.name}.weight"
                 if isinstance(step, Weighted) and step.weight_bits < 8:
                     shape = described["shapes"][key]
-                    codes = unpack_bits(torch.from_numpy(arrays[key]), step.weight_bits, math.prod(shape[1:]))
-                    signed = codes.numpy().astype(np.int16) - 2 ** (step.weight_bits - 1)
-                    arrays[key] = signed.astype(np.int8).reshape(shape)
+                    codes = unpack_bits(torch.from_numpy(arrays[key]), step.weight_bits, math.prod(shape[1:])).numpy()
+                    if step.name in described.get("codebooks", ()):
+                        weight = look_up(arrays[f"{step.name}.{CODEBOOK}"], codes)
+                    else:
+                        weight = (codes.astype(np.int16) - 2 ** (step.weight_bits - 1)).astype(np.int8)
+                    arrays[key] = weight.reshape(shape)
             return IntegerNetwork(program, arrays, Facts.model_validate(own["facts"]), _read_probe(folder))
         except CheckpointError:
             raise
@@ -198,6 +228,7 @@ def is_integer(folder: Path) -> bool:
 
 
 __all__ = [
+    "CODEBOOK",
     "FILE_NAME",
     "HIGHEST",
     "LOWEST",

@@ -1,7 +1,13 @@
-"""Rows of integer weights: signed codes with one scale per output channel."""
+"""Rows of integer weights: signed codes with one scale per output channel, or entries of a table of them.
+
+A weight that is compressed already keeps its codes where integers can stand for them: symmetric codes as they are, and
+codes for a table (k-means) with the table rounded to int8, once and for all weights that share it. The weight is then
+table[code] · scale.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from effcli.formats import AffineWeight
+from effcli.formats import AffineWeight, CodebookWeight, Quantized
 
 Numbers = NDArray[np.float64]
 
@@ -24,7 +30,9 @@ class Rows:
     """Codes int8 (out, ...) that stand for code · scale, scales float64 (out,).
 
     bits: how the codes can be stored; raised: rows whose scale is larger than their weights ask for, since their bias
-    would not fit otherwise; rounded_again: the weight was compressed in another form before.
+    would not fit otherwise; rounded_again: the weight was compressed in another form before. table: int8
+    (1 or out, entries) of which all codes of a row are entries, stored by numbers of `bits` bits; None without one.
+    unrolled: there was a table, which would take more room than it saves.
     """
 
     codes: NDArray[np.int8]
@@ -32,20 +40,24 @@ class Rows:
     bits: Literal[2, 4, 8] = 8
     raised: int = 0
     rounded_again: bool = False
+    table: NDArray[np.int8] | None = None
+    unrolled: bool = False
 
     def reshaped(self, shape: tuple[int, ...]) -> Rows:
         return replace(self, codes=self.codes.reshape(shape))
 
 
-def rows_of(weight: Numbers, stored: AffineWeight | None, least: Numbers, silent: float, clip: bool) -> Rows:
+def rows_of(weight: Numbers, stored: Quantized | None, least: Numbers, silent: float, clip: bool) -> Rows:
     """Codes in the shape of `weight` (out, ...).
 
-    stored: kept as it is when it is symmetric with a scale per channel or tensor. least: the smallest scale (out,)
-    with which the bias fits; silent: the scale of a row of zeros; clip: search for the range with the least squared
-    error.
+    stored: its codes are kept when they are symmetric, or stand for a table, with a scale or a table per channel or
+    tensor. least: the smallest scale (out,) with which the bias fits; silent: the scale of a row of zeros; clip: search
+    for the range with the least squared error.
     """
-    if stored is not None and stored.zero is None and stored.input_scale is None and stored.format.strategy != "group":
+    if isinstance(stored, AffineWeight) and stored.zero is None and _by_rows(stored):
         return _kept(stored, weight.shape)
+    if isinstance(stored, CodebookWeight) and _by_rows(stored):
+        return (_entries if stored.format.learned else _signs)(stored, weight, least, silent)
     matrix = weight.reshape(len(weight), -1)
     largest = np.abs(matrix).max(axis=1, initial=0)
     if clip:
@@ -57,11 +69,62 @@ def rows_of(weight: Numbers, stored: AffineWeight | None, least: Numbers, silent
     return Rows(codes.reshape(weight.shape), scales, 8, int((raised & (largest > 0)).sum()), stored is not None)
 
 
+def _by_rows(stored: AffineWeight | CodebookWeight) -> bool:
+    """Whether rows have one scale, or one table, each, and nothing is asked of the inputs."""
+    return stored.input_scale is None and stored.format.strategy != "group"
+
+
 def _kept(stored: AffineWeight, shape: tuple[int, ...]) -> Rows:
     format = stored.format
     codes = (stored.codes.short() - format.fixed_zero).to(torch.int8).numpy()
     scales = np.broadcast_to(stored.scale.double().numpy().reshape(-1), len(codes))
     return Rows(codes.reshape(shape), scales, 2 if format.bits <= 2 else 4 if format.bits <= 4 else 8)
+
+
+def _signs(stored: CodebookWeight, weight: Numbers, least: Numbers, silent: float) -> Rows:
+    """Binary and ternary weights: -1, 0 and 1 times a scale, exactly; a scale of 0 leaves zeros."""
+    assert stored.scales is not None
+    scales = np.broadcast_to(stored.scales.double().numpy(), len(stored.codes))
+    codes = np.sign(weight).astype(np.int8)
+    return Rows(codes, np.where(scales > 0, scales, silent), 2)
+
+
+def _entries(stored: CodebookWeight, weight: Numbers, least: Numbers, silent: float) -> Rows:
+    """Weights that are entries of a table, which is rounded under the scale that its largest weight asks for."""
+    tables, out = len(stored.table), len(weight)
+    largest = np.abs(weight.reshape(tables, -1)).max(axis=1, initial=0)
+    # What shares a table shares its scale.
+    needed = least.reshape(tables, -1).max(axis=1, initial=0)
+    scales = np.where(largest > 0, largest / _LARGEST, silent)
+    raised = (scales < needed) & (largest > 0)
+    scales = np.maximum(scales, needed).astype(np.float32).astype(np.float64)
+    steps = np.rint(stored.table.double().numpy() / scales[:, None])
+    table = np.clip(steps, -_LARGEST, _LARGEST).astype(np.int8)
+    codes = np.take_along_axis(table, stored.codes.long().numpy().reshape(tables, -1), 1).reshape(weight.shape)
+    repeat = out // tables
+    rows = Rows(codes, scales.repeat(repeat), 8, int(raised.sum()) * repeat)
+    bits: Literal[2, 4] = 2 if stored.format.bits <= 2 else 4
+    if stored.format.bits > 4 or out * math.ceil(codes[0].size * bits / 8) + table.size >= codes.size:
+        return replace(rows, unrolled=True)
+    return replace(rows, bits=bits, table=table)
+
+
+def look_up(table: NDArray[np.int8], numbers: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Entries int8 (out, n) of a table (1 or out, entries), by their numbers; `IndexError` beyond its end."""
+    return np.take_along_axis(np.broadcast_to(table, (len(numbers), table.shape[1])), numbers.astype(np.intp), 1)
+
+
+def numbers_in(table: NDArray[np.int8], codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """The inverse of `look_up`: of equal entries the first. `ValueError` for codes (out, n) that a table lacks."""
+    found = np.zeros((len(table), 256), np.uint8)
+    entries = np.arange(table.shape[1], dtype=np.uint8)[::-1]
+    # In reverse, so that the first of equal entries stays.
+    for entry in entries:
+        found[np.arange(len(table)), table[:, entry].view(np.uint8)] = entry
+    result = look_up(found.view(np.int8), codes.view(np.uint8)).view(np.uint8)
+    if not np.array_equal(look_up(table, result), codes):
+        raise ValueError("there are weights that the table lacks")
+    return result
 
 
 def _shrinks(matrix: Numbers, largest: Numbers) -> Numbers:

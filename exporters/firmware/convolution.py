@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -10,10 +11,13 @@ from effcli.exporters.firmware import packing
 from effcli.exporters.firmware.program import Constant, Spatial, Task
 from effcli.exporters.firmware.requantize import Requantized
 from effcli.exporters.firmware.scope import Scope
+from effcli.exporters.firmware.tables import Weights, constant
 from effcli.graphs.integer import Array
 
 # The kernel sums in 32 bits what the network's lowering has shown to fit; patches hold two pixels of 16 bits.
 _PATCH_BYTES = 2 * 2
+# Instructions for a multiplication: with DSP instructions, and in plain C.
+_MULTIPLICATION = {"bytes": (1.0, 2.06), "nibbles": (1.58, 2.3), "pairs": (1.53, 2.77), "table": (2.29, 2.8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +26,17 @@ class Convolution(Requantized):
 
     spatial: Spatial
     groups: int = 1
-    bits: int = 8
 
     @property
     def kernels(self) -> tuple[str, ...]:
+        if self.looked_up:
+            return "rows", "patch", "table", "dot_table", "convolution"
         return "rows", "patch", f"dot{self.bits}", "convolution"
 
     @property
     def features(self) -> tuple[str, ...]:
+        if self.looked_up:
+            return ("DOT_TABLE", "DOT_PAIRS") if self.paired else ("DOT_TABLE",)
         return (f"DOT{self.bits}",)
 
     def distance(self, index: int) -> int | None:
@@ -58,12 +65,10 @@ class Convolution(Requantized):
             *s.kernel,
             s.stride[1],
         )
-        known += (s.padding[2], s.dilation[1], int(s.padded), self.bits)
-        shifts = "shifts" if self.shifted else "0"
-        parameters = ["const int8_t *const *rows", "int8_t *out", "void *scratch", "const void *weights"]
-        parameters += ["const int32_t *constants", *(["const uint8_t *shifts"] if self.shifted else [])]
+        known += (s.padding[2], s.dilation[1], int(s.padded), self.bits, self.table_step, int(self.paired))
+        parameters = ["const int8_t *const *rows", "int8_t *out", "void *scratch", *self.parameters()]
         parameters += ["int32_t zero", "int32_t zero_out"]
-        body = f"    net_convolution_row(rows, out, scratch, weights, constants, {shifts}, zero,"
+        body = f"    net_convolution_row(rows, out, scratch, {self.passed()}, zero,"
         body += f" zero_out, {', '.join(map(str, known))});"
         name = scope.functions.add("convolution", parameters, body)
         zeros = self.inputs[0].zero, self.output.zero
@@ -77,7 +82,11 @@ class Convolution(Requantized):
         outputs = pixels * s.out_channels
         # Runs of whole words are widened by words.
         filled = 2 if s.channels // self.groups % 4 == 0 else 14
-        return multiplied + filled * numbers + 14 * outputs, 2.06 * multiplied + (filled + 2) * numbers + 15 * outputs
+        dsp, plain = _MULTIPLICATION[self.kind_of_weights]
+        return (
+            dsp * multiplied + filled * numbers + 14 * outputs,
+            plain * multiplied + (filled + 2) * numbers + 15 * outputs,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +126,11 @@ class Depthwise(Requantized):
         return 2.9 * self.macs + extra, 4.5 * self.macs + extra
 
 
-def packed(weight: Array, groups: int, bits: int) -> Constant:
+def packed(weights: Weights, groups: int) -> dict[str, Constant]:
     """Weights (out, in / groups, height, width) of a dense or grouped convolution, windows with channels last."""
-    rows = weight.transpose(0, 2, 3, 1).reshape(len(weight), -1)
-    values = packing.pairs(rows, groups, bits)
-    return Constant("uint32_t" if bits == 4 else "int8_t", values)
+    rows = weights.stored.transpose(0, 2, 3, 1).reshape(len(weights.stored), -1)
+    values = packing.pairs(rows, groups, weights.bits)
+    return {"weights": constant(values, unsigned=False), **weights.constants()}
 
 
 def packed_filters(weight: Array) -> Constant:
@@ -135,9 +144,20 @@ def scratch(spatial: Spatial, groups: int) -> int:
     return _PATCH_BYTES * packing.BLOCK * -(-numbers // packing.BLOCK)
 
 
+def options(weights: Weights, spatial: Spatial, groups: int) -> dict[str, Any]:
+    """The options of a `Convolution` that follow from how its weights are stored."""
+    row = spatial.out_width * weights.stored.size
+    return {
+        "bits": weights.bits,
+        "table_step": weights.step,
+        "paired": weights.paired(row),
+        "scratch": scratch(spatial, groups) + weights.scratch(row),
+    }
+
+
 def blank(spatial: Spatial, zero: int) -> Constant:
     """A pixel of padding."""
     return Constant("int8_t", np.full(spatial.channels, zero, np.int8))
 
 
-__all__ = ["Convolution", "Depthwise", "Task", "blank", "packed", "packed_filters", "scratch"]
+__all__ = ["Convolution", "Depthwise", "Task", "blank", "options", "packed", "packed_filters", "scratch"]

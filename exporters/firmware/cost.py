@@ -14,6 +14,7 @@ from pydantic import Field
 from effcli.contract import Options
 from effcli.exporters.firmware.arena import Plan
 from effcli.exporters.firmware.program import Program
+from effcli.exporters.firmware.requantize import Requantized
 
 # Bytes of a function, by its stem, and of what they call.
 _FUNCTIONS = {
@@ -35,7 +36,7 @@ _FUNCTIONS = {
     "embedding": 60,
 }
 _OTHER_FUNCTION = 200
-_KERNELS = {"linear": 300, "rows": 50}
+_KERNELS = {"linear": 300, "rows": 50, "table": 70}
 _ENTRY, _LAYER = 160, 75
 _STACK, _POINTER = 250, 4
 
@@ -51,6 +52,8 @@ class LayerCost(Options):
     ram: int = Field(description="bytes of the arena up to the highest that is in use while it runs")
     weights: int
     requantization: int = Field(description="biases, multipliers, shifts and tables")
+    bits: int = Field(8, description="of a stored weight; depthwise filters are bytes whatever the network has")
+    codebook: int = Field(0, description="of requantization: tables that hold the entries of which weights are numbers")
     macs: int = Field(description="multiplications")
     instructions: int = Field(description="estimate with DSP instructions")
     plain: int = Field(description="estimate of instructions in plain C")
@@ -85,6 +88,7 @@ def cost(program: Program, plan: Plan, functions: Iterable[str]) -> Cost:
     for number, band in enumerate(plan.bands):
         for task in program.tasks[band.start : band.end]:
             weights = task.arrays["weights"].values.nbytes if "weights" in task.arrays else 0
+            looked_up = isinstance(task, Requantized) and task.looked_up
             dsp, plain = task.instructions()
             layers.append(
                 LayerCost(
@@ -97,6 +101,8 @@ def cost(program: Program, plan: Plan, functions: Iterable[str]) -> Cost:
                     ram=plan.live(number),
                     weights=weights,
                     requantization=task.flash - weights,
+                    bits=getattr(task, "bits", 8),
+                    codebook=task.arrays["table"].values.nbytes if looked_up else 0,
                     instructions=round(dsp),
                     plain=round(plain),
                 )

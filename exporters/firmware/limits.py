@@ -54,7 +54,7 @@ def _flash(program: Program, cost: Cost, limit: int) -> tuple[str, str]:
         f"it needs about {cost.flash} bytes of flash of {limit} ({cost.constants} of constants, about {cost.code} of "
         f"code): most in {named}"
     )
-    wide = {task.layer for task in program.tasks if getattr(task, "bits", None) == 8}
+    wide = {task.layer for task in program.tasks if getattr(task, "bits", None) == 8 and not hasattr(task, "taps")}
     saved = sum(layer.weights // 2 for layer in cost.layers if layer.name in wide)
     if cost.flash - saved <= limit:
         return problem, "weights of 4 bits would fit: put `adaround: {bits: 4}` before int8"

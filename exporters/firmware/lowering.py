@@ -20,6 +20,7 @@ from effcli.exporters.firmware import (
     lowering_attention,
     lowering_moves,
     pooling,
+    tables,
 )
 from effcli.exporters.firmware import layout as layouts
 from effcli.exporters.firmware.building import Building
@@ -60,36 +61,39 @@ def _convolution(building: Building, step: integer.Convolution) -> None:
     places = layouts.channels_last(building.value(step.output).shape)
     whole = spatial.out_height == spatial.out_width == 1 and spatial.kernel == (spatial.height, spatial.width)
     if whole and step.groups == 1 and not any(step.padding):
-        _add_linear(building, step, tensor, weight.transpose(0, 2, 3, 1).reshape(len(weight), -1), places)
+        weights = tables.weights(network, step)
+        rows = weights.stored.transpose(0, 2, 3, 1).reshape(len(weight), -1)
+        _add_linear(building, step, tensor, weights.arranged(rows), places)
         return
     arrays = {suffix: network.array(step, suffix) for suffix in ("bias", "multiplier", "shift")}
     options: dict[str, Any] = {"spatial": spatial, "bounds": (step.low, step.high), "windows": (spatial.window,)}
     options["macs"] = math.prod(building.value(step.output).shape) * math.prod(weight.shape[1:])
     requantized = constants(arrays["bias"], arrays["multiplier"], arrays["shift"])
     if step.groups == spatial.channels == spatial.out_channels > 1:
+        # Bytes whatever the bits of the weights: a filter is small, and looking up its weights is not.
         stored = {"weights": convolution.packed_filters(weight), "blank": convolution.blank(spatial, tensor.zero)}
         building.add(convolution.Depthwise, step, (tensor,), places, stored | requantized, **options)
         return
-    bits = _bits(step)
-    stored = {"weights": convolution.packed(weight, step.groups, bits)}
-    options |= {"groups": step.groups, "bits": bits, "scratch": convolution.scratch(spatial, step.groups)}
+    weights = tables.weights(network, step)
+    stored = convolution.packed(weights, step.groups)
+    options |= {"groups": step.groups, **convolution.options(weights, spatial, step.groups)}
     building.add(convolution.Convolution, step, (tensor,), places, stored | requantized, **options)
 
 
 def _linear(building: Building, step: integer.Linear) -> None:
     network = building.network
-    weight, shape = network.array(step, "weight"), building.value(step.output).shape
+    weights, shape = tables.weights(network, step), building.value(step.output).shape
     tensor, order, columns = building.in_rows(step.inputs[0])
     count = len(order)
     places = (order[:, None] * shape[-1] + np.arange(shape[-1])).reshape(-1)
-    weight = weight[:, columns]
+    weight = weights.stored[:, columns]
     if count == 1:
-        _add_linear(building, step, tensor, weight, places)
+        _add_linear(building, step, tensor, weights.arranged(weight), places)
         return
     # Rows of a matrix are pixels of an image of one row.
     spatial = Spatial(1, count, weight.shape[1], 1, count, len(weight), (1, 1), (1, 1), (0, 0, 0, 0))
     arrays = {suffix: network.array(step, suffix) for suffix in ("bias", "multiplier", "shift")}
-    stored = {"weights": convolution.packed(weight[:, :, None, None], 1, _bits(step))}
+    stored = convolution.packed(weights.arranged(weight[:, :, None, None]), 1)
     stored |= constants(arrays["bias"], arrays["multiplier"], arrays["shift"])
     building.add(
         convolution.Convolution,
@@ -99,17 +103,16 @@ def _linear(building: Building, step: integer.Linear) -> None:
         stored,
         spatial=spatial,
         bounds=(step.low, step.high),
-        bits=_bits(step),
         windows=(spatial.window,),
-        scratch=convolution.scratch(spatial, 1),
         macs=count * weight.size,
+        **convolution.options(weights, spatial, 1),
     )
 
 
 def _add_linear(
-    building: Building, step: integer.Weighted, tensor: Tensor, weight: integer.Array, places: Places
+    building: Building, step: integer.Weighted, tensor: Tensor, weights: tables.Weights, places: Places
 ) -> None:
-    outputs, inputs = weight.shape
+    outputs, inputs = weights.stored.shape
     if inputs > linear.MOST_INPUTS:
         raise UnsupportedError(f"{building.where} has {inputs} inputs", f"at most {linear.MOST_INPUTS} have C code")
     arrays = {suffix: building.network.array(step, suffix) for suffix in ("bias", "multiplier", "shift")}
@@ -119,19 +122,16 @@ def _add_linear(
         step,
         (tensor,),
         places,
-        linear.packed(weight, size, _bits(step), arrays),
+        linear.packed(weights, size, arrays),
         bounds=(step.low, step.high),
         chunk=size,
-        bits=_bits(step),
+        bits=weights.bits,
         size=(inputs, outputs),
-        scratch=linear.scratch(inputs, outputs, size),
-        macs=weight.size,
+        table_step=weights.step,
+        paired=weights.paired(inputs * outputs),
+        scratch=linear.scratch(inputs, outputs, size) + weights.scratch(inputs * outputs),
+        macs=inputs * outputs,
     )
-
-
-def _bits(step: integer.Weighted) -> int:
-    """How weights are stored in flash; those of 2 bits as of 4."""
-    return 8 if step.weight_bits == 8 else 4
 
 
 def _max_pool(building: Building, step: integer.MaxPool) -> None:

@@ -25,11 +25,14 @@ def padded(rows: Array, multiple: int, axis: int) -> Array:
 def pairs(weight: Array, groups: int, bits: int) -> Array:
     """Weights (out, n) for two channels at a time: [group][pair][block][channel of two][number of four].
 
-    int8 as they are; of 4 bits one uint32 for each [group][pair][block].
+    int8 as they are; of 4 bits one uint32 for each [group][pair][block]. Numbers in a table of `bits` bits instead,
+    uint8: one uint32 or uint16, see `table_words`.
     """
     rows = padded(weight.reshape(groups, len(weight) // groups, -1), 2, 1)
     rows = padded(rows, BLOCK, 2)
     blocks = rows.reshape(groups, rows.shape[1] // 2, 2, -1, BLOCK).swapaxes(2, 3)
+    if weight.dtype == np.uint8:
+        return table_words(blocks, bits)
     return words(blocks) if bits == 4 else np.ascontiguousarray(blocks).astype(np.int8)
 
 
@@ -42,17 +45,31 @@ def words(blocks: Array) -> Array:
     return result
 
 
+def table_words(blocks: Array, bits: int) -> Array:
+    """Numbers of `bits` bits in a table, (..., 2, 4) of two channels, as uint32 (4 bits) or uint16 (2 bits) (...).
+
+    What one dual product multiplies stands side by side: k0 k2, then k1 k3 of the first channel, then of the second.
+    """
+    shifts = bits * np.array([[0, 2, 1, 3], [4, 6, 5, 7]])
+    result: Array = (blocks.astype(np.int64) << shifts).sum((-2, -1)).astype(np.uint32 if bits == 4 else np.uint16)
+    return result
+
+
 def quads(weight: Array, chunk: int, bits: int) -> Array:
     """Weights (out, n) for four channels at a time: [chunk of n][quad][block][channel of four][number of four].
 
-    Unsigned bytes w + 128; of 4 bits two uint32 in place of the last two axes.
+    Unsigned bytes w + 128; of 4 bits two uint32 in place of the last two axes. Numbers in a table of `bits` bits
+    instead, uint8: two uint32 or uint16.
     """
     parts = []
     for start in range(0, weight.shape[1], chunk):
         rows = padded(padded(weight[:, start : start + chunk], BLOCK, 1), 4, 0)
         blocks = rows.reshape(len(rows) // 4, 4, -1, BLOCK).swapaxes(1, 2)
-        if bits == 4:
-            part = words(blocks.reshape(*blocks.shape[:2], 2, 2, BLOCK))
+        halves = blocks.reshape(*blocks.shape[:2], 2, 2, BLOCK)
+        if weight.dtype == np.uint8:
+            part = table_words(halves, bits)
+        elif bits == 4:
+            part = words(halves)
         else:
             part = (blocks.astype(np.int16) + OFFSET[8]).astype(np.uint8)
         parts.append(part.reshape(-1))

@@ -20,16 +20,22 @@ from effcli.graphs.integer import IntegerNetwork, Value
 _KERNELS = (
     "rows",
     "patch",
+    "table",
     "dot8",
     "dot4",
+    "dot_table",
     "convolution",
     "depthwise",
+    "linear_inputs",
+    "linear_table",
     "linear",
     "pool",
     "elementwise",
     "attention",
 )
-_FEATURES: tuple[str, ...] = ("DOT8", "DOT4", "LINEAR8", "LINEAR4", "MAX_POOL", "AVERAGE_POOL", "ADD", "MULTIPLY")
+_FEATURES: tuple[str, ...] = ("DOT8", "DOT4", "DOT_TABLE", "DOT_PAIRS", "LINEAR8", "LINEAR4")
+_FEATURES += ("LINEAR_TABLE", "LINEAR_TABLE4", "LINEAR_TABLE2", "LINEAR_PAIRS4", "LINEAR_PAIRS2", "LINEAR_PAIRS")
+_FEATURES += ("MAX_POOL", "AVERAGE_POOL", "ADD", "MULTIPLY")
 _FEATURES += ("MATRIX_PRODUCT", "SOFTMAX", "LAYER_NORM", "EMBEDDING")
 _LINE = 110
 

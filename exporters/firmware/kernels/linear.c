@@ -1,71 +1,3 @@
-/* A matrix product with one row of inputs, four outputs at a time. Weights are stored unsigned, as w + offset with an
-   offset of 128 (8 bits) or 8 (4 bits); what the offset adds to every output is summed once for all of them.
-
-   Where a processor multiplies the halves of a word in one instruction, two halves at once serve as they are (DSP), and
-   plain C halves the multiplications with S. Winograd's identity (1968)
-       w0 x0 + w2 x2 = (x2 + 256 + w0) (x0 + w2) - (x2 + 256) x0 - (256 + w0) w2:
-   one product of the two halves of a word of inputs plus weights. What depends on the inputs alone is again summed once,
-   what depends on the weights alone is in the bias. */
-#if NET_DSP
-/* Inputs as words (k0 k2) and (k1 k3); returns what the offset of the weights adds to every output. */
-NET_INLINE int32_t net_linear_inputs(const int8_t *in, int32_t count, uint32_t *pairs, int32_t offset)
-{
-    int32_t k, total = 0;
-    for (k = 0; k + 4 <= count; k += 4) {
-        const uint32_t word = net_load(in + k);
-        pairs[0] = net_even(word);
-        pairs[1] = net_odd(word);
-        total = net_dual(pairs[0], 0x00010001u, total);
-        total = net_dual(pairs[1], 0x00010001u, total);
-        pairs += 2;
-    }
-    if (k < count) {
-        uint32_t word = 0;
-        int32_t byte;
-        for (byte = 0; k + byte < count; ++byte) {
-            total += in[k + byte];
-            word |= (uint32_t)(uint8_t)in[k + byte] << (8 * byte);
-        }
-        pairs[0] = net_even(word);
-        pairs[1] = net_odd(word);
-    }
-    return offset * total;
-}
-#elif NET_HALF_PRODUCTS
-NET_INLINE int32_t net_linear_inputs(const int8_t *in, int32_t count, uint32_t *pairs, int32_t offset)
-{
-    int32_t k, total = 0;
-    for (k = 0; k < count; k += 4) {
-        const int32_t a = in[k], b = (k + 1 < count) ? in[k + 1] : 0;
-        const int32_t c = (k + 2 < count) ? in[k + 2] : 0, d = (k + 3 < count) ? in[k + 3] : 0;
-        total += a * (c + 256) + b * (d + 256);
-        *pairs++ = ((uint32_t)(a - offset) << 16) + (uint32_t)(c + 256 - offset);
-        *pairs++ = ((uint32_t)(b - offset) << 16) + (uint32_t)(d + 256 - offset);
-    }
-    return total;
-}
-
-#define NET_PRODUCT(sum, lanes)                                           \
-    do {                                                                  \
-        const uint32_t both = (lanes);                                    \
-        (sum) += (int16_t)both * ((int32_t)both >> 16);                   \
-    } while (0)
-#else
-/* Inputs as 16-bit numbers, filled up with zeros. */
-NET_INLINE int32_t net_linear_inputs(const int8_t *in, int32_t count, uint32_t *pairs, int32_t offset)
-{
-    int16_t *const wide = (int16_t *)(void *)pairs;
-    int32_t k, total = 0;
-    for (k = 0; k < count; ++k) {
-        wide[k] = in[k];
-        total += in[k];
-    }
-    for (; (k & 3) != 0; ++k)
-        wide[k] = 0;
-    return offset * total;
-}
-#endif
-
 #if NET_HAS_LINEAR8
 /* Sums of four outputs; weights: for each block of four inputs four bytes of each output. */
 NET_NOINLINE void net_linear8(const void *weights, const uint32_t *pairs, int32_t blocks, int32_t *sums)
@@ -214,29 +146,56 @@ NET_NOINLINE void net_linear4(const void *weights, const uint32_t *pairs, int32_
 }
 #endif
 
-/* The inputs are taken in chunks of `chunk`; between chunks the sums of all outputs wait behind the pairs in `scratch`.
-   constants, shifts: as in a convolution. */
-NET_INLINE void net_linear(const int8_t *in, int8_t *out, void *scratch, const void *weights, const int32_t *constants,
-                           const uint8_t *shifts, int32_t zero_out, int32_t low, int32_t high, int32_t inputs,
-                           int32_t outputs, int32_t chunk, int32_t bits)
+/* The inputs are taken in chunks of `chunk`; between chunks the sums of all outputs wait behind the pairs in `scratch`,
+   and behind them lie the entries of every two numbers where there are any. table, constants, shifts: as in a
+   convolution. */
+NET_INLINE void net_linear(const int8_t *in, int8_t *out, void *scratch, const void *weights, const int8_t *table,
+                           const int32_t *constants, const uint8_t *shifts, int32_t zero_out, int32_t low,
+                           int32_t high, int32_t inputs, int32_t outputs, int32_t chunk, int32_t bits,
+                           int32_t table_step, int32_t paired)
 {
     uint32_t *const pairs = (uint32_t *)scratch;
     int32_t *const waiting = (int32_t *)scratch + chunk / 2;
     const int8_t *weight = (const int8_t *)weights;
     int32_t start, n, i;
+#if NET_HAS_LINEAR_PAIRS
+    uint32_t *const twos = (uint32_t *)scratch + chunk / 2 + ((chunk < inputs) ? outputs : 0);
+#if NET_DSP || NET_HALF_PRODUCTS
+    if (paired != 0)
+        net_expand(table, bits, twos);
+#endif
+#endif
+    (void)table_step;
+    (void)paired;
     for (start = 0; start < inputs; start += chunk) {
         const int32_t count = (inputs - start < chunk) ? inputs - start : chunk;
         const int32_t blocks = (count + 3) / 4;
-        const int32_t common = net_linear_inputs(in + start, count, pairs, (bits == 8) ? 128 : 8);
+        const int32_t common = net_linear_inputs(in + start, count, pairs, (table != 0) ? 0 : (bits == 8) ? 128 : 8);
         for (n = 0; n < outputs; n += 4) {
             int32_t sums[4];
 #if NET_HAS_LINEAR4
-            if (bits == 4)
+            if ((bits == 4) && (table == 0))
                 net_linear4(weight, pairs, blocks, sums);
 #endif
 #if NET_HAS_LINEAR8
             if (bits == 8)
                 net_linear8(weight, pairs, blocks, sums);
+#endif
+#if NET_HAS_LINEAR_TABLE4
+            if ((bits == 4) && (table != 0) && (paired == 0))
+                net_linear_table4(weight, pairs, blocks, table + n * table_step, table_step, 0, sums);
+#endif
+#if NET_HAS_LINEAR_TABLE2
+            if ((bits == 2) && (paired == 0))
+                net_linear_table2(weight, pairs, blocks, table + n * table_step, table_step, 0, sums);
+#endif
+#if NET_HAS_LINEAR_PAIRS4
+            if ((bits == 4) && (paired != 0))
+                net_linear_pairs4(weight, pairs, blocks, table, 0, twos, sums);
+#endif
+#if NET_HAS_LINEAR_PAIRS2
+            if ((bits == 2) && (paired != 0))
+                net_linear_pairs2(weight, pairs, blocks, table, 0, twos, sums);
 #endif
             weight += blocks * 2 * bits;
             for (i = 0; (i < 4) && (n + i < outputs); ++i) {

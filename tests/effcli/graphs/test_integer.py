@@ -9,14 +9,21 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from effcli.checkpoint import weight_files
+from effcli.contract import Observed
 from effcli.errors import CheckpointError, NumericsError
-from effcli.graphs.graph import Facts
+from effcli.formats import Codebook, CodebookWeight
+from effcli.graphs import executor
+from effcli.graphs.graph import Builder, Facts
 from effcli.graphs.integer import (
+    CODEBOOK,
     HIGHEST,
     LOWEST,
     Array,
@@ -30,11 +37,14 @@ from effcli.graphs.integer import (
     Reshape,
     Softmax,
     Value,
+    Weighted,
     addition,
     is_integer,
     requantizer,
     rescale,
 )
+from effcli.graphs.rows import look_up
+from effcli.passes import int8
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 FACTS = Facts(origin="test", shape=(5,))
@@ -179,6 +189,91 @@ def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
         linear_network(4).save(tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def with_codebook(bits: Literal[2, 4], tables: int) -> IntegerNetwork:
+    """`linear_network` with weights that are entries of one table, or of one for each output."""
+    plain, random = linear_network(bits), np.random.default_rng(1)
+    table = random.integers(-127, 128, (tables, 1 << bits)).astype(np.int8)
+    weight = look_up(table, random.integers(0, 1 << bits, (3, 5)).astype(np.uint8))
+    arrays = {**plain.arrays, "fc.weight": weight, f"fc.{CODEBOOK}": table}
+    return IntegerNetwork(plain.program, arrays, FACTS)
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_file_holds_numbers_and_tables(bits: Literal[2, 4], tables: int, tmp_path: Path) -> None:
+    network = with_codebook(bits, tables)
+    network.save(tmp_path)
+    stored = load_file(tmp_path / "effcli.safetensors")
+    # One 32-bit word of numbers for each row.
+    assert stored["fc.weight"].nbytes == 3 * 4 and stored[f"fc.{CODEBOOK}"].nbytes == tables << bits
+    found = IntegerNetwork.read(tmp_path)
+    assert found.arrays.keys() == network.arrays.keys()
+    for name, array in network.arrays.items():
+        assert found.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(found.arrays[name], array)
+    codes = np.random.default_rng(2).integers(-128, 128, (4, 5)).astype(np.int8)
+    np.testing.assert_array_equal(executor.run(found, codes), executor.run(network, codes))
+
+
+@pytest.mark.parametrize("damage", ["no table", "short table"])
+def test_damaged_tables(damage: str, tmp_path: Path) -> None:
+    network = with_codebook(4, 1)
+    network.save(tmp_path)
+    stored = load_file(tmp_path / "effcli.safetensors")
+    table = stored.pop(f"fc.{CODEBOOK}")
+    if damage == "short table":
+        stored[f"fc.{CODEBOOK}"] = np.ascontiguousarray(table[:, :2])
+    save_file(stored, tmp_path / "effcli.safetensors")
+    with pytest.raises(CheckpointError, match="holds no integer network"):
+        IntegerNetwork.read(tmp_path)
+
+
+def test_weights_that_are_no_entries_are_not_saved(tmp_path: Path) -> None:
+    network = with_codebook(4, 1)
+    missing = next(code for code in range(-127, 128) if code not in network.arrays[f"fc.{CODEBOOK}"])
+    network.arrays["fc.weight"][1, 2] = missing
+    with pytest.raises(CheckpointError, match="fc: there are weights that the table lacks"):
+        network.save(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+def test_a_graph_with_tables_becomes_integers_that_keep_its_codes(strategy: Any, tmp_path: Path) -> None:
+    """Through `int8`: codes and tables as they were, the depthwise layer's too where that saves something."""
+    torch.manual_seed(0)
+    b = Builder()
+    x = b.call("aten.relu.default", b.module("stem", nn.Conv2d(8, 12, 3), b.input()))
+    x = b.call("aten.relu.default", b.module("depth", nn.Conv2d(12, 12, 3, groups=12), x))
+    fc = nn.Linear(12, 7)
+    graph = b.finish(b.module("fc", fc, b.call("aten.mean.dim", x, [2, 3], False)), Facts(origin="t", shape=(8, 9, 9)))
+    stored: dict[str, CodebookWeight] = {}
+    for site in graph.sites():
+        format = Codebook("kmeans", 4, strategy, dtype=torch.float32)
+        shape = site.rows, site.columns
+        table = (torch.randn(format.blocks(shape), 16) / 8).sort(1).values
+        stored[site.name] = CodebookWeight(format, torch.randint(0, 16, shape).to(torch.uint8), table)
+        graph.set_weight(site.name, stored[site.name])
+    inputs = torch.randn(64, 8, 9, 9)
+    made = int8.transform(int8.Config(), graph, Observed(batches=lambda: iter(inputs.split(16))))
+    network = made.network
+    assert isinstance(network, IntegerNetwork) and made.remarks == ()
+    steps = {step.layer: step for step in network.program.steps if isinstance(step, Weighted)}
+    # Tables of 16 entries for 9 or 12 weights save nothing.
+    kept = {"stem"} if strategy == "channel" else {"stem", "depth", "fc"}
+    for name, weight in stored.items():
+        step, table = steps[name], network.codebook(steps[name])
+        if name not in kept:
+            assert table is None and step.weight_bits == 8 and made.notes[name]["table_unrolled"] is True
+            continue
+        assert table is not None and step.weight_bits == 4 and made.notes[name]["tables"] == len(table)
+        integers = network.array(step, "weight").reshape(weight.shape)
+        np.testing.assert_array_equal(integers, look_up(table, weight.codes.numpy()))
+    network.save(tmp_path)
+    again, codes = IntegerNetwork.read(tmp_path), network.quantize(inputs.numpy())
+    np.testing.assert_array_equal(executor.run(again, codes), executor.run(network, codes))
+    found, expected = executor.run_float(network, inputs.numpy()), graph.run(inputs).numpy()
+    assert 10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum()) > 28
 
 
 def test_a_file_holds_the_parts_of_a_transformer(tmp_path: Path) -> None:
