@@ -31,6 +31,9 @@ TARGETS: dict[str, Entry] = {
         "Graphs for onnxruntime: float, int8, language models of packed weights.",
         onnx_session.PACKAGES,
     ),
+    "bitsandbytes": Entry("effcli.exporters.bitsandbytes", "NF4 layers for transformers and PEFT, as in QLoRA."),
+    "gptq": Entry("effcli.exporters.gptq", "Packed weights in the layout of GPTQ, for transformers and vLLM."),
+    "awq": Entry("effcli.exporters.awq", "4-bit weights in the layout of AWQ, for transformers and vLLM."),
     "c": Entry("effcli.exporters.c", "Firmware for a microcontroller from an integer network."),
     "pt2": Entry("effcli.exporters.pt2", "A graph that torch.export.load reads, weights dense."),
 }

@@ -16,20 +16,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.checkpoint import STOCK_STEM, Checkpoint, assemble, copy_companions, weight_files, write_shard, write_text
+from effcli.checkpoint import STOCK_STEM, Checkpoint, copy_companions, weight_files, write_shard, write_text
 from effcli.contract import Options
 from effcli.errors import UnsupportedError, writing
 from effcli.exporters._classifier import write_classifier
 from effcli.exporters._obstacles import by_reason, some
+from effcli.exporters._packed import write_tensors
 from effcli.exporters._target import replacing
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
-from effcli.language.skeleton import Skeleton
-from effcli.language.weights import Weights, open_weights
+from effcli.language.weights import open_weights
 from effcli.reports.report import Exported
 from effcli.storage import is_own, network_config, stored_layers
-
-SHARD_BYTES = 4 << 30
 
 
 class Config(Options):
@@ -116,31 +114,5 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _write_dense(checkpoint: Checkpoint, folder: Path) -> None:
-    weights = open_weights(checkpoint.path)
-    skeleton = weights.skeleton
-    names = [skeleton.outer_parameters()]
-    names += [skeleton.block_parameters(k) for k in range(len(skeleton.blocks))]
-    parts = []
-    for number, group in enumerate(names):
-        file = folder / f".part-{number:05d}"
-        write_shard(file, _stock_names(skeleton, {name: _dense(weights, name) for name in group}))
-        parts.append(file)
-    assemble(parts, folder, STOCK_STEM, SHARD_BYTES)
-    for file in parts:
-        file.unlink()
+    write_tensors(open_weights(checkpoint.path), folder, None)
     write_text(folder / "config.json", json.dumps(network_config(checkpoint.config), indent=2, sort_keys=True) + "\n")
-
-
-def _dense(weights: Weights, name: str) -> Tensor:
-    value = weights.parameter(name)
-    return value.to(weights.dtype_of(name)) if value.is_floating_point() else value
-
-
-def _stock_names(skeleton: Skeleton, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as checkpoints of this architecture hold them: e.g. stacked experts one by one."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.inference_mode():
-        reverted = revert_weight_conversion(skeleton.model, tensors)
-        # safetensors refuses tensors that share memory, as the slices of a stack do.
-        return {name: tensor.clone() for name, tensor in reverted.items()}

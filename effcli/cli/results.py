@@ -42,7 +42,7 @@ def export(
     """Write a finished checkpoint in another format.
 
     Options of the target may follow as --KEY VALUE: `--dequantize` for safetensors, `--precision float16` for onnx,
-    `--name kws --max-ram 64k` for c.
+    `--name kws --max-ram 64k` for c, `--checkpoint-format gptq_v2` for gptq.
     """
     exporters.check(to.partition(":")[0])
     from effcli import recipe

@@ -114,7 +114,7 @@ class AffineWeight(Quantized):
     codes: uint8 (out, in); scale: floating (scale rows, scale columns) as stored; zero: uint8, the shape of `scale`,
     or None when symmetric; input_scale: floating (in,) or None, explicit on the input.
     activation_scale: floating (1,) and activation_zero: int8 (1,), of inputs quantized per tensor: an input x becomes
-    clamp(round(x / scale) + zero, -128, 127). None otherwise.
+    round(clamp(x / scale + zero, -128, 127)), in the dtype of x, as compressed-tensors has it. None otherwise.
     """
 
     format: Affine

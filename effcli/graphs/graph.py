@@ -246,7 +246,7 @@ class Graph:
             tensors.pop("bias", None)
             try:
                 self.set_weight(name, unpack(item.format, tensors))
-            except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+            except (LookupError, AttributeError, RuntimeError, ValueError) as error:
                 raise CheckpointError(f"{checkpoint.path} does not hold {name} as {item.format}", _DAMAGED) from error
         for key, value in self.module.state_dict(keep_vars=True).items():
             owner, _, own = key.rpartition(".")

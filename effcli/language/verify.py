@@ -140,7 +140,8 @@ def verify(path: str | Path, *, trust_remote_code: bool = False) -> Verification
         tolerance = allowed if rounded else _PACKED.get(dtype, _PACKED[torch.float32])
         findings["packed"] = _packed(path, ids, reference, dtype, tolerance, trust_remote_code)
     try:
-        stock, _ = _logits(lambda: load_stock(path, trust_remote_code, dtype if rounded else None), ids)
+        wanted = {"dtype": dtype} if rounded else {}
+        stock, _ = _logits(lambda: load_stock(path, trust_remote_code, **wanted), ids)
     except EffcliError:
         raise
     except Exception as error:

@@ -19,6 +19,7 @@ from effcli import runtime
 from effcli.checkpoint import Checkpoint
 from effcli.contract import Layer
 from effcli.errors import CheckpointError, OutputError, UnsupportedError
+from effcli.exporters import _packed
 from effcli.exporters import safetensors as exporter
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
@@ -100,7 +101,7 @@ def test_several_shards_hold_the_same(
     compressed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporter.export(compressed("llama"), tmp_path / "one", exporter.Config(dequantize=True))
-    monkeypatch.setattr(exporter, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(_packed, "SHARD_BYTES", 20_000)
     exporter.export(compressed("llama"), tmp_path / "many", exporter.Config(dequantize=True))
     exporter.export(tmp_path / "many", tmp_path / "copied")
     one, many = Checkpoint.open(tmp_path / "one"), Checkpoint.open(tmp_path / "many")

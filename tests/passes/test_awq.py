@@ -211,6 +211,17 @@ def test_the_whole_pays() -> None:
     assert output_error(weight, restored, inputs) < 0.6 * output_error(weight, rounded, inputs)
 
 
+def test_without_rounding_the_scaled_weight_is_returned() -> None:
+    """The scale is found all the same."""
+    inputs = loud_inputs(100, 16, 9)
+    (layer,) = layers(torch.randn(8, 16, generator=torch.Generator().manual_seed(10)))
+    rounding, folding = awq.Config(bits=3, group_size=8), awq.Config(bits=3, group_size=8, round=False)
+    factors = [awq.scale((config,), Group((layer,)), seen(inputs))[0] for config in (rounding, folding)]
+    assert torch.equal(*factors) and not torch.equal(factors[0], torch.ones(16))
+    outcome = awq.apply(folding, layer, seen(inputs))
+    assert isinstance(outcome.weight, Tensor) and torch.equal(outcome.weight, layer.weight)
+
+
 def test_what_the_pass_asks_for() -> None:
     assert (awq.Config.needs, awq.Config.scope) == (Needs.INPUTS, Scope.GROUP)
     assert awq.Config().format == Affine(4, "group", 64, False)
