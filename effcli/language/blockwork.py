@@ -272,7 +272,7 @@ class BlockWork:
                 site,
                 format,
                 nbytes,
-                "compressed",
+                "compressed" if isinstance(weight, Quantized) else "changed",
                 reason=self.reasons.get(site.name, ""),
                 weight_error=ratio(float(difference.square().sum()), float(original.square().sum())),
                 output_error=None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effcli.activations import round_inputs
 from effcli.checkpoint import Checkpoint
 from effcli.errors import CheckpointError
 from effcli.formats import Quantized, unpack
@@ -143,6 +144,9 @@ class Weights:
             packed = self.packed(site.name)
             dense = self.dense_matrix(site) if packed is None else packed.effective(self.skeleton.dtype)
             site.view(restored).copy_(dense)
+            if packed is not None and site.index is None:
+                # The dense network computes as the packed one does, with inputs that are rounded where they are there.
+                round_inputs(self.skeleton.model.get_submodule(site.name), packed)
         return restored
 
     def dense_matrix(self, site: LayerSite) -> Tensor:
