@@ -204,7 +204,8 @@ class _Sizes:
 
     def take(self, choice: Choice) -> None:
         format = getattr(choice.config, "format", None)
-        if isinstance(format, Packing):
+        # A pass that only prepares the weights for another to round has a format and leaves them dense.
+        if isinstance(format, Packing) and getattr(choice.config, "round", True):
             self.formats[choice.site.name] = format
             self.taken.add(choice.site.name)
 

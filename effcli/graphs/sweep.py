@@ -220,10 +220,12 @@ class _GraphWork:
             self._note(chosen, notes)
             return
         factor = _first_of_each(scale, column_factors(self.graph, chosen[0], torch.arange(len(channel)))[0])
+        # One for all: what a pass remembers of shared inputs is worked out once.
+        rescaled = tuple(gram.rescaled(scale) for gram in seen[chosen[0]])
         for name in chosen:
             multiply_inputs(self.graph, name, factor)
             self.multiplied[name] = column_factors(self.graph, name, factor)
-            seen[name] = tuple(gram.rescaled(scale) for gram in seen[name])
+            seen[name] = rescaled
         if explicit or link is None:
             self.explicit.update(dict.fromkeys(chosen, scale))
             self._explain(chosen, f"its scale stays explicit on its input: {reason}")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from integer_networks import Network, random_network
 
-from effcli.exporters.firmware import check, packing, tables, targets
+from effcli.exporters.firmware import bench, check, packing, tables, targets
 from effcli.exporters.firmware.convolution import Depthwise
 from effcli.exporters.firmware.generate import Generated, generate
 from effcli.exporters.firmware.requantize import Requantized
@@ -146,6 +146,8 @@ def test_every_processor_gives_the_same(name: str, plain: bool, bits: Bits, chan
     generated = written(made, tmp_path)
     paired = [task.paired for task in generated.program.tasks if isinstance(task, Requantized)]
     assert any(paired) is not channels and not all(paired)
+    (tmp_path / "work").mkdir()
+    bench.build(tmp_path, "tiny", target, "main", tmp_path / "work", plain=plain, extra_flags=STRICT)
     check.compare(made, generated.program, tmp_path, "tiny", target, inputs_of(made, 3), plain=plain)
 
 
