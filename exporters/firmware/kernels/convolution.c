@@ -24,7 +24,6 @@ NET_INLINE void net_convolution_row(const int8_t *const *rows, int8_t *out, void
 #endif
 #endif
     (void)table;
-    (void)table;
     (void)table_step;
     (void)paired;
     for (x = 0; x < out_width; x += 2) {

@@ -166,7 +166,6 @@ NET_INLINE void net_linear(const int8_t *in, int8_t *out, void *scratch, const v
 #endif
 #endif
     (void)table;
-    (void)table;
     (void)table_step;
     (void)paired;
     for (start = 0; start < inputs; start += chunk) {
