@@ -51,6 +51,11 @@ def integer_rows(
             math.ceil(site.columns * step.weight_bits / 32) * 4 if step.weight_bits < 8 else site.columns
         )
         nbytes += network.array(step, "multiplier").nbytes + network.array(step, "shift").nbytes
+        table = network.codebook(step)
+        nbytes += 0 if table is None else table.nbytes
+        format = f"int{step.weight_bits} channel sym"
+        if table is not None:
+            format = f"kmeans{step.weight_bits} {'tensor' if len(table) == 1 else 'channel'} int8"
         error = None
         if weight is not None:
             restored = _restored(network, step)
@@ -59,7 +64,7 @@ def integer_rows(
         rows.append(
             layer_row(
                 site,
-                f"int{step.weight_bits} channel sym",
+                format,
                 nbytes,
                 "compressed",
                 weight_error=error,

@@ -80,16 +80,16 @@ def _inspect_integer(model: str, network: IntegerNetwork) -> Inspection:
     rows = []
     for step in network.program.steps:
         if isinstance(step, Weighted):
-            weight = network.array(step, "weight")
+            weight, table = network.array(step, "weight"), network.codebook(step)
             outputs = math.prod(network.program.values[step.output].shape)
             rows.append(
                 Row(
                     name=step.layer,
                     kind="linear" if isinstance(step, Linear) else "conv",
                     shape=(len(weight), weight[0].size),
-                    format=f"int{step.weight_bits} integer",
+                    format=f"{'int' if table is None else 'kmeans'}{step.weight_bits} integer",
                     bits_per_weight=step.weight_bits,
-                    nbytes=math.ceil(weight.size * step.weight_bits / 8),
+                    nbytes=math.ceil(weight.size * step.weight_bits / 8) + (0 if table is None else table.nbytes),
                     macs=outputs * weight[0].size,
                 )
             )
