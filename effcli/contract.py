@@ -20,6 +20,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -128,6 +129,12 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def observer(module: ModuleType, config: PassConfig | None, features: int) -> Gram:
+    """What sums up the inputs of a layer for the pass `module`: of its own kind where it has one."""
+    make: Callable[[PassConfig | None, int], Gram] | None = getattr(module, "observer", None)
+    return Gram(features) if make is None else make(config, features)
+
+
 @dataclass(frozen=True)
 class Observed:
     """What a pass over a whole graph is given, as far as it asked for it.
@@ -164,4 +171,5 @@ __all__ = [
     "PassConfig",
     "Scope",
     "Transformed",
+    "observer",
 ]

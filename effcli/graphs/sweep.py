@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from effcli import passes
-from effcli.contract import Group, Layer, Needs, Observed, Outcome, PassConfig, Scope
+from effcli.contract import Group, Layer, Needs, Observed, Outcome, PassConfig, Scope, observer
 from effcli.errors import DataError
 from effcli.formats import Quantized, join_rows, with_input_scale
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
@@ -174,10 +174,10 @@ class _GraphWork:
     def _sums(self, name: str) -> GroupedGram | Observers:
         """What sums up the inputs of a layer: of its own kind where the pass has one."""
         site = self.choices[name].site
-        make = getattr(self.module, "observer", None)
-        if make is None:
+        if not hasattr(self.module, "observer"):
             return GroupedGram(site.groups, site.columns)
-        return Observers([make(self.choices[name].config, site.columns) for _ in range(site.groups)])
+        config = self.choices[name].config
+        return Observers([observer(self.module, config, site.columns) for _ in range(site.groups)])
 
     def _add(self, sums: GroupedGram | Observers, name: str, inputs: Tensor) -> None:
         if isinstance(sums, Observers):

@@ -13,7 +13,7 @@ divides its output channels by s. Two experiments on one block in float32 decide
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from effcli.contract import Group
 from effcli.language.skeleton import find_layers
-from effcli.language.stream import Call, WatchLayers
+from effcli.language.stream import Call, Stream, WatchLayers
 from effcli.sites import LayerSite
 
 TOLERANCE = 2e-5
 _PARALLEL = 1e-3
 _FEWEST_TOKENS = 4
+# What both experiments are made with: single tokens, and rows of several.
+_PROBE_TOKENS = 64
+_PROBE_ROWS, _PROBE_LENGTH = 2, 12
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,42 @@ def weights_with_inputs(block: nn.Module) -> list[LayerSite]:
         if parameter.ndim == 2 and name not in known:
             sites.append(LayerSite(name, "linear", name, parameter.shape[0], parameter.shape[1]))
     return sites
+
+
+def kind_of(block: nn.Module) -> str:
+    """What blocks have in common that share their inputs alike, so that one of each kind is tried."""
+    shapes = [(key, tuple(value.shape)) for key, value in block.state_dict().items()]
+    return repr((type(block).__name__, getattr(block, "attention_type", None), shapes))
+
+
+def probe_pairs(stream: Stream, k: int) -> list[SharedInput]:
+    """The shared inputs of block k, which is open, found with random tokens that are the same each time."""
+    size = stream.skeleton.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    single = torch.randint(size, (_PROBE_TOKENS, 1), generator=generator)
+    several = torch.randint(size, (_PROBE_ROWS, _PROBE_LENGTH), generator=generator)
+    with torch.inference_mode(False):
+        probes = []
+        for ids in (single, several):
+            hidden, calls = stream.enter(ids)
+            probes.append((hidden, calls[k]))
+        return find_pairs(stream.skeleton.blocks[k], probes[0], probes[1])
+
+
+def leaders(
+    configs: Mapping[str, Any], prefix: str, shared: Sequence[SharedInput], own_observer: bool
+) -> dict[str, str]:
+    """For every layer to compress the one whose observer it shares: the first that reads the same input.
+
+    configs: options by layer, None for one that is left alone; prefix: of the block that `shared` is of; own_observer:
+    whether the pass has one of its own, which may depend on the options.
+    """
+    found = {name: name for name, config in configs.items() if config is not None}
+    for item in shared:
+        members = [prefix + name for name in item.consumers if prefix + name in found]
+        for name in members:
+            found[name] = next(other for other in members if not own_observer or configs[other] == configs[name])
+    return found
 
 
 def find_pairs(block: nn.Module, single: tuple[Tensor, Call], several: tuple[Tensor, Call]) -> list[SharedInput]:

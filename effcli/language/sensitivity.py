@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from effcli import memory
-from effcli.contract import Scope
+from effcli.contract import Scope, observer
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
 from effcli.language.evaluate import kl
 from effcli.language.forward import chunks, logits
-from effcli.language.pairs import SharedInput, find_pairs
+from effcli.language.pairs import SharedInput, kind_of, leaders, probe_pairs
 from effcli.language.spool import Spool
 from effcli.language.stream import Call, Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights
@@ -36,8 +36,6 @@ from effcli.selection import Choice
 from effcli.sites import LayerSite
 from effcli.swept import Progress, check_finite
 
-_PROBE_TOKENS = 64
-_PROBE_LENGTH = 12
 _SEED = 0
 
 
@@ -211,19 +209,13 @@ class _Costs:
 
     def _start(self, k: int) -> _Seen:
         sites = {site.name: site for site in self._taken(self.skeleton.block_layers(k))}
-        shared, leaders = self._shared_inputs(k), {name: name for name in sites}
-        prefix = self.skeleton.block_names[k] + "."
-        own = getattr(self.module, "observer", None)
-        if own is None:
-            for item in shared:
-                members = [prefix + name for name in item.consumers if prefix + name in leaders]
-                leaders.update(dict.fromkeys(members, members[0]) if members else {})
-        config = self.variants[0]
+        configs = {name: self.variants[0][name].config for name in sites}
+        shared, prefix = self._shared_inputs(k), self.skeleton.block_names[k] + "."
+        leading = leaders(configs, prefix, shared, hasattr(self.module, "observer"))
         grams = {
-            name: Gram(sites[name].columns) if own is None else own(config[name].config, sites[name].columns)
-            for name in dict.fromkeys(leaders.values())
+            name: observer(self.module, configs[name], sites[name].columns) for name in dict.fromkeys(leading.values())
         }
-        return _Seen(shared, leaders, grams, {name: SquaredGradients(site.rows) for name, site in sites.items()})
+        return _Seen(shared, leading, grams, {name: SquaredGradients(site.rows) for name, site in sites.items()})
 
     def _watch(self, k: int, look: Callable[[str, Tensor, Tensor], None]) -> WatchLayers:
         sites = self._taken(self.skeleton.block_layers(k))
@@ -239,19 +231,9 @@ class _Costs:
 
     def _shared_inputs(self, k: int) -> list[SharedInput]:
         """The shared inputs of block k, which is open; blocks of one kind have them in common."""
-        block = self.skeleton.blocks[k]
-        shapes = [(key, tuple(value.shape)) for key, value in block.state_dict().items()]
-        kind = repr((type(block).__name__, getattr(block, "attention_type", None), shapes))
+        kind = kind_of(self.skeleton.blocks[k])
         if kind not in self.pairs:
-            size = self.skeleton.config.get_text_config().vocab_size
-            generator = torch.Generator().manual_seed(0)
-            single = torch.randint(size, (_PROBE_TOKENS, 1), generator=generator)
-            several = torch.randint(size, (2, _PROBE_LENGTH), generator=generator)
-            probes = []
-            for ids in (single, several):
-                hidden, calls = self.stream.enter(ids)
-                probes.append((hidden, calls[k]))
-            self.pairs[kind] = find_pairs(block, probes[0], probes[1])
+            self.pairs[kind] = probe_pairs(self.stream, k)
         return self.pairs[kind]
 
     def _block(self, k: int, seen: _Seen) -> None:
@@ -345,9 +327,7 @@ class _Costs:
         site = self._head_site()
         if site is None:
             return
-        own = getattr(self.module, "observer", None)
-        config = self.variants[0][site.name].config
-        gram: Gram = Gram(site.columns) if own is None else own(config, site.columns)
+        gram = observer(self.module, self.variants[0][site.name].config, site.columns)
         watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
         with torch.inference_mode():
             for batch, hidden in zip(self.batches, self._spool(self.count), strict=True):

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from effcli import memory, passes
 from effcli.checkpoint import OWN_STEM, STOCK_STEM, Checkpoint, assemble, copy_companions, write_shard, write_text
-from effcli.contract import Needs, Scope
+from effcli.contract import Needs, Scope, observer
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
 from effcli.language.journal import Journal
-from effcli.language.pairs import SharedInput, find_pairs
+from effcli.language.pairs import SharedInput, kind_of, leaders, probe_pairs
 from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool
 from effcli.language.stream import Call, Stream, WatchLayers
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from effcli.recipe import PassStep
 
 SHARD_BYTES = 4 << 30
-_PROBE_TOKENS = 64
-_PROBE_LENGTH = 12
 
 
 def sweep(
@@ -132,41 +130,19 @@ class _Sweep:
         memory.trim()
 
     def _observer(self, site: LayerSite) -> Gram:
-        """What sums up the inputs of a layer: of its own kind where the pass has one."""
-        make = getattr(self.module, "observer", None)
-        return Gram(site.columns) if make is None else make(self.choices[site.name].config, site.columns)
+        return observer(self.module, self.choices[site.name].config, site.columns)
 
     def _leaders(self, k: int, sites: Sequence[LayerSite], shared: Sequence[SharedInput]) -> dict[str, str]:
-        """For every layer to compress the one whose observer it shares: the first that reads the same input."""
         configs = {site.name: self.choices[site.name].config for site in sites}
-        leaders = {name: name for name, config in configs.items() if config is not None}
-        prefix, own = self.skeleton.block_names[k] + ".", hasattr(self.module, "observer")
-        for item in shared:
-            members = [prefix + name for name in item.consumers if prefix + name in leaders]
-            for name in members:
-                # A pass's own observer may depend on its options.
-                leaders[name] = next(other for other in members if not own or configs[other] == configs[name])
-        return leaders
+        return leaders(configs, self.skeleton.block_names[k] + ".", shared, hasattr(self.module, "observer"))
 
     def _shared_inputs(self, k: int, stream: Stream) -> list[SharedInput]:
         """The shared inputs of block k; blocks of one kind have them in common, so one of each is tried."""
-        block = self.skeleton.blocks[k]
-        shapes = [(key, tuple(value.shape)) for key, value in block.state_dict().items()]
-        kind = repr((type(block).__name__, getattr(block, "attention_type", None), shapes))
+        kind = kind_of(self.skeleton.blocks[k])
         # Remembered through a crash: a later block of the kind might decide a close case differently.
         record = f"pairs-{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
         if not self.journal.has(record):
-            size = self.skeleton.config.get_text_config().vocab_size
-            generator = torch.Generator().manual_seed(0)
-            single = torch.randint(size, (_PROBE_TOKENS, 1), generator=generator)
-            several = torch.randint(size, (2, _PROBE_LENGTH), generator=generator)
-            with torch.inference_mode(False):
-                probes = []
-                for ids in (single, several):
-                    hidden, calls = stream.enter(ids)
-                    probes.append((hidden, calls[k]))
-                pairs = find_pairs(block, probes[0], probes[1])
-            self.journal.record(record, [pair.to_json() for pair in pairs])
+            self.journal.record(record, [pair.to_json() for pair in probe_pairs(stream, k)])
         return [SharedInput.from_json(pair) for pair in self.journal.recall(record)]
 
     def outside(self) -> None:
