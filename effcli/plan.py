@@ -223,9 +223,7 @@ class _Sizes:
 
     def total(self) -> int:
         skeleton = self.weights.skeleton
-        names = skeleton.outer_parameters()
-        for k in range(len(skeleton.blocks)):
-            names += skeleton.block_parameters(k)
+        names = skeleton.parameters()
         if skeleton.tied and skeleton.head in self.taken:
             names.append(f"{skeleton.head}.weight")
         state = skeleton.model.state_dict()

@@ -67,10 +67,7 @@ def _load(path: Path, device: str | torch.device, trust_remote_code: bool, packe
     weights = open_weights(path, trust_remote_code)
     skeleton = weights.skeleton
     network = skeleton.model
-    names = skeleton.outer_parameters()
-    for k in range(len(skeleton.blocks)):
-        names += skeleton.block_parameters(k)
-    for name in names:
+    for name in skeleton.parameters():
         sites = weights.sites(name)
         if packed and any(site.name in weights.stored for site in sites):
             _replace(network, weights, name, sites, device)

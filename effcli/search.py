@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from effcli import importers
+from effcli import importers, samples
 from effcli.budget import Choice as Chosen
 from effcli.budget import Frontier
 from effcli.errors import DataError, RecipeError, SelectionError
@@ -137,14 +137,15 @@ class _Graph:
     """A network read as a graph as a search sees it. inputs: how many calibration inputs."""
 
     def __init__(self, recipe: Recipe, source: Path) -> None:
-        from effcli.graphs.graph import Graph
-        from effcli.graphs.sensitivity import calibration_inputs, is_classifier
+        from effcli.graphs.graph import Graph, class_count
+        from effcli.graphs.network import calibration_inputs
 
         self.recipe, self.source = recipe, source
         self._graph = Graph.read(source)
-        self.unit: Unit = "nats" if is_classifier(self._graph) else "relative squared error"
+        self.unit: Unit = "nats" if class_count(self._graph) is not None else "relative squared error"
         self.weights = self._graph.weights()
-        self._data = calibration_inputs(recipe, self._graph.facts)
+        found = Path(samples.locate(recipe.model, recipe.revision))
+        self._data = calibration_inputs(recipe, found, self._graph.facts)
         self.inputs = len(self._data)
         self.remarks = self._data.remarks
 

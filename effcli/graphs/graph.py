@@ -306,6 +306,12 @@ class Builder:
         return node
 
 
+def class_count(graph: Graph) -> int | None:
+    """How many classes the network tells apart, None when its output is no vector of logits."""
+    shape = graph.shapes()[graph.output.name]
+    return shape[0] if len(shape) == 1 and shape != graph.facts.shape else None
+
+
 def is_graph(folder: Path) -> bool:
     """Whether `folder` is a checkpoint that `Graph.save` wrote."""
     return holds(folder, FILE_NAME, "graph")

@@ -15,7 +15,7 @@ from effcli.errors import CheckpointError, DataError, writing
 from effcli.graphs import executor, timing
 from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
-from effcli.graphs.graph import Facts, Graph
+from effcli.graphs.graph import Facts, Graph, class_count
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.classify import Scores
@@ -68,14 +68,7 @@ class GraphNetwork:
     def calibrate(self) -> tuple[str, ...]:
         if all(step.config.needed is Needs.NOTHING for step in self.recipe.passes):
             return ()
-        wanted = self.recipe.calibration
-        data = wanted.data or _beside(self.source, CALIBRATION)
-        if data is None:
-            raise DataError(
-                f"{self.recipe.model} brings no calibration inputs", "give them: --calib DATA (npz, folder, parquet)"
-            )
-        facts = self.graph.facts
-        self._calibration = open_inputs(data, facts.shape, facts.preprocess, samples=wanted.samples)
+        self._calibration = calibration_inputs(self.recipe, self.source, self.graph.facts)
         return self._calibration.remarks
 
     def open(self, work: Path) -> None:
@@ -154,7 +147,7 @@ class Yardstick:
             return None
         wanted = options.images if isinstance(options.images, str) else _beside(source, EVALUATION)
         if wanted is not None:
-            classes = _classes(graph)
+            classes = class_count(graph)
             inputs = open_inputs(wanted, facts.shape, facts.preprocess, classes=classes, samples=options.samples)
             return Yardstick(graph.run, inputs, facts)
         if calibration is None and data is not None:
@@ -216,16 +209,24 @@ def _open(model: str, weights: Path | None, trust_remote_code: bool) -> tuple[Fa
     return graph.facts, graph.run
 
 
+def calibration_inputs(recipe: Recipe, source: Path, facts: Facts) -> Inputs:
+    """The calibration inputs of a recipe, those beside the model where it names none; `DataError` without any.
+
+    source: where the model was found; facts: of its graph.
+    """
+    wanted = recipe.calibration
+    data = wanted.data or _beside(source, CALIBRATION)
+    if data is None:
+        raise DataError(
+            f"{recipe.model} brings no calibration inputs", "give them: --calib DATA (npz, folder, parquet)"
+        )
+    return open_inputs(data, facts.shape, facts.preprocess, samples=wanted.samples)
+
+
 def _beside(source: Path, name: str) -> Path | None:
     """The file `name` in the model's own directory, None when there is none."""
     folder = source if source.is_dir() else source.parent
     return folder / name if (folder / name).is_file() else None
-
-
-def _classes(graph: Graph) -> int | None:
-    """How many classes the network tells apart, None when its output is no vector of logits."""
-    shape = graph.shapes()[graph.output.name]
-    return shape[0] if len(shape) == 1 and shape != graph.facts.shape else None
 
 
 __all__ = ["GraphNetwork", "Yardstick", "evaluate", "outputs_of"]

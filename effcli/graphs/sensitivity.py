@@ -16,15 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from effcli import samples
 from effcli.contract import Scope
-from effcli.errors import DataError
-from effcli.graphs.graph import Facts, Graph
-from effcli.graphs.network import CALIBRATION
-from effcli.graphs.sweep import _GraphWork
-from effcli.inputs.images import Inputs, open_inputs
+from effcli.graphs.graph import Graph, class_count
+from effcli.graphs.sweep import GraphWork
 from effcli.probe import Cost, Probe, SquaredGradients, Trial
-from effcli.recipe import Recipe
 from effcli.reports.sensitivity import Way
 from effcli.selection import Choice
 from effcli.swept import Progress, check_tensor
@@ -66,24 +61,6 @@ def layer_costs(
     return found
 
 
-def calibration_inputs(recipe: Recipe, facts: Facts) -> Inputs:
-    """The calibration inputs of a recipe, those beside the model where it names none; `DataError` without any."""
-    source = Path(samples.locate(recipe.model, recipe.revision))
-    beside = (source if source.is_dir() else source.parent) / CALIBRATION
-    data = recipe.calibration.data or (beside if beside.is_file() else None)
-    if data is None:
-        raise DataError(
-            f"{recipe.model} brings no calibration inputs", "give them: --calib DATA (npz, folder, parquet)"
-        )
-    return open_inputs(data, facts.shape, facts.preprocess, samples=recipe.calibration.samples)
-
-
-def is_classifier(graph: Graph) -> bool:
-    """Whether the outputs are logits (n, classes)."""
-    shape = graph.shapes()[graph.output.name]
-    return len(shape) == 1 and tuple(shape) != tuple(graph.facts.shape)
-
-
 def _count(batches: Batches) -> int:
     return sum(len(batch) for batch in batches())
 
@@ -91,7 +68,7 @@ def _count(batches: Batches) -> int:
 def _trials(graph: Graph, module: ModuleType, choices: Mapping[str, Choice], batches: Batches) -> dict[str, Trial]:
     """What becomes of every layer, with the options of one variant."""
     probe = Probe(module, keep_weights=True)
-    work = _GraphWork(graph, cast(ModuleType, probe), choices)
+    work = GraphWork(graph, cast(ModuleType, probe), choices)
     probe.factors = lambda name: (work.divided.get(name), work.multiplied.get(name))
     with torch.no_grad():
         seen = work.observe(batches())
@@ -104,7 +81,7 @@ def _trials(graph: Graph, module: ModuleType, choices: Mapping[str, Choice], bat
 
 def _divergences(graph: Graph, trials: Mapping[str, Trial], batches: Batches) -> dict[str, float]:
     """How far the outputs move with each trial's weight in its layer, all other layers as they are."""
-    classifier = is_classifier(graph)
+    classifier = class_count(graph) is not None
     sums = dict.fromkeys(trials, 0.0)
     whole = 0.0
     for batch in batches():
@@ -133,7 +110,7 @@ def _squared_gradients(graph: Graph, choices: Mapping[str, Choice], batches: Bat
     """Squared gradients of the loss at the outputs of every chosen layer, in one forward and backward."""
     names = [name for name, choice in choices.items() if choice.config is not None]
     sums = {name: SquaredGradients(choices[name].site.rows) for name in names}
-    classifier = is_classifier(graph)
+    classifier = class_count(graph) is not None
     generator = torch.Generator().manual_seed(_SEED)
 
     def watch(name: str) -> Callable[..., Tensor]:
@@ -168,4 +145,4 @@ def _squared_gradients(graph: Graph, choices: Mapping[str, Choice], batches: Bat
     return sums
 
 
-__all__ = ["calibration_inputs", "is_classifier", "layer_costs"]
+__all__ = ["layer_costs"]

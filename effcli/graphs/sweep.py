@@ -68,7 +68,7 @@ def graph_sweep(
         swept = _transform(graph, target, step, module, choices, batches, reference if reference != source else None)
         progress(len(choices), len(choices))
         return swept
-    work = _GraphWork(graph, module, choices, progress)
+    work = GraphWork(graph, module, choices, progress)
     if batches is None:
         for name in work.taken:
             work.compress(name, None)
@@ -86,7 +86,7 @@ def graph_sweep(
     return work.finish()
 
 
-class _GraphWork:
+class GraphWork:
     """Compresses the layers of one graph, in place, and writes the ledger."""
 
     def __init__(
@@ -405,4 +405,4 @@ def _energy(seen: Seen, difference: Tensor) -> float:
     return sum(gram.output_energy(part) for gram, part in zip(seen, difference.chunk(len(seen)), strict=True))
 
 
-__all__ = ["graph_sweep", "join"]
+__all__ = ["GraphWork", "graph_sweep", "join"]

@@ -78,6 +78,10 @@ class Skeleton:
             names = [name for name in names if name != f"{self.head}.weight"]
         return names
 
+    def parameters(self) -> list[str]:
+        """All state-dict keys: those outside the blocks, then block by block."""
+        return self.outer_parameters() + [name for k in range(len(self.blocks)) for name in self.block_parameters(k)]
+
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The ModuleList that holds the most parameters, and its path."""

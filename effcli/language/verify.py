@@ -166,10 +166,7 @@ def restored(path: Path, dtype: str, trust_remote_code: bool = False) -> Any:
     """The network of the checkpoint `path` in `dtype`, whatever its files hold, its layers dequantized to it."""
     weights = open_as(path, dtype, trust_remote_code)
     skeleton = weights.skeleton
-    names = skeleton.outer_parameters()
-    for k in range(len(skeleton.blocks)):
-        names += skeleton.block_parameters(k)
-    weights.fill(skeleton.model, "", names)
+    weights.fill(skeleton.model, "", skeleton.parameters())
     if skeleton.tied:
         skeleton.model.tie_weights()  # type: ignore[operator]
     return skeleton.model.eval()

@@ -9,8 +9,8 @@ import small_graphs
 import torch
 from torch import Tensor, nn
 
-from effcli.graphs.graph import Graph
-from effcli.graphs.sensitivity import is_classifier, layer_costs
+from effcli.graphs.graph import Graph, class_count
+from effcli.graphs.sensitivity import layer_costs
 from effcli.probe import Cost
 from effcli.recipe import PassStep
 from effcli.reports.sensitivity import Way
@@ -50,7 +50,7 @@ def test_loss_is_that_of_the_network_with_one_layer_changed(make: type, tmp_path
     given = step("linear", 3)
     (found,) = costs(graph, tmp_path / "work", "loss", given)
 
-    assert is_classifier(graph)
+    assert class_count(graph) is not None
     for name in found:
         before, after = (values.log_softmax(1) for values in changed(graph, tmp_path / "work", name, given))
         expected = float((before.exp() * (before - after)).sum(1).mean())
@@ -62,7 +62,7 @@ def test_of_a_network_that_is_no_classifier(tmp_path: Path) -> None:
     graph = small_graphs.chain((6,), nn.Linear(6, 6))
     given = step("linear", 2)
     (found,) = costs(graph, tmp_path / "work", "loss", given)
-    assert not is_classifier(graph)
+    assert class_count(graph) is None
     before, after = changed(graph, tmp_path / "work", "layer0", given)
     assert found["layer0"].cost == pytest.approx(
         float((before - after).square().sum() / before.square().sum()), rel=1e-4
