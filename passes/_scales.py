@@ -7,12 +7,14 @@ algebra on sums already taken instead of a forward pass per candidate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Group
+from effcli.contract import Gram, Group, Needs, PassConfig, Scope
 from effcli.formats import Affine
 from effcli.passes._affine import nearest
 
@@ -25,6 +27,29 @@ _SAMPLED_ROWS = 256
 _CLEAR = 0.05
 # Rows per step: the working set of a step stays in the second-level cache.
 _ROWS = 256
+
+
+class Scaled(PassConfig):
+    """Options of passes that scale the channels of a shared input and round affinely."""
+
+    needs: ClassVar[Needs] = Needs.INPUTS
+    scope: ClassVar[Scope] = Scope.GROUP
+    graph_defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
+    group_size: int | None = Field(
+        64, ge=1, description="Input channels that share a scale; must divide each layer's. null: the whole channel."
+    )
+    symmetric: bool = Field(False, description="A range around zero, with no zero point to store.")
+    without_pair: Literal["unscaled", "explicit"] = Field(
+        "unscaled",
+        description="Where no module can take in the scale: leave the layers unscaled, or keep the scale on their "
+        "input at run time, in effcli's own layout.",
+    )
+
+    @property
+    def format(self) -> Affine:
+        return Affine(self.bits, "group" if self.group_size else "channel", self.group_size or 0, self.symmetric)
 
 
 def find_scale(

@@ -9,16 +9,12 @@ in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
-
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Group, Layer, Needs, Outcome, PassConfig, Scope
-from effcli.formats import Affine
+from effcli.contract import Gram, Group, Layer, Outcome
 from effcli.passes._affine import clipped_range, encode, extremes
-from effcli.passes._scales import COARSE, FINE, find_scale
+from effcli.passes._scales import COARSE, FINE, Scaled, find_scale
 
 # Few bits leave few levels, and then giving up more of the range pays.
 SHRINKS = {
@@ -27,31 +23,13 @@ SHRINKS = {
 }
 
 
-class Config(PassConfig):
+class Config(Scaled):
     """Options of an `awq` step."""
 
-    needs: ClassVar[Needs] = Needs.INPUTS
-    scope: ClassVar[Scope] = Scope.GROUP
-    graph_defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
-
-    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
-    group_size: int | None = Field(
-        64, ge=1, description="Input channels that share a scale; must divide each layer's. null: the whole channel."
-    )
-    symmetric: bool = Field(False, description="A range around zero, with no zero point to store.")
     clip: bool = Field(True, description="Also search for a smaller range of each group.")
     round: bool = Field(True, description="false: only fold the scales in; a later pass rounds.")
     coarse: int = Field(COARSE, ge=1, description="Steps of the first grid of α over [0, 1].")
     fine: int = Field(FINE, ge=1, description="Steps by which each interval beside the best is divided afterwards.")
-    without_pair: Literal["unscaled", "explicit"] = Field(
-        "unscaled",
-        description="Where no module can take in the scale: leave the layers unscaled, or keep the scale on their "
-        "input at run time, in effcli's own layout.",
-    )
-
-    @property
-    def format(self) -> Affine:
-        return Affine(self.bits, "group" if self.group_size else "channel", self.group_size or 0, self.symmetric)
 
 
 def scale(configs: tuple[Config, ...], group: Group, seen: Gram) -> tuple[Tensor, dict[str, float]]:

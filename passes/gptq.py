@@ -9,34 +9,25 @@ tr((Ŵ - W) G (Ŵ - W)ᵀ) of no row is above that of rounding it to the nearest
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Group, Layer, Needs, Outcome, PassConfig, Scope
-from effcli.formats import Affine, AffineWeight
+from effcli.contract import Gram, Group, Layer, Outcome
+from effcli.formats import AffineWeight
 from effcli.passes._affine import clipped_range, encode, extremes, parameters
 from effcli.passes._gptq import Feedback, factorize, quantize, weighted_range
-from effcli.passes._scales import find_scale
+from effcli.passes._scales import Scaled, find_scale
 
 # Below half of the range the error of the clipped weights outweighs every gain.
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 0.52)
 
 
-class Config(PassConfig):
+class Config(Scaled):
     """Options of a `gptq` step."""
 
-    needs: ClassVar[Needs] = Needs.INPUTS
-    scope: ClassVar[Scope] = Scope.GROUP
-    graph_defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
-
-    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
-    group_size: int | None = Field(
-        64, ge=1, description="Input channels that share a scale; must divide each layer's. null: the whole channel."
-    )
-    symmetric: bool = Field(False, description="A range around zero, with no zero point to store.")
     act_order: bool = Field(True, description="Round loud channels first, by the falling diagonal of the Gram matrix.")
     damping: float = Field(
         0.1,
@@ -55,15 +46,6 @@ class Config(PassConfig):
     sweeps: int = Field(
         3, ge=0, description="How often codes and scales are improved in turn after the first rounding."
     )
-    without_pair: Literal["unscaled", "explicit"] = Field(
-        "unscaled",
-        description="Where no module can take in the scale: leave the layers unscaled, or keep the scale on their "
-        "input at run time, in effcli's own layout.",
-    )
-
-    @property
-    def format(self) -> Affine:
-        return Affine(self.bits, "group" if self.group_size else "channel", self.group_size or 0, self.symmetric)
 
 
 def scale(configs: tuple[Config, ...], group: Group, seen: Gram) -> tuple[Tensor, Mapping[str, float | str]]:
