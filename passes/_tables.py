@@ -60,8 +60,7 @@ def described(weight: CodebookWeight, original: torch.dtype) -> dict[str, Any]:
     times smaller than in the `original` dtype everything that is stored of the weight is.
     """
     codes, format = weight.codes, weight.format
-    nbytes, notes = format.nbytes(weight.shape, original.itemsize), {"entropy": round(huffman.entropy(codes), 4)}
+    notes = {"entropy": round(huffman.entropy(codes), 4)}
     if format.huffman:
         notes["coded_bits"] = round(huffman.bits_per_symbol(codes), 4)
-        nbytes = sum(tensor.nbytes for tensor in weight.pack().values())
-    return {**notes, "ratio": round(codes.numel() * original.itemsize / nbytes, 2)}
+    return {**notes, "ratio": round(codes.numel() * original.itemsize / weight.nbytes, 2)}

@@ -56,6 +56,11 @@ class Quantized(abc.ABC):
     def pack(self) -> dict[str, Tensor]:
         """Tensors by suffix, as they stand in a file."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(tensor.nbytes for tensor in self.pack().values())
+
     def effective(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in) floating: the dequantized weight with the explicit input scale divided in."""
         dense = self.dequantize(torch.float32)

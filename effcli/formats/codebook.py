@@ -243,11 +243,24 @@ class CodebookWeight(Quantized):
         `weight_packed` holds the codes in the order of the flattened matrix: words (1, n) of `pack_bits`, or the bytes
         of the Huffman code whose lengths stand in `weight_lengths`.
         """
-        packed = {"weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64)}
+        packed = self._beside_codes()
         if self.format.huffman:
             packed["weight_packed"], packed["weight_lengths"] = huffman.encode(self.codes.reshape(-1))
         else:
             packed["weight_packed"] = pack_bits(self.codes.reshape(1, -1), self.format.bits)
+        return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, for which a Huffman code need not be written."""
+        if not self.format.huffman:
+            return super().nbytes
+        beside = sum(tensor.nbytes for tensor in self._beside_codes().values())
+        return beside + huffman.nbytes(self.codes.reshape(-1))
+
+    def _beside_codes(self) -> dict[str, Tensor]:
+        """What stands in a file beside the codes themselves."""
+        packed = {"weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64)}
         if self.format.learned:
             packed["weight_table"] = self.table
         if isinstance(self.scale, DoubleQuantized):
@@ -258,7 +271,7 @@ class CodebookWeight(Quantized):
             packed["weight_scale"] = self.scale
         if self.input_scale is not None:
             packed["input_scale"] = self.input_scale
-        return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+        return packed
 
     @staticmethod
     def unpack(format: Codebook, tensors: dict[str, Tensor]) -> CodebookWeight:

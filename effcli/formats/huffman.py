@@ -105,6 +105,13 @@ def bits_per_symbol(symbols: Tensor) -> float:
     return coded_bits(counts, code_lengths(counts)) / max(symbols.numel(), 1)
 
 
+def nbytes(symbols: Tensor) -> int:
+    """Bytes of both tensors that `encode` makes of uint8 (n,)."""
+    counts = _counts(symbols)
+    lengths = code_lengths(counts)
+    return math.ceil(coded_bits(counts, lengths) / 8) + lengths.nbytes
+
+
 def _counts(symbols: Tensor) -> Tensor:
     """How often each symbol occurs, int64 (largest + 1,)."""
     if not symbols.numel():

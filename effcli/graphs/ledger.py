@@ -99,7 +99,7 @@ def dense(graph: Graph, site: LayerSite) -> Tensor:
 def stored(weight: Quantized | Tensor) -> tuple[int, str]:
     """Bytes of a weight on disk, and its format."""
     if isinstance(weight, Quantized):
-        return sum(tensor.nbytes for tensor in weight.pack().values()), str(weight.format)
+        return weight.nbytes, str(weight.format)
     return weight.nbytes, str(Dense(weight.dtype))
 
 

@@ -107,6 +107,7 @@ def test_a_file_holds_the_weight_and_nbytes_its_size(
     assert restored.dtype == restored.dequantize().dtype == dtype
     torch.testing.assert_close(restored.dequantize(), weight.dequantize(), rtol=0, atol=0)
     held = sum(tensor.nbytes for tensor in packed.values())
+    assert weight.nbytes == held
     promised = weight.format.nbytes(weight.shape, dtype.itemsize)
     assert held <= promised if coded else held == promised
     assert all(tensor.is_contiguous() for tensor in packed.values())
