@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from effcli.formats import Quantized
+from effcli.formats import Packing, Quantized
 from effcli.observers import Gram
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ class PassConfig(Options):
     def needed(self) -> Needs:
         """What these options need: what the pass needs, unless some of its options need more."""
         return self.needs
+
+    @property
+    def result(self) -> Packing | None:
+        """The format of the weights that a step with these options leaves; None where they stay floating."""
+        return getattr(self, "format", None)
 
     def for_graph(self) -> Self:
         """These options in a network read as a graph: what was not set takes the defaults for graphs."""

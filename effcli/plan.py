@@ -203,9 +203,8 @@ class _Sizes:
         self.taken: set[str] = set()
 
     def take(self, choice: Choice) -> None:
-        format = getattr(choice.config, "format", None)
-        # A pass that only prepares the weights for another to round has a format and leaves them dense.
-        if isinstance(format, Packing) and getattr(choice.config, "round", True):
+        format = None if choice.config is None else choice.config.result
+        if format is not None:
             self.formats[choice.site.name] = format
             self.taken.add(choice.site.name)
 

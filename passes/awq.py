@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli.contract import Gram, Group, Layer, Outcome
+from effcli.formats import Affine
 from effcli.passes._affine import clipped_range, encode, extremes
 from effcli.passes._scales import COARSE, FINE, Scaled, find_scale
 
@@ -30,6 +31,10 @@ class Config(Scaled):
     round: bool = Field(True, description="false: only fold the scales in; a later pass rounds.")
     coarse: int = Field(COARSE, ge=1, description="Steps of the first grid of α over [0, 1].")
     fine: int = Field(FINE, ge=1, description="Steps by which each interval beside the best is divided afterwards.")
+
+    @property
+    def result(self) -> Affine | None:
+        return self.format if self.round else None
 
 
 def scale(configs: tuple[Config, ...], group: Group, seen: Gram) -> tuple[Tensor, dict[str, float]]:

@@ -33,8 +33,8 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
         choices = choose_graph(graph, step)
         kept: dict[str, list[str]] = {}
         for choice in choices.values():
-            format = getattr(choice.config, "format", None)
-            if isinstance(format, Packing):
+            format = None if choice.config is None else choice.config.result
+            if format is not None:
                 formats[choice.site.name] = format
             status = "keep" if choice.config is None else "change" if format is None else "compress"
             rows.append(_row(choice.site, formats, name, status, choice.reason))

@@ -50,6 +50,11 @@ STEPS: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]] = {
     "tied head": ("llama", {"tie_word_embeddings": True}, ({"linear": {"bits": 8, "lm_head": True}},)),
     "kept tied head": ("gemma2", {}, ({"linear": {"bits": 8}},)),
     "single layers": ("llama", {}, ({"linear": {"bits": 4, "layers": {"*.v_proj": {"bits": 8, "group_size": 16}}}},)),
+    "scales alone": ("llama", {}, ({"awq": {"round": False}},)),
+    "scales, then rounding": ("llama", {}, ({"awq": {"round": False}}, {"gptq": {"bits": 3, "scales": False}})),
+    "int8 inputs": ("llama", {}, ({"linear": {"activations": "int8"}},)),
+    "nf4": ("llama", {}, ({"nf4": {"double": True}},)),
+    "tables": ("llama", {}, ({"kmeans": {"bits": 3, "huffman": False}},)),
     "two passes": (
         "llama",
         {},
