@@ -30,7 +30,7 @@ from effcli.exporters._onnx_language_trace import OPSET, trace
 from effcli.language import verify
 from effcli.language.skeleton import Skeleton
 from effcli.language.verify import Agreement
-from effcli.language.weights import Weights
+from effcli.language.weights import Weights, open_weights
 from effcli.reports.human import count, size
 from effcli.storage import Stored
 
@@ -95,7 +95,7 @@ def export_language(
     if accuracy_level not in (0, 4):
         raise UnsupportedError(f"onnxruntime has no accuracy level {accuracy_level} on a CPU", "use 0 or 4")
     arithmetic = Arithmetic(precision, activations, accuracy_level)
-    weights = verify.open_as(source, precision, trust_remote_code)
+    weights = open_weights(source, trust_remote_code, precision)
     packed = {} if dequantize else weights.stored
     layers.check(packed, arithmetic)
     kernels = _kernels(weights.skeleton, packed, arithmetic)

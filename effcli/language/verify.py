@@ -24,8 +24,7 @@ from effcli.checkpoint import Checkpoint
 from effcli.contract import Options
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.inputs import text
-from effcli.language.skeleton import Skeleton
-from effcli.language.weights import Weights
+from effcli.language.weights import open_weights
 from effcli.stock import load_network_config, quiet_transformers
 from effcli.storage import is_own, network_config, rounds_inputs
 
@@ -164,21 +163,12 @@ def _reference(path: Path, rounded: bool, trust_remote_code: bool) -> Any:
 
 def restored(path: Path, dtype: str, trust_remote_code: bool = False) -> Any:
     """The network of the checkpoint `path` in `dtype`, whatever its files hold, its layers dequantized to it."""
-    weights = open_as(path, dtype, trust_remote_code)
+    weights = open_weights(path, trust_remote_code, dtype)
     skeleton = weights.skeleton
     weights.fill(skeleton.model, "", skeleton.parameters())
     if skeleton.tied:
         skeleton.model.tie_weights()  # type: ignore[operator]
     return skeleton.model.eval()
-
-
-def open_as(path: Path, dtype: str, trust_remote_code: bool = False) -> Weights:
-    """The network of the checkpoint `path`, to be read in `dtype`."""
-    checkpoint = Checkpoint.open(path)
-    config = {key: value for key, value in network_config(checkpoint.config).items() if key != "torch_dtype"}
-    weights = Weights(checkpoint, Skeleton(path, {**config, "dtype": dtype}, trust_remote_code))
-    weights.check_complete()
-    return weights
 
 
 def _packed(

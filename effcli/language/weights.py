@@ -42,10 +42,16 @@ SUFFIXES = frozenset(
 )
 
 
-def open_weights(path: Path, trust_remote_code: bool = False) -> Weights:
-    """The network in `path`, dense or compressed, ready to be read block by block; every parameter must be there."""
+def open_weights(path: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Weights:
+    """The network in `path`, dense or compressed, ready to be read block by block; every parameter must be there.
+
+    dtype: what it is to be read in, such as float32; its own unless given.
+    """
     checkpoint = Checkpoint.open(path)
-    weights = Weights(checkpoint, Skeleton(path, network_config(checkpoint.config), trust_remote_code))
+    config = network_config(checkpoint.config)
+    if dtype is not None:
+        config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
+    weights = Weights(checkpoint, Skeleton(path, config, trust_remote_code))
     weights.check_complete()
     return weights
 
