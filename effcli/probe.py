@@ -1,8 +1,9 @@
 """A pass that keeps account of itself: what each layer's quantization costs, beside what comes out.
 
-With D = Ŵ - W, G the second moments of the inputs and f the mean squared gradient of the loss at each output, the loss
-grows by about ½ Σ_o f_o (D G Dᵀ)_oo: the Fisher information with tokens and outputs taken for independent, the
-diagonal of one factor of arXiv:1503.05671.
+With D = Ŵ - W, and the loss -log p(y) of outputs y drawn from the network's own prediction, the divergence from the
+original grows by about ½ E⟨∇_W(-log p(y)), D⟩²: half the Fisher information along D, with no outputs or tokens taken
+for independent. Errors of rounding lean together in many places (a clipped range shrinks all of a row), which sums of
+the single outputs' errors do not see.
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ from effcli.formats import Quantized
 _ROWS = 1024
 
 
-class SquaredGradients:
-    """Mean squared gradient of the loss at each output of a layer.
+class Slopes:
+    """Sum of the squared slopes of a loss along errors D of one layer's weight, one sample after the other.
 
-    sums: float64 (out,), Σ g²; tokens: how many were seen.
+    errors: float32 (out, in) each; squares: Σ ⟨∇_W, D⟩² over the samples, one number for each error.
     """
 
-    def __init__(self, features: int) -> None:
-        self.sums = torch.zeros(features, dtype=torch.float64)
-        self.tokens = 0
+    def __init__(self, errors: Sequence[Tensor]) -> None:
+        self.squares = [0.0] * len(errors)
+        self._errors = errors
+        self._sample = [0.0] * len(errors)
 
-    def add(self, gradients: Tensor) -> None:
-        """Take in gradients (..., out)."""
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Take in inputs (..., in) and gradients at the outputs (..., out) of the sample at hand."""
         rows = gradients.reshape(-1, gradients.shape[-1]).float()
-        self.sums += rows.square().sum(0, dtype=torch.float64)
-        self.tokens += rows.shape[0]
+        slope = rows.t() @ inputs.reshape(-1, inputs.shape[-1]).float()
+        for at, error in enumerate(self._errors):
+            self._sample[at] += float(torch.dot(slope.flatten(), error.flatten()))
 
-    @property
-    def mean(self) -> Tensor:
-        """float32 (out,)."""
-        return (self.sums / max(self.tokens, 1)).float()
+    def end_sample(self) -> None:
+        """The next inputs are those of another sample."""
+        for at, value in enumerate(self._sample):
+            self.squares[at] += value * value
+            self._sample[at] = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,6 @@ class Trial:
             return 0.0
         whole = float(self.whole.sum(dtype=torch.float64))
         return float(self.energy.sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
-
-    def cost(self, gradients: Tensor) -> float:
-        """½ Σ_o f_o E_o for squared gradients f float32 (out,)."""
-        return 0.0 if self.energy is None else 0.5 * float((self.energy.double() * gradients.double()).sum())
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """What quantizing each layer of a network read as a graph alone costs.
 
-`gram` needs one forward of the calibration inputs, `fisher` a forward and a backward. The loss is that of classes drawn
-from the network's own predictions; of a network that is no classifier, whose outputs count as normally distributed,
-the gradient is normal noise of the outputs' own size. `loss` puts one quantized layer at a time into the network and
-compares its outputs with the original's: KL(original ‖ this) of a classifier, else the relative squared error.
+`gram` needs one forward of the calibration inputs, `fisher` two and a backward for each variant. The loss is that of
+classes drawn from the network's own predictions, and an input is one sample of its slope; of a network that is no
+classifier, whose outputs count as normally distributed, the gradient is normal noise of the outputs' own size. `loss`
+puts one quantized layer at a time into the network and compares its outputs with the original's: KL(original ‖ this) of
+a classifier, else the relative squared error.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from effcli.contract import Scope
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sweep import GraphWork
-from effcli.probe import Cost, Probe, SquaredGradients, Trial
+from effcli.probe import Cost, Probe, Trial
 from effcli.reports.sensitivity import Way
 from effcli.selection import Choice
 from effcli.swept import Progress, check_tensor
@@ -44,25 +46,18 @@ def layer_costs(
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
-    gradients = _squared_gradients(graph, variants[0], batches) if way == "fisher" else {}
     found = []
     for number, choices in enumerate(variants):
         progress(number, len(variants))
         trials = _trials(Graph.read(source), module, choices, batches)
-        divergences = _divergences(graph, trials, batches) if way == "loss" else {}
-        costs = {}
-        for name, trial in trials.items():
-            cost = trial.output_error
-            if way == "fisher":
-                cost = trial.cost(gradients[name].mean * gradients[name].tokens) / _count(batches)
-            costs[name] = Cost(trial.output_error, divergences.get(name, cost))
-        found.append(costs)
+        costs = {name: trial.output_error for name, trial in trials.items()}
+        if way == "loss":
+            costs = _divergences(graph, trials, batches)
+        elif way == "fisher":
+            costs = _predictions(graph, trials, batches)
+        found.append({name: Cost(trial.output_error, costs[name]) for name, trial in trials.items()})
     progress(len(variants), len(variants))
     return found
-
-
-def _count(batches: Batches) -> int:
-    return sum(len(batch) for batch in batches())
 
 
 def _trials(graph: Graph, module: ModuleType, choices: Mapping[str, Choice], batches: Batches) -> dict[str, Trial]:
@@ -106,27 +101,34 @@ def _divergence(original: Tensor, other: Tensor, classifier: bool) -> float:
     return float((mine.exp() * (mine - others)).sum())
 
 
-def _squared_gradients(graph: Graph, choices: Mapping[str, Choice], batches: Batches) -> dict[str, SquaredGradients]:
-    """Squared gradients of the loss at the outputs of every chosen layer, in one forward and backward."""
-    names = [name for name, choice in choices.items() if choice.config is not None]
-    sums = {name: SquaredGradients(choices[name].site.rows) for name in names}
+def _predictions(graph: Graph, trials: Mapping[str, Trial], batches: Batches) -> dict[str, float]:
+    """Half the mean squared slope of the loss along the error of each trial, with the same draws for all trials."""
     classifier = class_count(graph) is not None
     generator = torch.Generator().manual_seed(_SEED)
+    errors = {name: _error(graph, name, trial) for name, trial in trials.items()}
+    slopes: dict[str, Tensor] = {}
+    squares, count, size = dict.fromkeys(trials, 0.0), 0, 0
 
     def watch(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # The first layers depend on nothing that has a gradient.
             output = output if output.requires_grad else output.detach().requires_grad_()
-            # Output channels last, as the rows of a linear stand.
-            axis = -1 if isinstance(module, nn.Linear) else 1
-            output.register_hook(lambda gradient: sums[name].add(gradient.movedim(axis, -1)))  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                moved = errors[name](*args)
+
+            def pulled(gradient: Tensor) -> None:
+                slope = (gradient * moved).reshape(size, -1).sum(1, dtype=torch.float64)
+                slopes[name] = slopes[name] + slope if name in slopes else slope
+
+            output.register_hook(pulled)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    handles = [graph.layer(name).register_forward_hook(watch(name)) for name in names]
+    handles = [graph.layer(name).register_forward_hook(watch(name)) for name in trials]
     try:
         for batch in batches():
+            size = len(batch)
             with torch.enable_grad():
                 outputs = graph.module(batch)
             values = outputs.detach()
@@ -136,13 +138,29 @@ def _squared_gradients(graph: Graph, choices: Mapping[str, Choice], batches: Bat
                 pull = pull.scatter_add(1, drawn, torch.full_like(drawn, -1, dtype=pull.dtype))
             else:
                 # Chosen so that half the squared projection is, on average, the relative squared error.
-                size = values.flatten(1).square().sum(1).mean().clamp(min=torch.finfo(values.dtype).tiny)
-                pull = torch.randn(values.shape, generator=generator) * (2 / size).sqrt()
+                energy = values.flatten(1).square().sum(1).mean().clamp(min=torch.finfo(values.dtype).tiny)
+                pull = torch.randn(values.shape, generator=generator) * (2 / energy).sqrt()
             outputs.backward(pull)
+            count += size
+            for name, slope in slopes.items():
+                squares[name] += float(slope.square().sum())
+            slopes.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return {name: 0.5 * total / max(count, 1) for name, total in squares.items()}
+
+
+def _error(graph: Graph, name: str, trial: Trial) -> nn.Module:
+    """A layer that computes how far a trial moves the outputs of layer `name`."""
+    moved = copy.deepcopy(graph.layer(name)).requires_grad_(False)
+    weight = moved.weight
+    assert trial.weight is not None and isinstance(weight, Tensor)
+    error = trial.weight.reshape(weight.shape) - weight
+    for parameter in moved.parameters():
+        parameter.zero_()
+    weight.copy_(error)
+    return moved
 
 
 __all__ = ["layer_costs"]

@@ -1,10 +1,11 @@
 """What quantizing each layer of a language model alone costs, measured with one block in memory at a time.
 
-`gram` needs one forward of the calibration windows, `fisher` a forward and a backward: blocks are opened from the
-last to the first, each runs again on its spooled inputs, and the gradient of its outputs goes on to the block before.
-The loss is that of tokens drawn from the network's own predictions, so that its second derivative is the Fisher
-information, which is also that of the divergence from the original. `loss` puts one quantized layer at a time into the
-network and runs all windows to the end: KL(original ‖ this) per token.
+`gram` needs one forward of the calibration windows, `fisher` three and a backward: blocks are opened from the last to
+the first, each runs again on its spooled inputs, and the gradient of its outputs goes on to the block before. The loss
+is that of tokens drawn from the network's own predictions, so that the mean square of its slope along an error is the
+Fisher information in that direction, which is the second derivative of the divergence from the original too; a window
+is one sample. `loss` puts one quantized layer at a time into the network and runs all windows to the end:
+KL(original ‖ this) per token. Of the output head, which needs no network behind it, both ways measure that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from effcli.language.spool import Spool
 from effcli.language.stream import Call, Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights
 from effcli.observers import Gram
-from effcli.probe import Cost, Probe, SquaredGradients, Trial
+from effcli.probe import Cost, Probe, Slopes, Trial
 from effcli.reports.sensitivity import Way
 from effcli.selection import Choice
 from effcli.sites import LayerSite
@@ -87,7 +88,6 @@ class _Seen:
     shared: list[SharedInput]
     leaders: dict[str, str]
     grams: dict[str, Gram]
-    gradients: dict[str, SquaredGradients]
 
     @property
     def by_layer(self) -> dict[str, Gram]:
@@ -111,6 +111,9 @@ class _Costs:
         self.module = module
         self.variants = variants
         self.batches = windows.batches
+        if way == "fisher":
+            # A window is one sample of the gradient.
+            self.batches = [window for batch in windows.batches for window in batch.unsqueeze(1)]
         self.work = work
         self.way = way
         self.progress = progress
@@ -119,7 +122,6 @@ class _Costs:
         self.calls: dict[tuple[int, ...], list[Call]] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.pairs: dict[str, list[SharedInput]] = {}
-        self.head_gradients: SquaredGradients | None = None
 
     def carry_out(self) -> list[dict[str, Cost]]:
         self._enter()
@@ -137,7 +139,7 @@ class _Costs:
             order = range(self.count) if self.way == "loss" else reversed(range(self.count))
             for number, k in enumerate(order):
                 self.progress(number, steps)
-                self._block(k, self._observe(k) if self.way == "loss" else self._observe_backward(k))
+                self._block(k, self._observe(k))
         self.progress(self.count, steps)
         self._head()
         self.progress(steps, steps)
@@ -190,23 +192,6 @@ class _Costs:
                         outgoing.write(number, out)
         return self._checked(seen)
 
-    def _observe_backward(self, k: int) -> _Seen:
-        """Run all windows through block k and back; the gradients at its inputs take the place of those behind it."""
-        with self._opened(k):
-            seen, gradients = self._start(k), self._gradients
-
-            def look(name: str, inputs: Tensor, output: Tensor) -> None:
-                _add(seen, name, inputs.detach())
-                if output.requires_grad:
-                    output.register_hook(seen.gradients[name].add)  # type: ignore[no-untyped-call]
-
-            for number, hidden in enumerate(self._spool(k)):
-                with torch.enable_grad(), self._watch(k, look):
-                    out = self.stream.through(k, hidden.requires_grad_(), self._call(k, hidden))
-                (gradient,) = torch.autograd.grad(out, hidden, gradients.read(number))
-                gradients.write(number, gradient)
-        return self._checked(seen)
-
     def _start(self, k: int) -> _Seen:
         sites = {site.name: site for site in self._taken(self.skeleton.block_layers(k))}
         configs = {name: self.variants[0][name].config for name in sites}
@@ -215,7 +200,7 @@ class _Costs:
         grams = {
             name: observer(self.module, configs[name], sites[name].columns) for name in dict.fromkeys(leading.values())
         }
-        return _Seen(shared, leading, grams, {name: SquaredGradients(site.rows) for name, site in sites.items()})
+        return _Seen(shared, leading, grams)
 
     def _watch(self, k: int, look: Callable[[str, Tensor, Tensor], None]) -> WatchLayers:
         sites = self._taken(self.skeleton.block_layers(k))
@@ -242,20 +227,48 @@ class _Costs:
         trials: list[dict[str, Trial]] = []
         for choices in self.variants:
             with self._opened(k), torch.inference_mode():
-                probe = Probe(self.module, keep_weights=self.way == "loss")
+                probe = Probe(self.module, keep_weights=self.way != "gram")
                 made = cast(ModuleType, probe)
                 work = BlockWork(self.weights, made, self.skeleton.blocks[k], name, sites, choices)
                 probe.factors = _factors(work)
                 work.compress(seen.shared if self.module.Config.scope is Scope.GROUP else [], seen.by_layer)
             trials.append(probe.trials)
         for found, made_of in zip(self.found, trials, strict=True):
-            for layer, trial in made_of.items():
-                gradients = seen.gradients[layer].mean
-                cost = trial.cost(gradients) if self.way == "fisher" else trial.output_error
-                found[layer] = Cost(trial.output_error, cost)
-        if self.way == "loss":
+            found.update({layer: Cost(trial.output_error, trial.output_error) for layer, trial in made_of.items()})
+        if self.way == "fisher":
+            self._backward(k, trials)
+        elif self.way == "loss":
             self._measure(k, trials)
         memory.trim()
+
+    def _backward(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
+        """Run all windows through block k and back, and take the slope of each one's loss along every trial's error.
+
+        The gradients at the inputs of the block take the place of those behind it.
+        """
+        sites = {site.name: site for site in self.skeleton.block_layers(k)}
+        prefix, gradients = self.skeleton.block_names[k] + ".", self._gradients
+        with self._opened(k) as block:
+            slopes: dict[str, Slopes] = {}
+            for name in trials[0]:
+                weight = sites[name].view(block.get_parameter(sites[name].parameter.removeprefix(prefix))).detach()
+                slopes[name] = Slopes([_difference(found[name], weight) for found in trials])
+
+            def look(name: str, inputs: Tensor, output: Tensor) -> None:
+                if output.requires_grad:
+                    seen = inputs.detach()
+                    output.register_hook(lambda gradient: slopes[name].add(seen, gradient))  # type: ignore[no-untyped-call]
+
+            for number, hidden in enumerate(self._spool(k)):
+                with torch.enable_grad(), self._watch(k, look):
+                    out = self.stream.through(k, hidden.requires_grad_(), self._call(k, hidden))
+                (gradient,) = torch.autograd.grad(out, hidden, gradients.read(number))
+                gradients.write(number, gradient)
+                for each in slopes.values():
+                    each.end_sample()
+        for name, each in slopes.items():
+            for found, total in zip(self.found, each.squares, strict=True):
+                found[name] = Cost(found[name].output_error, 0.5 * total / self._tokens)
 
     def _measure(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Put each trial of block k into the network by itself and run all windows to the end."""
@@ -311,9 +324,6 @@ class _Costs:
                 pull = torch.softmax(out.detach().float(), dim=-1)
                 drawn = torch.multinomial(pull, 1, generator=generator)
                 pull.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=pull.dtype))
-                if self._head_site() is not None:
-                    self.head_gradients = self.head_gradients or SquaredGradients(pull.shape[1])
-                    self.head_gradients.add(pull)
                 (gradient[part],) = torch.autograd.grad(out, leaf, pull.to(out.dtype))
             outgoing.write(number, gradient.view(hidden.shape))
 
@@ -336,16 +346,12 @@ class _Costs:
         gram.check_finite(site.name)
         parameter = self.weights.parameter(self.skeleton.embedding if self.skeleton.tied else site.parameter)
         for found, choices in zip(self.found, self.variants, strict=True):
-            probe = Probe(self.module, keep_weights=self.way == "loss")
+            probe = Probe(self.module, keep_weights=self.way != "gram")
             work = BlockWork(self.weights, cast(ModuleType, probe), nn.Module(), "", [], choices)
             with torch.inference_mode():
                 work.quantize(Part(), site, parameter.clone(), gram)
             trial = probe.trials[site.name]
-            cost = trial.output_error
-            if self.way == "fisher" and self.head_gradients is not None:
-                cost = trial.cost(self.head_gradients.mean)
-            elif self.way == "loss":
-                cost = self._head_divergence(site, trial)
+            cost = trial.output_error if self.way == "gram" else self._head_divergence(site, trial)
             found[site.name] = Cost(trial.output_error, cost)
 
     def _head_divergence(self, site: LayerSite, trial: Trial) -> float:
@@ -369,6 +375,11 @@ class _Costs:
 def _add(seen: _Seen, name: str, inputs: Tensor) -> None:
     if name in seen.grams:
         seen.grams[name].add(inputs)
+
+
+def _difference(trial: Trial, weight: Tensor) -> Tensor:
+    assert trial.weight is not None
+    return trial.weight - weight
 
 
 def _factors(work: BlockWork) -> Callable[[str], tuple[Tensor | None, Tensor | None]]:

@@ -60,7 +60,7 @@ class Sensitivity(Record):
 
 _WAYS: dict[Way, str] = {
     "gram": "gram: {unit} of each layer, tr(D G Dᵀ) / tr(W G Wᵀ), from one calibration forward",
-    "fisher": "fisher: predicted divergence from the original in {unit}, output errors weighted by squared gradients",
+    "fisher": "fisher: predicted divergence from the original in {unit}, half the squared slope along a layer's error",
     "loss": "loss: divergence from the original in {unit}, measured with one layer quantized at a time",
 }
 

@@ -61,32 +61,31 @@ def test_fisher_is_that_of_the_whole_network(llama: Path, tmp_path: Path) -> Non
     """Against autograd through the stock network, with the same tokens drawn."""
     (found,) = costs(llama, tmp_path / "work", "fisher", [step("linear", 3)])
     model = AutoModelForCausalLM.from_pretrained(llama).eval().requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
     generator = torch.Generator().manual_seed(0)
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
-    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def watch(name: str) -> None:
-        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            inputs[name].append(args[0].detach().flatten(0, 1))
-            out.register_hook(lambda gradient: outputs[name].append(gradient.flatten(0, 1)))
-
-        model.get_submodule(name).register_forward_hook(hook)
-
+    weights = {name: model.get_submodule(name).weight.requires_grad_() for name in names}
+    squares = dict.fromkeys(names, 0.0)
+    ids = torch.cat(windows().batches)
+    for window in ids.split(1):
+        logits = model(input_ids=window).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+        loss = torch.nn.functional.cross_entropy(logits, drawn.squeeze(1), reduction="sum")
+        for name, gradient in zip(names, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            weight = weights[name].detach()
+            squares[name] += float((gradient.double() * (rounded(weight, 3) - weight).double()).sum()) ** 2
     for name in names:
-        watch(name)
-    for batch in windows().batches:
-        logits = model(input_ids=batch).logits.flatten(0, 1)
-        drawn = torch.cat(
-            [torch.multinomial(part.detach().softmax(-1), 1, generator=generator) for part in logits.split(LENGTH)]
-        )
-        torch.nn.functional.cross_entropy(logits, drawn.squeeze(1), reduction="sum").backward()
-    for name in names:
-        weight = model.get_submodule(name).weight
-        squared = (torch.cat(inputs[name]).double() @ (rounded(weight, 3) - weight).double().t()).square().mean(0)
-        gradients = torch.cat(outputs[name]).double().square().mean(0)
-        assert found[name].cost == pytest.approx(float(0.5 * (squared * gradients).sum()), rel=1e-3)
+        assert found[name].cost == pytest.approx(0.5 * squares[name] / ids.numel(), rel=1e-3)
+
+
+def test_fisher_predicts_the_divergence_of_a_small_change(llama: Path, tmp_path: Path) -> None:
+    """On average over many windows, for changes that the network answers linearly."""
+    many = windows(96, 8)
+    predicted, measured = (
+        costs(llama, tmp_path / way, way, [step("linear", 5)], many)[0] for way in ("fisher", "loss")
+    )
+    assert sum(cost.cost for cost in predicted.values()) == pytest.approx(
+        sum(cost.cost for cost in measured.values()), rel=0.15
+    )
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.gate_proj"])
@@ -152,7 +151,8 @@ def test_half_precision(tmp_path: Path, way: Way, dtype: torch.dtype) -> None:
     """The costs are those of the same weights in float32, but for what the forward rounds."""
     half = architectures.make("llama", tmp_path / "half", dtype)
     wide = architectures.make("llama", tmp_path / "wide")
-    (found,), (expected,) = (costs(path, tmp_path / way, way, [step("linear", 3)]) for path in (half, wide))
+    many = windows(32, 4)
+    (found,), (expected,) = (costs(path, tmp_path / way, way, [step("linear", 3)], many) for path in (half, wide))
     largest = max(cost.cost for cost in expected.values())
     for name, cost in found.items():
         assert cost.cost == pytest.approx(expected[name].cost, rel=0.2, abs=1e-2 * largest)
