@@ -161,7 +161,6 @@ TOOLS: dict[str, Tool] = {
         "peer_quanto.py",
         {
             "w4": {"weights": "qint4"},
-            "w3": {"weights": "qint3"},
             "w8a8": {"weights": "qint8", "activations": "qint8"},
         },
         "own group sizes; static activations",

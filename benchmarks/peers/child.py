@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -89,7 +90,8 @@ def perplexity(model: Any, windows: Tensor) -> float:
     """
     model.eval()
     total = 0.0
-    with torch.inference_mode():
+    # Not in inference mode: optimum-quanto's tensors refuse it.
+    with torch.no_grad():
         for window in windows:
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
@@ -99,6 +101,8 @@ def perplexity(model: Any, windows: Tensor) -> float:
 def main(compress: Callable[[Job, Clock], None], load: Callable[[Job], Any]) -> None:
     """Carry out the command line. compress writes job.output; load returns what it wrote as a model that runs."""
     action, job = sys.argv[1], Job(**json.loads(sys.argv[2]))
+    # Some tools write logs into the folder where they run.
+    os.chdir(Path(job.output).parent)
     # In a file, for the tools print on both streams, some while the process ends.
     report: dict[str, Any] = {}
     try:

@@ -1,0 +1,94 @@
+"""Do bits chosen per layer beat the same bits everywhere, at equal size? Perplexity and KL of both, really carried out.
+
+    python benchmarks/mixed_bits.py CHECKPOINT --calibration FILE --evaluation FILE [--using linear gptq]
+                                    [--average 3 4] [--threads N]
+
+For each pass of --using, the costs of 2, 3, 4 and 8 bits in every layer are measured once, as `auto` measures them.
+For each average, bits are chosen that take no more bytes than the uniform ones (between two whole numbers, no more than
+the interpolated bytes); both checkpoints are written to a scratch folder and evaluated on the same windows. `predicted`
+is the sum of the costs, to be compared with the measured KL. On a CPU without bfloat16 arithmetic give a checkpoint in
+float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from _common import machine, megabytes, table
+
+BITS = (2, 3, 4, 8)
+FIGURES = ("weight files", "perplexity", "KL, nats", "predicted")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--calibration", required=True, help="a text file")
+    parser.add_argument("--evaluation", required=True, help="a text file")
+    parser.add_argument("--using", nargs="+", default=["linear", "gptq"], help="passes")
+    parser.add_argument("--average", type=float, nargs="+", default=[3, 4], help="bits, from 2 to 8")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    options = parser.parse_args()
+
+    import torch
+
+    from effcli import pipeline, samples, search
+    from effcli.budget import Frontier
+    from effcli.recipe import PassStep, Recipe, from_arguments
+    from effcli.reports.sensitivity import Sensitivity
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    rows: list[list[str]] = []
+
+    def recipe(using: str, bits: int) -> Recipe:
+        evals = [options.evaluation]
+        return from_arguments(options.checkpoint, passes=[using], bits=bits, calib=options.calibration, evals=evals)
+
+    def carried_out(base: Recipe, step: PassStep, title: list[str], predicted: str) -> None:
+        with tempfile.TemporaryDirectory(prefix="effcli-mixed-") as scratch:
+            run = base.model_copy(update={"passes": (step,), "output": str(Path(scratch) / "out")})
+            stage = pipeline.run(run).stages[-1]
+            quality = stage.quality
+            assert quality is not None and quality.perplexity is not None and quality.kl is not None
+            figures = [megabytes(stage.nbytes), f"{quality.perplexity:.2f}", f"{quality.kl:.4f}", predicted]
+        rows.append([*title, *figures])
+        print(table(["pass", "average", "layers", *FIGURES], rows), flush=True)
+
+    def predicted(found: Sensitivity, bits: int) -> str:
+        return f"{sum(option.cost for layer in found.layers for option in layer.options if option.bits == bits):.4f}"
+
+    for using in options.using:
+        recipes = {bits: recipe(using, bits) for bits in BITS}
+        base = recipes[BITS[0]]
+        started = time.perf_counter()
+        source = Path(samples.locate(options.checkpoint, None))
+        found = search.sensitivity(base, [each.passes[0] for each in recipes.values()], source)
+        print(f"{using}: costs by {found.way} in {time.perf_counter() - started:.0f} s", flush=True)
+        frontier = Frontier(
+            [[option.nbytes for option in layer.options] for layer in found.layers],
+            [[option.cost for option in layer.options] for layer in found.layers],
+        )
+        uniform = {bits: frontier.choice([at] * len(found.layers)) for at, bits in enumerate(BITS)}
+        for average in options.average:
+            below = max(bits for bits in BITS if bits <= average)
+            above = min(bits for bits in BITS if bits >= average)
+            share = (average - below) / (above - below) if above > below else 0.0
+            budget = int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
+            chosen = frontier.at(budget)
+            bits = {layer.name: layer.options[at].bits for layer, at in zip(found.layers, chosen.options, strict=True)}
+            counts = ", ".join(f"{count} of {width}" for width, count in sorted(Counter(bits.values()).items()))
+            step = search.with_bits(base.passes[0], bits)
+            carried_out(base, step, [using, f"{average:g}", f"auto: {counts}"], f"{chosen.cost:.4f}")
+            if below == above:
+                alike = recipes[below].passes[0]
+                carried_out(base, alike, [using, f"{average:g}", f"{below} everywhere"], predicted(found, below))
+    print(machine(options.threads))
+
+
+if __name__ == "__main__":
+    main()
