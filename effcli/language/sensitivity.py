@@ -250,9 +250,10 @@ class _Costs:
         prefix, gradients = self.skeleton.block_names[k] + ".", self._gradients
         with self._opened(k) as block:
             slopes: dict[str, Slopes] = {}
-            for name in trials[0]:
-                weight = sites[name].view(block.get_parameter(sites[name].parameter.removeprefix(prefix))).detach()
-                slopes[name] = Slopes([_difference(found[name], weight) for found in trials])
+            with torch.inference_mode():
+                for name in trials[0]:
+                    weight = sites[name].view(block.get_parameter(sites[name].parameter.removeprefix(prefix)))
+                    slopes[name] = Slopes([_error(found[name], weight) for found in trials])
 
             def look(name: str, inputs: Tensor, output: Tensor) -> None:
                 if output.requires_grad:
@@ -377,9 +378,10 @@ def _add(seen: _Seen, name: str, inputs: Tensor) -> None:
         seen.grams[name].add(inputs)
 
 
-def _difference(trial: Trial, weight: Tensor) -> Tensor:
+def _error(trial: Trial, weight: Tensor) -> Tensor:
+    """How far the trial moves the weight; takes the place of the trial's own, for a block's are many."""
     assert trial.weight is not None
-    return trial.weight - weight
+    return trial.weight.sub_(weight)
 
 
 def _factors(work: BlockWork) -> Callable[[str], tuple[Tensor | None, Tensor | None]]:
