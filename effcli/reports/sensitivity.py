@@ -45,7 +45,7 @@ class Sensitivity(Record):
     model: str
     step: str = Field(description="the pass")
     settings: dict[str, Any] = Field(default_factory=dict, description="its options, but for the bits")
-    way: Way = Field(description="gram and fisher predict from one calibration sweep, loss measures")
+    way: Way = Field(description="gram and fisher predict, loss measures")
     unit: Unit
     inputs: int = Field(description="calibration tokens, or inputs of a network that reads no text")
     layers: tuple[LayerCosts, ...]
