@@ -37,9 +37,7 @@ def main() -> None:
     import torch
 
     from effcli import pipeline, samples, search
-    from effcli.budget import Frontier
     from effcli.recipe import PassStep, Recipe, from_arguments
-    from effcli.reports.sensitivity import Sensitivity
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -59,9 +57,6 @@ def main() -> None:
         rows.append([*title, *figures])
         print(table(["pass", "average", "layers", *FIGURES], rows), flush=True)
 
-    def predicted(found: Sensitivity, bits: int) -> str:
-        return f"{sum(option.cost for layer in found.layers for option in layer.options if option.bits == bits):.4f}"
-
     for using in options.using:
         recipes = {bits: recipe(using, bits) for bits in BITS}
         base = recipes[BITS[0]]
@@ -69,24 +64,21 @@ def main() -> None:
         source = Path(samples.locate(options.checkpoint, None))
         found = search.sensitivity(base, [each.passes[0] for each in recipes.values()], source)
         print(f"{using}: costs by {found.way} in {time.perf_counter() - started:.0f} s", flush=True)
-        frontier = Frontier(
-            [[option.nbytes for option in layer.options] for layer in found.layers],
-            [[option.cost for option in layer.options] for layer in found.layers],
-        )
-        uniform = {bits: frontier.choice([at] * len(found.layers)) for at, bits in enumerate(BITS)}
+        widths = search.Widths(found)
+        uniform = widths.uniform
         for average in options.average:
-            below = max(bits for bits in BITS if bits <= average)
-            above = min(bits for bits in BITS if bits >= average)
-            share = (average - below) / (above - below) if above > below else 0.0
-            budget = int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
-            chosen = frontier.at(budget)
-            bits = {layer.name: layer.options[at].bits for layer, at in zip(found.layers, chosen.options, strict=True)}
+            budget = widths.nbytes(average)
+            if budget is None:
+                raise SystemExit(f"--average {average:g}: outside of {BITS[0]} to {BITS[-1]}")
+            chosen = widths.frontier.at(budget)
+            bits = widths.bits(chosen)
             counts = ", ".join(f"{count} of {width}" for width, count in sorted(Counter(bits.values()).items()))
             step = search.with_bits(base.passes[0], bits)
             carried_out(base, step, [using, f"{average:g}", f"auto: {counts}"], f"{chosen.cost:.4f}")
-            if below == above:
-                alike = recipes[below].passes[0]
-                carried_out(base, alike, [using, f"{average:g}", f"{below} everywhere"], predicted(found, below))
+            if average in uniform:
+                width = int(average)
+                alike, cost = recipes[width].passes[0], f"{uniform[width].cost:.4f}"
+                carried_out(base, alike, [using, f"{average:g}", f"{width} everywhere"], cost)
     print(machine(options.threads))
 
 

@@ -166,6 +166,41 @@ class _Graph:
         return layer_costs(self.source, step.module, variants, batches, way, progress)
 
 
+class Widths:
+    """The choices of bits that layers leave, by what they cost. frontier: the cheapest ones for every budget."""
+
+    def __init__(self, found: Sensitivity) -> None:
+        self._layers = found.layers
+        self.frontier = Frontier(
+            [[option.nbytes for option in layer.options] for layer in found.layers],
+            [[option.cost for option in layer.options] for layer in found.layers],
+        )
+
+    @property
+    def uniform(self) -> dict[int, Chosen]:
+        """Every layer with the same bits; a layer that has bits of its own keeps them."""
+        found = {}
+        places = [[option.bits for option in layer.options] for layer in self._layers]
+        for bits in sorted({width for own in places for width in own}):
+            if all(bits in own or len(own) == 1 for own in places):
+                found[bits] = self.frontier.choice([own.index(bits) if bits in own else 0 for own in places])
+        return found
+
+    def nbytes(self, bits: float) -> int | None:
+        """The bytes of `bits` for every layer, between two whole numbers interpolated; None outside of them."""
+        uniform = self.uniform
+        below = max((each for each in uniform if each <= bits), default=None)
+        above = min((each for each in uniform if each >= bits), default=None)
+        if below is None or above is None:
+            return None
+        share = (bits - below) / (above - below) if above > below else 0.0
+        return int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
+
+    def bits(self, choice: Chosen) -> dict[str, int]:
+        """The bits of every layer by name."""
+        return {layer.name: layer.options[at].bits for layer, at in zip(self._layers, choice.options, strict=True)}
+
+
 def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listener | None = None) -> Sensitivity:
     """What quantizing each layer alone costs with the only step of each recipe; they differ in its bits alone."""
     from effcli.pipeline import Silent, subject_of
@@ -249,11 +284,8 @@ class _Search:
         self.found = sensitivity(
             self.recipe, self.steps, source, self.options.by, _shown(self.listener, f"{self.name}: sensitivity")
         )
-        layers = self.found.layers
-        self.frontier = Frontier(
-            [[option.nbytes for option in layer.options] for layer in layers],
-            [[option.cost for option in layer.options] for layer in layers],
-        )
+        self.widths = Widths(self.found)
+        self.frontier = self.widths.frontier
         front = self.frontier.points(_POINTS)
         chosen, asked = self._chosen(front)
         for at in range(self.options.measured):
@@ -261,12 +293,12 @@ class _Search:
         if self.options.measured:
             self._measure(chosen)
         shown = {choice.options: choice for choice in (*front, chosen)}
-        bits = self._bits(chosen)
+        bits = self.widths.bits(chosen)
         search = Search(
             sensitivity=self.found,
             budget=asked,
             front=tuple(self._point(choice, "") for choice in sorted(shown.values(), key=lambda c: c.nbytes)),
-            uniform=tuple(self._point(choice, f"{width} bits") for width, choice in self._uniform().items()),
+            uniform=tuple(self._point(choice, f"{width} bits") for width, choice in self.widths.uniform.items()),
             chosen=self._point(chosen, "chosen"),
             bits=bits,
             measure=self._measure_name if self.measured else "",
@@ -304,28 +336,16 @@ class _Search:
             )
         return self.frontier.at(nbytes)
 
-    def _uniform(self) -> dict[int, Chosen]:
-        """Every layer with the same bits; a layer that has bits of its own keeps them."""
-        found = {}
-        for bits in sorted({option.bits for layer in self.found.layers for option in layer.options}):
-            places = [[option.bits for option in layer.options] for layer in self.found.layers]
-            if all(bits in own or len(own) == 1 for own in places):
-                found[bits] = self.frontier.choice([own.index(bits) if bits in own else 0 for own in places])
-        return found
-
     def _average(self, bits: float) -> int:
-        """The bytes of `bits` for every layer, between two whole numbers interpolated."""
-        uniform = self._uniform()
-        below = max((each for each in uniform if each <= bits), default=None)
-        above = min((each for each in uniform if each >= bits), default=None)
-        if below is None or above is None:
+        nbytes = self.widths.nbytes(bits)
+        if nbytes is None:
+            uniform = self.widths.uniform
             raise SelectionError(
                 f"{self.name}.average_bits: {bits:g} is outside of the bits to choose from, {min(uniform)} to "
                 f"{max(uniform)}",
                 "choose a number between them, or offer other `bits`",
             )
-        share = (bits - below) / (above - below) if above > below else 0.0
-        return int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
+        return nbytes
 
     def _fixed(self) -> int:
         """Bytes of the weight files besides the layers' weights, their headers included.
@@ -358,7 +378,7 @@ class _Search:
     def _measure(self, choice: Chosen) -> float:
         """The quality of a choice, really carried out."""
         if choice.options not in self.measured:
-            step = with_bits(self.steps[0], self._bits(choice))
+            step = with_bits(self.steps[0], self.widths.bits(choice))
             target = self._sweep(step, self.source, self.folder / "measured")
             self.measured[choice.options] = self._quality(target)
         return self.measured[choice.options]
@@ -386,11 +406,8 @@ class _Search:
         self.subject.sweep(step, source, target, self.subject.base, self.folder / "work", progress)
         return target
 
-    def _bits(self, choice: Chosen) -> dict[str, int]:
-        return {layer.name: layer.options[at].bits for layer, at in zip(self.found.layers, choice.options, strict=True)}
-
     def _point(self, choice: Chosen, name: str) -> Point:
-        bits = self._bits(choice)
+        bits = self.widths.bits(choice)
         weights = {layer.name: layer.shape[0] * layer.shape[1] for layer in self.found.layers}
         return Point(
             name=name,
@@ -441,4 +458,4 @@ def _shown(listener: Listener, name: str) -> Progress:
     return progress
 
 
-__all__ = ["inspect", "resolve", "sensitivity", "with_bits"]
+__all__ = ["Widths", "inspect", "resolve", "sensitivity", "with_bits"]

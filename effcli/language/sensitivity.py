@@ -246,14 +246,11 @@ class _Costs:
 
         The gradients at the inputs of the block take the place of those behind it.
         """
-        sites = {site.name: site for site in self.skeleton.block_layers(k)}
-        prefix, gradients = self.skeleton.block_names[k] + ".", self._gradients
-        with self._opened(k) as block:
-            slopes: dict[str, Slopes] = {}
+        gradients = self._gradients
+        with self._opened(k):
+            weights = self._weights(k)
             with torch.inference_mode():
-                for name in trials[0]:
-                    weight = sites[name].view(block.get_parameter(sites[name].parameter.removeprefix(prefix)))
-                    slopes[name] = Slopes([_error(found[name], weight) for found in trials])
+                slopes = {name: Slopes([_error(found[name], weights[name]) for found in trials]) for name in trials[0]}
 
             def look(name: str, inputs: Tensor, output: Tensor) -> None:
                 if output.requires_grad:
@@ -274,14 +271,12 @@ class _Costs:
     def _measure(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Put each trial of block k into the network by itself and run all windows to the end."""
         entries = [(at, name, trial) for at, found in enumerate(trials) for name, trial in found.items()]
-        sites = {site.name: site for site in self.skeleton.block_layers(k)}
-        prefix = self.skeleton.block_names[k] + "."
         spool = Spool(self.work / "trials.bin", self.shapes * len(entries), self.skeleton.dtype)
         size = len(self.shapes)
-        with self._opened(k) as block, torch.inference_mode():
+        with self._opened(k), torch.inference_mode():
+            weights = self._weights(k)
             for number, (_, name, trial) in enumerate(entries):
-                site = sites[name]
-                weight = site.view(block.get_parameter(site.parameter.removeprefix(prefix)))
+                weight = weights[name]
                 original = weight.clone()
                 assert trial.weight is not None
                 weight.copy_(trial.weight)
@@ -303,6 +298,12 @@ class _Costs:
         spool.remove()
         for (at, name, _), total in zip(entries, sums, strict=True):
             self.found[at][name] = Cost(self.found[at][name].output_error, max(0.0, total / self._tokens))
+
+    def _weights(self, k: int) -> dict[str, Tensor]:
+        """The weights (out, in) of the layers of block k, which is open: views of its parameters."""
+        block, prefix = self.skeleton.blocks[k], self.skeleton.block_names[k] + "."
+        sites = self._taken(self.skeleton.block_layers(k))
+        return {site.name: site.view(block.get_parameter(site.parameter.removeprefix(prefix))) for site in sites}
 
     @property
     def _tokens(self) -> int:
