@@ -36,8 +36,10 @@ def main() -> None:
 
     import torch
 
-    from effcli import pipeline, samples, search
+    from effcli import pipeline, samples
+    from effcli.layer_costs import sensitivity
     from effcli.recipe import PassStep, Recipe, from_arguments
+    from effcli.widths import Widths, with_bits
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -62,9 +64,9 @@ def main() -> None:
         base = recipes[BITS[0]]
         started = time.perf_counter()
         source = Path(samples.locate(options.checkpoint, None))
-        found = search.sensitivity(base, [each.passes[0] for each in recipes.values()], source)
+        found = sensitivity(base, [each.passes[0] for each in recipes.values()], source)
         print(f"{using}: costs by {found.way} in {time.perf_counter() - started:.0f} s", flush=True)
-        widths = search.Widths(found)
+        widths = Widths(found)
         uniform = widths.uniform
         for average in options.average:
             budget = widths.nbytes(average)
@@ -73,7 +75,7 @@ def main() -> None:
             chosen = widths.frontier.at(budget)
             bits = widths.bits(chosen)
             counts = ", ".join(f"{count} of {width}" for width, count in sorted(Counter(bits.values()).items()))
-            step = search.with_bits(base.passes[0], bits)
+            step = with_bits(base.passes[0], bits)
             carried_out(base, step, [using, f"{average:g}", f"auto: {counts}"], f"{chosen.cost:.4f}")
             if average in uniform:
                 width = int(average)

@@ -67,6 +67,8 @@ class PassConfig(Options):
     scope: ClassVar[Scope] = Scope.LAYER
     # Whether no step can follow, because what the pass writes has no floating-point layers any more.
     last: ClassVar[bool] = False
+    # How many float32 matrices (in, in) of one layer a pass makes at a time, beside the Gram matrix it is given.
+    workspace: ClassVar[int] = 0
     # Defaults that differ in networks read as a graph: their layers are too narrow for groups of weights.
     graph_defaults: ClassVar[Mapping[str, Any]] = {}
 

@@ -118,7 +118,7 @@ def make(recipe: Recipe) -> Plan:
         kept: dict[str, list[str]] = {}
         for choice in choices.values():
             sizes.take(choice)
-            rows.append(sizes.row(choice, name, "keep" if choice.config is None else "compress"))
+            rows.append(sizes.row(choice, name, choice.planned))
             if choice.reason:
                 kept.setdefault(choice.reason, []).append(choice.site.name)
         for reason, names in kept.items():
@@ -277,11 +277,15 @@ def _operations(choices: dict[str, Choice], tokens: int, twice: bool) -> float:
 
 
 def _memory(weights: Weights, recipe: Recipe) -> int:
-    """The parts outside the blocks, the largest block, its float32 working set, Gram matrices and one batch."""
+    """The parts outside the blocks, the largest block, its float32 working set, Gram matrices and one batch.
+
+    Of a Gram matrix there are two, for the inputs before and after their scales, and what the pass makes of it.
+    """
     skeleton = weights.skeleton
     state = skeleton.model.state_dict()
     itemsize: int = skeleton.dtype.itemsize
     inputs = any(step.config.needed is Needs.INPUTS for step in recipe.passes)
+    most = max((step.config.workspace for step in recipe.passes), default=0)
     outer = sum(state[name].numel() for name in skeleton.outer_parameters()) * itemsize
     total: int = BASE_MEMORY + outer
     sites = [skeleton.block_layers(k) for k in range(len(skeleton.blocks))]
@@ -294,7 +298,8 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     if inputs:
         batch = recipe.calibration.batch_size * recipe.calibration.length
         total += numbers * 4
-        total += sum({site.columns: site.columns**2 for site in sites[largest]}.values()) * 4 * 2
+        squares = {site.columns: site.columns**2 for site in sites[largest]}
+        total += (2 * sum(squares.values()) + most * max(squares.values())) * 4
         total += 6 * batch * max(max(site.rows, site.columns) for site in sites[largest]) * itemsize
     return total
 

@@ -7,198 +7,31 @@ folder, so that the layers are measured as the pass will find them.
 
 from __future__ import annotations
 
-import glob
 import shutil
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
-
-from effcli import importers, samples
-from effcli.budget import Choice as Chosen
-from effcli.budget import Frontier
+from effcli import importers
+from effcli.budget import Choice
 from effcli.errors import DataError, RecipeError, SelectionError
-from effcli.formats import Packing
-from effcli.probe import Cost
+from effcli.layer_costs import sensitivity
 from effcli.recipe import Evaluate, PassStep, Recipe
 from effcli.reports.human import significant, size
-from effcli.reports.sensitivity import LayerCosts, Option, Point, Search, Sensitivity, Unit, Way
-from effcli.selection import Choice, choose, choose_graph, matches
+from effcli.reports.sensitivity import Point, Search, Sensitivity, Way
 from effcli.swept import Progress
+from effcli.widths import Widths, with_bits
 
 if TYPE_CHECKING:
     from effcli.pipeline import Listener
     from effcli.reports.report import Report
     from effcli.subject import Subject
 
-# Weights below which putting every layer into the network by itself is a matter of a minute.
-SMALL = 20_000_000
 _POINTS = 33
 # Bytes that a header of a weight file spends on a tensor besides its name, and on itself.
 _HEADER = 120
 _HEADERS = 256
-
-
-def sensitivity(
-    recipe: Recipe,
-    steps: Sequence[PassStep],
-    source: Path,
-    way: Way | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Sensitivity:
-    """What quantizing each layer of the checkpoint `source` alone costs with each of `steps`, one pass with other bits.
-
-    recipe: names the calibration data, with the defaults of its kind of network filled in. way: None takes `loss` for
-    small networks and `fisher` for others.
-    """
-    started = time.perf_counter()
-    network = _Graph(recipe, source) if importers.recognises(source) else _Language(recipe, source)
-    variants = [network.choose(step) for step in steps]
-    way = way or ("loss" if network.weights < SMALL else "fisher")
-    found = network.costs(steps[0], variants, way, progress)
-    layers = []
-    for name, first in variants[0].items():
-        if first.config is None:
-            continue
-        options: dict[int, Option] = {}
-        for choices, costs in zip(variants, found, strict=True):
-            config: Any = choices[name].config
-            format: Packing = config.format
-            options[config.bits] = Option(
-                bits=config.bits,
-                format=str(format),
-                nbytes=format.nbytes(first.site.shape, network.itemsize(choices[name])),
-                output_error=costs[name].output_error,
-                cost=costs[name].cost,
-            )
-        ordered = tuple(options[bits] for bits in sorted(options))
-        layers.append(LayerCosts(name=name, kind=first.site.kind, shape=first.site.shape, options=ordered))
-    settings = steps[0].config.model_dump(mode="json", exclude={"bits"}, exclude_defaults=True)
-    return Sensitivity(
-        model=recipe.model,
-        step=steps[0].name,
-        settings=settings,
-        way=way,
-        unit="relative output error" if way == "gram" else network.unit,
-        inputs=network.inputs,
-        layers=tuple(layers),
-        seconds=time.perf_counter() - started,
-        remarks=network.remarks,
-    )
-
-
-class _Language:
-    """A language model as a search sees it. inputs: calibration tokens."""
-
-    unit: Unit = "nats"
-
-    def __init__(self, recipe: Recipe, source: Path) -> None:
-        from effcli.inputs import text
-        from effcli.language.weights import open_weights
-        from effcli.plan import count_weights
-
-        self.recipe, self.source = recipe, source
-        opened = open_weights(source, recipe.trust_remote_code)
-        self.skeleton, self._dtype_of = opened.skeleton, opened.dtype_of
-        self.weights = count_weights(self.skeleton)
-        self._windows, remarks = text.calibration_windows(recipe, source)
-        self.inputs = sum(batch.numel() for batch in self._windows.batches)
-        self.remarks = tuple(remarks)
-
-    def choose(self, step: PassStep) -> dict[str, Choice]:
-        return choose(self.skeleton, step)
-
-    def itemsize(self, choice: Choice) -> int:
-        return self._dtype_of(choice.site.parameter).itemsize
-
-    def costs(
-        self, step: PassStep, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress
-    ) -> list[dict[str, Cost]]:
-        from effcli.language.sensitivity import layer_costs
-
-        with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
-            return layer_costs(
-                self.source,
-                step.module,
-                variants,
-                self._windows,
-                Path(folder),
-                way,
-                progress,
-                self.recipe.trust_remote_code,
-            )
-
-
-class _Graph:
-    """A network read as a graph as a search sees it. inputs: how many calibration inputs."""
-
-    def __init__(self, recipe: Recipe, source: Path) -> None:
-        from effcli.graphs.graph import Graph, class_count
-        from effcli.graphs.network import calibration_inputs
-
-        self.recipe, self.source = recipe, source
-        self._graph = Graph.read(source)
-        self.unit: Unit = "nats" if class_count(self._graph) is not None else "relative squared error"
-        self.weights = self._graph.weights()
-        found = Path(samples.locate(recipe.model, recipe.revision))
-        self._data = calibration_inputs(recipe, found, self._graph.facts)
-        self.inputs = len(self._data)
-        self.remarks = self._data.remarks
-
-    def choose(self, step: PassStep) -> dict[str, Choice]:
-        return choose_graph(self._graph, step)
-
-    def itemsize(self, choice: Choice) -> int:
-        return 4
-
-    def costs(
-        self, step: PassStep, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress
-    ) -> list[dict[str, Cost]]:
-        from effcli.graphs.sensitivity import layer_costs
-
-        def batches() -> Iterator[Tensor]:
-            return (inputs for inputs, _ in self._data.batches(self.recipe.calibration.batch_size))
-
-        return layer_costs(self.source, step.module, variants, batches, way, progress)
-
-
-class Widths:
-    """The choices of bits that layers leave, by what they cost. frontier: the cheapest ones for every budget."""
-
-    def __init__(self, found: Sensitivity) -> None:
-        self._layers = found.layers
-        self.frontier = Frontier(
-            [[option.nbytes for option in layer.options] for layer in found.layers],
-            [[option.cost for option in layer.options] for layer in found.layers],
-        )
-
-    @property
-    def uniform(self) -> dict[int, Chosen]:
-        """Every layer with the same bits; a layer that has bits of its own keeps them."""
-        found = {}
-        places = [[option.bits for option in layer.options] for layer in self._layers]
-        for bits in sorted({width for own in places for width in own}):
-            if all(bits in own or len(own) == 1 for own in places):
-                found[bits] = self.frontier.choice([own.index(bits) if bits in own else 0 for own in places])
-        return found
-
-    def nbytes(self, bits: float) -> int | None:
-        """The bytes of `bits` for every layer, between two whole numbers interpolated; None outside of them."""
-        uniform = self.uniform
-        below = max((each for each in uniform if each <= bits), default=None)
-        above = min((each for each in uniform if each >= bits), default=None)
-        if below is None or above is None:
-            return None
-        share = (bits - below) / (above - below) if above > below else 0.0
-        return int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
-
-    def bits(self, choice: Chosen) -> dict[str, int]:
-        """The bits of every layer by name."""
-        return {layer.name: layer.options[at].bits for layer, at in zip(self._layers, choice.options, strict=True)}
 
 
 def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listener | None = None) -> Sensitivity:
@@ -305,7 +138,7 @@ class _Search:
         )
         return with_bits(self.steps[0], bits), search
 
-    def _chosen(self, front: Sequence[Chosen]) -> tuple[Chosen, str]:
+    def _chosen(self, front: Sequence[Choice]) -> tuple[Choice, str]:
         """The choice that keeps the budget, and the budget in words."""
         wanted = self.options
         if wanted.average_bits is not None:
@@ -320,7 +153,7 @@ class _Search:
             f"accuracy down by at most {100 * wanted.accuracy_drop:g} points"
         )
 
-    def _at(self, nbytes: int, fixed: int = 0) -> Chosen:
+    def _at(self, nbytes: int, fixed: int = 0) -> Choice:
         smallest, largest = self.frontier.smallest, self.frontier.largest
         if nbytes < smallest:
             raise SelectionError(
@@ -360,7 +193,7 @@ class _Search:
         others = sum(len(row.name) + _HEADER for row in plan.rows)
         return plan.output_bytes - layers + tensors + others + _HEADERS
 
-    def _smallest(self, front: Sequence[Chosen], keeps: Callable[[float, float], bool]) -> Chosen:
+    def _smallest(self, front: Sequence[Choice], keeps: Callable[[float, float], bool]) -> Choice:
         """The smallest choice on the front whose measured quality keeps the budget, by bisection."""
         base = self._quality(self.subject.base, True)
         low, high = 0, len(front) - 1
@@ -375,7 +208,7 @@ class _Search:
             low, high = (low, middle) if keeps(self._measure(front[middle]), base) else (middle + 1, high)
         return front[high]
 
-    def _measure(self, choice: Chosen) -> float:
+    def _measure(self, choice: Choice) -> float:
         """The quality of a choice, really carried out."""
         if choice.options not in self.measured:
             step = with_bits(self.steps[0], self.widths.bits(choice))
@@ -406,7 +239,7 @@ class _Search:
         self.subject.sweep(step, source, target, self.subject.base, self.folder / "work", progress)
         return target
 
-    def _point(self, choice: Chosen, name: str) -> Point:
+    def _point(self, choice: Choice, name: str) -> Point:
         bits = self.widths.bits(choice)
         weights = {layer.name: layer.shape[0] * layer.shape[1] for layer in self.found.layers}
         return Point(
@@ -416,19 +249,6 @@ class _Search:
             cost=choice.cost,
             measured=self.measured.get(choice.options),
         )
-
-
-def with_bits(step: PassStep, bits: Mapping[str, int]) -> PassStep:
-    """The step with these bits for these layers: the most frequent for all, the others under `layers` by name."""
-    config: Any = step.config
-    (usual, _), *_ = Counter(bits.values()).most_common()
-    layers = dict(config.layers)
-    for name, own in bits.items():
-        matching = [options for pattern, options in config.layers.items() if matches(name, pattern)]
-        told = matching[-1] if matching else {}
-        if told.get("bits", usual) != own:
-            layers[glob.escape(name)] = {**told, "bits": own}
-    return PassStep(name=step.name, config=config.model_copy(update={"bits": usual, "layers": layers}))
 
 
 def _unmeasured(recipe: Recipe, steps: Sequence[PassStep], evaluate: Evaluate | None = None) -> Recipe:
@@ -458,4 +278,4 @@ def _shown(listener: Listener, name: str) -> Progress:
     return progress
 
 
-__all__ = ["Widths", "inspect", "resolve", "sensitivity", "with_bits"]
+__all__ = ["inspect", "resolve", "run"]

@@ -27,6 +27,13 @@ class Choice:
     config: PassConfig | None
     reason: str = ""
 
+    @property
+    def planned(self) -> str:
+        """What becomes of it, as a plan says it: a scale alone, say, changes a layer and leaves it floating."""
+        if self.config is None:
+            return "keep"
+        return "change" if self.config.result is None else "compress"
+
 
 def choose(skeleton: Skeleton, step: PassStep) -> dict[str, Choice]:
     """Every layer of the network by name, in the network's order.

@@ -9,7 +9,7 @@ tr((Ŵ - W) G (Ŵ - W)ᵀ) of no row is above that of rounding it to the nearest
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,8 @@ SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 
 
 class Config(Scaled):
     """Options of a `gptq` step."""
+
+    workspace: ClassVar[int] = 3
 
     act_order: bool = Field(True, description="Round loud channels first, by the falling diagonal of the Gram matrix.")
     damping: float = Field(

@@ -36,8 +36,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
             format = None if choice.config is None else choice.config.result
             if format is not None:
                 formats[choice.site.name] = format
-            status = "keep" if choice.config is None else "change" if format is None else "compress"
-            rows.append(_row(choice.site, formats, name, status, choice.reason))
+            rows.append(_row(choice.site, formats, name, choice.planned, choice.reason))
             if choice.reason:
                 kept.setdefault(choice.reason, []).append(choice.site.name)
         for reason, names in kept.items():

@@ -6,6 +6,9 @@ is that of tokens drawn from the network's own predictions, so that the mean squ
 Fisher information in that direction, which is the second derivative of the divergence from the original too; a window
 is one sample. `loss` puts one quantized layer at a time into the network and runs all windows to the end:
 KL(original ‖ this) per token. Of the output head, which needs no network behind it, both ways measure that.
+
+A pass that fits weights to inputs errs less on those inputs than on others, and the more so the fewer bits it has. So
+where there are two batches or more, it is given the first half of them, and `fisher` and `loss` look at the others.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from effcli import memory
-from effcli.contract import Scope, observer
+from effcli.contract import Needs, Scope, observer
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
 from effcli.language.evaluate import kl
@@ -110,10 +113,16 @@ class _Costs:
         self.skeleton = stream.skeleton
         self.module = module
         self.variants = variants
-        self.batches = windows.batches
-        if way == "fisher":
-            # A window is one sample of the gradient.
-            self.batches = [window for batch in windows.batches for window in batch.unsqueeze(1)]
+        configs = [choice.config for choices in variants for choice in choices.values() if choice.config is not None]
+        halved = way != "gram" and any(config.needed is not Needs.NOTHING for config in configs)
+        # For `fisher` a window is one sample of the gradient; for `loss`, several in a batch are faster.
+        single = way == "fisher" or (halved and len(windows.batches) == 1)
+        self.batches = [part for batch in windows.batches for part in (torch.split(batch, 1) if single else [batch])]
+        # The numbers of the batches that the pass is given, and of those on which its cost is measured.
+        self.given = self.measured = range(len(self.batches))
+        if halved and len(self.batches) > 1:
+            middle = len(self.batches) // 2
+            self.given, self.measured = self.given[:middle], self.given[middle:]
         self.work = work
         self.way = way
         self.progress = progress
@@ -181,12 +190,13 @@ class _Costs:
         memory.trim()
 
     def _observe(self, k: int, propagate: bool = False) -> _Seen:
-        """Run all windows through block k and sum up the inputs of its layers."""
+        """Run the windows that the pass is given through block k and sum up the inputs of its layers."""
         with self._opened(k):
             seen = self._start(k)
-            outgoing = self._spool(k + 1)
+            incoming, outgoing = self._spool(k), self._spool(k + 1)
             with torch.inference_mode(), self._watch(k, lambda name, inputs, _: _add(seen, name, inputs)):
-                for number, hidden in enumerate(self._spool(k)):
+                for number in self.given:
+                    hidden = incoming.read(number)
                     out = self.stream.through(k, hidden, self._call(k, hidden))
                     if propagate:
                         outgoing.write(number, out)
@@ -242,7 +252,7 @@ class _Costs:
         memory.trim()
 
     def _backward(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
-        """Run all windows through block k and back, and take the slope of each one's loss along every trial's error.
+        """Run the measured windows through block k and back; takes the slope of each loss along every trial's error.
 
         The gradients at the inputs of the block take the place of those behind it.
         """
@@ -257,7 +267,9 @@ class _Costs:
                     seen = inputs.detach()
                     output.register_hook(lambda gradient: slopes[name].add(seen, gradient))  # type: ignore[no-untyped-call]
 
-            for number, hidden in enumerate(self._spool(k)):
+            incoming = self._spool(k)
+            for number in self.measured:
+                hidden = incoming.read(number)
                 with torch.enable_grad(), self._watch(k, look):
                     out = self.stream.through(k, hidden.requires_grad_(), self._call(k, hidden))
                 (gradient,) = torch.autograd.grad(out, hidden, gradients.read(number))
@@ -269,10 +281,14 @@ class _Costs:
                 found[name] = Cost(found[name].output_error, 0.5 * total / self._tokens)
 
     def _measure(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
-        """Put each trial of block k into the network by itself and run all windows to the end."""
-        entries = [(at, name, trial) for at, found in enumerate(trials) for name, trial in found.items()]
-        spool = Spool(self.work / "trials.bin", self.shapes * len(entries), self.skeleton.dtype)
-        size = len(self.shapes)
+        """Put each trial of block k into the network by itself and run the measured windows to the end."""
+        entries = [
+            (found, name, trial) for found, made in zip(self.found, trials, strict=True) for name, trial in made.items()
+        ]
+        size = len(self.measured)
+        shapes = [self.shapes[number] for number in self.measured]
+        spool = Spool(self.work / "trials.bin", shapes * len(entries), self.skeleton.dtype)
+        incoming, last = self._spool(k), self._spool(self.count)
         with self._opened(k), torch.inference_mode():
             weights = self._weights(k)
             for number, (_, name, trial) in enumerate(entries):
@@ -280,8 +296,9 @@ class _Costs:
                 original = weight.clone()
                 assert trial.weight is not None
                 weight.copy_(trial.weight)
-                for batch, hidden in enumerate(self._spool(k)):
-                    spool.write(number * size + batch, self.stream.through(k, hidden, self._call(k, hidden)))
+                for at, batch in enumerate(self.measured):
+                    hidden = incoming.read(batch)
+                    spool.write(number * size + at, self.stream.through(k, hidden, self._call(k, hidden)))
                 weight.copy_(original)
         for j in range(k + 1, self.count):
             with self._opened(j), torch.inference_mode():
@@ -289,15 +306,16 @@ class _Costs:
                     spool.write(at, self.stream.through(j, hidden, self._call(j, hidden)))
         sums = [0.0] * len(entries)
         with torch.inference_mode():
-            for batch, original_hidden in enumerate(self._spool(self.count)):
+            for at, batch in enumerate(self.measured):
+                unchanged = last.read(batch).flatten(0, 1)
                 for part in self._parts(batch):
-                    original = _log_probabilities(logits(self.stream, original_hidden.flatten(0, 1)[part]))
+                    original = _log_probabilities(logits(self.stream, unchanged[part]))
                     for number in range(len(entries)):
-                        hidden = spool.read(number * size + batch).flatten(0, 1)[part]
+                        hidden = spool.read(number * size + at).flatten(0, 1)[part]
                         sums[number] += kl(original, _log_probabilities(logits(self.stream, hidden)))
         spool.remove()
-        for (at, name, _), total in zip(entries, sums, strict=True):
-            self.found[at][name] = Cost(self.found[at][name].output_error, max(0.0, total / self._tokens))
+        for (found, name, _), total in zip(entries, sums, strict=True):
+            found[name] = Cost(found[name].output_error, max(0.0, total / self._tokens))
 
     def _weights(self, k: int) -> dict[str, Tensor]:
         """The weights (out, in) of the layers of block k, which is open: views of its parameters."""
@@ -307,7 +325,8 @@ class _Costs:
 
     @property
     def _tokens(self) -> int:
-        return sum(batch.numel() for batch in self.batches)
+        """How many tokens the cost is measured on."""
+        return sum(self.batches[number].numel() for number in self.measured)
 
     def _parts(self, batch: int) -> Iterator[slice]:
         vocabulary = self.skeleton.config.get_text_config().vocab_size
@@ -316,8 +335,9 @@ class _Costs:
     def _last_gradients(self) -> None:
         """The gradients behind the last block, of the loss of tokens drawn from the network's predictions."""
         generator = torch.Generator().manual_seed(_SEED)
-        outgoing = self._gradients
-        for number, hidden in enumerate(self._spool(self.count)):
+        incoming, outgoing = self._spool(self.count), self._gradients
+        for number in self.measured:
+            hidden = incoming.read(number)
             flat = hidden.flatten(0, 1)
             gradient = torch.empty_like(flat)
             for part in self._parts(number):
@@ -341,10 +361,11 @@ class _Costs:
             return
         gram = observer(self.module, self.variants[0][site.name].config, site.columns)
         watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
+        incoming = self._spool(self.count)
         with torch.inference_mode():
-            for batch, hidden in zip(self.batches, self._spool(self.count), strict=True):
+            for number in self.given:
                 with watch:
-                    self.stream.leave(batch, hidden)
+                    self.stream.leave(self.batches[number], incoming.read(number))
         gram.check_finite(site.name)
         parameter = self.weights.parameter(self.skeleton.embedding if self.skeleton.tied else site.parameter)
         for found, choices in zip(self.found, self.variants, strict=True):
@@ -360,15 +381,17 @@ class _Costs:
         """KL per token of the network with another head."""
         head = self.skeleton.model.get_submodule(site.name)
         original, total = head.weight, 0.0
+        incoming = self._spool(self.count)
         assert trial.weight is not None
         changed = nn.Parameter(trial.weight.to(self.skeleton.dtype), requires_grad=False)
         with torch.inference_mode():
-            for batch, hidden in enumerate(self._spool(self.count)):
+            for batch in self.measured:
+                hidden = incoming.read(batch).flatten(0, 1)
                 for part in self._parts(batch):
                     found = []
                     for weight in (original, changed):
                         head.weight = weight
-                        found.append(_log_probabilities(logits(self.stream, hidden.flatten(0, 1)[part])))
+                        found.append(_log_probabilities(logits(self.stream, hidden[part])))
                     total += kl(found[0], found[1])
         head.weight = original
         return max(0.0, total / self._tokens)

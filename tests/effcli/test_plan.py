@@ -86,6 +86,20 @@ def test_every_layer_has_a_row_for_every_step(tmp_path: Path) -> None:
     assert {row.format for row in planned.rows[15:] if row.status == "compress"} == {"int4 g64 asym"}
 
 
+def test_a_scale_alone_is_a_change_and_no_compression(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model")
+    planned = plan.make(recipe(source, {"smoothquant": {"ignore": ["*.1.*"]}}))
+    assert {row.status for row in planned.rows if ".1." in row.name} == {"keep"}
+    assert {row.status for row in planned.rows if ".0." in row.name} == {"change"}
+
+
+def test_memory_counts_what_a_pass_makes_of_a_gram_matrix(tmp_path: Path) -> None:
+    """The factors of the widest layer: three matrices of its inputs."""
+    source = architectures.make("llama", tmp_path / "model", intermediate_size=96)
+    with_factors, without = (plan.make(recipe(source, {name: {"group_size": 32}})) for name in ("gptq", "awq"))
+    assert with_factors.memory_bytes - without.memory_bytes == 3 * 4 * 96**2
+
+
 def test_a_layout_that_stock_loaders_refuse_is_said_beforehand(tmp_path: Path) -> None:
     planned = plan.make(recipe(architectures.make("gpt2", tmp_path), {"linear": {"bits": 4}}))
     assert any("which stock loaders refuse" in text and "Conv1D" in text for text in planned.remarks)

@@ -8,13 +8,15 @@ from typing import Any
 import architectures
 import pytest
 
-from effcli import pipeline, search, yamls
+from effcli import pipeline, search, widths, yamls
 from effcli import recipe as recipes
 from effcli.checkpoint import weight_files
 from effcli.cli import main
 from effcli.errors import DataError, RecipeError, SelectionError
+from effcli.language.weights import open_weights
 from effcli.recipe import PassStep, Recipe
 from effcli.reports.sensitivity import Search, Sensitivity
+from effcli.selection import choose
 
 SMALL = ["calibration.samples=4", "calibration.length=32", "evaluate.samples=4", "evaluate.length=32"]
 QUICK = ["calibration.samples=16", "evaluate.samples=40"]
@@ -132,7 +134,7 @@ def test_bits_of_its_own_stay_with_a_layer(llama: Path) -> None:
 
     assert all((bits == 8) == name.endswith("down_proj") for name, bits in found.bits.items())
     config: Any = resolved.passes[0].config
-    for choice in search.choose(search._Language(resolved, llama).skeleton, resolved.passes[0]).values():
+    for choice in choose(open_weights(llama).skeleton, resolved.passes[0]).values():
         if choice.config is not None:
             own: Any = choice.config
             assert own.bits == found.bits[choice.site.name]
@@ -142,7 +144,7 @@ def test_bits_of_its_own_stay_with_a_layer(llama: Path) -> None:
 
 def test_layers_with_brackets_in_their_names() -> None:
     step = PassStep.model_validate({"linear": {"bits": 2, "group_size": 16}})
-    config: Any = search.with_bits(step, {"a[0].b": 4, "c": 3, "d": 3}).config
+    config: Any = widths.with_bits(step, {"a[0].b": 4, "c": 3, "d": 3}).config
     assert config.bits == 3
     assert config.layers == {"a[[]0].b": {"bits": 4}}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import small_graphs
 import torch
 from torch import Tensor, nn
 
+from effcli.contract import Gram, Layer
+from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sensitivity import layer_costs
 from effcli.probe import Cost
@@ -34,9 +37,6 @@ def changed(graph: Graph, folder: Path, name: str, given: PassStep) -> tuple[Ten
     before = graph.run(inputs).double()
     copy = Graph.read(folder)
     weight: Tensor = copy.layer(name).weight  # type: ignore[assignment]
-    from effcli.contract import Layer
-    from effcli.formats import AffineWeight
-
     flat = weight.detach().flatten(1).clone()
     outcome = given.module.apply(given.config, Layer(name, "conv", flat, torch.float32), None).weight
     assert isinstance(outcome, AffineWeight)
@@ -75,6 +75,37 @@ def test_of_a_network_that_is_no_classifier(tmp_path: Path) -> None:
         for way in ("fisher", "loss")
     )
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 24])
+def test_what_is_fitted_to_inputs_is_measured_on_others(tmp_path: Path, size: int) -> None:
+    """Every second input decides the weights, and the others what they cost, whatever the batches."""
+    graph = small_graphs.chain((6,), nn.Linear(6, 5))
+    graph.save(tmp_path)
+    given = step("gptq", 2, scales=False)
+    inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+    fitted, others = inputs[::2], inputs[1::2]
+    gram = Gram(6)
+    gram.add(fitted)
+    weight = cast(Tensor, graph.layer("layer0").weight).detach()
+    outcome = given.module.apply(given.config, Layer("layer0", "linear", weight.clone(), torch.float32), gram).weight
+    assert isinstance(outcome, AffineWeight)
+    before, after = graph.run(others), others @ outcome.dequantize(torch.float32).t() + graph.layer("layer0").bias
+    before, after = before.log_softmax(1), after.log_softmax(1)
+
+    variants = [choose_graph(graph, given)]
+    (found,) = layer_costs(tmp_path, given.module, variants, lambda: iter(inputs.split(size)), "loss")
+    assert class_count(graph) is not None
+    assert found["layer0"].cost == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-3)
+
+
+def test_a_single_input_serves_for_both(tmp_path: Path) -> None:
+    graph = small_graphs.chain((6,), nn.Linear(6, 6))
+    graph.save(tmp_path)
+    given = step("gptq", 2)
+    inputs = torch.randn(1, 6, generator=torch.Generator().manual_seed(1))
+    (found,) = layer_costs(tmp_path, given.module, [choose_graph(graph, given)], lambda: iter([inputs]), "fisher")
+    assert found["layer0"].cost > 0
 
 
 @pytest.mark.parametrize("name", ["linear", "awq", "adaround"])

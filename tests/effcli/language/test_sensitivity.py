@@ -77,6 +77,44 @@ def test_fisher_is_that_of_the_whole_network(llama: Path, tmp_path: Path) -> Non
         assert found[name].cost == pytest.approx(0.5 * squares[name] / ids.numel(), rel=1e-3)
 
 
+@pytest.mark.parametrize("way", ["fisher", "loss"])
+def test_what_is_fitted_to_inputs_is_measured_on_others(llama: Path, tmp_path: Path, way: Way) -> None:
+    """The first half of the windows decides the weights, the second what they cost."""
+    from effcli.contract import Gram, Layer
+    from effcli.formats import AffineWeight
+
+    made = step("gptq", 3, scales=False)
+    (found,) = costs(llama, tmp_path / "work", way, [made], windows(6, 6))
+    model = AutoModelForCausalLM.from_pretrained(llama).eval().requires_grad_(False)
+    name = "model.layers.1.mlp.gate_proj"
+    layer = model.get_submodule(name)
+    fitted, others = torch.cat(windows(6, 6).batches).split(3)
+
+    gram = Gram(layer.weight.shape[1])
+    handle = layer.register_forward_pre_hook(lambda module, args: gram.add(args[0]))
+    model(input_ids=fitted)
+    handle.remove()
+    outcome = made.module.apply(made.config, Layer(name, "linear", layer.weight.clone(), torch.float32), gram).weight
+    assert isinstance(outcome, AffineWeight)
+    error = outcome.dequantize(torch.float32) - layer.weight
+
+    if way == "loss":
+        before = model(input_ids=others).logits.double().log_softmax(-1)
+        layer.weight.add_(error)
+        after = model(input_ids=others).logits.double().log_softmax(-1)
+        expected = float((before.exp() * (before - after)).sum(-1).mean())
+    else:
+        generator, squares = torch.Generator().manual_seed(0), 0.0
+        layer.weight.requires_grad_()
+        for window in others.split(1):
+            logits = model(input_ids=window).logits[0]
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            loss = torch.nn.functional.cross_entropy(logits, drawn.squeeze(1), reduction="sum")
+            squares += float((torch.autograd.grad(loss, layer.weight)[0] * error).sum()) ** 2
+        expected = 0.5 * squares / others.numel()
+    assert found[name].cost == pytest.approx(expected, rel=2e-3)
+
+
 def test_fisher_predicts_the_divergence_of_a_small_change(llama: Path, tmp_path: Path) -> None:
     """On average over many windows, for changes that the network answers linearly."""
     many = windows(96, 8)
