@@ -40,8 +40,8 @@ What to know when reading the table:
                  the row `auto-round default`, which only runs when named by --only. 0.16.1 tunes asymmetric 4-bit
                  weights and then cannot save them in its own format, so that row tunes for one iteration only
   gptqmodel      asks for torch 2.14.1 or later and is installed beside torch 2.13.0 without its dependencies' leave
-                 (ENVIRONMENTS). Symmetric weights, its default. Its torch kernels refuse float32, so its results
-                 alone are evaluated in bfloat16
+                 (ENVIRONMENTS). Symmetric weights, its default. Its torch kernels refuse float32; evaluated are
+                 the weights that they unpack in float16
   quanto         chooses groups itself: 128, lowered until it divides the inputs (96 for 576). Its int8 activations
                  have one static scale a tensor
   bitsandbytes   its w8a8 is LLM.int8(): outlier columns of the activations stay in floating point

@@ -64,16 +64,6 @@ class Grid:
     levels: int
     dtype: torch.dtype
 
-    def codes(self, column: int, values: Tensor) -> Tensor:
-        """The nearest codes of values (out,) in one column, float32 (out,)."""
-        group = column // self.size
-        return (values / self.scale[group]).round_().add_(self.zero[group]).clamp_(0, self.levels)
-
-    def value(self, column: int, codes: Tensor) -> Tensor:
-        """What codes (out,) of one column stand for, float32 (out,)."""
-        group = column // self.size
-        return (codes - self.zero[group]).mul_(self.scale[group])
-
     def values(self, codes: Tensor) -> Tensor:
         """What codes (in, out) stand for, float32 (in, out)."""
         steps = codes.view(-1, self.size, codes.shape[1]) - self.zero.unsqueeze(1)
@@ -214,21 +204,21 @@ def fed_back(weight: Tensor, feedback: Feedback, grid: Grid) -> Tensor:
     """
     order, factors = feedback.order, feedback.factors
     ordered = weight[order]
-    pruned = weight == 0
-    any_pruned = bool(pruned.any())
     errors, codes = torch.empty_like(ordered), torch.empty_like(weight)
-    columns = order.tolist()
-    for start in range(0, len(columns), _BLOCK):
-        stop = min(start + _BLOCK, len(columns))
-        moved = ordered[start:stop].addmm(factors[:start, start:stop].t(), errors[:start])
-        for j in range(start, stop):
-            column = columns[j]
-            target = torch.addmv(moved[j - start], errors[start:j].t(), factors[start:j, j])
-            chosen = grid.codes(column, target)
-            if any_pruned:
-                chosen = torch.where(pruned[column], grid.zero[column // grid.size], chosen)
-            codes[column] = chosen
-            torch.sub(ordered[j], grid.value(column, chosen), out=errors[j])
+    for start in range(0, len(order), _BLOCK):
+        here = slice(start, start + _BLOCK)
+        groups = order[here] // grid.size
+        scale, zero = grid.scale[groups], grid.zero[groups]
+        pruned = ordered[here] == 0
+        least, most = (-zero).masked_fill_(pruned, 0), (grid.levels - zero).masked_fill_(pruned, 0)
+        # What each column should be; then in place, one after the other, the code that it gets, less the zero.
+        levels = ordered[here].addmm(factors[:start, here].t(), errors[:start])
+        made, pulls = errors[here].t(), factors[here, here].t()
+        rows = (each.unbind() for each in (levels, pulls, scale, least, most, ordered[here], errors[here]))
+        for k, (level, pull, step, low, high, target, error) in enumerate(zip(*rows, strict=True)):
+            level.addmv_(made.narrow(1, 0, k), pull.narrow(0, 0, k)).div_(step).round_().clamp_(low, high)
+            torch.addcmul(target, level, step, value=-1, out=error)
+        codes[order[here]] = levels.add_(zero)
     return codes
 
 
@@ -236,33 +226,35 @@ def refine(weight: Tensor, gram: Tensor, ridge: float, codes: Tensor, grid: Grid
     """Improve codes (in, out) and the grid's scales in place by one sweep; tr(D H Dᵀ) falls or stays, for every row.
 
     H = G + ridge·I. With the slope p_j = (D H)_j of half the error, the best value of a column, all others in place, is
-    ŵ_j - p_j / H_jj, and the nearest code to it is the best code. The best scale of a group, with codes in place, is
-    s - (v · p) / (v H vᵀ), v = code - zero; it is taken where the error falls with the scale as it is stored.
+    ŵ_j - p_j / H_jj, and the nearest code to it is the best code. Within a group, where all have one scale s, a code c
+    becomes round(c - p_j / (s H_jj)), and each step of it moves the slopes p / s of the columns that follow.
     """
-    values = grid.values(codes)
-    difference = values - weight
+    difference = grid.values(codes) - weight
     pruned = weight == 0
-    any_pruned = bool(pruned.any())
-    diagonal = (gram.diagonal() + ridge).tolist()
+    diagonal = gram.diagonal() + ridge
+    own = diagonal.tolist()
     for group in range(grid.scale.shape[0]):
         first, last = group * grid.size, (group + 1) * grid.size
-        _rescale(slice(first, last), group, gram, ridge, codes, grid, values, difference)
+        columns = slice(first, last)
+        slope = (gram[columns] @ difference).add_(difference[columns], alpha=ridge)
+        _rescale(columns, group, gram, ridge, codes, grid, difference, slope)
+        slope.div_(grid.scale[group])
+        steps = torch.zeros_like(slope)
         for start in range(first, last, _BLOCK):
-            stop = min(start + _BLOCK, last)
-            slope = (gram[start:stop] @ difference).add_(difference[start:stop], alpha=ridge)
-            steps = torch.zeros_like(slope)
-            for j in range(start, stop):
-                if diagonal[j] <= 0:
-                    continue
-                k = j - start
-                current = torch.addmv(slope[k], steps[:k].t(), gram[start:j, j])
-                chosen = grid.codes(j, torch.sub(values[j], current, alpha=1 / diagonal[j]))
-                if any_pruned:
-                    chosen = torch.where(pruned[j], grid.zero[group], chosen)
-                codes[j] = chosen
-                torch.sub(grid.value(j, chosen), values[j], out=steps[k])
-            values[start:stop] += steps
-            difference[start:stop] += steps
+            here = slice(start, min(start + _BLOCK, last))
+            taken, before = steps[here.start - first : here.stop - first], steps[: start - first]
+            moved = slope[here.start - first : here.stop - first].addmm_(gram[here, first:start], before)
+            targets = torch.sub(codes[here], moved.div_(diagonal[here].unsqueeze(1)))
+            least = torch.where(pruned[here], grid.zero[group], 0)
+            most = torch.where(pruned[here], grid.zero[group], grid.levels)
+            made, pulls = taken.t(), gram[here, here]
+            rows = (each.unbind() for each in (targets, pulls, least, most, codes[here], taken))
+            for k, (target, pull, low, high, code, step) in enumerate(zip(*rows, strict=True)):
+                if own[start + k] > 0:
+                    target.addmv_(made.narrow(1, 0, k), pull.narrow(0, 0, k), alpha=-1 / own[start + k])
+                    torch.sub(target.round_().clamp_(low, high), code, out=step)
+        codes[columns] += steps
+        difference[columns] += steps.mul_(grid.scale[group])
 
 
 def _rescale(
@@ -272,21 +264,24 @@ def _rescale(
     ridge: float,
     codes: Tensor,
     grid: Grid,
-    values: Tensor,
     difference: Tensor,
+    slope: Tensor,
 ) -> None:
-    """Give one group the best scale for its codes, in place; `values` and `difference` (in, out) follow."""
+    """Give one group the best scale for its codes, in place; `difference` (in, out) and its slope (size, out) follow.
+
+    With v = code - zero it is s - (v · p) / (v H vᵀ), and taken where the error falls with the scale as it is stored.
+    """
     levels = codes[columns] - grid.zero[group]
-    along = (gram[columns] @ difference).add_(difference[columns], alpha=ridge).mul_(levels).sum(0)
-    curvature = (gram[columns, columns] @ levels).add_(levels, alpha=ridge).mul_(levels).sum(0)
+    bend = (gram[columns, columns] @ levels).add_(levels, alpha=ridge)
+    along, curvature = (slope * levels).sum(0), (bend * levels).sum(0)
     scale = grid.scale[group]
     better = (scale - along / curvature).to(grid.dtype).float()
     step = better - scale
     falls = (curvature > 0) & (better > 0) & (2 * step * along + step.square() * curvature < 0)
+    step = torch.where(falls, step, 0)
     scale.copy_(torch.where(falls, better, scale))
-    moved = levels.mul_(scale)
-    difference[columns] += moved - values[columns]
-    values[columns] = moved
+    difference[columns] += levels.mul_(step)
+    slope += bend.mul_(step)
 
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
