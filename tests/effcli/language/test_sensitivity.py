@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import architectures
@@ -52,6 +53,16 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
     return outcome.dequantize(torch.float32)
 
 
+def drawn_losses(model: torch.nn.Module, ids: Tensor) -> Iterator[Tensor]:
+    """-log p of tokens drawn from the stock network's predictions, of each window as often as makes 64 samples."""
+    generator, draws = torch.Generator().manual_seed(0), -(-64 // len(ids))
+    for window in ids.split(1):
+        logits = model(input_ids=window).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), draws, replacement=True, generator=generator)
+        for tokens in drawn.unbind(1):
+            yield torch.nn.functional.cross_entropy(logits, tokens, reduction="sum")
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return architectures.make("llama", tmp_path_factory.mktemp("models") / "llama")
@@ -61,20 +72,17 @@ def test_fisher_is_that_of_the_whole_network(llama: Path, tmp_path: Path) -> Non
     """Against autograd through the stock network, with the same tokens drawn."""
     (found,) = costs(llama, tmp_path / "work", "fisher", [step("linear", 3)])
     model = AutoModelForCausalLM.from_pretrained(llama).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
     weights = {name: model.get_submodule(name).weight.requires_grad_() for name in names}
     squares = dict.fromkeys(names, 0.0)
     ids = torch.cat(windows().batches)
-    for window in ids.split(1):
-        logits = model(input_ids=window).logits[0]
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-        loss = torch.nn.functional.cross_entropy(logits, drawn.squeeze(1), reduction="sum")
-        for name, gradient in zip(names, torch.autograd.grad(loss, list(weights.values())), strict=True):
-            weight = weights[name].detach()
-            squares[name] += float((gradient.double() * (rounded(weight, 3) - weight).double()).sum()) ** 2
+    errors = {name: (rounded(weight.detach(), 3) - weight.detach()).double() for name, weight in weights.items()}
+    for loss in drawn_losses(model, ids):
+        gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            squares[name] += float((gradient.double() * errors[name]).sum()) ** 2
     for name in names:
-        assert found[name].cost == pytest.approx(0.5 * squares[name] / ids.numel(), rel=1e-3)
+        assert found[name].cost == pytest.approx(0.5 * squares[name] / (64 / len(ids) * ids.numel()), rel=1e-3)
 
 
 @pytest.mark.parametrize("way", ["fisher", "loss"])
@@ -104,14 +112,12 @@ def test_what_is_fitted_to_inputs_is_measured_on_others(llama: Path, tmp_path: P
         after = model(input_ids=others).logits.double().log_softmax(-1)
         expected = float((before.exp() * (before - after)).sum(-1).mean())
     else:
-        generator, squares = torch.Generator().manual_seed(0), 0.0
         layer.weight.requires_grad_()
-        for window in others.split(1):
-            logits = model(input_ids=window).logits[0]
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            loss = torch.nn.functional.cross_entropy(logits, drawn.squeeze(1), reduction="sum")
-            squares += float((torch.autograd.grad(loss, layer.weight)[0] * error).sum()) ** 2
-        expected = 0.5 * squares / others.numel()
+        slopes = [
+            torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].mul(error).sum()
+            for loss in drawn_losses(model, others)
+        ]
+        expected = 0.5 * float(torch.stack(slopes).square().sum()) / others.numel() / (len(slopes) / len(others))
     assert found[name].cost == pytest.approx(expected, rel=2e-3)
 
 

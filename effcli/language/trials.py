@@ -1,0 +1,306 @@
+"""Every layer of a language model quantized by itself, with one block in memory at a time.
+
+Blocks are opened, what the pass needs of their inputs is summed up, and each layer is handed to the pass under every
+variant of its options. What a trial costs is for subclasses of `Trials` to say (sensitivity.py).
+
+A pass that fits weights to inputs errs less on those inputs than on others, and the more so the fewer bits it has. So
+where there are two batches or more, it is given the first half of them, and costs are measured on the others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from effcli import memory
+from effcli.contract import Needs, Scope, observer
+from effcli.inputs.text import Windows
+from effcli.language.blockwork import BlockWork, Part
+from effcli.language.evaluate import kl
+from effcli.language.forward import chunks, logits
+from effcli.language.pairs import SharedInput, kind_of, leaders, probe_pairs
+from effcli.language.spool import Spool
+from effcli.language.stream import Call, Stream, WatchLayers
+from effcli.language.weights import Weights
+from effcli.observers import Gram
+from effcli.probe import Cost, Probe, Trial
+from effcli.selection import Choice
+from effcli.sites import LayerSite
+from effcli.swept import Progress
+
+
+class WayOut(Stream):
+    """A stream whose way out can be differentiated."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocabulary) of hidden states (n, hidden) behind the last block, with a gradient."""
+        ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64)
+        with self._replaced(lambda k, *args, **kwargs: self._wrapped(hidden.unsqueeze(0))), torch.enable_grad():
+            out: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+        return out[0]
+
+
+@dataclass
+class _Seen:
+    """What was observed of one block. grams: by the first layer that reads an input; leaders: that layer's name."""
+
+    shared: list[SharedInput]
+    leaders: dict[str, str]
+    grams: dict[str, Gram]
+
+    @property
+    def by_layer(self) -> dict[str, Gram]:
+        return {name: self.grams[leader] for name, leader in self.leaders.items()}
+
+
+class Trials(ABC):
+    """The trials of all variants, block after block, and what each costs: `costs`, one mapping for each variant.
+
+    stream: entered, with its head; variants: every layer with its options; work: a folder for hidden states, those
+    behind every block at once unless `measures` is off.
+    """
+
+    # Whether costs are measured on windows that the pass was not given, and trials keep their weights.
+    measures: ClassVar[bool] = True
+    # Whether a batch must be a single window.
+    single: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        stream: WayOut,
+        module: ModuleType,
+        variants: Sequence[Mapping[str, Choice]],
+        windows: Windows,
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.stream = stream
+        self.weights: Weights = stream.weights
+        self.skeleton = stream.skeleton
+        self.module = module
+        self.variants = variants
+        configs = [choice.config for choices in variants for choice in choices.values() if choice.config is not None]
+        halved = self.measures and any(config.needed is not Needs.NOTHING for config in configs)
+        single = self.single or (halved and len(windows.batches) == 1)
+        self.batches = [part for batch in windows.batches for part in (torch.split(batch, 1) if single else [batch])]
+        # The numbers of the batches that the pass is given, and of those on which its cost is measured.
+        self.given = self.measured = range(len(self.batches))
+        if halved and len(self.batches) > 1:
+            middle = len(self.batches) // 2
+            self.given, self.measured = self.given[:middle], self.given[middle:]
+        self.work = work
+        self.progress = progress
+        self.count = len(self.skeleton.blocks)
+        self.costs: list[dict[str, Cost]] = [{} for _ in variants]
+        self.calls: dict[tuple[int, ...], list[Call]] = {}
+        self.shapes: list[tuple[int, ...]] = []
+        self.pairs: dict[str, list[SharedInput]] = {}
+
+    @abstractmethod
+    def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
+        """Put what the trials of block k cost, one mapping for each variant, into `costs`."""
+
+    def prepare(self) -> None:
+        """What is to be done before the first block is taken, with the hidden states behind every block at hand."""
+
+    @property
+    def order(self) -> Iterable[int]:
+        """The blocks in the order in which they are taken."""
+        return range(self.count)
+
+    def carry_out(self) -> list[dict[str, Cost]]:
+        """Take all layers; returns `costs`."""
+        self._enter()
+        if self.measures:
+            for k in range(self.count):
+                self._propagate(k)
+        self.prepare()
+        steps = self.count + 1
+        for number, k in enumerate(self.order):
+            self.progress(number, steps)
+            seen = self._observe(k)
+            self.price(k, self._tried(k, seen))
+            memory.trim()
+            if not self.measures:
+                self.hidden(k).remove()
+        self.progress(self.count, steps)
+        self._head()
+        self.progress(steps, steps)
+        return self.costs
+
+    def _enter(self) -> None:
+        for number, batch in enumerate(self.batches):
+            hidden, calls = self.stream.enter(batch)
+            if tuple(batch.shape) not in self.calls:
+                # Tensors made in inference mode cannot take part in a backward pass; clones can.
+                self.calls[tuple(batch.shape)] = [
+                    Call(*tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs))) for call in calls
+                ]
+            if not self.shapes:
+                self.shapes = [(*each.shape, hidden.shape[-1]) for each in self.batches]
+            self.hidden(0).write(number, hidden)
+
+    def hidden(self, k: int) -> Spool:
+        """The hidden states before block k."""
+        return Spool(self.work / f"hidden-{k}.bin", self.shapes, self.skeleton.dtype)
+
+    def opened(self, k: int) -> Any:
+        name = self.skeleton.block_names[k] + "."
+        return self.weights.opened(self.skeleton.blocks[k], name, self.skeleton.block_parameters(k))
+
+    def call(self, k: int, hidden: Tensor) -> Call:
+        return self.calls[tuple(hidden.shape[:2])][k]
+
+    def _propagate(self, k: int) -> None:
+        outgoing = self.hidden(k + 1)
+        with self.opened(k), torch.inference_mode():
+            for number, hidden in enumerate(self.hidden(k)):
+                outgoing.write(number, self.stream.through(k, hidden, self.call(k, hidden)))
+        memory.trim()
+
+    def _observe(self, k: int) -> _Seen:
+        """Run the windows that the pass is given through block k and sum up the inputs of its layers."""
+        with self.opened(k):
+            seen = self._start(k)
+            incoming, outgoing = self.hidden(k), self.hidden(k + 1)
+            with torch.inference_mode(), self.watch(k, lambda name, inputs, _: _add(seen, name, inputs)):
+                for number in self.given:
+                    hidden = incoming.read(number)
+                    out = self.stream.through(k, hidden, self.call(k, hidden))
+                    if not self.measures:
+                        outgoing.write(number, out)
+        return self._checked(seen)
+
+    def _start(self, k: int) -> _Seen:
+        sites = {site.name: site for site in self._taken(self.skeleton.block_layers(k))}
+        configs = {name: self.variants[0][name].config for name in sites}
+        shared, prefix = self._shared_inputs(k), self.skeleton.block_names[k] + "."
+        leading = leaders(configs, prefix, shared, hasattr(self.module, "observer"))
+        grams = {
+            name: observer(self.module, configs[name], sites[name].columns) for name in dict.fromkeys(leading.values())
+        }
+        return _Seen(shared, leading, grams)
+
+    def watch(self, k: int, look: Callable[[str, Tensor, Tensor], None]) -> WatchLayers:
+        sites = self._taken(self.skeleton.block_layers(k))
+        return WatchLayers(self.skeleton.blocks[k], self.skeleton.block_names[k] + ".", sites, look)
+
+    def _taken(self, sites: Sequence[LayerSite]) -> list[LayerSite]:
+        return [site for site in sites if self.variants[0][site.name].config is not None]
+
+    def _checked(self, seen: _Seen) -> _Seen:
+        for name, gram in seen.grams.items():
+            gram.check_finite(name)
+        return seen
+
+    def _shared_inputs(self, k: int) -> list[SharedInput]:
+        """The shared inputs of block k, which is open; blocks of one kind have them in common."""
+        kind = kind_of(self.skeleton.blocks[k])
+        if kind not in self.pairs:
+            self.pairs[kind] = probe_pairs(self.stream, k)
+        return self.pairs[kind]
+
+    def _tried(self, k: int, seen: _Seen) -> list[dict[str, Trial]]:
+        """What becomes of the layers of block k, for each variant."""
+        name, sites = self.skeleton.block_names[k], self.skeleton.block_layers(k)
+        trials = []
+        for choices in self.variants:
+            with self.opened(k), torch.inference_mode():
+                probe = Probe(self.module, keep_weights=self.measures)
+                made = cast(ModuleType, probe)
+                work = BlockWork(self.weights, made, self.skeleton.blocks[k], name, sites, choices)
+                probe.factors = _factors(work)
+                work.compress(seen.shared if self.module.Config.scope is Scope.GROUP else [], seen.by_layer)
+            trials.append(probe.trials)
+        return trials
+
+    def block_weights(self, k: int) -> dict[str, Tensor]:
+        """The weights (out, in) of the layers of block k, which is open: views of its parameters."""
+        block, prefix = self.skeleton.blocks[k], self.skeleton.block_names[k] + "."
+        sites = self._taken(self.skeleton.block_layers(k))
+        return {site.name: site.view(block.get_parameter(site.parameter.removeprefix(prefix))) for site in sites}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the cost is measured on."""
+        return sum(self.batches[number].numel() for number in self.measured)
+
+    def parts(self, batch: int) -> Iterator[slice]:
+        vocabulary = self.skeleton.config.get_text_config().vocab_size
+        return chunks(self.batches[batch].numel(), vocabulary, self.batches[batch].shape[1])
+
+    def _head_site(self) -> LayerSite | None:
+        """The output head, where it is to be quantized."""
+        sites = {site.name: site for site in self.skeleton.outer_layers()}
+        head = self.skeleton.head
+        return sites[head] if head in sites and self.variants[0][head].config is not None else None
+
+    def _head(self) -> None:
+        site = self._head_site()
+        if site is None:
+            return
+        gram = observer(self.module, self.variants[0][site.name].config, site.columns)
+        watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
+        incoming = self.hidden(self.count)
+        with torch.inference_mode():
+            for number in self.given:
+                with watch:
+                    self.stream.leave(self.batches[number], incoming.read(number))
+        gram.check_finite(site.name)
+        parameter = self.weights.parameter(self.skeleton.embedding if self.skeleton.tied else site.parameter)
+        for found, choices in zip(self.costs, self.variants, strict=True):
+            probe = Probe(self.module, keep_weights=self.measures)
+            work = BlockWork(self.weights, cast(ModuleType, probe), nn.Module(), "", [], choices)
+            with torch.inference_mode():
+                work.quantize(Part(), site, parameter.clone(), gram)
+            trial = probe.trials[site.name]
+            cost = self._head_divergence(site, trial) if self.measures else trial.output_error
+            found[site.name] = Cost(trial.output_error, cost)
+
+    def _head_divergence(self, site: LayerSite, trial: Trial) -> float:
+        """KL per token of the network with another head."""
+        head = self.skeleton.model.get_submodule(site.name)
+        original, total = head.weight, 0.0
+        incoming = self.hidden(self.count)
+        assert trial.weight is not None
+        changed = nn.Parameter(trial.weight.to(self.skeleton.dtype), requires_grad=False)
+        with torch.inference_mode():
+            for batch in self.measured:
+                hidden = incoming.read(batch).flatten(0, 1)
+                for part in self.parts(batch):
+                    found = []
+                    for weight in (original, changed):
+                        head.weight = weight
+                        found.append(log_probabilities(logits(self.stream, hidden[part])))
+                    total += kl(found[0], found[1])
+        head.weight = original
+        return max(0.0, total / self.tokens)
+
+
+def _add(seen: _Seen, name: str, inputs: Tensor) -> None:
+    if name in seen.grams:
+        seen.grams[name].add(inputs)
+
+
+def _factors(work: BlockWork) -> Callable[[str], tuple[Tensor | None, Tensor | None]]:
+    return lambda name: (work.rows.get(name), work.columns.get(name))
+
+
+def log_probabilities(values: Tensor) -> Tensor:
+    """In float32 along the last dimension."""
+    return torch.log_softmax(values.float(), dim=-1)
+
+
+__all__ = ["Trials", "WayOut", "log_probabilities"]
