@@ -11,7 +11,7 @@ measure that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -80,10 +80,10 @@ class _Fisher(Trials):
         """How often the tokens of each measured window are drawn."""
         return -(-_SAMPLES // max(len(self.measured), 1))
 
-    @property
-    def order(self) -> Iterable[int]:
-        """From the last block to the first, as gradients go."""
-        return reversed(range(self.count))
+    def blocks(self) -> Iterator[int]:
+        """From the last to the first, as gradients go."""
+        self._last_gradients()
+        yield from reversed(range(self.count))
 
     @property
     def _gradients(self) -> Spool:
@@ -91,7 +91,7 @@ class _Fisher(Trials):
         shapes = [self.shapes[number] for number in self.measured for _ in range(self.draws)]
         return Spool(self.work / "gradients.bin", shapes, self.skeleton.dtype)
 
-    def prepare(self) -> None:
+    def _last_gradients(self) -> None:
         """The gradients behind the last block, of the loss of tokens drawn from the network's predictions."""
         generator = torch.Generator().manual_seed(_SEED)
         incoming, outgoing = self.hidden(self.count), self._gradients

@@ -10,7 +10,7 @@ where there are two batches or more, it is given the first half of them, and cos
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -112,13 +112,9 @@ class Trials(ABC):
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Put what the trials of block k cost, one mapping for each variant, into `costs`."""
 
-    def prepare(self) -> None:
-        """What is to be done before the first block is taken, with the hidden states behind every block at hand."""
-
-    @property
-    def order(self) -> Iterable[int]:
+    def blocks(self) -> Iterator[int]:
         """The blocks in the order in which they are taken."""
-        return range(self.count)
+        yield from range(self.count)
 
     def carry_out(self) -> list[dict[str, Cost]]:
         """Take all layers; returns `costs`."""
@@ -126,9 +122,8 @@ class Trials(ABC):
         if self.measures:
             for k in range(self.count):
                 self._propagate(k)
-        self.prepare()
         steps = self.count + 1
-        for number, k in enumerate(self.order):
+        for number, k in enumerate(self.blocks()):
             self.progress(number, steps)
             seen = self._observe(k)
             self.price(k, self._tried(k, seen))
