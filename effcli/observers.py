@@ -14,9 +14,10 @@ T = TypeVar("T")
 
 # Tokens whose products are summed before they are added up in float32.
 _CHUNK = 2048
-# How many parts a Gram matrix is summed in, and how narrow they may get.
+# A Gram matrix is summed in three parts or more, of at least and at most so many rows.
 _PARTS = 3
 _NARROWEST = 64
+_WIDEST = 256
 # Rows of a candidate multiplied with it at once.
 _ROWS = 1024
 
@@ -63,7 +64,11 @@ class Gram:
             chunk = rows[start : start + _CHUNK]
             chunk = chunk.float() if chunk.dtype == torch.float16 else chunk
             for part in self._parts():
-                self._sum[part, part.start :] += (chunk[:, part].t() @ chunk[:, part.start :]).float()
+                total, left, right = self._sum[part, part.start :], chunk[:, part].t(), chunk[:, part.start :]
+                if chunk.dtype == torch.float32:
+                    total.addmm_(left, right)
+                else:
+                    total += (left @ right).float()
             # A product with ones: far faster than a sum over the rows of a wide matrix.
             self.magnitude_sum += torch.ones(chunk.shape[0], device=chunk.device) @ chunk.abs().float()
         self._mirrored = False
@@ -78,8 +83,8 @@ class Gram:
         """Look at the inputs of a convolution as they come, of all its groups; nothing of them is kept here."""
 
     def _parts(self) -> list[slice]:
-        """G is symmetric: rows of each part are summed from its diagonal on, a third of the work less."""
-        width = max(-(-self._sum.shape[0] // _PARTS), _NARROWEST)
+        """G is symmetric: rows of each part are summed from its diagonal on, which saves a third to a half."""
+        width = min(max(-(-self._sum.shape[0] // _PARTS), _NARROWEST), _WIDEST)
         return [slice(start, start + width) for start in range(0, self._sum.shape[0], width)]
 
     @property
