@@ -1,9 +1,9 @@
 """Do bits chosen per layer beat the same bits everywhere, at equal size? Perplexity and KL of both, really carried out.
 
     python benchmarks/mixed_bits.py CHECKPOINT --calibration FILE --evaluation FILE [--using linear gptq]
-                                    [--average 3 4] [--threads N]
+                                    [--bits 2 3 4 8] [--average 3 4] [--threads N]
 
-For each pass of --using, the costs of 2, 3, 4 and 8 bits in every layer are measured once, as `auto` measures them.
+For each pass of --using, the costs of all --bits in every layer are measured once, as `auto` measures them.
 For each average, bits are chosen that take no more bytes than the uniform ones (between two whole numbers, no more than
 the interpolated bytes); both checkpoints are written to a scratch folder and evaluated on the same windows. `predicted`
 is the sum of the costs, to be compared with the measured KL. On a CPU without bfloat16 arithmetic give a checkpoint in
@@ -20,7 +20,6 @@ from pathlib import Path
 
 from _common import machine, megabytes, table
 
-BITS = (2, 3, 4, 8)
 FIGURES = ("weight files", "perplexity", "KL, nats", "predicted")
 
 
@@ -30,7 +29,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="a text file")
     parser.add_argument("--evaluation", required=True, help="a text file")
     parser.add_argument("--using", nargs="+", default=["linear", "gptq"], help="passes")
-    parser.add_argument("--average", type=float, nargs="+", default=[3, 4], help="bits, from 2 to 8")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="to choose from")
+    parser.add_argument("--average", type=float, nargs="+", default=[3, 4], help="bits, within those to choose from")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     options = parser.parse_args()
 
@@ -60,8 +60,8 @@ def main() -> None:
         print(table(["pass", "average", "layers", *FIGURES], rows), flush=True)
 
     for using in options.using:
-        recipes = {bits: recipe(using, bits) for bits in BITS}
-        base = recipes[BITS[0]]
+        recipes = {bits: recipe(using, bits) for bits in sorted(options.bits)}
+        base = recipes[min(recipes)]
         started = time.perf_counter()
         source = Path(samples.locate(options.checkpoint, None))
         found = sensitivity(base, [each.passes[0] for each in recipes.values()], source)
@@ -71,7 +71,7 @@ def main() -> None:
         for average in options.average:
             budget = widths.nbytes(average)
             if budget is None:
-                raise SystemExit(f"--average {average:g}: outside of {BITS[0]} to {BITS[-1]}")
+                raise SystemExit(f"--average {average:g}: outside of {min(recipes)} to {max(recipes)}")
             chosen = widths.frontier.at(budget)
             bits = widths.bits(chosen)
             counts = ", ".join(f"{count} of {width}" for width, count in sorted(Counter(bits.values()).items()))

@@ -270,7 +270,7 @@ def packages(python: Path) -> str:
     code = f"""from importlib.metadata import distributions
 found = {{d.metadata["Name"].lower().replace("_", "-"): d.version for d in distributions()}}
 print(", ".join(f"{{n}} {{found[n]}}" for n in {names} if n in found))"""
-    return run([python, "-c", code]).output.strip()
+    return run([python, "-I", "-c", code]).output.strip()
 
 
 def measure(name: str, column: str, options: argparse.Namespace, protocol: Protocol) -> None:
