@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from effcli.contract import Needs, Scope
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sweep import GraphWork
-from effcli.probe import Cost, Probe, Trial
+from effcli.probe import Cost, Probe, Trial, steadied
 from effcli.reports.sensitivity import Way
 from effcli.selection import Choice
 from effcli.swept import Progress, check_tensor
@@ -55,7 +55,7 @@ def layer_costs(
     given = measured = batches
     if way != "gram" and any(config.needed is not Needs.NOTHING for config in configs) and _several(batches):
         given, measured = (partial(_every_second, batches, first) for first in (0, 1))
-    found = []
+    found, samples = [], 0
     for number, choices in enumerate(variants):
         progress(number, len(variants))
         trials = _trials(Graph.read(source), module, choices, given)
@@ -63,10 +63,10 @@ def layer_costs(
         if way == "loss":
             costs = _divergences(graph, trials, measured)
         elif way == "fisher":
-            costs = _predictions(graph, trials, measured)
+            costs, samples = _predictions(graph, trials, measured)
         found.append({name: Cost(trial.output_error, costs[name]) for name, trial in trials.items()})
     progress(len(variants), len(variants))
-    return found
+    return steadied(found, 2 / samples) if samples else found
 
 
 def _several(batches: Batches) -> bool:
@@ -124,8 +124,11 @@ def _divergence(original: Tensor, other: Tensor, classifier: bool) -> float:
     return float((mine.exp() * (mine - others)).sum())
 
 
-def _predictions(graph: Graph, trials: Mapping[str, Trial], batches: Batches) -> dict[str, float]:
-    """Half the mean squared slope of the loss along the error of each trial, with the same draws for all trials."""
+def _predictions(graph: Graph, trials: Mapping[str, Trial], batches: Batches) -> tuple[dict[str, float], int]:
+    """Half the mean squared slope of the loss along the error of each trial, and of how many inputs.
+
+    The draws are the same for all trials.
+    """
     classifier = class_count(graph) is not None
     generator = torch.Generator().manual_seed(_SEED)
     errors = {name: _error(graph, name, trial) for name, trial in trials.items()}
@@ -171,7 +174,7 @@ def _predictions(graph: Graph, trials: Mapping[str, Trial], batches: Batches) ->
     finally:
         for handle in handles:
             handle.remove()
-    return {name: 0.5 * total / max(count, 1) for name, total in squares.items()}
+    return {name: 0.5 * total / max(count, 1) for name, total in squares.items()}, count
 
 
 def _error(graph: Graph, name: str, trial: Trial) -> nn.Module:

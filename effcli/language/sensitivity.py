@@ -24,7 +24,7 @@ from effcli.language.forward import logits
 from effcli.language.spool import Spool
 from effcli.language.trials import Trials, WayOut, log_probabilities
 from effcli.language.weights import open_weights
-from effcli.probe import Cost, Slopes, Trial
+from effcli.probe import Cost, Slopes, Trial, steadied
 from effcli.reports.sensitivity import Way
 from effcli.selection import Choice
 from effcli.swept import Progress, check_finite
@@ -74,6 +74,10 @@ class _Fisher(Trials):
     """Half the mean squared slope of the loss along the layer's error."""
 
     single = True
+
+    def take_blocks(self) -> None:
+        super().take_blocks()
+        self.costs = steadied(self.costs, 2 / (self.draws * max(len(self.measured), 1)))
 
     @property
     def draws(self) -> int:

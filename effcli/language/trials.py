@@ -119,21 +119,24 @@ class Trials(ABC):
     def carry_out(self) -> list[dict[str, Cost]]:
         """Take all layers; returns `costs`."""
         self._enter()
+        self.take_blocks()
+        self.progress(self.count, self.count + 1)
+        self._head()
+        self.progress(self.count + 1, self.count + 1)
+        return self.costs
+
+    def take_blocks(self) -> None:
+        """Take the layers of all blocks."""
         if self.measures:
             for k in range(self.count):
                 self._propagate(k)
-        steps = self.count + 1
         for number, k in enumerate(self.blocks()):
-            self.progress(number, steps)
+            self.progress(number, self.count + 1)
             seen = self._observe(k)
             self.price(k, self._tried(k, seen))
             memory.trim()
             if not self.measures:
                 self.hidden(k).remove()
-        self.progress(self.count, steps)
-        self._head()
-        self.progress(steps, steps)
-        return self.costs
 
     def _enter(self) -> None:
         for number, batch in enumerate(self.batches):

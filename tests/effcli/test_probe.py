@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from effcli.contract import Gram, Layer, Needs, Outcome, PassConfig
-from effcli.probe import Probe, Slopes, energies
+from effcli.probe import Cost, Probe, Slopes, energies, steadied
 from effcli.recipe import PassStep
 
 
@@ -152,3 +153,64 @@ def test_looking_on_changes_nothing(name: str) -> None:
     kept = probe.trials["a"].weight
     assert kept is not None
     assert torch.equal(kept, made.dequantize(torch.float32))
+
+
+def sampled(samples: int, own: float = 0.0, layers: int = 300) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors, true costs and costs as so many samples show them, (layers, variants) each.
+
+    own: standard deviation of what a layer's cost per error has to itself in single variants, as a logarithm.
+    """
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.tensor([1e-1, 2e-2, 5e-3, 1e-4]) * (1 + torch.rand(layers, 4, generator=generator))
+    factors = torch.randn(layers, 1, generator=generator) + own * torch.randn(layers, 4, generator=generator)
+    true = errors * factors.exp()
+    slopes = torch.randn(layers, 4, samples, generator=generator)
+    return errors, true, true * slopes.square().mean(-1)
+
+
+def as_costs(errors: Tensor, costs: Tensor) -> list[dict[str, Cost]]:
+    return [
+        {str(at): Cost(float(error), float(cost)) for at, (error, cost) in enumerate(zip(*variant, strict=True))}
+        for variant in zip(errors.unbind(1), costs.unbind(1), strict=True)
+    ]
+
+
+def as_tensor(costs: list[dict[str, Cost]]) -> Tensor:
+    return torch.tensor([[cost.cost for cost in of.values()] for of in costs]).t()
+
+
+@pytest.mark.parametrize("own", [0.0, 0.1, 1.0])
+def test_steadied_costs_are_nearer_to_the_truth(own: float) -> None:
+    """Twice as near where variants have nothing to themselves, and never farther."""
+    errors, true, seen = sampled(64, own)
+    steady = as_tensor(steadied(as_costs(errors, seen), 2 / 64))
+    before, after = ((of / true).log().square().mean().sqrt() for of in (seen, steady))
+    assert after < {0.0: 0.55, 0.1: 0.8, 1.0: 1.0}[own] * before
+
+
+def test_layers_that_are_alike_do_not_seem_to_differ() -> None:
+    seen = torch.randn(200, 4, 64, generator=torch.Generator().manual_seed(1)).square().mean(-1)
+    steady = as_tensor(steadied(as_costs(torch.full((200, 4), 0.1), seen), 2 / 64))
+    assert float(seen.min()) < 0.6 < 0.7 < float(steady.min())
+    assert float(steady.max()) < 1.4 < 1.5 < float(seen.max())
+
+
+def test_steadied_by_hand() -> None:
+    """Two layers and two variants, errors of 1: rests of log 2 · (1, -1; -1, 1), of variance 4 · log² 2."""
+    seen = as_costs(torch.ones(2, 2), torch.tensor([[4.0, 1.0], [1.0, 4.0]]))
+    kept = as_tensor(steadied(seen, 0.0))
+    torch.testing.assert_close(kept, torch.tensor([[4.0, 1.0], [1.0, 4.0]]))
+    halved = as_tensor(steadied(seen, 2 * math.log(2) ** 2))
+    torch.testing.assert_close(halved, 2 * torch.tensor([[2**0.5, 2**-0.5], [2**-0.5, 2**0.5]]))
+    torch.testing.assert_close(as_tensor(steadied(seen, 100.0)), torch.full((2, 2), 2.0))
+
+
+def test_what_cannot_be_steadied_stays() -> None:
+    errors, seen = (
+        torch.tensor([[0.1, 0.0], [0.2, 0.1], [0.3, 0.1]]),
+        torch.tensor([[1.0, 0.0], [2.0, 1.0], [1.0, 5.0]]),
+    )
+    costs = as_costs(errors, seen)
+    assert [of["0"] for of in steadied(costs, 0.1)] == [of["0"] for of in costs]
+    assert steadied(costs[:1], 0.1) == costs[:1]
+    assert steadied([{}, {}], 0.1) == [{}, {}]
