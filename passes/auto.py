@@ -33,8 +33,8 @@ class Config(PassConfig):
     bits: tuple[Literal[2, 3, 4, 5, 6, 8], ...] = Field(
         (2, 3, 4, 8),
         min_length=1,
-        description="Bits to choose from; with bits of its own under `layers`, a layer keeps those. Around 4 bits, 3, 4, "
-        "5 and 6 leave more to gain than the default.",
+        description="Bits to choose from; with bits of its own under `layers`, a layer keeps those. Around 4 bits, "
+        "3, 4, 5 and 6 leave more to gain than the default.",
     )
     average_bits: float | None = Field(
         None, gt=0, le=8, description="Budget: the size that so many bits for every layer would take, interpolated."
