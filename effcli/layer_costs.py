@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from effcli import importers, samples
+from effcli.contract import Needs
 from effcli.formats import Packing
 from effcli.probe import Cost
 from effcli.recipe import PassStep, Recipe
@@ -56,6 +57,9 @@ def sensitivity(
             )
         ordered = tuple(options[bits] for bits in sorted(options))
         layers.append(LayerCosts(name=name, kind=first.site.kind, shape=first.site.shape, options=ordered))
+    remarks = list(network.remarks)
+    if way != "gram" and steps[0].config.needed is not Needs.NOTHING and network.inputs > 1:
+        remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
     settings = steps[0].config.model_dump(mode="json", exclude={"bits"}, exclude_defaults=True)
     return Sensitivity(
         model=recipe.model,
@@ -66,7 +70,7 @@ def sensitivity(
         inputs=network.inputs,
         layers=tuple(layers),
         seconds=time.perf_counter() - started,
-        remarks=network.remarks,
+        remarks=tuple(remarks),
     )
 
 
