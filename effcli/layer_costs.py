@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from effcli import importers, samples
-from effcli.contract import Needs
 from effcli.formats import Packing
 from effcli.probe import Cost
 from effcli.recipe import PassStep, Recipe
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Unit, Way
-from effcli.selection import Choice, choose, choose_graph
+from effcli.selection import Choice, choose, choose_graph, fitted_to_inputs
 from effcli.swept import Progress
 
 # Weights below which putting every layer into the network by itself is a matter of a minute.
@@ -58,7 +57,7 @@ def sensitivity(
         ordered = tuple(options[bits] for bits in sorted(options))
         layers.append(LayerCosts(name=name, kind=first.site.kind, shape=first.site.shape, options=ordered))
     remarks = list(network.remarks)
-    if way != "gram" and steps[0].config.needed is not Needs.NOTHING and network.inputs > 1:
+    if way != "gram" and network.samples > 1 and fitted_to_inputs(variants):
         remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
     settings = steps[0].config.model_dump(mode="json", exclude={"bits"}, exclude_defaults=True)
     return Sensitivity(
@@ -75,7 +74,7 @@ def sensitivity(
 
 
 class _Language:
-    """A language model as a search sees it. inputs: calibration tokens."""
+    """A language model as a search sees it. samples: calibration windows; inputs: their tokens."""
 
     unit: Unit = "nats"
 
@@ -89,6 +88,7 @@ class _Language:
         self.skeleton, self._dtype_of = opened.skeleton, opened.dtype_of
         self.weights = count_weights(self.skeleton)
         self._windows, remarks = text.calibration_windows(recipe, source)
+        self.samples = sum(len(batch) for batch in self._windows.batches)
         self.inputs = sum(batch.numel() for batch in self._windows.batches)
         self.remarks = tuple(remarks)
 
@@ -117,7 +117,7 @@ class _Language:
 
 
 class _Graph:
-    """A network read as a graph as a search sees it. inputs: how many calibration inputs."""
+    """A network read as a graph as a search sees it. samples, inputs: how many calibration inputs."""
 
     def __init__(self, recipe: Recipe, source: Path) -> None:
         from effcli.graphs.graph import Graph, class_count
@@ -129,7 +129,7 @@ class _Graph:
         self.weights = self._graph.weights()
         found = Path(samples.locate(recipe.model, recipe.revision))
         self._data = calibration_inputs(recipe, found, self._graph.facts)
-        self.inputs = len(self._data)
+        self.samples = self.inputs = len(self._data)
         self.remarks = self._data.remarks
 
     def choose(self, step: PassStep) -> dict[str, Choice]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from effcli.contract import PassConfig
+from effcli.contract import Needs, PassConfig
 from effcli.errors import SelectionError, did_you_mean
 from effcli.formats import Affine, Codebook
 from effcli.language.skeleton import Skeleton
@@ -33,6 +33,12 @@ class Choice:
         if self.config is None:
             return "keep"
         return "change" if self.config.result is None else "compress"
+
+
+def fitted_to_inputs(variants: Iterable[Mapping[str, Choice]]) -> bool:
+    """Whether what becomes of a layer, in one of the variants, depends on calibration inputs."""
+    configs = (choice.config for choices in variants for choice in choices.values())
+    return any(config is not None and config.needed is not Needs.NOTHING for config in configs)
 
 
 def choose(skeleton: Skeleton, step: PassStep) -> dict[str, Choice]:

@@ -1,6 +1,6 @@
 """What quantizing each layer of a network read as a graph alone costs.
 
-`gram` needs one forward of the calibration inputs, `fisher` two and a backward for each variant. The loss is that of
+`gram` needs one forward of the calibration inputs, `fisher` two and a backward. The loss is that of
 classes drawn from the network's own predictions, and an input is one sample of its slope; of a network that is no
 classifier, whose outputs count as normally distributed, the gradient is normal noise of the outputs' own size. `loss`
 puts one quantized layer at a time into the network and compares its outputs with the original's: KL(original ‖ this) of
@@ -23,12 +23,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Needs, Scope
+from effcli.contract import Scope
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sweep import GraphWork
 from effcli.probe import Cost, Probe, Trial, steadied
 from effcli.reports.sensitivity import Way
-from effcli.selection import Choice
+from effcli.selection import Choice, fitted_to_inputs
 from effcli.swept import Progress, check_tensor
 
 Batches = Callable[[], Iterator[Tensor]]
@@ -51,22 +51,29 @@ def layer_costs(
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
-    configs = [choice.config for choices in variants for choice in choices.values() if choice.config is not None]
     given = measured = batches
-    if way != "gram" and any(config.needed is not Needs.NOTHING for config in configs) and _several(batches):
+    if way != "gram" and fitted_to_inputs(variants) and _several(batches):
         given, measured = (partial(_every_second, batches, first) for first in (0, 1))
-    found, samples = [], 0
-    for number, choices in enumerate(variants):
-        progress(number, len(variants))
-        trials = _trials(Graph.read(source), module, choices, given)
-        costs = {name: trial.output_error for name, trial in trials.items()}
-        if way == "loss":
-            costs = _divergences(graph, trials, measured)
-        elif way == "fisher":
-            costs, samples = _predictions(graph, trials, measured)
-        found.append({name: Cost(trial.output_error, costs[name]) for name, trial in trials.items()})
-    progress(len(variants), len(variants))
-    return steadied(found, 2 / samples) if samples else found
+
+    def tried() -> Iterator[dict[str, Trial]]:
+        for number, choices in enumerate(variants):
+            progress(number, len(variants))
+            yield _trials(Graph.read(source), module, choices, given)
+        progress(len(variants), len(variants))
+
+    if way == "gram":
+        return [
+            {name: Cost(trial.output_error, trial.output_error) for name, trial in made.items()} for made in tried()
+        ]
+    if way == "loss":
+        return [_costs(made, _divergences(graph, made, measured)) for made in tried()]
+    trials = list(tried())
+    predicted, samples = _predictions(graph, trials, measured)
+    return steadied([_costs(made, own) for made, own in zip(trials, predicted, strict=True)], 2 / max(samples, 1))
+
+
+def _costs(trials: Mapping[str, Trial], costs: Mapping[str, float]) -> dict[str, Cost]:
+    return {name: Cost(trial.output_error, costs[name]) for name, trial in trials.items()}
 
 
 def _several(batches: Batches) -> bool:
@@ -124,34 +131,34 @@ def _divergence(original: Tensor, other: Tensor, classifier: bool) -> float:
     return float((mine.exp() * (mine - others)).sum())
 
 
-def _predictions(graph: Graph, trials: Mapping[str, Trial], batches: Batches) -> tuple[dict[str, float], int]:
-    """Half the mean squared slope of the loss along the error of each trial, and of how many inputs.
-
-    The draws are the same for all trials.
-    """
+def _predictions(
+    graph: Graph, variants: Sequence[Mapping[str, Trial]], batches: Batches
+) -> tuple[list[dict[str, float]], int]:
+    """Half the mean squared slope of the loss along the error of each trial, by variant, and the number of inputs."""
     classifier = class_count(graph) is not None
     generator = torch.Generator().manual_seed(_SEED)
-    errors = {name: _error(graph, name, trial) for name, trial in trials.items()}
-    slopes: dict[str, Tensor] = {}
-    squares, count, size = dict.fromkeys(trials, 0.0), 0, 0
+    errors = [{name: _error(graph, name, trial) for name, trial in trials.items()} for trials in variants]
+    slopes: list[dict[str, Tensor]] = [{} for _ in variants]
+    squares = [dict.fromkeys(trials, 0.0) for trials in variants]
+    count = size = 0
 
     def watch(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # The first layers depend on nothing that has a gradient.
             output = output if output.requires_grad else output.detach().requires_grad_()
-            with torch.no_grad():
-                moved = errors[name](*args)
 
             def pulled(gradient: Tensor) -> None:
-                slope = (gradient * moved).reshape(size, -1).sum(1, dtype=torch.float64)
-                slopes[name] = slopes[name] + slope if name in slopes else slope
+                for layers, sums in zip(errors, slopes, strict=True):
+                    with torch.no_grad():
+                        slope = (gradient * layers[name](*args)).reshape(size, -1).sum(1, dtype=torch.float64)
+                    sums[name] = sums[name] + slope if name in sums else slope
 
             output.register_hook(pulled)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    handles = [graph.layer(name).register_forward_hook(watch(name)) for name in trials]
+    handles = [graph.layer(name).register_forward_hook(watch(name)) for name in errors[0]]
     try:
         for batch in batches():
             size = len(batch)
@@ -168,13 +175,14 @@ def _predictions(graph: Graph, trials: Mapping[str, Trial], batches: Batches) ->
                 pull = torch.randn(values.shape, generator=generator) * (2 / energy).sqrt()
             outputs.backward(pull)
             count += size
-            for name, slope in slopes.items():
-                squares[name] += float(slope.square().sum())
-            slopes.clear()
+            for totals, sums in zip(squares, slopes, strict=True):
+                for name, slope in sums.items():
+                    totals[name] += float(slope.square().sum())
+                sums.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return {name: 0.5 * total / max(count, 1) for name, total in squares.items()}, count
+    return [{name: 0.5 * total / max(count, 1) for name, total in totals.items()} for totals in squares], count
 
 
 def _error(graph: Graph, name: str, trial: Trial) -> nn.Module:

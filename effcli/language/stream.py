@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Stream:
     def skeleton(self) -> Skeleton:
         return self.weights.skeleton
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         head = f"{self.skeleton.head}.weight"
         self._held = [name for name in self.skeleton.outer_parameters() if self.with_head or name != head]
         self.weights.fill(self.skeleton.model, "", self._held)

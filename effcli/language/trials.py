@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from effcli import memory
-from effcli.contract import Needs, Scope, observer
+from effcli.contract import Scope, observer
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
 from effcli.language.evaluate import kl
@@ -32,17 +32,13 @@ from effcli.language.stream import Call, Stream, WatchLayers
 from effcli.language.weights import Weights
 from effcli.observers import Gram
 from effcli.probe import Cost, Probe, Trial
-from effcli.selection import Choice
+from effcli.selection import Choice, fitted_to_inputs
 from effcli.sites import LayerSite
 from effcli.swept import Progress
 
 
 class WayOut(Stream):
     """A stream whose way out can be differentiated."""
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (n, vocabulary) of hidden states (n, hidden) behind the last block, with a gradient."""
@@ -91,8 +87,7 @@ class Trials(ABC):
         self.skeleton = stream.skeleton
         self.module = module
         self.variants = variants
-        configs = [choice.config for choices in variants for choice in choices.values() if choice.config is not None]
-        halved = self.measures and any(config.needed is not Needs.NOTHING for config in configs)
+        halved = self.measures and fitted_to_inputs(variants)
         single = self.single or (halved and len(windows.batches) == 1)
         self.batches = [part for batch in windows.batches for part in (torch.split(batch, 1) if single else [batch])]
         # The numbers of the batches that the pass is given, and of those on which its cost is measured.
