@@ -83,6 +83,28 @@ class Clock:
         self.seconds += time.perf_counter() - self._start
 
 
+def densified(model: Any, quantized: Callable[[torch.nn.Module], bool], dtype: torch.dtype) -> Any:
+    """model with a dense float32 linear for each layer that `quantized` names: what it multiplies inputs of dtype with.
+
+    Each layer is asked once, with the identity (in, in) for its input.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if quantized(layer)}
+    if not layers:
+        raise ValueError("nothing was quantized")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            # Some spell it infeatures.
+            width = getattr(layer, "in_features", None) or layer.infeatures
+            outputs = layer(torch.eye(width, dtype=dtype)).float()
+            dense = torch.nn.Linear(width, outputs.shape[1], bias=layer.bias is not None)
+            if layer.bias is not None:
+                dense.bias.copy_(layer.bias)
+                outputs -= dense.bias
+            dense.weight.copy_(outputs.t())
+            model.set_submodule(name, dense)
+    return model
+
+
 def perplexity(model: Any, windows: Tensor) -> float:
     """exp of the mean negative log-likelihood of every token but the first of windows (count, length).
 

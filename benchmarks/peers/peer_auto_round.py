@@ -1,6 +1,7 @@
 """auto-round in its own environment. options: format, and keywords of `AutoRound` (bits, group_size, sym, iters, lr).
 
-It is handed the same windows in batches of its own size, 8.
+It is handed the same windows in batches of its own size, 8. Its kernel for a CPU unpacks the weights anew for every
+window, so each layer is unpacked once (`child.densified`) and the network evaluated with the dense weights.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def compress(job: child.Job, clock: child.Clock) -> None:
 
 
 def load(job: child.Job) -> Any:
-    return job.stock_model(job.output, device_map="cpu")
+    model = job.stock_model(job.output, device_map="cpu")
+    return child.densified(model, lambda layer: hasattr(layer, "qweight"), job.torch_dtype).to(job.torch_dtype)
 
 
 if __name__ == "__main__":

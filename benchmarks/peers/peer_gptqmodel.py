@@ -2,9 +2,8 @@
 
 Its loader asks for two workers of a pool that has half as many as there are cores, so on two cores it stops with
 "Virtual pool 'model_loader:cpu' requests 2 workers but parent 'cpu' only has 1". Its own variable for that is set here.
-Its torch kernels refuse float32 and unpack the weights anew for every window. So the result is loaded in float16, every
-layer is asked once, with the identity for its input, what it multiplies with, and the network then runs on these dense
-weights in the job's dtype.
+Its torch kernels refuse float32 and unpack the weights anew for every window. So the result is loaded in float16, each
+layer is unpacked once (`child.densified`), and the network evaluated with the dense weights in the job's dtype.
 """
 
 from __future__ import annotations
@@ -35,18 +34,7 @@ def load(job: child.Job) -> Any:
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
     model = GPTQModel.load(job.output, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseQuantLinear)}
-    assert layers, "nothing was quantized"
-    with torch.no_grad():
-        for name, layer in layers.items():
-            dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            outputs = layer(torch.eye(layer.in_features, dtype=torch.float16)).float()
-            if layer.bias is not None:
-                dense.bias.copy_(layer.bias)
-                outputs -= dense.bias
-            dense.weight.copy_(outputs.t())
-            model.set_submodule(name, dense)
-    return model.to(job.torch_dtype)
+    return child.densified(model, lambda layer: isinstance(layer, BaseQuantLinear), torch.float16).to(job.torch_dtype)
 
 
 if __name__ == "__main__":
