@@ -34,6 +34,8 @@ A tool that fails, refuses or cannot be installed has a row with its own last wo
 row are named below the table.
 
 What to know when reading the table:
+  effcli         `gptq plain` is the paper's method alone, as the peers have it; `gptq compressed` runs every window a
+                 second time, so that each block sees what the compressed blocks before it return
   llmcompressor  awq as released stops where there is no accelerator; the second row replaces one method by nothing
                  (peers/peer_llmcompressor.py). Its weights are decompressed to dense ones when the model first runs.
   auto-round     its light recipe (50 iterations) with its default, symmetric weights; the default of 200 iterations is
@@ -41,7 +43,7 @@ What to know when reading the table:
                  weights and then cannot save them in its own format, so that row tunes for one iteration only
   gptqmodel      asks for torch 2.14.1 or later and is installed beside torch 2.13.0 without its dependencies' leave
                  (ENVIRONMENTS). Symmetric weights, its default. Its torch kernels refuse float32; evaluated are
-                 the weights that they unpack in float16
+                 the weights that they unpack in float16. Its awq packs with those kernels and so refuses float32
   quanto         chooses groups itself: 128, lowered until it divides the inputs (96 for 576). Its int8 activations
                  have one static scale a tensor
   bitsandbytes   its w8a8 is LLM.int8(): outlier columns of the activations stay in floating point
@@ -106,9 +108,10 @@ class Tool:
     unasked: bool = True
 
 
-def effcli(**columns: list[str]) -> Tool:
-    """A row of effcli: for each column the passes, spelled as for `effcli compress --pass`."""
-    return Tool("", "peer_effcli.py", {column: {"passes": passes} for column, passes in columns.items()})
+def effcli(mark: str = "", inputs: str = "original", **columns: list[str]) -> Tool:
+    """A row of effcli: for each column the passes, spelled as for `effcli compress --pass`; inputs: of calibration."""
+    options = {column: {"passes": passes, "inputs": inputs} for column, passes in columns.items()}
+    return Tool("", "peer_effcli.py", options, mark)
 
 
 def both(**options: Any) -> dict[str, dict[str, Any]]:
@@ -121,6 +124,17 @@ TOOLS: dict[str, Tool] = {
     "effcli linear": effcli(w4=["linear:bits=4,group_size=64"], w3=["linear:bits=3,group_size=64"]),
     "effcli awq": effcli(w4=["awq:bits=4,group_size=64"], w3=["awq:bits=3,group_size=64"]),
     "effcli gptq": effcli(w4=["gptq:bits=4,group_size=64"], w3=["gptq:bits=3,group_size=64"]),
+    "effcli gptq plain": effcli(
+        "scales=false, sweeps=0",
+        w4=["gptq:bits=4,group_size=64,scales=false,sweeps=0"],
+        w3=["gptq:bits=3,group_size=64,scales=false,sweeps=0"],
+    ),
+    "effcli gptq compressed": effcli(
+        "calibration inputs: compressed",
+        "compressed",
+        w4=["gptq:bits=4,group_size=64"],
+        w3=["gptq:bits=3,group_size=64"],
+    ),
     "effcli nf4": effcli(w4=["nf4:block_size=64"]),
     "effcli smoothquant": effcli(
         w8a8=["smoothquant", "linear:bits=8,granularity=channel,symmetric=true,activations=int8"]

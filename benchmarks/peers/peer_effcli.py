@@ -1,4 +1,4 @@
-"""effcli under the same harness. options: passes, a list of strings as for --pass.
+"""effcli under the same harness. options: passes, a list of strings as for --pass, and inputs, those of calibration.
 
 The clock covers `effcli.compress` whole: effcli streams, so reading and writing the weights cannot be told from it.
 """
@@ -14,7 +14,12 @@ import child
 def compress(job: child.Job, clock: child.Clock) -> None:
     import effcli
 
-    calibration = {"data": job.calibration, "samples": job.samples, "length": job.length}
+    calibration = {
+        "data": job.calibration,
+        "samples": job.samples,
+        "length": job.length,
+        "inputs": job.options["inputs"],
+    }
     with clock:
         effcli.compress(
             job.checkpoint, job.options["passes"], Path(job.output), calibration=calibration, evaluate=False
