@@ -1,4 +1,4 @@
-"""Export to the layout of GPTQ, which transformers (with gptqmodel installed), vLLM and gptqmodel load.
+"""Export to the layout of GPTQ, which transformers (with optimum and gptqmodel), vLLM and gptqmodel load.
 
 A weight (out, in) of b bits becomes, for g groups of each row,
 

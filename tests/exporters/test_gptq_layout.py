@@ -217,7 +217,10 @@ def test_a_checkpoint_reads_as_the_layout_says(kind: str, step: Any, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="needs gptqmodel")
+@pytest.mark.skipif(
+    find_spec("gptqmodel") is None or find_spec("optimum") is None,
+    reason="needs gptqmodel, and optimum, through which transformers calls it",
+)
 def test_gptqmodel_loads_it(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
