@@ -34,8 +34,9 @@ A tool that fails, refuses or cannot be installed has a row with its own last wo
 row are named below the table.
 
 What to know when reading the table:
-  effcli         `gptq plain` is the paper's method alone, as the peers have it; `gptq compressed` runs every window a
-                 second time, so that each block sees what the compressed blocks before it return
+  effcli         `gptq plain` leaves out scales and sweeps, which the peers do not have, but not effcli's choice of
+                 ranges and damping; `gptq compressed` runs every window a second time, so that each block sees what
+                 the compressed blocks before it return
   llmcompressor  awq as released stops where there is no accelerator; the second row replaces one method by nothing
                  (peers/peer_llmcompressor.py). Its weights are decompressed to dense ones when the model first runs.
   auto-round     its light recipe (50 iterations) with its default, symmetric weights; the default of 200 iterations is
