@@ -15,15 +15,17 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from effcli.errors import CheckpointError, MachineError, writing
+from effcli.documents import parse_json, read_model, read_object
+from effcli.errors import CheckpointError, MachineError, first_line, writing
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -50,6 +52,19 @@ _NO_PICKLES = "effcli does not execute pickles"
 _CONVERT = "convert it: load it with its own code, then `save_pretrained(...)` writes safetensors"
 _HEADER_LIMIT = 100_000_000
 _COPY_CHUNK = 8 << 20
+
+
+_Size = Annotated[int, Field(strict=True, lt=2**63)]
+
+
+class _Described(BaseModel):
+    """One tensor in the header of a safetensors file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    shape: tuple[_Size, ...] = Field(max_length=64)
+    data_offsets: tuple[_Size, _Size]
 
 
 @dataclass(frozen=True)
@@ -84,25 +99,33 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise CheckpointError(
                     f"{file} is truncated or damaged: its header claims {length} bytes, the file has {size}", remedy
                 )
-            header = json.loads(stream.read(length))
+            data = stream.read(length)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         raise CheckpointError(f"{file} is missing" if missing else f"cannot read {file}: {error}", remedy) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: its header is not JSON", remedy) from error
+    header = parse_json(data, f"the header of {file}", remedy=remedy, unique=True)
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is damaged: its header is not a JSON object", remedy)
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, info, 8 + length, size, remedy) for name, info in header.items()}
+    entries = {name: _entry(file, name, info, 8 + length, size, remedy) for name, info in header.items()}
+    _check_covered(file, entries, 8 + length, size, remedy)
+    try:
+        # The library reads the header only. It has the last word on what this format is.
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {first_line(error)}", remedy) from error
+    return entries
 
 
 def _entry(file: Path, name: str, info: Any, start: int, size: int, remedy: str) -> Entry:
     """The tensor `name` as its header describes it; the data starts at byte `start`, the file has `size` bytes."""
     try:
-        dtype, shape = info["dtype"], tuple(int(extent) for extent in info["shape"])
-        begin, end = (int(offset) for offset in info["data_offsets"])
-    except (TypeError, KeyError, ValueError) as error:
+        described = _Described.model_validate(info)
+    except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: no type, shape and offsets for {name}", remedy) from error
+    dtype, shape = described.dtype, described.shape
+    begin, end = described.data_offsets
     if dtype not in DTYPES:
         raise CheckpointError(f"{file}: {name} has the unknown dtype {dtype}", "convert it to a floating dtype")
     if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
@@ -110,6 +133,19 @@ def _entry(file: Path, name: str, info: Any, start: int, size: int, remedy: str)
     if start + end > size:
         raise CheckpointError(f"{file} is truncated: {name} ends at byte {start + end}, the file has {size}", remedy)
     return Entry(file, dtype, shape, start + begin, start + end)
+
+
+def _check_covered(file: Path, entries: Mapping[str, Entry], start: int, size: int, remedy: str) -> None:
+    """`CheckpointError` unless each byte from `start` to the end of the file belongs to exactly one tensor."""
+    at = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < at:
+            raise CheckpointError(f"{file} is damaged: {name} overlaps the tensor before it", remedy)
+        if entry.begin > at:
+            raise CheckpointError(f"{file} is damaged: {entry.begin - at} bytes before {name} belong to none", remedy)
+        at = entry.end
+    if at < size:
+        raise CheckpointError(f"{file} is damaged: {size - at} bytes after the last tensor belong to none", remedy)
 
 
 def read_entry(entry: Entry) -> Tensor:
@@ -171,15 +207,15 @@ class Checkpoint:
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of the directory `path`."""
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} holds no config.json", "give a Hugging Face checkpoint directory") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON", "restore it from the original checkpoint") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is not a JSON object", "restore it from the original checkpoint")
-    return config
+    if not file.exists():
+        raise CheckpointError(f"{path} holds no config.json", "give a Hugging Face checkpoint directory")
+    return read_object(file, remedy="restore it from the original checkpoint")
+
+
+class _Index(BaseModel):
+    """A shard index; what else it holds is for others."""
+
+    weight_map: dict[str, str]
 
 
 def _weight_map(path: Path) -> dict[str, str] | None:
@@ -189,11 +225,13 @@ def _weight_map(path: Path) -> dict[str, str] | None:
         if (path / f"{stem}.safetensors").is_file():
             return None
         if index.is_file():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {str(name): str(file) for name, file in names.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index} is damaged", "download or copy the checkpoint again") from error
+            remedy = "download or copy the checkpoint again"
+            names = read_model(_Index, index, remedy=remedy).weight_map
+            for file in set(names.values()):
+                steps = PurePosixPath(file).parts
+                if not steps or steps[0] == "/" or ".." in steps or "\0" in file:
+                    raise CheckpointError(f"{index} is damaged: {file!r} is no file in its folder", remedy)
+            return names
     return None
 
 

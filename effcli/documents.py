@@ -64,11 +64,11 @@ def parse_json(
     except _Refused as found:
         raise error(f"{source} is damaged: {found}", remedy) from found
     except UnicodeError as found:
-        raise error(f"{source} is damaged: it is not UTF-8 text", remedy) from found
+        raise error(f"{source} is not JSON: it is not UTF-8 text", remedy) from found
     except RecursionError as found:
-        raise error(f"{source} is damaged: it is nested too deep", remedy) from found
+        raise error(f"{source} is not JSON, or nested too deep", remedy) from found
     except ValueError as found:
-        raise error(f"{source} is damaged: it is not JSON", remedy) from found
+        raise error(f"{source} is not JSON: it is damaged", remedy) from found
     return value
 
 
@@ -78,7 +78,7 @@ def read_object(
     """The JSON object in `file`; see `read_json`."""
     value = read_json(file, remedy=remedy, error=error, limit=limit)
     if not isinstance(value, dict):
-        raise error(f"{file} is damaged: it is not a JSON object", remedy)
+        raise error(f"{file} is not a JSON object: it is damaged", remedy)
     return value
 
 

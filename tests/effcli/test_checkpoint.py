@@ -124,6 +124,27 @@ DAMAGED_FILES: dict[str, tuple[bytes, str]] = {
     "negative shape": (a_tensor(shape=[-1, -2]), "is damaged: a has 8 bytes"),
     "null shape": (a_tensor(shape=[None]), "no type, shape and offsets for a"),
     "unknown dtype": (a_tensor(dtype="F3"), "unknown dtype F3"),
+    "a dtype that is a list": (a_tensor(dtype=[]), "no type, shape and offsets for a"),
+    "a fractional extent": (a_tensor(shape=[2.0]), "no type, shape and offsets for a"),
+    "a key too much": (a_tensor(scale=1), "no type, shape and offsets for a"),
+    "bytes after the last tensor": (a_tensor() + b"\0", "1 bytes after the last tensor"),
+    "a hole": (a_tensor(data_offsets=[4, 12]) + bytes(4), "4 bytes before a belong to none"),
+    "two tensors in one place": (
+        header_bytes({name: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]} for name in "ab"}, bytes(2)),
+        "b overlaps",
+    ),
+    "a name twice": (
+        header_bytes(
+            b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+            bytes(2),
+        ),
+        "'a' stands twice",
+    ),
+    "metadata that is no text": (
+        header_bytes({"__metadata__": {"format": 1}, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"x"),
+        "is damaged",
+    ),
+    "padding that is no space": (header_bytes(a_tensor()[8:-8] + b"\0", bytes(8)), "not JSON"),
     "a zip archive": (b"PK\x03\x04\x14\x00\x08\x08" + bytes(99), "is a pickle, not safetensors"),
     "a pickle": (b"\x80\x02}q\x00(X\x0c" + bytes(99), "is a pickle, not safetensors"),
 }
@@ -135,6 +156,29 @@ def test_a_damaged_file(data: bytes, cause: str, folder: Path) -> None:
     refused(lambda: Checkpoint.open(folder), cause)
 
 
+def test_nothing_is_taken_that_the_library_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.int8), "c": torch.zeros(0)}
+    save_file(tensors, file, {"format": "pt"})
+    sound = file.read_bytes()
+    (length,) = struct.unpack("<Q", sound[:8])
+    text, data = sound[8 : 8 + length], sound[8 + length :]
+    spare = [b"0", b"1", b"-", b'"', b"{", b"]", b" ", b"\0", b"4", b"."]
+    taken = 0
+    for at in range(len(text)):
+        changes = [text[:at] + text[at + 1 :], *(text[:at] + new + text[at + 1 :] for new in spare)]
+        for changed in changes:
+            file.write_bytes(header_bytes(changed, data))
+            try:
+                names = set(read_header(file))
+            except CheckpointError:
+                continue
+            taken += 1
+            with safe_open(file, framework="pt") as opened:
+                assert set(opened.keys()) == names
+    assert taken > 100
+
+
 def remove_shard(path: Path) -> None:
     (path / "model-00001-of-00002.safetensors").unlink()
 
@@ -142,6 +186,12 @@ def remove_shard(path: Path) -> None:
 def promise_more(path: Path) -> None:
     index = json.loads((path / "model.safetensors.index.json").read_text())
     index["weight_map"]["c"] = "model-00002-of-00002.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def name_shard(path: Path, shard: Any) -> None:
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["a"] = shard
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -169,6 +219,10 @@ DAMAGED_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index not JSON": (lambda path: (path / "model.safetensors.index.json").write_text("{"), "is damaged"),
     "index a list": (lambda path: (path / "model.safetensors.index.json").write_text("[]"), "is damaged"),
     "index without a map": (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "is damaged"),
+    "a shard outside": (lambda path: name_shard(path, "../elsewhere.safetensors"), "is no file in its folder"),
+    "a shard by its whole path": (lambda path: name_shard(path, "/tmp/x.safetensors"), "is no file in its folder"),
+    "a shard without a name": (lambda path: name_shard(path, ""), "is no file in its folder"),
+    "a shard that is a number": (lambda path: name_shard(path, 1), "index.json is damaged"),
     "only pickles": (only_pickles, "holds only pickled weights (pytorch_model.bin)"),
     "no weights": (no_weights, "holds no *.safetensors file"),
     "no config": (lambda path: (path / "config.json").unlink(), "holds no config.json"),
@@ -290,7 +344,6 @@ def test_a_failure_in_the_middle_leaves_no_file(tmp_path: Path, monkeypatch: pyt
     sources = parts(tmp_path)
     target = tmp_path / "out"
     target.mkdir()
-    sources[1].write_bytes(sources[1].read_bytes() + bytes(1))
     sound = checkpoint.read_header
 
     def header_before_the_file_was_cut(file: Path) -> dict[str, checkpoint.Entry]:
