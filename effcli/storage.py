@@ -85,6 +85,13 @@ def network_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A network's config whose output head has a weight of its own."""
+    config = {**config, "tie_word_embeddings": False}
+    text = config.get("text_config")
+    return {**config, "text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else config
+
+
 def is_own(config: dict[str, Any]) -> bool:
     return config.get("model_type") == OWN_TYPE
 

@@ -23,7 +23,8 @@ from effcli.stock import load_network_config, quiet_transformers
 class Skeleton:
     """A causal language model on the meta device, its blocks and its layers.
 
-    head: the module name of the output head, None without one; tied: whether it shares the input embedding's weight.
+    head: the module name of the output head, None without one; tied: whether it shares the input embedding's weight;
+    was_tied: whether the config says that it does.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], trust_remote_code: bool = False) -> None:
@@ -52,9 +53,20 @@ class Skeleton:
         head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         self.head: str | None = next((name for name, m in self.model.named_modules() if m is head), None)
         self.tied = head is not None and inputs is not None and head.weight is inputs.weight
+        self.was_tied = self.tied
         self.embedding = next(f"{name}.weight" for name, m in self.model.named_modules() if m is inputs)
         self.block_path, self.blocks = find_blocks(self.model)
         self.block_names = [f"{self.block_path}.{k}" for k in range(len(self.blocks))]
+
+    def untie(self) -> None:
+        """Give the output head a weight of its own."""
+        assert self.head is not None
+        head = self.model.get_submodule(self.head)
+        head.weight = nn.Parameter(torch.empty_like(head.get_parameter("weight")), requires_grad=False)
+        # Whoever ties this network's weights once more is to leave the head alone.
+        for config in (self.config, self.config.get_text_config()):
+            config.tie_word_embeddings = False
+        self.tied = False
 
     def block_layers(self, k: int) -> list[LayerSite]:
         """The layers of block k, in the order of its modules."""

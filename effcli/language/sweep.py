@@ -32,7 +32,7 @@ from effcli.observers import Gram
 from effcli.reports.report import LedgerRow
 from effcli.selection import choose
 from effcli.sites import LayerSite
-from effcli.storage import network_config, obstacles_of, own_config, standard_config
+from effcli.storage import obstacles_of, own_config, standard_config, untied
 from effcli.swept import Progress, Swept, check_finite, check_tensor, dense_row, worst
 
 if TYPE_CHECKING:
@@ -207,13 +207,15 @@ class _Sweep:
             swept.remarks += [text for text in part.remarks if text not in swept.remarks]
             stored.update(part.stored)
         swept.histograms = worst(swept)
+        if self.weights.head_note:
+            swept.remarks.append(self.weights.head_note)
         unused = self.weights.unused()
         if unused:
             swept.remarks.append(f"left out: {len(unused)} tensors that this network does not use, such as {unused[0]}")
         obstacles = obstacles_of(stored)
-        config = network_config(self.weights.checkpoint.config)
+        config = self.weights.network_config()
         if self.skeleton.tied and self.skeleton.head in stored:
-            config["tie_word_embeddings"] = False
+            config = untied(config)
         if obstacles:
             first, reason = next(iter(obstacles.items()))
             swept.remarks.append(

@@ -22,7 +22,7 @@ from effcli.errors import CheckpointError
 from effcli.formats import Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.sites import LayerSite
-from effcli.storage import Stored, network_config, stored_layers
+from effcli.storage import Stored, network_config, stored_layers, untied
 
 # The tensors that a quantized layer may consist of, by the end of their names.
 SUFFIXES = frozenset(
@@ -70,6 +70,40 @@ class Weights:
         self._sites: dict[str, list[LayerSite]] = {}
         for site in find_layers(skeleton.model, ""):
             self._sites.setdefault(site.parameter, []).append(site)
+        self.head_note = self._settle_head() if skeleton.tied else ""
+
+    def _settle_head(self) -> str:
+        """Tie the output head to the input embedding or not, as the files and the stock loader have it, and say so.
+
+        The config alone does not decide: the files may hold a head of its own, or the shared weight as the head's only.
+        """
+        head, embedding = f"{self.skeleton.head}.weight", self.skeleton.embedding
+        if head not in self._sources:
+            if self.skeleton.head not in self._packed:
+                return ""
+        elif not self.has(embedding):
+            # The stock loader ties whichever of the two is there.
+            self._sources[embedding] = self._sources[head]
+            if head in self._converters:
+                self._converters[embedding] = self._converters[head]
+            return f"the weight that {self.skeleton.head} and the input embedding share is stored as {embedding} now"
+        elif self._same(head, embedding):
+            return f"{head} is equal to the input embedding, which it is tied to: stored once, as {embedding}"
+        self.skeleton.untie()
+        return f"{head} differs from the input embedding although config.json ties them: kept as a head of its own"
+
+    def _same(self, first: str, second: str) -> bool:
+        """Whether two dense parameters are equal."""
+        if any(site.name in self._packed for name in (first, second) for site in self.sites(name)):
+            return False
+        return torch.equal(
+            self.parameter(first).to(self.skeleton.dtype), self.parameter(second).to(self.skeleton.dtype)
+        )
+
+    def network_config(self) -> dict[str, Any]:
+        """The network's own config, which says of the head what the files say."""
+        config = network_config(self.checkpoint.config)
+        return untied(config) if self.skeleton.was_tied and not self.skeleton.tied else config
 
     def sites(self, parameter: str) -> list[LayerSite]:
         """The layers that a parameter holds: one, several for a stack of experts, or none."""

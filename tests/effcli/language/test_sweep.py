@@ -429,6 +429,57 @@ def test_the_output_head(tied: bool, step: dict[str, Any], tmp_path: Path) -> No
     )
 
 
+def tied_but(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A network whose config ties the head, with other tensors in its file."""
+    source = architectures.make("llama", folder, tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+@pytest.mark.parametrize("step", [{"linear": {"bits": 8}}, {"awq": {"bits": 8, "lm_head": True}}])
+def test_a_head_that_differs_from_the_embedding_is_kept_though_the_config_ties_them(
+    step: dict[str, Any], tmp_path: Path
+) -> None:
+    head = torch.randn(architectures.VOCABULARY, 64, generator=torch.Generator().manual_seed(2)) * 0.1
+    source = tied_but(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": head}))
+    swept = carry_out(source, tmp_path / "out", step)
+    assert any("lm_head.weight differs from the input embedding" in text for text in swept.remarks)
+    assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
+    weights = open_weights(tmp_path / "out", False)
+    if "linear" in step:
+        assert weights.parameter("lm_head.weight").equal(head)
+    expected = original(source)
+    for network in (AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), runtime.load(tmp_path / "out")):
+        assert float((logits(network) - expected).norm() / expected.norm()) < 0.03
+
+
+def test_a_tied_weight_that_the_file_names_after_the_head_is_read(tmp_path: Path) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    source = tied_but(tmp_path / "model", rename)
+    embedding = load_file(source / "model.safetensors")["lm_head.weight"]
+    swept = carry_out(source, tmp_path / "out", LINEAR)
+    assert any("share is stored as model.embed_tokens.weight" in text for text in swept.remarks)
+    assert open_weights(tmp_path / "out", False).parameter("model.embed_tokens.weight").equal(embedding)
+    torch.testing.assert_close(logits(runtime.load(source)), original(source), rtol=1e-5, atol=1e-5)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(
+        logits(stock), logits(runtime.load(tmp_path / "out", packed=False)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_an_equal_copy_of_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
+    source = tied_but(
+        tmp_path / "model", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
+    swept = carry_out(source, tmp_path / "out", LINEAR)
+    assert any("lm_head.weight is equal to the input embedding" in text for text in swept.remarks)
+    assert open_weights(tmp_path / "out", False).skeleton.tied
+
+
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "one format": ({}, {}, True),
     "symmetric": ({"symmetric": True}, {}, True),
