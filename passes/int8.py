@@ -26,7 +26,7 @@ from effcli.graphs.fusion import covered, fuse, hoist_activations
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import Array, IntegerNetwork, Weighted
 from effcli.graphs.lowering import check, lower
-from effcli.graphs.rewriting import decompose_attention, select_before_permuting
+from effcli.graphs.rewriting import count_padding, decompose_attention, select_before_permuting
 from effcli.passes._fold import fold_batch_norms
 from effcli.ranges import Method, Observer, Range
 
@@ -35,6 +35,8 @@ _CORRECTING = 256
 _BYTES = 1 << 26
 # Inputs that the network carries, for exports to be compared on.
 _PROBE = 16
+# How many times wider than its numbers a tensor may become by what is filled in around them without a remark.
+_FAR = 4
 
 
 class Config(PassConfig):
@@ -75,6 +77,7 @@ def prepare(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
     prepared = Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
     _, remarks = fold_batch_norms(prepared)
     decompose_attention(prepared)
+    count_padding(prepared)
     select_before_permuting(prepared)
     hoist_activations(prepared)
     return prepared, remarks
@@ -148,8 +151,15 @@ def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tupl
             continue
         # What is clipped of the input no layer can restore, and pixels from 0 to 255 become codes without any error.
         method: Method = "minmax" if group == inputs else config.observer
-        ranges[group] = observer.range_of(method, config.percentile)
+        seen = observer.range_of(method, config.percentile)
+        ranges[group] = fusion.covering(group, *seen)
         activations.append(observer.row(ranges[group], method))
+        if _width(ranges[group]) > _FAR * _width(seen):
+            filled = ", ".join(f"{fill:g}" for pad, fill in fusion.fills.items() if fusion.groups[pad.name] == group)
+            remarks += (
+                f"{observer.name} is padded with {filled}, far outside of {seen[0]:.4g} to {seen[1]:.4g} which it has: "
+                "its codes cover both, so its own numbers are coarse",
+            )
     lowered = lower(graph, ranges, config.range == "least_squares")
     notes = {layer: dict(note) for layer, note in lowered.notes.items()}
     if config.bias_correction:
@@ -157,6 +167,10 @@ def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tupl
             notes[layer]["bias_shift"] = round(shift, 3)
     lowered.network.probe = lowered.network.quantize(statistics.inputs[:_PROBE].numpy())
     return Transformed(lowered.network, notes, tuple(activations), (*remarks, *lowered.remarks))
+
+
+def _width(found: Range) -> float:
+    return found[1] - found[0]
 
 
 def correct_biases(network: IntegerNetwork, statistics: Statistics) -> dict[str, float]:

@@ -69,7 +69,7 @@ class Assembly:
         grouped = {self.fusion.groups[name]: found for name, found in ranges.items()}
         grids = self.fusion.grids
         self._scales = {
-            name: grids[group] if group in grids else quantization(*grouped[group])
+            name: grids[group] if group in grids else quantization(*self.fusion.covering(group, *grouped[group]))
             for name, group in self.fusion.groups.items()
         }
 

@@ -1,8 +1,8 @@
 """Which nodes of a graph become one integer operation, and which tensors must share one scale.
 
 A ReLU or a clamp behind a convolution, linear, addition, multiplication or average becomes the bounds of its result;
-zero padding before a convolution becomes the convolution's own. Operations that only move or select numbers (`SHARING`)
-keep the scale of their input.
+zero padding before a convolution becomes the convolution's own, and padding with -inf that of a max pooling. Operations
+that only move or select numbers (`SHARING`) keep the scale of their input.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ _AVERAGES = {
     "aten.mean.dim",
 }
 _ARITHMETIC = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor"}
+_MAXIMA = {"aten.max_pool1d.default", "aten.max_pool2d.default"}
+# Moves of single numbers, behind which a max pooling may still be all that reads them.
+_MOVES = {"aten.reshape.default", "aten.permute.default", "aten.slice.Tensor", "aten.select.int"}
+# A padding below this stands for -inf: networks also write the least float32.
+_NO_NUMBER = -1e30
 # A ReLU commutes with these: the largest of clamped numbers is the largest one, clamped.
 _COMMUTING = {"aten.max_pool1d.default", "aten.max_pool2d.default", "aten.reshape.default", "aten.permute.default"}
 
@@ -53,11 +58,12 @@ _COMMUTING = {"aten.max_pool1d.default", "aten.max_pool2d.default", "aten.reshap
 class Fusion:
     """How a graph falls into integer operations.
 
-    bounds: by the node that computes, the activation fused into it, whose name the result has; pads: by convolution,
-    the node of the zero padding folded into it; absorbed: the nodes that are part of another in one of these ways;
-    groups: by the name of each remaining tensor, the name of the one that stands for all that share its scale; roots:
-    the tensors whose numbers make up all others, which is what an observer has to see; grids: by group, the scale and
-    the zero point that an operation demands whatever was observed.
+    bounds: by the node that computes, the activation fused into it, whose name the result has; pads: by convolution or
+    max pooling, the node of the padding folded into it; fills: by padding that is left, the number other than zero
+    that it fills in, -inf where the lowest code will do since only a max pooling reads it; absorbed: the nodes that are
+    part of another in one of these ways; groups: by the name of each remaining tensor, the name of the one that stands
+    for all that share its scale; roots: the tensors whose numbers make up all others, which is what an observer has to
+    see; grids: by group, the scale and the zero point that an operation demands whatever was observed.
     """
 
     bounds: dict[fx.Node, fx.Node]
@@ -66,6 +72,12 @@ class Fusion:
     groups: dict[str, str]
     roots: tuple[str, ...]
     grids: dict[str, Grid]
+    fills: dict[fx.Node, float]
+
+    def covering(self, group: str, low: float, high: float) -> tuple[float, float]:
+        """The range of a group widened to the numbers that paddings fill in."""
+        fills = [fill for pad, fill in self.fills.items() if self.groups[pad.name] == group and math.isfinite(fill)]
+        return min([low, *fills]), max([high, *fills])
 
     def result(self, node: fx.Node) -> fx.Node:
         """The node whose tensor the operation of `node` returns."""
@@ -81,7 +93,11 @@ def hoist_activations(graph: Graph) -> None:
             if operation(node) not in ACTIVATIONS:
                 continue
             before = node.args[0]
-            if not isinstance(before, fx.Node) or operation(before) not in _COMMUTING:
+            if not isinstance(before, fx.Node):
+                continue
+            # What -inf becomes in between does not matter where a max pooling follows, which never returns it.
+            passes = fills_nothing(before) and all(operation(user) in _MAXIMA for user in node.users)
+            if operation(before) not in _COMMUTING and not passes:
                 continue
             if len(before.users) == 1 and len(before.all_input_nodes[0].users) == 1:
                 _swap(before, node)
@@ -109,6 +125,8 @@ def fuse(graph: Graph) -> Fusion:
             bounds[node] = user
         elif isinstance(graph.module_of(user), nn.Conv1d | nn.Conv2d) and _foldable(node, graph.module_of(user)):
             pads[user] = node
+        if operation(user) in _MAXIMA and fills_nothing(node) and _fits(node, user):
+            pads[user] = node
     absorbed = {*bounds.values(), *pads.values()}
     parents: dict[str, str] = {}
     roots = []
@@ -120,12 +138,19 @@ def fuse(graph: Graph) -> Fusion:
         result = bounds.get(node, node).name
         parents[result] = result
         if operation(node) in SHARING:
-            for source in (each for each in node.all_input_nodes if each.name in parents):
+            for source in (each for each in pads.get(node, node).all_input_nodes if each.name in parents):
                 parents[_top(parents, source.name)] = result
         else:
             roots.append(result)
     groups = {name: _top(parents, name) for name in parents}
-    return Fusion(bounds, pads, absorbed, groups, tuple(roots), _grids(graph, groups, roots))
+    fills = {}
+    for node in graph.nodes:
+        if operation(node) == "aten.constant_pad_nd.default" and node not in absorbed and filled(node):
+            if fills_nothing(node) and _only_compared(node):
+                fills[node] = -math.inf
+            elif abs(filled(node)) < -_NO_NUMBER:
+                fills[node] = filled(node)
+    return Fusion(bounds, pads, absorbed, groups, tuple(roots), _grids(graph, groups, roots), fills)
 
 
 def is_constant(node: fx.Node) -> bool:
@@ -173,17 +198,50 @@ def _top(parents: dict[str, str], name: str) -> str:
 
 def _foldable(node: fx.Node, convolution: nn.Module | None) -> bool:
     padding = folded_padding(node)
-    return padding is not None and not (isinstance(convolution, nn.Conv1d) and any(padding[:2]))
+    if padding is None or filled(node) != 0:
+        return False
+    return not (isinstance(convolution, nn.Conv1d) and any(padding[:2]))
+
+
+def _fits(pad: fx.Node, pool: fx.Node) -> bool:
+    """Whether a max pooling can pad by as much as `pad` besides its own: by less than its window on every side."""
+    padding, flat = folded_padding(pad), operation(pool) == "aten.max_pool1d.default"
+    if padding is None or (flat and any(padding[:2])):
+        return False
+    kernel: Any = pool.args[1]
+    own: Any = pool.args[3] if len(pool.args) > 3 else pool.kwargs.get("padding", 0)
+    extents, around = (
+        [number] * 2 if isinstance(number, int) else [*number] * (2 // len(number)) for number in (kernel, own)
+    )
+    sides = zip(padding, (0, 0, 1, 1), strict=True)
+    return all(padded == 0 or padded + around[axis] < extents[axis] for padded, axis in sides)
+
+
+def filled(pad: fx.Node) -> float:
+    """The number that a constant padding fills in."""
+    return float(pad.args[2] if len(pad.args) > 2 else pad.kwargs.get("value") or 0)  # type: ignore[arg-type]
+
+
+def fills_nothing(node: fx.Node) -> bool:
+    """Whether `node` pads with -inf, or a number as low as that."""
+    return operation(node) == "aten.constant_pad_nd.default" and filled(node) <= _NO_NUMBER
+
+
+def _only_compared(node: fx.Node) -> bool:
+    """Whether max poolings are all that numbers of `node` reach."""
+    return all(
+        operation(user) in _MAXIMA or (operation(user) in _MOVES and _only_compared(user)) for user in node.users
+    )
 
 
 def folded_padding(node: fx.Node) -> Padding | None:
-    """Rows above and below, columns left and right, if `node` pads the last one or two axes with zeros."""
+    """Rows above and below, columns left and right, if `node` pads the last one or two axes."""
     if operation(node) != "aten.constant_pad_nd.default":
         return None
-    given: list[Any] = list(node.args[1:])
-    amounts, value = list(given[0]), given[1] if len(given) > 1 else 0
+    given: Any = node.args[1]
+    amounts = list(given)
     amounts += [0] * (4 - len(amounts))
-    if value != 0 or min(amounts) < 0 or any(amounts[4:]):
+    if min(amounts) < 0 or any(amounts[4:]):
         return None
     left, right, above, below = amounts[:4]
     return above, below, left, right

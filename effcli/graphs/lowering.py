@@ -10,13 +10,13 @@ everything in the outer bracket int32, and the factor before it a multiplier wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from effcli.errors import UnsupportedError
+from effcli.errors import NumericsError, UnsupportedError
 from effcli.graphs import lowering_attention as attention
 from effcli.graphs import lowering_layers as layers
 from effcli.graphs import lowering_moves as moves
@@ -80,17 +80,7 @@ def lower(graph: Graph, ranges: Mapping[str, Range], clip_weights: bool = False)
     has no integer operation, `NumericsError` for scales that no multiplier can express.
     """
     assembly = Assembly(graph, ranges, clip_weights)
-    for node in graph.nodes:
-        if node.op == "output" or is_constant(node) or node in assembly.fusion.absorbed:
-            continue
-        if operation(node) == "aten.sym_size.int":
-            continue  # the batch's size, traced where torch checks it: what takes it is named, with its own line
-        if node.op == "placeholder":
-            assembly.declare(node.name, assembly.shapes[node.name])
-            continue
-        handler = _HANDLERS.get(operation(node))
-        if handler is None:
-            raise UnsupportedError(f"{where(node)} has no integer operation", REMEDY)
+    for node, handler in _handled(assembly):
         handler(assembly, node)
     program, arrays = assembly.program()
     remarks = []
@@ -103,5 +93,29 @@ def lower(graph: Graph, ranges: Mapping[str, Range], clip_weights: bool = False)
 
 
 def check(graph: Graph) -> None:
-    """Raise `UnsupportedError` if an operation of `graph` has no integer counterpart."""
-    lower(graph, {name: (-1.0, 1.0) for name in fuse(graph).groups})
+    """Raise `UnsupportedError` if an operation of `graph` has no integer counterpart, whatever its ranges will be."""
+    assembly = Assembly(graph, {name: (-1.0, 1.0) for name in fuse(graph).groups}, False)
+    for node, handler in _handled(assembly):
+        try:
+            handler(assembly, node)
+        except NumericsError:
+            # A matter of the ranges, which only calibration knows; what follows can still be judged.
+            last = assembly.fusion.result(node).name
+            if last not in assembly.values:
+                assembly.declare(last, assembly.shapes[last])
+
+
+def _handled(assembly: Assembly) -> Iterator[tuple[fx.Node, Callable[[Assembly, fx.Node], None]]]:
+    """The nodes that become steps, with what makes them; `UnsupportedError` at the first without."""
+    for node in assembly.graph.nodes:
+        if node.op == "output" or is_constant(node) or node in assembly.fusion.absorbed:
+            continue
+        if operation(node) == "aten.sym_size.int":
+            continue  # the batch's size, traced where torch checks it: what takes it is named, with its own line
+        if node.op == "placeholder":
+            assembly.declare(node.name, assembly.shapes[node.name])
+            continue
+        handler = _HANDLERS.get(operation(node))
+        if handler is None:
+            raise UnsupportedError(f"{where(node)} has no integer operation", REMEDY)
+        yield node, handler

@@ -9,7 +9,7 @@ from torch import fx
 
 from effcli.errors import UnsupportedError
 from effcli.graphs.assembly import REMEDY, Assembly, argument, code, image, multiplier, origin, pair
-from effcli.graphs.fusion import Padding
+from effcli.graphs.fusion import Padding, filled, folded_padding
 from effcli.graphs.graph import operation, where
 from effcli.graphs.integer import (
     HIGHEST,
@@ -29,13 +29,17 @@ from effcli.graphs.integer import (
 def max_pool(assembly: Assembly, node: fx.Node) -> None:
     kernel, stride, around = _window(node)
     dilation = _extent(node, argument(node, 4, "dilation", 1), 1)
-    source, target = assembly.source(node), node.name
+    pad = assembly.fusion.pads.get(node)
+    extra = folded_padding(pad) if pad else (0, 0, 0, 0)
+    assert extra is not None
+    source, target = assembly.source(pad or node), node.name
+    above, left = around[0] + extra[0], around[1] + extra[2]
     shape = image(assembly.shapes[source])
     height, width = image(assembly.declare(target, assembly.shapes[target]).shape)[1:]
     # With ceil_mode the last window may reach beyond what is padded on the other side.
-    below = (height - 1) * stride[0] + (kernel[0] - 1) * dilation[0] + 1 - shape[1] - around[0]
-    right = (width - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1 - shape[2] - around[1]
-    padding = around[0], max(below, 0), around[1], max(right, 0)
+    below = (height - 1) * stride[0] + (kernel[0] - 1) * dilation[0] + 1 - shape[1] - above
+    right = (width - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1 - shape[2] - left
+    padding = above, max(below, 0), left, max(right, 0)
 
     def append(entry: str, output: str) -> None:
         options = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
@@ -94,16 +98,20 @@ def mean(assembly: Assembly, node: fx.Node) -> None:
 def pad(assembly: Assembly, node: fx.Node) -> None:
     amounts = list(argument(node, 1, "pad", ()))
     source, value = assembly.source(node), assembly.declare(node.name, assembly.shapes[node.name])
-    fill = float(argument(node, 2, "value", 0.0))
-    filled = code(value, fill)
+    fill = filled(node)
+    # Where only a max pooling reads it, the lowest code never wins over a number.
+    filler = LOWEST if assembly.fusion.fills.get(node) == -math.inf else code(value, fill)
     if min(amounts, default=0) < 0 or len(amounts) > 2 * len(value.shape):
         raise UnsupportedError(f"{where(node)} pads by {amounts}", "pad by amounts that are not negative")
-    if not LOWEST <= filled <= HIGHEST:
-        raise UnsupportedError(f"{where(node)} fills in {fill:g}, outside the range of its tensor", "pad with zeros")
+    if not LOWEST <= filler <= HIGHEST:
+        raise UnsupportedError(
+            f"{where(node)} fills in {fill:g}, which no code of its tensor stands for",
+            "pad with a number of the size of the tensor's own, or with -inf in front of a max pooling",
+        )
     amounts += [0] * (2 * len(value.shape) - len(amounts))
     padding = tuple(zip(amounts[-2::-2], amounts[-1::-2], strict=True))
     assembly.steps.append(
-        Pad(name=node.name, inputs=(source,), output=node.name, padding=padding, value=filled, source=origin(node))
+        Pad(name=node.name, inputs=(source,), output=node.name, padding=padding, value=filler, source=origin(node))
     )
 
 

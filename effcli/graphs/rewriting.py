@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import fx
+from torch.nn import functional
 
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import Graph, function, operation, where
 
+_AVERAGES = {"aten.avg_pool1d.default", "aten.avg_pool2d.default"}
 _MASKED = "leave the mask out, or quantize the network's weights only, with `linear` or `awq`"
 
 
@@ -59,6 +62,44 @@ def decompose_attention(graph: Graph) -> None:
             attended = _call(node, "aten.matmul.default", weights, given["value"])
         _replace(graph, node, attended)
     graph.module.recompile()
+
+
+def count_padding(graph: Graph) -> None:
+    """Write, in place, an average that leaves its padding out as one that counts it, times what was left out."""
+    shapes = graph.shapes()
+    arguments: list[Any]
+    for node in graph.nodes:
+        if operation(node) not in _AVERAGES or not _leaves_out(node):
+            continue
+        arguments = [_argument(node, index) for index in range(4)]
+        x, kernel, stride, padding = arguments
+        ones = torch.ones(1, 1, *shapes[x.name][1:])
+        pool = functional.avg_pool1d if ones.ndim == 3 else functional.avg_pool2d
+        share: Any = pool(ones, kernel, stride or kernel, padding)
+        name = f"{node.name}_share"
+        while hasattr(graph.module, name):
+            name += "_"
+        graph.module.register_parameter(name, torch.nn.Parameter(1 / share[0], requires_grad=False))
+        with graph.module.graph.inserting_before(node):
+            counted = _call(node, operation(node), x, kernel, stride or [], padding, False, True)
+            held = node.graph.create_node("get_attr", name)
+            held.meta["source"] = node.meta.get("source", "")
+            whole = _call(node, "aten.mul.Tensor", counted, held)
+        _replace(graph, node, whole)
+    graph.module.recompile()
+
+
+def _leaves_out(node: fx.Node) -> bool:
+    """Whether an average leaves out zeros around its input, in windows of one size."""
+    padding, ceil, counted = _argument(node, 3), _argument(node, 4), _argument(node, 5)
+    padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
+    return padded and counted is False and not ceil and _argument(node, 6) is None
+
+
+def _argument(node: fx.Node, index: int) -> Any:
+    """An argument of an average, None for its default."""
+    names = ("self", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    return node.args[index] if len(node.args) > index else node.kwargs.get(names[index])
 
 
 def _check_attention(node: fx.Node, given: dict[str, Any]) -> None:

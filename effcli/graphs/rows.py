@@ -55,7 +55,7 @@ def rows_of(weight: Numbers, stored: Quantized | None, least: Numbers, silent: f
     for the range with the least squared error.
     """
     if isinstance(stored, AffineWeight) and stored.zero is None and _by_rows(stored):
-        return _kept(stored, weight.shape)
+        return _kept(stored, weight.shape, least, silent)
     if isinstance(stored, CodebookWeight) and _by_rows(stored):
         return (_entries if stored.format.learned else _signs)(stored, weight, least, silent)
     matrix = weight.reshape(len(weight), -1)
@@ -74,19 +74,36 @@ def _by_rows(stored: AffineWeight | CodebookWeight) -> bool:
     return stored.input_scale is None and stored.format.strategy != "group"
 
 
-def _kept(stored: AffineWeight, shape: tuple[int, ...]) -> Rows:
+def _kept(stored: AffineWeight, shape: tuple[int, ...], least: Numbers, silent: float) -> Rows:
     format = stored.format
     codes = (stored.codes.short() - format.fixed_zero).to(torch.int8).numpy()
     scales = np.broadcast_to(stored.scale.double().numpy().reshape(-1), len(codes))
-    return Rows(codes.reshape(shape), scales, 2 if format.bits <= 2 else 4 if format.bits <= 4 else 8)
+    codes, scales, raised = _raised(codes, scales, least, silent)
+    return Rows(codes.reshape(shape), scales, 2 if format.bits <= 2 else 4 if format.bits <= 4 else 8, raised)
 
 
 def _signs(stored: CodebookWeight, weight: Numbers, least: Numbers, silent: float) -> Rows:
     """Binary and ternary weights: -1, 0 and 1 times a scale, exactly; a scale of 0 leaves zeros."""
     assert stored.scales is not None
     scales = np.broadcast_to(stored.scales.double().numpy(), len(stored.codes))
-    codes = np.sign(weight).astype(np.int8)
-    return Rows(codes, np.where(scales > 0, scales, silent), 2)
+    signs = np.sign(weight).astype(np.int8)
+    codes, scales, raised = _raised(signs.reshape(len(signs), -1), scales, least, silent)
+    return Rows(codes.reshape(weight.shape), scales, 2, raised)
+
+
+def _raised(
+    codes: NDArray[np.int8], scales: Numbers, least: Numbers, silent: float
+) -> tuple[NDArray[np.int8], Numbers, int]:
+    """Codes (out, in) and scales of which none is too small for its row's bias, and how many rows were changed.
+
+    A scale of 0 means a row of zeros.
+    """
+    dead, small = scales <= 0, (scales > 0) & (scales < least)
+    found = np.where(dead, np.maximum(silent, least), np.where(small, least, scales))
+    ratio = np.where(dead, 0.0, scales / found)
+    changed = (dead | small)[:, None]
+    rounded = np.where(changed, np.rint(codes * ratio[:, None]), codes).astype(np.int8)
+    return rounded, found, int(small.sum())
 
 
 def _entries(stored: CodebookWeight, weight: Numbers, least: Numbers, silent: float) -> Rows:

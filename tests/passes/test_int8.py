@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 
 from effcli.contract import Needs, Observed, Scope, Transformed
 from effcli.errors import DataError, NumericsError, UnsupportedError
+from effcli.formats import Affine, AffineWeight
 from effcli.graphs import executor
 from effcli.graphs.graph import Builder, Facts, Graph
-from effcli.graphs.integer import IntegerNetwork, Weighted
+from effcli.graphs.integer import IntegerNetwork, Pad, Weighted
 from effcli.importers import read
 from effcli.passes import int8
 from effcli.ranges import Method
@@ -193,6 +194,114 @@ def test_what_is_unsupported_is_said_before_calibration() -> None:
 
     with pytest.raises(UnsupportedError, match=r"norm \(GroupNorm, net\.py:3 in forward\)"):
         int8.transform(int8.Config(), graph, Observed(batches=batches))
+
+
+def built(shape: tuple[int, ...], build: Callable[[Builder, fx.Node], fx.Node]) -> Graph:
+    torch.manual_seed(0)
+    b = Builder()
+    return b.finish(build(b, b.input()), Facts(origin="test", shape=shape))
+
+
+@pytest.mark.parametrize(("fill", "told"), [(0.7, False), (127.0, True), (-1000.0, True)])
+def test_padding_with_any_number_is_covered(fill: float, told: bool) -> None:
+    """What is filled in has a code; only where it dwarfs all else, a remark says what that costs."""
+    graph = built((3, 6, 7), lambda b, x: b.call("aten.constant_pad_nd.default", x, [1, 2, 0, 1], fill))
+    inputs = inputs_of(graph, 64)
+    made = transformed(graph, inputs)
+    network = network_of(made)
+    (row,) = made.activations
+    assert row.low <= fill <= row.high
+    found = executor.run_float(network, inputs.numpy())
+    np.testing.assert_allclose(found[:, :, -1], fill, atol=0.51 * network.output.scale)
+    assert decibels(graph, network, inputs) > 25
+    assert [remark for remark in made.remarks if "far outside" in remark] == list(made.remarks)
+    assert len(made.remarks) == told
+
+
+def maximum(b: Builder, x: fx.Node, first: bool, behind: bool, count: int = 1, fill: float = -torch.inf) -> fx.Node:
+    """A convolution, uneven padding with -inf and poolings that read it, with a ReLU before or behind."""
+    x = b.module("conv", nn.Conv2d(3, 6, 3, padding=1), x)
+    x = b.call("aten.relu.default", x) if first else x
+    x = b.call("aten.constant_pad_nd.default", x, [0, 1, 0, 1], fill)
+    pools = [b.call("aten.max_pool2d.default", x, [3, 3], [2, 2]) for _ in range(count)]
+    x = pools[0] if count == 1 else b.call("aten.cat.default", pools, 1)
+    return b.call("aten.relu.default", x) if behind else x
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize(("first", "behind"), [(True, False), (False, True), (False, False)])
+def test_padding_that_never_wins_belongs_to_the_pooling(first: bool, behind: bool, fill: float) -> None:
+    graph = built((3, 8, 8), lambda b, x: maximum(b, x, first, behind, fill=fill))
+    inputs = inputs_of(graph, 64)
+    network = network_of(transformed(graph, inputs))
+    assert [step.op for step in network.program.steps] == ["convolution", "max_pool"]
+    assert decibels(graph, network, inputs) > 30
+
+
+def test_the_lowest_code_stands_for_minus_infinity() -> None:
+    """Where several poolings read the padding, or one that is padded further than it may be itself."""
+    graph = built((3, 8, 8), lambda b, x: maximum(b, x, False, False, count=2))
+    inputs = inputs_of(graph, 64)
+    network = network_of(transformed(graph, inputs))
+    assert [step.value for step in network.program.steps if isinstance(step, Pad)] == [-128]
+    assert decibels(graph, network, inputs) > 30
+
+    def wide(b: Builder, x: fx.Node) -> fx.Node:
+        x = b.call("aten.constant_pad_nd.default", x, [3, 0], -torch.inf)
+        return b.call("aten.max_pool1d.default", x, [3], [5])
+
+    graph = built((3, 20), wide)
+    network = network_of(transformed(graph, inputs_of(graph, 64)))
+    assert [step.op for step in network.program.steps if step.op != "reshape"] == ["pad", "max_pool"]
+
+
+@pytest.mark.parametrize(("padding", "stride"), [([1, 1], [2, 2]), ([1, 0], [])])
+def test_averages_that_leave_their_padding_out(padding: list[int], stride: list[int]) -> None:
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        x = b.module("conv", nn.Conv2d(3, 6, 3, padding=1), x)
+        x = b.call("aten.avg_pool2d.default", x, [3, 3], stride, padding, False, False)
+        return b.call("aten.relu.default", x)
+
+    graph = built((3, 9, 9), build)
+    assert decibels(graph, network_of(transformed(graph, inputs_of(graph, 64))), inputs_of(graph, 64, 2)) > 28
+    line = built((3, 12), lambda b, x: b.call("aten.avg_pool1d.default", x, [4], [4], [2], False, False))
+    assert decibels(line, network_of(transformed(line, inputs_of(line, 64))), inputs_of(line, 64)) > 28
+
+
+def test_weights_of_any_scale_are_judged_by_calibration() -> None:
+    """A layer of 1e6 and one of 1e-6 behind it, which a range of one on both sides could not express."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        first, second = nn.Linear(8, 8), nn.Linear(8, 4)
+        for module, factor in ((first, 1e7), (second, 1e-7)):
+            module.weight.data *= factor
+        return b.module("second", second, b.module("first", first, x))
+
+    graph = built((8,), build)
+    inputs = inputs_of(graph, 64)
+    assert decibels(graph, network_of(transformed(graph, inputs)), inputs) > 30
+
+
+@pytest.mark.parametrize("bits", [0, 2, 4])
+def test_dead_channels_are_raised_however_they_were_stored(bits: int) -> None:
+    """Weights of 1e-30 beside an ordinary bias: as int8 makes them, and compressed to fewer bits before."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        module = nn.Conv2d(3, 6, 3)
+        module.weight.data[2] *= 1e-30
+        return b.module("conv", module, x)
+
+    graph = built((3, 8, 8), build)
+    if bits:
+        weight = graph.layer("conv").weight.detach().reshape(6, -1)
+        format = Affine(bits, "channel", symmetric=True)
+        scale = weight.abs().amax(1, keepdim=True) / 2 ** (bits - 1)
+        codes = (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 2 ** (bits - 1)
+        graph.set_weight("conv", AffineWeight(format, codes.to(torch.uint8), scale, None))
+    inputs = inputs_of(graph, 64)
+    made = transformed(graph, inputs)
+    assert made.notes["conv"]["raised_scales"] == 1 and made.notes["conv"]["weight_bits"] == (bits or 8)
+    assert decibels(graph, network_of(made), inputs) > 30
 
 
 class Transformer(nn.Module):
