@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
 from effcli.errors import DataError
 from effcli.graphs import executor
-from effcli.graphs.fusion import covered, fuse, hoist_activations
+from effcli.graphs.fusion import PROBABILITIES, covered, fuse, hoist_activations, probabilities
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import Array, IntegerNetwork, Weighted
 from effcli.graphs.lowering import check, lower
@@ -146,7 +146,11 @@ def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tupl
     inputs = fusion.groups[graph.input.name]
     for group, observer in statistics.observers.items():
         if group in fusion.grids:
-            ranges[group] = covered(fusion.grids[group])
+            grid = fusion.grids[group]
+            if grid == PROBABILITIES:
+                # Twice what was seen, since other inputs may be more decided.
+                grid = probabilities(fusion.covering(group, 0.0, 2 * observer.high)[1])
+            ranges[group] = covered(grid)
             activations.append(observer.row(ranges[group], "demanded"))
             continue
         # What is clipped of the input no layer can restore, and pixels from 0 to 255 become codes without any error.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from effcli.errors import NumericsError, UnsupportedError
-from effcli.graphs.fusion import bounds, fuse, is_constant
+from effcli.graphs.fusion import PROBABILITIES, Grid, bounds, fuse, is_constant, probabilities
 from effcli.graphs.graph import Graph, where
 from effcli.graphs.integer import (
     CODEBOOK,
@@ -67,11 +67,14 @@ class Assembly:
         self.rounded_again: list[str] = []
         self._clip_weights = clip_weights
         grouped = {self.fusion.groups[name]: found for name, found in ranges.items()}
-        grids = self.fusion.grids
-        self._scales = {
-            name: grids[group] if group in grids else quantization(*self.fusion.covering(group, *grouped[group]))
-            for name, group in self.fusion.groups.items()
-        }
+        self._scales = {name: self._grid(group, grouped) for name, group in self.fusion.groups.items()}
+
+    def _grid(self, group: str, ranges: Mapping[str, Range]) -> Grid:
+        """Scale and zero point of a group of tensors, from what an operation demands or from its range."""
+        demanded = self.fusion.grids.get(group)
+        if demanded == PROBABILITIES and group in ranges:
+            return probabilities(ranges[group][1])
+        return demanded or quantization(*self.fusion.covering(group, *ranges[group]))
 
     def declare(self, name: str, shape: tuple[int, ...], like: str | None = None) -> Value:
         """A new value, with the scale of the tensor `name` of the graph, or that of the value `like`."""

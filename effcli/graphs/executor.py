@@ -263,7 +263,7 @@ def _softmax(network: IntegerNetwork, step: Softmax, codes: Array) -> Array:
     wide = codes.astype(np.int64)
     powers = network.array(step, "table").astype(np.int64)[wide.max(axis=-1, keepdims=True) - wide]
     total = powers.sum(axis=-1, keepdims=True)
-    quotients = (256 * powers + total // 2) // total
+    quotients = ((powers << step.bits) + total // 2) // total
     result: Array = np.minimum(quotients + LOWEST, HIGHEST).astype(np.int8)
     return result
 

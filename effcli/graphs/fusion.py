@@ -20,9 +20,10 @@ from effcli.graphs.operations import HIGHEST, LOWEST
 Padding = tuple[int, int, int, int]
 Grid = tuple[float, int]
 
-# Scale and zero point of probabilities, and of the numbers of rows that an embedding looks up.
+# Scale and zero point of probabilities, unless all are small, and of the numbers of rows that an embedding looks up.
 PROBABILITIES: Grid = (1 / 256, LOWEST)
 INDICES: Grid = (1.0, LOWEST)
+_FINEST = 2.0**-24
 
 # What returns numbers of its inputs, and perhaps a constant.
 SHARING = {
@@ -63,7 +64,8 @@ class Fusion:
     that it fills in, -inf where the lowest code will do since only a max pooling reads it; absorbed: the nodes that are
     part of another in one of these ways; groups: by the name of each remaining tensor, the name of the one that stands
     for all that share its scale; roots: the tensors whose numbers make up all others, which is what an observer has to
-    see; grids: by group, the scale and the zero point that an operation demands whatever was observed.
+    see; grids: by group, the scale and the zero point that an operation demands whatever was observed, but for small
+    `probabilities`.
     """
 
     bounds: dict[fx.Node, fx.Node]
@@ -182,6 +184,17 @@ def _grids(graph: Graph, groups: dict[str, str], roots: list[str]) -> dict[str, 
             )
         grids[groups[name]] = grid
     return grids
+
+
+def probabilities(largest: float) -> Grid:
+    """The grid of a softmax whose outputs reach `largest`: the finest steps of 2^-b that cover it, b from 8 to 24.
+
+    The largest of n probabilities is at least 1/n, so that 24 bits serve the longest softmax.
+    """
+    scale, zero = PROBABILITIES
+    while largest <= (HIGHEST - LOWEST) * scale / 2 and scale > _FINEST:
+        scale /= 2
+    return scale, zero
 
 
 def covered(grid: Grid) -> tuple[float, float]:

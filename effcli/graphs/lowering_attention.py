@@ -66,9 +66,11 @@ def softmax(assembly: Assembly, node: fx.Node) -> None:
         assembly.declare(entry, moved, like=source)
         assembly.declare(result, moved, like=node.name)
         assembly.steps.append(Transpose(name=entry, inputs=(source,), output=entry, axes=tuple(axes)))
-    assembly.steps.append(Softmax(name=result, inputs=(entry,), output=result, source=origin(node)))
+    # Steps of 2^-bits: the scale is a power of two.
+    bits = 1 - math.frexp(assembly.values[node.name].scale)[1]
+    assembly.steps.append(Softmax(name=result, inputs=(entry,), output=result, bits=bits, source=origin(node)))
     exponents = -np.arange(_CODES + 1) * assembly.values[source].scale
-    powers = np.rint(np.ldexp(np.exp(exponents), softmax_bits(shape[axis])))
+    powers = np.rint(np.ldexp(np.exp(exponents), softmax_bits(shape[axis], bits)))
     assembly.arrays[f"{result}.table"] = powers.astype(np.uint32)
     if axis != last:
         back = tuple(int(place) for place in np.argsort(axes))

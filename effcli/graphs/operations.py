@@ -76,9 +76,9 @@ def addition(first: float, second: float, zeros: tuple[int, int, int]) -> tuple[
     return multipliers, offset, shift
 
 
-def softmax_bits(count: int) -> int:
-    """The k of `Softmax` over `count` numbers: the largest with 2^k · max(n, 256 + ⌈n / 2⌉) < 2^32."""
-    return ((2**32 - 1) // max(count, 256 + (count + 1) // 2)).bit_length() - 1
+def softmax_bits(count: int, bits: int = 8) -> int:
+    """The k of `Softmax` over `count` numbers in steps of 2^-b: the largest with 2^k · max(n, 2^b + ⌈n / 2⌉) < 2^32."""
+    return ((2**32 - 1) // max(count, (1 << bits) + (count + 1) // 2)).bit_length() - 1
 
 
 class Value(Options):
@@ -258,18 +258,20 @@ class MatrixProduct(Clamped):
 
 
 class Softmax(Operation):
-    """e_i / Σ e along the last axis of n codes, in steps of 1/256.
+    """e_i / Σ e along the last axis of n codes, in steps of 2^-b, b = `bits`.
 
     With q* the largest code of a row:
 
-        e_i = table[q* - q_i],    S = Σ e_i,    out_i = min(127, ⌊(256 · e_i + ⌊S / 2⌋) / S⌋ - 128).
+        e_i = table[q* - q_i],    S = Σ e_i,    out_i = min(127, ⌊(2^b · e_i + ⌊S / 2⌋) / S⌋ - 128).
 
     Arrays: table uint32 (256,), 2^k at its start and nowhere larger: table[d] = round(2^k · exp(-d · input scale)). k
-    is the largest with 2^k · max(n, 256 + ⌈n / 2⌉) < 2^32, see `softmax_bits`: S and the dividend fit unsigned 32 bits,
-    and S ≥ 2^k > 0. The output's scale is 1/256, its zero point -128; a probability of 1 becomes 255/256. n ≤ 65,536.
+    is the largest with 2^k · max(n, 2^b + ⌈n / 2⌉) < 2^32, see `softmax_bits`: S and the dividend fit unsigned 32 bits,
+    and S ≥ 2^k > 0. The output's scale is 2^-b, its zero point -128; a probability of 1 becomes 255 · 2^-b. With b = 8
+    that is next to 1; over many numbers, none of which is probable, steps are finer. n ≤ 65,536, so k ≥ 7.
     """
 
     op: Literal["softmax"] = "softmax"
+    bits: int = Field(8, ge=8, le=24)
 
     @property
     def arrays(self) -> tuple[str, ...]:

@@ -22,6 +22,8 @@ class Rowwise(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax(Rowwise):
+    bits: int = 8
+
     @property
     def features(self) -> tuple[str, ...]:
         return ("SOFTMAX",)
@@ -32,7 +34,7 @@ class Softmax(Rowwise):
 
     def emit(self, scope: Scope) -> str:
         parameters = ["const int8_t *in", "int8_t *out", "const uint32_t *table"]
-        body = f"    net_softmax(in, out, table, {self.count}, {self.length});"
+        body = f"    net_softmax(in, out, table, {self.count}, {self.length}, {self.bits});"
         return f"{scope.functions.add('softmax', parameters, body)}(in0, out, {scope.constant('table')});"
 
     def instructions(self) -> tuple[float, float]:

@@ -47,7 +47,8 @@ def matrix_product(building: Building, step: integer.MatrixProduct) -> None:
 def softmax(building: Building, step: integer.Softmax) -> None:
     tensor, order, columns = building.in_rows(step.inputs[0])
     arrays = {"table": Constant("uint32_t", building.network.array(step, "table"))}
-    building.add(attention.Softmax, step, (tensor,), tensor.places, arrays, count=len(order), length=len(columns))
+    options: dict[str, Any] = {"count": len(order), "length": len(columns), "bits": step.bits}
+    building.add(attention.Softmax, step, (tensor,), tensor.places, arrays, **options)
 
 
 def layer_norm(building: Building, step: integer.LayerNorm) -> None:

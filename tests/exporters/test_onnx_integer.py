@@ -315,13 +315,15 @@ def test_matrix_products(leading: Shape, tmp_path: Path) -> None:
     close(IntegerNetwork(program, {"table.table": table}, Facts(origin="a test", shape=first)), tmp_path)
 
 
-@pytest.mark.parametrize("shape", [(10,), (3, 7), (2, 3, 5), (4, 1)])
-def test_softmax(shape: Shape, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "bits"), [((10,), 8), ((3, 7), 8), ((2, 3, 5), 8), ((4, 1), 8), ((3, 300), 12), ((2, 5000), 15)]
+)
+def test_softmax(shape: Shape, bits: int, tmp_path: Path) -> None:
     powers = np.exp(-np.arange(256) * GRIDS["x"][0])
-    table = np.rint(2.0 ** softmax_bits(shape[-1]) * powers).astype(np.uint32)
-    network = network_of([step_of(Softmax)], {"x": shape, "y": shape}, {"op.table": table})
+    table = np.rint(2.0 ** softmax_bits(shape[-1], bits) * powers).astype(np.uint32)
+    network = network_of([step_of(Softmax, bits=bits)], {"x": shape, "y": shape}, {"op.table": table})
     program = network.program
-    values = {**program.values, "y": Value(shape=shape, scale=1 / 256, zero=-128)}
+    values = {**program.values, "y": Value(shape=shape, scale=2.0**-bits, zero=-128)}
     network = IntegerNetwork(program.model_copy(update={"values": values}), network.arrays, network.facts)
     exported(network, tmp_path)
     found = differences(network, codes_of(20, shape), tmp_path)

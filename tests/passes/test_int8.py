@@ -304,6 +304,25 @@ def test_dead_channels_are_raised_however_they_were_stored(bits: int) -> None:
     assert decibels(graph, network_of(made), inputs) > 30
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_probabilities_of_many_classes_keep_their_values(classes: int) -> None:
+    """Near-uniform ones: the steps are as fine as what calibration saw asks for, with a factor of two to spare."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        module = nn.Linear(16, classes)
+        module.weight.data *= 0.5
+        return b.call("aten.softmax.int", b.module("fc", module, x), 1)
+
+    graph = built((16,), build)
+    inputs = inputs_of(graph, 64)
+    made = transformed(graph, inputs)
+    network = network_of(made)
+    largest = float(graph.run(inputs).max())
+    assert 2 * largest <= 255 * network.output.scale < 4.1 * largest
+    assert network.output.scale == 2.0 ** -network.program.steps[-1].bits  # type: ignore[union-attr]
+    assert decibels(graph, network, inputs) > 25
+
+
 class Transformer(nn.Module):
     """Tokens and their positions, attention of two heads, a perceptron, the mean, a classifier."""
 

@@ -136,11 +136,11 @@ class Network:
         shape = (*batch, rows, columns)
         return self._step(MatrixProduct, (first, second), shape, multiplier=multiplier, shift=shift)
 
-    def softmax(self, at: str | None = None) -> str:
+    def softmax(self, at: str | None = None, bits: int = 8) -> str:
         shape = self._shape(at)
-        name = self._step(Softmax, (at or self.last,), shape)
-        self.values[name] = Value(shape=shape, scale=1 / 256, zero=-128)
-        table = np.rint(2.0 ** softmax_bits(shape[-1]) * np.exp(-0.03 * np.arange(256))).astype(np.uint32)
+        name = self._step(Softmax, (at or self.last,), shape, bits=bits)
+        self.values[name] = Value(shape=shape, scale=2.0**-bits, zero=-128)
+        table = np.rint(2.0 ** softmax_bits(shape[-1], bits) * np.exp(-0.03 * np.arange(256))).astype(np.uint32)
         self.arrays[f"{self.steps[-1].name}.table"] = table
         return name
 

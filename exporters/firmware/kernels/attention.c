@@ -22,8 +22,9 @@ NET_INLINE void net_matrix_product(const int8_t *first, const int8_t *second, in
 #endif
 
 #if NET_HAS_SOFTMAX
-/* Rows of `count` codes as probabilities in steps of 1/256; table: exp(-d) for a distance d from the largest code. */
-NET_INLINE void net_softmax(const int8_t *in, int8_t *out, const uint32_t *table, int32_t rows, int32_t count)
+/* Rows of `count` codes as probabilities in steps of 1 / 2^bits; table: exp(-d) for a distance d from the largest. */
+NET_INLINE void net_softmax(const int8_t *in, int8_t *out, const uint32_t *table, int32_t rows, int32_t count,
+                            int32_t bits)
 {
     int32_t row, i;
     for (row = 0; row < rows; ++row) {
@@ -34,7 +35,7 @@ NET_INLINE void net_softmax(const int8_t *in, int8_t *out, const uint32_t *table
         for (i = 0; i < count; ++i)
             sum += table[largest - in[i]];
         for (i = 0; i < count; ++i) {
-            const uint32_t share = (256u * table[largest - in[i]] + sum / 2u) / sum;
+            const uint32_t share = ((table[largest - in[i]] << bits) + sum / 2u) / sum;
             out[i] = (int8_t)((share > 255u) ? 127 : (int32_t)share - 128);
         }
         in += count;

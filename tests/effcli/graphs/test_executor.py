@@ -293,14 +293,15 @@ def test_the_longest_matrix_product(ends: tuple[int, int]) -> None:
     assert found.tolist() == [[[min(max(((exact >> 24) + 1 >> 1) + ZERO_Y, -128), 127)]]]
 
 
-def softmax_table(count: int, scale: float) -> Array:
+def softmax_table(count: int, scale: float, bits: int = 8) -> Array:
     """As its docstring says."""
-    powers: Array = np.rint(2.0 ** softmax_bits(count) * np.exp(-np.arange(256) * scale)).astype(np.uint32)
+    powers: Array = np.rint(2.0 ** softmax_bits(count, bits) * np.exp(-np.arange(256) * scale)).astype(np.uint32)
     return powers
 
 
-def run_softmax(inputs: Array, scale: float) -> Array:
-    return run_one(Softmax, inputs, inputs.shape[1:], {"table": softmax_table(inputs.shape[-1], scale)})
+def run_softmax(inputs: Array, scale: float, bits: int = 8) -> Array:
+    table = softmax_table(inputs.shape[-1], scale, bits)
+    return run_one(Softmax, inputs, inputs.shape[1:], {"table": table}, bits=bits)
 
 
 def test_a_softmax_by_hand() -> None:
@@ -315,6 +316,23 @@ def test_a_softmax_fits_unsigned_32_bits(count: int) -> None:
     power = 2 ** softmax_bits(count)
     assert count * power < 2**32 and 256 * power + count * power // 2 < 2**32
     assert 2 * power * max(count, 256 + (count + 1) // 2) >= 2**32 and power >= 2**15
+
+
+@pytest.mark.parametrize("bits", [8, 9, 17, 24])
+@pytest.mark.parametrize("count", [1, 3, 1000, 65536])
+def test_a_softmax_in_fine_steps_fits_unsigned_32_bits(count: int, bits: int) -> None:
+    power = 2 ** softmax_bits(count, bits)
+    assert count * power < 2**32 and 2**bits * power + count * power // 2 < 2**32 and power >= 2**7
+
+
+@pytest.mark.parametrize(("count", "bits"), [(300, 14), (1000, 16), (65536, 22)])
+def test_a_softmax_of_many_small_numbers(count: int, bits: int) -> None:
+    """Steps of 2^-bits: right to a step, where those of 1/256 would all be zero."""
+    inputs = np.random.default_rng(0).integers(-20, 20, (2, count)).astype(np.int8)
+    exact = torch.softmax(torch.from_numpy(inputs).double() * 0.01, -1).numpy()
+    found = run_softmax(inputs, 0.01, bits).astype(int) + 128
+    assert np.abs(found - exact * 2**bits).max() <= 1 and found.min() > 16
+    assert run_softmax(inputs, 0.01).max() < -126
 
 
 @given(count=st.integers(1, 40), scale=st.floats(1e-4, 10), seed=st.integers(0, 999))

@@ -407,7 +407,7 @@ def test_tables_by_hand() -> None:
 
 
 def test_a_classifier_that_ends_with_probabilities() -> None:
-    """Forced to 1/256 whatever the range, also where they are moved before the end."""
+    """In steps of 1/256 since one of few is large, also where they are moved before the end."""
 
     def build(b: Builder, x: fx.Node) -> fx.Node:
         x = b.call("aten.softmax.int", b.module("fc", nn.Linear(6, 5), x), 1)

@@ -67,7 +67,7 @@ def everything() -> IntegerNetwork:
 
 
 def transformer() -> IntegerNetwork:
-    """Tokens, positions, attention of two heads, layer norms and a perceptron; a softmax at the end."""
+    """Tokens, positions, attention of two heads, norms and a perceptron; softmaxes in steps of 1/256 and finer."""
     net = Network((7,))
     start = net.add(net.embedding(12), net.constant((7, 12)))
     entry = net.layer_norm()
@@ -85,6 +85,8 @@ def transformer() -> IntegerNetwork:
     net.slice(0, 0, 1)
     net.linear(5)
     net.softmax()
+    net.linear(300)
+    net.softmax(bits=14)
     return net.finish()
 
 
