@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,16 +87,90 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def system_errno(error: BaseException) -> int | None:
+    """The operating system's number for what went wrong; libraries in Rust only write it into their text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    found = re.search(r"\(os error (\d+)\)", text)
+    if found is not None:
+        return int(found[1])
+    if isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", text):
+        # What NumPy says of a short write, whose reason it has lost.
+        return errno.ENOSPC
+    return None
+
+
+def machine_condition(error: BaseException) -> EffcliError | None:
+    """The error to show for a limit of this machine: memory, disk, files, names; None where it is something else."""
+    number, text = system_errno(error), str(error)
+    name = error.filename if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _is_allocation(error):
+        return MachineError("out of memory", "ask for less at a time: --set calibration.batch_size=1, or fewer samples")
+    if isinstance(error, UnicodeEncodeError) and any("\ud800" <= letter <= "\udfff" for letter in error.object):
+        return not_utf8(error.object)
+    if "surrogates not allowed" in text:
+        return not_utf8("a file or folder")
+    if isinstance(error, OSError) and "No usable temporary directory" in text:
+        return MachineError(
+            "there is no folder for temporary files that can be written",
+            "free some space, or name another folder in the variable TMPDIR",
+        )
+    if number in _FULL:
+        remedy = "free some space, or name another --output, and another folder in the variable TMPDIR"
+        return MachineError(_FULL[number] + (f" while writing {name}" if name else ""), remedy)
+    if number in _SCARCE:
+        return MachineError(*_SCARCE[number])
+    if number in _REFUSED:
+        return MachineError(f"{name}: {os.strerror(number)}" if name else os.strerror(number), _REFUSED[number])
+    return None
+
+
+def not_utf8(name: str) -> UserError:
+    """The refusal of a path that is not UTF-8, which reports and weight files cannot hold."""
+    return UserError(f"{name!a} has a name that is not UTF-8", "rename it, or reach it through a link in plain letters")
+
+
+# What the system says of a place that takes no more, of what a process runs out of, and of files it does not give.
+_FULL = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would become larger than the system allows",
+}
+_SCARCE = {
+    errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
+    errno.ENFILE: ("too many open files on this machine", "end other programs"),
+    errno.EAGAIN: ("the system has no more threads or processes", "ask for fewer with --threads, or raise ulimit -u"),
+}
+_REFUSED = {
+    errno.EACCES: "look at its permissions",
+    errno.EPERM: "look at its permissions",
+    errno.EROFS: "choose a place that can be written",
+    errno.EIO: "look at the disk, and at what the system's log says of it",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ELOOP: "look at its symbolic links",
+}
+
+
+def _is_allocation(error: BaseException) -> bool:
+    """Whether a library's RuntimeError is its way to say that memory ran out."""
+    said = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc", "bad allocation")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in said)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Map the operating system's refusals while writing below `path` to an `OutputError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except EffcliError:
+        raise
+    except Exception as error:
+        number = system_errno(error)
+        if number in _FULL:
             raise OutputError(
-                f"no space left on the disk while writing {path}", "free some space or choose another --output"
+                f"{_FULL[number]} while writing {path}", "free some space or choose another --output"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise OutputError(f"cannot write to {path}: {error.strerror}", "choose a writable --output") from error
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise OutputError(f"cannot write to {path}: {os.strerror(number)}", "choose a writable --output") from error
         raise

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the user's mistake, 2 a failure of ours or the machine's, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -12,6 +13,8 @@ import typer
 
 from effcli.cli import measures, passes, results, runs
 from effcli.cli.guard import complain, guarded, usage_error
+from effcli.cli.printing import finish_output, take_any_encoding
+from effcli.errors import MachineError, not_utf8
 
 app = typer.Typer(
     name="effcli",
@@ -45,16 +48,26 @@ passes_app.command("show")(guarded(passes.passes_show))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
+    take_any_encoding()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            refusal = not_utf8(word)
+            complain(refusal.cause, refusal.remedy)
+            return refusal.exit_code
     try:
         # Typer's own handling would leave with 2 for a mistyped option, which is the user's mistake and not ours.
-        code = typer.main.get_command(app).main(
-            args=None if arguments is None else list(arguments), prog_name="effcli", standalone_mode=False
-        )
+        code = typer.main.get_command(app).main(args=words, prog_name="effcli", standalone_mode=False)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         complain(*usage_error(error))
         return 1
+    try:
+        finish_output()
+    except MachineError as full:
+        complain(full.cause, full.remedy)
+        return full.exit_code
     return code if isinstance(code, int) else 0
 
 

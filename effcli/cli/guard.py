@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from effcli.errors import EffcliError, MachineError
+from effcli.errors import EffcliError, MachineError, machine_condition
+from effcli.escaping import terminal
 
 
 def usage_error(error: Any) -> tuple[str, str]:
@@ -26,9 +27,13 @@ def usage_error(error: Any) -> tuple[str, str]:
 
 def complain(cause: str, remedy: str = "") -> None:
     # Plain text without wrapping: people search for these lines and paste them.
-    print(f"error: {cause}", file=sys.stderr)
-    if remedy:
-        print(f"  {remedy}", file=sys.stderr)
+    try:
+        print(f"error: {terminal(cause, lines=True)}", file=sys.stderr)
+        if remedy:
+            print(f"  {terminal(remedy, lines=True)}", file=sys.stderr)
+    except OSError:
+        # Standard error is full or closed: the exit code still says it.
+        return
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -48,14 +53,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except MemoryError:
-            _traceback(debug)
-            complain("out of memory", "ask for less at a time: --set calibration.batch_size=1, or fewer samples")
-            raise typer.Exit(MachineError.exit_code) from None
         except Exception as error:
             if hasattr(error, "format_message"):
                 raise
             _traceback(debug)
+            known = machine_condition(error)
+            if known is not None:
+                complain(known.cause, known.remedy)
+                raise typer.Exit(known.exit_code) from None
             text = " ".join(str(error).split())
             remedy = "" if debug else "run it again with --debug for the traceback, and report it"
             complain(f"internal error: {type(error).__name__}{': ' + text if text else ''}", remedy)
@@ -68,4 +73,4 @@ def _traceback(debug: bool) -> None:
     if debug:
         import traceback
 
-        traceback.print_exc()
+        print(terminal(traceback.format_exc(), lines=True), file=sys.stderr, end="")

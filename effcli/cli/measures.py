@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from effcli.cli.flags import Calib, Debug, Device, Json, Model, Overrides, Threads, TrustRemoteCode, Weights
-from effcli.cli.printing import path_of, print_json, show
+from effcli.cli.printing import path_of, print_json, say, show
 from effcli.errors import RecipeError, did_you_mean
 
 
@@ -63,7 +63,7 @@ def inspect(
     else:
         found = planning.inspect(model, trust_remote_code)
     if json:
-        print(found.to_json())
+        print_json(found.to_json())
     else:
         show(screen.records_table("", planning.summary(found.rows), found.remarks))
 
@@ -102,11 +102,11 @@ def _sensitivity(
     if output is not None:
         write(found, output)
     if json:
-        print(found.model_dump_json(indent=1))
+        print_json(found.model_dump_json(indent=1))
     else:
         show(table(found))
         if output is not None:
-            print(f"written: {output}")
+            say(f"written: {output}")
 
 
 def evaluate(
@@ -177,7 +177,7 @@ def evaluate(
         _refuse({"--images": images, "--weights": weights, "--set": overrides}, f"{model} is a language model")
         quality = evaluation.evaluate(model, options, reference=reference, trust_remote_code=trust_remote_code)
     if json:
-        print(quality.model_dump_json(indent=1))
+        print_json(quality.model_dump_json(indent=1))
     else:
         show(screen.quality_table(quality))
 
@@ -221,7 +221,7 @@ def bench(
         trust_remote_code=trust_remote_code,
     )
     if json:
-        print(speed.model_dump_json(indent=1))
+        print_json(speed.model_dump_json(indent=1))
     else:
         show(screen.speed_table(speed))
 

@@ -10,7 +10,7 @@ import typer
 
 from effcli import exporters, yamls
 from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode
-from effcli.cli.printing import print_report, show
+from effcli.cli.printing import print_json, print_report, say, show
 from effcli.errors import UserError
 from effcli.exporters.firmware import targets
 
@@ -52,9 +52,9 @@ def export(
     target = output if output is not None else source / "exports" / step.name
     exporter = exporters.load(step.name)
     done = exporter.export(source, target, step.config, overwrite)
-    print(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
+    say(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
     for remark in done.remarks:
-        print(f"  {remark}")
+        say(f"  {remark}")
     if hasattr(exporter, "table"):
         from effcli.reports import screen
 
@@ -107,9 +107,9 @@ def verify(
 
         result = verification.verify(path, trust_remote_code=trust_remote_code)
     if json:
-        print(result.to_json())
+        print_json(result.to_json())
     else:
-        print(result.line)
+        say(result.line)
         firmware = getattr(result, "firmware", None)
         if firmware is not None and firmware.emulated is not None:
             from effcli.reports import screen
@@ -132,7 +132,7 @@ def compare(
     if json:
         from effcli.reports.compare import compare as compare_reports
 
-        print(compare_reports(first, second).model_dump_json(indent=1))
+        print_json(compare_reports(first, second).model_dump_json(indent=1))
     else:
         from effcli.reports import terminal
 
@@ -154,7 +154,7 @@ def report(
     found = Report.read(path)
     html.write(found, path)
     if json:
-        print(found.model_dump_json(indent=1))
+        print_json(found.model_dump_json(indent=1))
         return
     print_report(found, layers)
-    print(f"written: {path / html.FILE_NAME}")
+    say(f"written: {path / html.FILE_NAME}")

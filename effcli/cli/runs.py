@@ -28,7 +28,7 @@ from effcli.cli.flags import (
     TrustRemoteCode,
     Weights,
 )
-from effcli.cli.printing import print_report, show
+from effcli.cli.printing import print_json, print_report, say, show
 from effcli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def plan(
 
     found = subject_of(made).plan()
     if json:
-        print(found.to_json())
+        print_json(found.to_json())
     else:
         show(screen.records_table("", planning.summary(found.rows), found.remarks))
 
@@ -164,11 +164,11 @@ def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
     with Screen(recipe, quiet=quiet) as screen:
         result, searches = search.run(recipe, overwrite=overwrite, listener=screen)
     if json:
-        print(result.model_dump_json(indent=1))
+        print_json(result.model_dump_json(indent=1))
     elif not quiet:
         from effcli.reports.sensitivity import search_table
 
         for found in searches:
             show(search_table(found))
         print_report(result, layers=None)
-        print(f"written: {target}" + (f" ({result.verified})" if result.verified else ""))
+        say(f"written: {target}" + (f" ({result.verified})" if result.verified else ""))

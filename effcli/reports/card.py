@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from effcli import yamls
 from effcli.errors import RecipeError
+from effcli.escaping import markdown, markdown_code
 from effcli.reports import human
 from effcli.reports.columns import EMPTY_TEXT, Column, became, columns, conditions, export_lines
 from effcli.reports.report import Classification, Quality, Report, Stage
@@ -90,7 +91,7 @@ def _base_front_matter(card: str | None) -> Mapping[str, Any]:
 def _title(report: Report) -> str:
     """The base model's name and the passes."""
     steps = ", ".join(stage.name for stage in report.stages[1:])
-    return f"{_plain(_name(report.model))}: {steps}" if steps else _plain(_name(report.model))
+    return f"{markdown(_name(report.model))}: {steps}" if steps else markdown(_name(report.model))
 
 
 def _name(model: str) -> str:
@@ -99,7 +100,7 @@ def _name(model: str) -> str:
 
 def _what(report: Report) -> str:
     first, last = report.stages[0], report.stages[-1]
-    model = _code(_shown_model(report.model))
+    model = markdown_code(_shown_model(report.model))
     if len(report.stages) == 1:
         return f"{model}, {human.size(first.nbytes)}, not compressed."
     text = f"{model} compressed from {human.size(first.nbytes)} to {human.size(last.nbytes)}"
@@ -126,7 +127,7 @@ def _table(found: list[Column]) -> str:
         for column in found:
             cell = column.cells[index]
             text = EMPTY_TEXT if cell is None else f"{cell.text} ({cell.note})" if cell.note else cell.text
-            cells.append(_plain(text))
+            cells.append(markdown(text))
         lines.append(_row(cells))
     return "\n".join(lines)
 
@@ -134,8 +135,8 @@ def _table(found: list[Column]) -> str:
 def _headed(column: Column) -> str:
     """A column's title with its unit: `bits/weight`, `peak memory`, `prefill (tok/s)`."""
     if not column.unit or column.unit.startswith("/"):
-        return column.title + column.unit
-    return f"{column.title} ({column.unit})"
+        return markdown(column.title + column.unit)
+    return markdown(f"{column.title} ({column.unit})")
 
 
 def _row(cells: list[str]) -> str:
@@ -144,15 +145,15 @@ def _row(cells: list[str]) -> str:
 
 def _machine(report: Report) -> list[str]:
     measured = any(stage.speed or stage.latencies for stage in report.stages)
-    return [f"machine: {_plain(report.machine)}"] if measured and report.machine else []
+    return [f"machine: {markdown(report.machine)}"] if measured and report.machine else []
 
 
 def _loading(report: Report, layout: Layout) -> str:
     folder = json.dumps(_name(report.output) if report.output else ".")
     if layout == "graph":
         text = (
-            f"{_code('effcli.load')} returns a {_code('torch.nn.Module')}. Call it with a float32 batch whose first "
-            "dimension counts the inputs, prepared as for the original network."
+            f"{markdown_code('effcli.load')} returns a {markdown_code('torch.nn.Module')}. Call it with a float32 "
+            "batch whose first dimension counts the inputs, prepared as for the original network."
         )
         code = (
             f"import torch\n\nimport effcli\n\nnetwork = effcli.load({folder}).eval()\n"
@@ -162,7 +163,9 @@ def _loading(report: Report, layout: Layout) -> str:
         text = "No standard loader knows this storage; transformers refuses it. `effcli.load` reads it."
         code = f"import effcli\n\nmodel = effcli.load({folder})"
     else:
-        text = "It loads with transformers" + (f" and {_code('compressed-tensors')}." if _is_quantized(report) else ".")
+        text = "It loads with transformers" + (
+            f" and {markdown_code('compressed-tensors')}." if _is_quantized(report) else "."
+        )
         images = _has_convolutions(report)
         kind, companion = ("ImageClassification", "ImageProcessor") if images else ("CausalLM", "Tokenizer")
         name = "processor" if images else "tokenizer"
@@ -176,23 +179,23 @@ def _loading(report: Report, layout: Layout) -> str:
 
 def _exports(report: Report) -> list[str]:
     lines = export_lines(report)
-    return ["## Exports", "\n".join(f"- {_plain(line)}" for line in lines)] if lines else []
+    return ["## Exports", "\n".join(f"- {markdown(line)}" for line in lines)] if lines else []
 
 
 def _step(stage: Stage) -> str:
     kept = [row for row in stage.ledger if row.status == "kept"]
     given = {key: value for key, value in stage.options.items() if value not in ((), [], {}, None)}
-    options = [f"{key} {_code(_value(value))}" for key, value in given.items()]
-    text = f"**{_plain(stage.name)}**" + (f" with {', '.join(options)}" if options else "")
+    options = [f"{key} {markdown_code(_value(value))}" for key, value in given.items()]
+    text = f"**{markdown(stage.name)}**" + (f" with {', '.join(options)}" if options else "")
     text += f": {became(stage)}."
     lines = [text, ""]
     reasons: dict[str, list[str]] = {}
     for row in kept:
         reasons.setdefault(row.reason or "no reason recorded", []).append(row.name)
     for reason, names in reasons.items():
-        which = _code(names[0]) if len(names) == 1 else f"{_code(names[0])} and {len(names) - 1} more"
-        lines.append(f"- kept {which}: {_plain(reason)}")
-    lines += [f"- {_plain(remark)}" for remark in stage.remarks]
+        which = markdown_code(names[0]) if len(names) == 1 else f"{markdown_code(names[0])} and {len(names) - 1} more"
+        lines.append(f"- kept {which}: {markdown(reason)}")
+    lines += [f"- {markdown(remark)}" for remark in stage.remarks]
     return "\n".join(lines).rstrip()
 
 
@@ -205,7 +208,7 @@ def _limits(report: Report, layout: Layout) -> list[str]:
     unknown = "Robustness, bias and other sources of images" if vision else "Safety, bias and long contexts"
     found.append(f"{unknown} were not evaluated after compression; the original's limits stay.")
     found.append(
-        f"Reloaded and compared: {_plain(report.verified)}."
+        f"Reloaded and compared: {markdown(report.verified)}."
         if report.verified
         else "The directory was not verified by reloading it: run `effcli verify` on it."
     )
@@ -221,7 +224,7 @@ def _text_limits(report: Report) -> list[str]:
         text = "The passes observed"
         if isinstance(calibration, Mapping) and {"samples", "length"} <= calibration.keys():
             data = calibration.get("data")
-            source = f"of {_code(_name(str(data)))}" if data else "of the sample model's own text"
+            source = f"of {markdown_code(_name(str(data)))}" if data else "of the sample model's own text"
             text += f" {calibration['samples']} windows of {calibration['length']} tokens {source}"
         else:
             text += " calibration text"
@@ -239,7 +242,8 @@ def _text_limits(report: Report) -> list[str]:
         found.append(f"Perplexity is that of one text{tokens}; it says little of following instructions or reasoning.")
     if last.speed is not None:
         found.append(
-            f"Speed is that of effcli's kernels on {_plain(last.speed.device)}; another runtime or machine will differ."
+            f"Speed is that of effcli's kernels on {markdown(last.speed.device)}; "
+            "another runtime or machine will differ."
         )
     return found
 
@@ -267,7 +271,7 @@ def _vision_limits(report: Report) -> list[str]:
         images = human.count(classified.images, "image")
         found.append(f"Top-1 is that of one test set of {images}; classes it lacks or has few of are not judged by it.")
     if last.latencies:
-        devices = " and ".join(dict.fromkeys(_plain(latency.device) for latency in last.latencies))
+        devices = " and ".join(dict.fromkeys(markdown(latency.device) for latency in last.latencies))
         found.append(f"Latency is that of one input on {devices}; another runtime, batch or machine will differ.")
     return found
 
@@ -322,16 +326,3 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """Text in backticks, which it cannot end."""
-    text = " ".join(text.split()).replace("|", "\\|")
-    fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"

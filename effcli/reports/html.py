@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from effcli import yamls
 from effcli.errors import writing
+from effcli.escaping import markup as escape
 from effcli.reports import html_ledger, html_vision, svg
 from effcli.reports.columns import Column, became, columns, conditions, export_lines
 from effcli.reports.html_parts import breakable, figure, right, value_text

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
+from effcli.escaping import markup as escape
 from effcli.reports.columns import EMPTY_TEXT, Cell
 
 # A table of more rows is folded until asked for.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from effcli.errors import writing
+from effcli.escaping import markup as escape
 from effcli.reports import human, svg
 from effcli.reports.html_parts import LONG, breakable, folded, headings, missing, number, sortable
 from effcli.reports.html_style import CSS, SORT

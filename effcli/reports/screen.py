@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from effcli.reports import human
 from effcli.reports.columns import EMPTY_TEXT
+from effcli.reports.shown import Console, Text
 from effcli.reports.terminal import SweepProgress, stage_line
 
 if TYPE_CHECKING:

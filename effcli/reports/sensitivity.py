@@ -8,10 +8,10 @@ from pydantic import Field
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from effcli.reports import human
 from effcli.reports.report import Record
+from effcli.reports.shown import Text
 
 # Points of a front that a terminal shows.
 _SHOWN = 12

@@ -10,8 +10,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
+from effcli.escaping import markup as escape
 from effcli.reports import human
 from effcli.reports.report import Histogram, LedgerRow
 

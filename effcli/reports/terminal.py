@@ -9,14 +9,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from rich.text import Text
 
 from effcli import memory
 from effcli.reports import human
 from effcli.reports.columns import EMPTY_TEXT, Cell, Column, became, columns, conditions, export_lines
+from effcli.reports.shown import Console, Text
 
 if TYPE_CHECKING:
     from effcli.reports.compare import Comparison, Unit
@@ -137,7 +137,7 @@ def remarks(report: Report) -> Group:
             line = Text(f"{stage.name}: ", style="yellow")
             line.append(remark, style="default")
             lines.append(line)
-    lines += [Text.assemble(("exported to ", "yellow"), line) for line in export_lines(report)]
+    lines += [Text("exported to ", style="yellow").append(line, "default") for line in export_lines(report)]
     return Group(*lines)
 
 
@@ -159,7 +159,7 @@ def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:
     if any(side.kernel for side in sides):
         table.add_row("kernel", *(Text(side.kernel or EMPTY_TEXT) for side in sides), "")
     parts: list[RenderableType] = [table]
-    parts += [Text.assemble(("note: ", "yellow"), caveat) for caveat in comparison.caveats]
+    parts += [Text("note: ", style="yellow").append(caveat, "default") for caveat in comparison.caveats]
     if comparison.layers:
         parts += [Text(), _layer_differences(comparison, worst)]
     if comparison.same_layers:

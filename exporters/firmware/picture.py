@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
-
+from effcli.escaping import markup as escape
 from effcli.exporters.firmware.arena import Plan
 from effcli.exporters.firmware.program import Program
 

@@ -6,6 +6,7 @@ import re
 from importlib import resources
 from importlib.resources.abc import Traversable
 
+from effcli.escaping import makefile, markdown
 from effcli.exporters.firmware import bench
 from effcli.exporters.firmware.cost import Cost
 from effcli.exporters.firmware.generate import Generated
@@ -36,10 +37,11 @@ def files(generated: Generated, name: str, target: Target) -> dict[str, str]:
         found[f"{'test' if file == f'{name}_test.c' else 'src'}/{file}"] = text
     root = resources.files("effcli.exporters.firmware")
     values = _values(generated, name, target)
+    words = {key: makefile(value) for key, value in values.items()}
     for template, path in _TEMPLATES.items():
-        found[path] = _filled(_read(root / "project", template), values)
+        found[path] = _filled(_read(root / "project", template), words if path == "Makefile" else values)
     if target.board is not None:
-        found["Makefile"] += _filled(_read(root / "project", "qemu.mk"), values)
+        found["Makefile"] += _filled(_read(root / "project", "qemu.mk"), words)
         for file in bench.bare_files("main", target.board):
             found[f"qemu/{file}"] = fill(bench.bare(file), name, ())
     return found
@@ -77,7 +79,15 @@ def layer_table(cost: Cost) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for layer in cost.layers:
-        row = (layer.name, layer.kind, layer.ram, layer.scratch, layer.weights, layer.requantization, layer.macs)
+        row = (
+            markdown(layer.name),
+            layer.kind,
+            layer.ram,
+            layer.scratch,
+            layer.weights,
+            layer.requantization,
+            layer.macs,
+        )
         lines.append(f"| {' | '.join(map(str, row))} | {layer.instructions} | {layer.plain} |")
     sums = [
         sum(getattr(layer, key) for layer in cost.layers)

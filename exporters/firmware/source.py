@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from effcli.escaping import c_comment, c_string
 from effcli.exporters.firmware.arena import WHOLE, Plan
 from effcli.exporters.firmware.bands import Band
 from effcli.exporters.firmware.program import Array, Constant, Program, Task, Tensor, Window
@@ -52,7 +53,12 @@ def fill(text: str, name: str, layers: Sequence[str]) -> str:
     """The network's name in place of the prefix `net`, and of @name@; the layers' names in place of @0@, @1@, ..."""
     text = re.sub(r"\bnet_", f"{name}_", text)
     text = re.sub(r"\bNET_", f"{name.upper()}_", text).replace("@name@", name)
-    return re.sub(r"@(\d+)@", lambda found: layers[int(found[1])], text)
+    return re.sub(r'("?)@(\d+)@', lambda found: _layer(layers[int(found[2])], found[1]), text)
+
+
+def _layer(name: str, quote: str) -> str:
+    """A layer's name as it stands in a string, after its opening quote, or in a comment."""
+    return f"{quote}{c_string(name)}" if quote else c_comment(name)
 
 
 def kernel(name: str) -> str:
@@ -345,7 +351,7 @@ def files(
         "@name@_weights.c": f'#include "@name@_internal.h"\n\n{defined}',
         "@name@_test.c": f'#include "@name@.h"\n\n{tests}',
     }
-    layers = [re.sub(r'[^ -~]|["\\\\]|\*/', "?", task.layer) for task in program.tasks]
+    layers = [task.layer for task in program.tasks]
     return {file.replace("@name@", name): fill(text, name, layers) for file, text in texts.items()}
 
 

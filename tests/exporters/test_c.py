@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,29 @@ def test_a_network_without_probe_is_compared_on_random_inputs(tmp_path: Path) ->
     folder.mkdir()
     network.save(folder)
     assert "16 random inputs" in export(folder, tmp_path / "c").checked
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_names_of_layers_stay_names(tmp_path: Path) -> None:
+    names = ["x??/", '}; int taken(void){return 42;} static int q[]={1}//"', "a */ int b; /*|`\x1b\\\n$(shell c)"]
+    net = Network((4,))
+    for name in names:
+        net.linear(4)
+        step = net.steps[-1]
+        for key in [key for key in net.arrays if key.startswith(f"{step.name}.")]:
+            net.arrays[name + key.removeprefix(step.name)] = net.arrays.pop(key)
+        net.steps[-1] = step.model_copy(update={"name": name, "source": name})
+    (tmp_path / "checkpoint").mkdir()
+    net.finish().save(tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "c")
+    code = '#include <stdio.h>\n#include "network.h"\nstatic const char *const names[] = NETWORK_LAYER_NAMES;\n'
+    code += "int main(void) { int i; for (i = 0; i < 3; ++i) { fputs(names[i], stdout); putchar(0); } return 0; }\n"
+    (tmp_path / "names.c").write_text(code, encoding="utf-8")
+    command = ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", f"-I{tmp_path / 'c' / 'src'}", "names.c", "-o", "names"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    printed = subprocess.run([tmp_path / "names"], capture_output=True, text=True, check=True).stdout
+    assert printed == "".join(f"{name}\0" for name in names)
+    subprocess.run(["make", "-C", tmp_path / "c", "test"], capture_output=True, check=True)
+    rows = [line for line in (tmp_path / "c" / "README.md").read_text().splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows if "linear" in row} == {10}
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", (tmp_path / "c" / "arena.svg").read_text())

@@ -1,0 +1,37 @@
+"""Text for rich: names from outside are made visible before a table is laid out, and again where a console writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import rich.console
+import rich.text
+from rich.segment import Segment
+
+from effcli.escaping import terminal
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleOptions, RenderableType
+
+
+class Text(rich.text.Text):
+    """Text in which no character is left that a terminal obeys."""
+
+    def __init__(self, text: str = "", *args: Any, **kwargs: Any) -> None:
+        super().__init__(terminal(text, lines=True), *args, **kwargs)
+
+    def append(self, text: rich.text.Text | str, style: Any = None) -> Text:
+        super().append(terminal(text, lines=True) if isinstance(text, str) else text, style)
+        return self
+
+
+class Console(rich.console.Console):
+    """A console that writes no control character but its own, whatever it is given."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(terminal(segment.text, lines=True), segment.style)
