@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -294,16 +295,19 @@ def _replacing(file: Path) -> Iterator[Path]:
             raise
 
 
-def assemble(parts: Iterable[Path], folder: Path, stem: str, shard_bytes: int) -> list[Path]:
+def assemble(
+    parts: Iterable[Path], folder: Path, stem: str, shard_bytes: int, carried: Mapping[str, Entry] | None = None
+) -> list[Path]:
     """Join the safetensors files `parts` into shards of at most about `shard_bytes` in `folder`, copying bytes.
 
+    carried: further tensors by name, which stand in other files.
     One shard is named `<stem>.safetensors`; several get numbers and an index. Tensors stand widest dtype first, then
     by name, so that each is aligned to its own width, and the same tensors always give the same bytes.
     """
     shards: list[dict[str, Entry]] = [{}]
     size = 0
-    for part in parts:
-        entries = read_header(part)
+    further = ({name: entry} for name, entry in (carried or {}).items())
+    for entries in chain((read_header(part) for part in parts), further):
         part_bytes = sum(entry.nbytes for entry in entries.values())
         if size and size + part_bytes > shard_bytes:
             shards.append({})

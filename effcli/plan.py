@@ -211,7 +211,8 @@ class _Sizes:
     def obstacles(self) -> dict[str, str]:
         """The layers that the standard format has no place for as things stand, and why."""
         kinds = {site.name: site.kind for site in _all_sites(self.weights.skeleton)}
-        return obstacles_of({name: Stored(format, kinds[name]) for name, format in self.formats.items()})
+        layers = {name: Stored(format, kinds[name]) for name, format in self.formats.items()}
+        return obstacles_of({**layers, **self.weights.foreign})
 
     def nbytes(self, site: LayerSite) -> int:
         if site.name in self.taken:
@@ -233,7 +234,7 @@ class _Sizes:
                 total += sum(self.nbytes(site) for site in sites)
             else:
                 total += state[name].numel() * self.weights.dtype_of(name).itemsize
-        return total
+        return total + sum(entry.nbytes for entry in self.weights.carried().values())
 
     def row(self, choice: Choice, step: str = "", status: str = "") -> Row:
         site = choice.site

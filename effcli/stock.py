@@ -34,6 +34,24 @@ def restoring_verbosity() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def language_loader(config: Any) -> Any:
+    """The automatic class that builds the network which a config names, with its other inputs where it has them.
+
+    A model of text and images may have a causal class for the text alone, whose parameters have other names.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named, kind = config.architectures or (), config.model_type
+    if kind in causal and causal[kind] not in named:
+        if modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind) in named:
+            return AutoModelForImageTextToText
+        if modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind) in named:
+            return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
+
+
 def load_network_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
     """The transformers config object of a network's own `config`; remote code only when trusted."""
     from transformers import CONFIG_MAPPING, AutoConfig

@@ -93,7 +93,13 @@ def export_packed(
 
 def write_tensors(weights: Weights, folder: Path, pack: Callable[[str, Any], dict[str, Tensor]] | None) -> None:
     """Write the shards of a checkpoint into `folder`, block by block, quantized layers as `pack` says or dense."""
-    skeleton, parts = weights.skeleton, []
+    skeleton, parts, carried = weights.skeleton, [], weights.carried()
+    if weights.foreign:
+        raise UnsupportedError(
+            f"{len(weights.foreign)} packed layers belong to no layer of the network, such as "
+            f"{next(iter(weights.foreign))}, and can only be copied",
+            "export it to safetensors without --dequantize",
+        )
     names = [skeleton.outer_parameters()]
     names += [skeleton.block_parameters(k) for k in range(len(skeleton.blocks))]
     for number, group in enumerate(names):
@@ -110,7 +116,7 @@ def write_tensors(weights: Weights, folder: Path, pack: Callable[[str, Any], dic
         file = folder / f".part-{number:05d}"
         write_shard(file, {**_stock_names(skeleton, dense), **packed})
         parts.append(file)
-    assemble(parts, folder, STOCK_STEM, SHARD_BYTES)
+    assemble(parts, folder, STOCK_STEM, SHARD_BYTES, carried)
     for file in parts:
         file.unlink()
 

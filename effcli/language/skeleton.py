@@ -17,7 +17,7 @@ from torch import nn
 
 from effcli.errors import UnsupportedError, first_line
 from effcli.sites import LayerSite
-from effcli.stock import load_network_config, quiet_transformers
+from effcli.stock import language_loader, load_network_config, quiet_transformers
 
 
 class Skeleton:
@@ -28,8 +28,6 @@ class Skeleton:
     """
 
     def __init__(self, path: Path, config: dict[str, Any], trust_remote_code: bool = False) -> None:
-        from transformers import AutoModelForCausalLM
-
         quiet_transformers()
         self.config = load_network_config(path, config, trust_remote_code)
         self.dtype: torch.dtype = self.config.dtype or torch.float32
@@ -37,7 +35,7 @@ class Skeleton:
             # Initialisers that warn about zero-sized or meta tensors say nothing about this network.
             warnings.simplefilter("ignore")
             try:
-                self.model: nn.Module = AutoModelForCausalLM.from_config(
+                self.model: nn.Module = language_loader(self.config).from_config(
                     self.config,
                     dtype=self.dtype,
                     experts_implementation="eager",
@@ -96,8 +94,13 @@ class Skeleton:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList that holds the most parameters, and its path."""
+    """The ModuleList that holds the most parameters, and its path; the decoder's where there are several parts."""
+    from transformers import PreTrainedModel
+
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    inner = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    lists = [(name, module) for name, module in lists if module in inner] or lists
     if not lists:
         raise UnsupportedError(
             "the network has no repeated blocks (no ModuleList)", "this version compresses causal language models"

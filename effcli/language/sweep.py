@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from effcli import memory, passes
-from effcli.checkpoint import OWN_STEM, STOCK_STEM, Checkpoint, assemble, copy_companions, write_shard, write_text
+from effcli.checkpoint import (
+    DTYPES,
+    OWN_STEM,
+    STOCK_STEM,
+    Checkpoint,
+    assemble,
+    copy_companions,
+    write_shard,
+    write_text,
+)
 from effcli.contract import Needs, Scope, observer
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
@@ -87,6 +96,8 @@ class _Sweep:
         self.skeleton: Skeleton = weights.skeleton
         self.step = step
         self.module: ModuleType = passes.load(step.name)
+        # Before any work: it may refuse.
+        self.carried = weights.carried()
         self.choices = choose(self.skeleton, step)
         self.windows = windows if step.config.needed is Needs.INPUTS else None
         self.journal = journal
@@ -209,9 +220,16 @@ class _Sweep:
         swept.histograms = worst(swept)
         if self.weights.head_note:
             swept.remarks.append(self.weights.head_note)
-        unused = self.weights.unused()
-        if unused:
-            swept.remarks.append(f"left out: {len(unused)} tensors that this network does not use, such as {unused[0]}")
+        if self.carried:
+            reason = "no parameter of the network: carried over as it is"
+            swept.ledger += [
+                dense_row(key, "other", entry.shape, DTYPES[entry.dtype], reason) for key, entry in self.carried.items()
+            ]
+            swept.remarks.append(
+                f"carried over as they are: {len(self.carried)} tensors that this network does not use, such as "
+                f"{next(iter(self.carried))}"
+            )
+            stored.update(self.weights.foreign)
         obstacles = obstacles_of(stored)
         config = self.weights.network_config()
         if self.skeleton.tied and self.skeleton.head in stored:
@@ -225,7 +243,7 @@ class _Sweep:
         described = own_config(config, stored) if obstacles else standard_config(config, stored, self._linears())
         copy_companions(self.weights.checkpoint.path, target)
         parts = [self.journal.part(name) for name in names]
-        assemble(parts, target, OWN_STEM if obstacles else STOCK_STEM, SHARD_BYTES)
+        assemble(parts, target, OWN_STEM if obstacles else STOCK_STEM, SHARD_BYTES, self.carried)
         write_text(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
         self.journal.remove()
         self.progress(len(names), len(names))

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from effcli import runtime, samples
 from effcli.activations import keep_inputs
-from effcli.checkpoint import Checkpoint
+from effcli.checkpoint import Checkpoint, read_config
 from effcli.contract import Options
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.inputs import text
 from effcli.language.weights import open_weights
-from effcli.stock import load_network_config, quiet_transformers
+from effcli.stock import language_loader, load_network_config, quiet_transformers
 from effcli.storage import is_own, network_config, rounds_inputs
 
 # Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
@@ -195,12 +195,11 @@ def tokens(config: Any) -> Tensor:
 
 def load_stock(path: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:
     """The checkpoint `path` through transformers alone, offline and without a word; in its own dtype unless given."""
-    from transformers import AutoModelForCausalLM
-
+    config = load_network_config(path, network_config(read_config(path)), trust_remote_code)
     with warnings.catch_warnings():
         # What the stock loader warns about is between it and its authors; only its logits count here.
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_pretrained(
+        return language_loader(config).from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code, dtype=dtype or "auto"
         )
 

@@ -6,7 +6,6 @@ Where each one stands in the files is worked out once from the headers, by trans
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from effcli.activations import round_inputs
-from effcli.checkpoint import Checkpoint
-from effcli.errors import CheckpointError
+from effcli.checkpoint import Checkpoint, Entry
+from effcli.errors import CheckpointError, UnsupportedError
 from effcli.formats import Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.sites import LayerSite
@@ -64,12 +63,16 @@ class Weights:
         self.skeleton = skeleton
         self._sources, self._converters, packed = _route(checkpoint, skeleton.model)
         self._packed = packed
-        self.stored: dict[str, Stored] = stored_layers(
-            checkpoint.config, {name: "weight_zero_point" in tensors for name, tensors in packed.items()}
-        )
         self._sites: dict[str, list[LayerSite]] = {}
         for site in find_layers(skeleton.model, ""):
             self._sites.setdefault(site.parameter, []).append(site)
+        stored = stored_layers(
+            checkpoint.config, {name: "weight_zero_point" in tensors for name, tensors in packed.items()}
+        )
+        known = {site.name for sites in self._sites.values() for site in sites}
+        self.stored: dict[str, Stored] = {name: item for name, item in stored.items() if name in known}
+        # Packed layers of the files that the network does not have.
+        self.foreign: dict[str, Stored] = {name: item for name, item in stored.items() if name not in known}
         self.head_note = self._settle_head() if skeleton.tied else ""
 
     def _settle_head(self) -> str:
@@ -120,6 +123,12 @@ class Weights:
             )
         for name, parameter in self.skeleton.model.state_dict().items():
             if name in self._sources and name not in self._converters:
+                keys = [key for _, key in self._sources[name]]
+                if len(keys) > 1:
+                    raise CheckpointError(
+                        f"{self.checkpoint.path} holds {len(keys)} tensors for {name}: {', '.join(keys)}",
+                        "take out those that do not belong to it",
+                    )
                 shape = self.checkpoint.entries[self._sources[name][0][1]].shape
                 if shape != tuple(parameter.shape):
                     raise CheckpointError(
@@ -135,12 +144,38 @@ class Weights:
         return [name for name in wanted if not self.has(name)]
 
     def unused(self) -> list[str]:
-        """Tensors of the files that belong to no parameter, those left out that the network says it ignores."""
+        """Tensors of the files that belong to no parameter, whether or not the stock loader passes over them."""
         known = self.skeleton.model.state_dict()
-        ignored = getattr(self.skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         parts = {f"{site.name}.weight" for sites in self._sites.values() for site in sites}
         keys = [key for name, found in self._sources.items() if name not in known for _, key in found]
-        return [key for key in keys if key not in parts and not any(re.search(pattern, key) for pattern in ignored)]
+        keys = [key for key in keys if key not in parts]
+        return keys + [key for layer in self.foreign for key in self._packed.get(layer, {}).values()]
+
+    def carried(self) -> dict[str, Entry]:
+        """The unused tensors by their names in the files, to stand in the output as they are.
+
+        Raises `UnsupportedError` when they belong to another class, whose names for the parameters are not these.
+        """
+        unused = self.unused()
+        named = self.skeleton.config.architectures or ()
+        prefix = getattr(self.skeleton.model, "base_model_prefix", "")
+        renamed = [
+            (key, name)
+            for name, found in self._sources.items()
+            if name in self.skeleton.model.state_dict() and name not in self._converters
+            for _, key in found
+            if key not in (name, name.removeprefix(f"{prefix}."))
+        ]
+        built = type(self.skeleton.model).__name__
+        if unused and renamed and built not in named:
+            key, name = renamed[0]
+            raise UnsupportedError(
+                f"{self.checkpoint.path} holds {len(unused)} tensors, the first is {unused[0]}, that belong to "
+                f"{next(iter(named), 'a class that config.json does not name')} and not to its language model {built}, "
+                f"whose name for {key} is {name}",
+                "save the language model on its own: load it with AutoModelForCausalLM, then `save_pretrained(...)`",
+            )
+        return {key: self.checkpoint.entries[key] for key in unused}
 
     def has(self, name: str) -> bool:
         """Whether the files hold a parameter: as a tensor, or every matrix of it on its own, packed or dense."""

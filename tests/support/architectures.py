@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
@@ -80,6 +82,18 @@ _CONFIGS: dict[str, Any] = {
     "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=4),
 }
 NAMES = tuple(_CONFIGS)
+
+
+def make_multimodal(folder: Path, vision_depth: int = 2) -> Path:
+    """Write a network of text and images, Qwen 3.5, whose blocks attend in two ways, into `folder`."""
+    torch.manual_seed(0)
+    text = dict(_COMMON, head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2)
+    text |= dict(linear_key_head_dim=16, linear_value_head_dim=16, num_hidden_layers=4)
+    vision = dict(hidden_size=32, intermediate_size=64, depth=vision_depth, num_heads=2, out_hidden_size=64)
+    images = dict(image_token_id=1020, video_token_id=1021, vision_start_token_id=1022, vision_end_token_id=1023)
+    network = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=dict(vision, patch_size=14), **images)
+    AutoModelForImageTextToText.from_config(network).save_pretrained(folder)
+    return folder
 
 
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -222,6 +222,28 @@ def test_code_that_comes_with_a_model_runs_only_when_trusted(tmp_path: Path, mon
     assert type(Skeleton(path, config, trust_remote_code=True).model).__name__ == "OwnForCausalLM"
 
 
+def test_two_tensors_for_one_parameter_are_refused(tmp_path: Path) -> None:
+    architectures.make("gpt2", tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"wte.weight": tensors["transformer.wte.weight"] + 1}))
+    with pytest.raises(CheckpointError, match=r"holds 2 tensors for transformer\.wte"):
+        opened(tmp_path).check_complete()
+
+
+def test_a_decoder_smaller_than_the_tower_beside_it_has_the_blocks(tmp_path: Path) -> None:
+    source = architectures.make_multimodal(tmp_path, vision_depth=40)
+    assert opened(source).skeleton.block_path == "model.language_model.layers"
+
+
+@pytest.mark.parametrize("named", [["Qwen3_5TextModel"], None])
+def test_tensors_of_a_class_that_cannot_be_built_are_refused(named: list[str] | None, tmp_path: Path) -> None:
+    source = architectures.make_multimodal(tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    with pytest.raises(UnsupportedError, match=r"holds 33 tensors, the first is model\.visual\.") as caught:
+        opened(source).carried()
+    assert "on its own" in caught.value.remedy
+
+
 def test_tensors_that_no_parameter_takes_are_listed(tmp_path: Path) -> None:
     architectures.make("llama", tmp_path)
     assert opened(tmp_path).unused() == []

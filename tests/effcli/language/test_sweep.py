@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -23,12 +24,12 @@ from effcli.checkpoint import Checkpoint, read_config
 from effcli.contract import Group, Layer, Outcome
 from effcli.errors import NumericsError
 from effcli.inputs.text import Windows
-from effcli.language import sweep
+from effcli.language import sweep, verify
 from effcli.language.journal import Journal
 from effcli.language.weights import open_weights
 from effcli.passes import awq
 from effcli.recipe import PassStep
-from effcli.storage import is_own
+from effcli.storage import is_own, network_config
 from effcli.swept import Swept
 
 LINEAR = {"linear": {"bits": 4}}
@@ -480,6 +481,44 @@ def test_an_equal_copy_of_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     assert open_weights(tmp_path / "out", False).skeleton.tied
 
 
+@pytest.mark.parametrize(
+    "step", [{"linear": {"bits": 8}}, AWQ, {"linear": {"bits": 8, "layers": {"*.o_proj": {"bits": 4}}}}]
+)
+def test_every_tensor_beside_the_language_model_is_carried_over(step: dict[str, Any], tmp_path: Path) -> None:
+    """Images' tower as part of the network that the config names, other heads as tensors that it does not use."""
+    source = architectures.make_multimodal(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["mtp.layers.0.weight"], tensors["mtp.norm.weight"] = torch.randn(3, 5), torch.ones(3, dtype=torch.bfloat16)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    swept = carry_out(source, tmp_path / "out", step)
+    assert any("carried over as they are: 2 tensors" in text for text in swept.remarks)
+    rows = {row.name: row for row in swept.ledger}
+    assert rows["mtp.layers.0.weight"].nbytes == 60 and "carried over" in rows["mtp.norm.weight"].reason
+    carry_out(tmp_path / "out", tmp_path / "again", {"linear": {"bits": 8, "ignore": ["*.q_proj"]}})
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        written = Checkpoint.open(folder)
+        for name, tensor in tensors.items():
+            if "visual" in name or "mtp" in name:
+                assert written.read(name).equal(tensor)
+        assert network_config(written.config)["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+        assert verify.verify(folder).passed
+        packed = {name.removesuffix("_packed") for name in written.entries if name.endswith("weight_packed")}
+        assert tensors.keys() <= {*written.entries, *packed}
+
+
+def test_packed_layers_that_the_network_does_not_have_stay_as_they_are(llama: Path, tmp_path: Path) -> None:
+    carry_out(llama, tmp_path / "first", LINEAR)
+    config = read_config(tmp_path / "first")
+    (tmp_path / "first" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    swept = carry_out(tmp_path / "first", tmp_path / "out", {"linear": {"bits": 8}})
+    before, after = load_file(tmp_path / "first" / "model.safetensors"), Checkpoint.open(tmp_path / "out")
+    last = {name: tensor for name, tensor in before.items() if name.startswith("model.layers.3.")}
+    assert any(name.endswith("weight_packed") for name in last)
+    assert all(after.read(name).equal(tensor) for name, tensor in last.items())
+    assert verify.verify(tmp_path / "out").passed
+    assert any(f"carried over as they are: {len(last)} tensors" in text for text in swept.remarks)
+
+
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "one format": ({}, {}, True),
     "symmetric": ({"symmetric": True}, {}, True),
@@ -568,11 +607,11 @@ def test_large_activations_in_float16_are_no_overflow(tmp_path: Path) -> None:
     assert all(row.output_error is not None for row in swept.ledger if row.status == "compressed")
 
 
-def test_tensors_that_the_network_does_not_use_are_said(llama: Path, tmp_path: Path) -> None:
+def test_tensors_that_the_network_does_not_use_are_carried_and_said(llama: Path, tmp_path: Path) -> None:
     source = rewritten(llama, tmp_path / "model", lambda tensors: tensors.update({"model.mtp.weight": torch.ones(2)}))
     swept = carry_out(source, tmp_path / "out", LINEAR)
     assert any("model.mtp.weight" in text for text in swept.remarks)
-    assert "model.mtp.weight" not in Checkpoint.open(tmp_path / "out").entries
+    assert Checkpoint.open(tmp_path / "out").read("model.mtp.weight").equal(torch.ones(2))
 
 
 def test_float32_parts_of_a_bf16_network_keep_their_dtype(llama: Path, tmp_path: Path) -> None:
