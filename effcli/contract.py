@@ -88,6 +88,10 @@ class PassConfig(Options):
         """The format of the weights that a step with these options leaves; None where they stay floating."""
         return getattr(self, "format", None)
 
+    def integer(self, graph: Graph) -> Graph | None:
+        """A copy of `graph` as it becomes a network of integers; None where a step leaves floating layers."""
+        return None
+
     def for_graph(self) -> Self:
         """These options in a network read as a graph: what was not set takes the defaults for graphs."""
         defaults = {key: value for key, value in self.graph_defaults.items() if key not in self.model_fields_set}

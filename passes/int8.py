@@ -63,6 +63,10 @@ class Config(PassConfig):
                 raise ValueError(f"{key} has no meaning here: a network of integers is one throughout")
         return self
 
+    def integer(self, graph: Graph) -> Graph:
+        """As a plan needs it, which lowers it with whatever ranges."""
+        return prepare(graph)[0]
+
 
 def transform(config: Config, graph: Graph, seen: Observed) -> Transformed:
     """The integer network of `graph`, with a note for each layer and the range of each activation."""

@@ -92,8 +92,8 @@ def lower(graph: Graph, ranges: Mapping[str, Range], clip_weights: bool = False)
     return Lowered(IntegerNetwork(program, arrays, graph.facts), assembly.notes, tuple(remarks))
 
 
-def check(graph: Graph) -> None:
-    """Raise `UnsupportedError` if an operation of `graph` has no integer counterpart, whatever its ranges will be."""
+def check(graph: Graph) -> Assembly:
+    """What is made of `graph` whatever its ranges will be; `UnsupportedError` if an operation has no counterpart."""
     assembly = Assembly(graph, {name: (-1.0, 1.0) for name in fuse(graph).groups}, False)
     for node, handler in _handled(assembly):
         try:
@@ -103,6 +103,7 @@ def check(graph: Graph) -> None:
             last = assembly.fusion.result(node).name
             if last not in assembly.values:
                 assembly.declare(last, assembly.shapes[last])
+    return assembly
 
 
 def _handled(assembly: Assembly) -> Iterator[tuple[fx.Node, Callable[[Assembly, fx.Node], None]]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from effcli import importers
 from effcli.contract import Needs, Scope
 from effcli.formats import Packing
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
+from effcli.graphs.integer_plan import plan_integer
 from effcli.plan import BASE_MEMORY, Inspection, Plan, Row
 from effcli.recipe import Recipe
 from effcli.reports.human import size
@@ -27,7 +29,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
     work = macs(graph)
     rows: list[Row] = []
     remarks: list[str] = []
-    operations = 0.0
+    operations, integers = 0.0, None
     for number, step in enumerate(recipe.passes):
         name = f"{number + 1}. {step.name}" if len(recipe.passes) > 1 else ""
         choices = choose_graph(graph, step)
@@ -36,15 +38,25 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
             format = None if choice.config is None else choice.config.result
             if format is not None:
                 formats[choice.site.name] = format
-            rows.append(_row(choice.site, formats, name, choice.planned, choice.reason))
+            if not step.config.last:
+                rows.append(_row(choice.site, formats, name, choice.planned, choice.reason))
             if choice.reason:
                 kept.setdefault(choice.reason, []).append(choice.site.name)
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
+        if step.config.last:
+            folded = any(before.name == "fold" for before in recipe.passes[:number])
+            # Whether a batch norm stays depends on which layers are compressed by then, whatever their weights.
+            known: dict[str, Any] = {} if folded else dict.fromkeys(formats)
+            prepared = step.config.integer(Graph(graph.module, graph.facts, known))
+            if prepared is not None:
+                found, integers = plan_integer(graph, prepared, formats, name)
+                rows += found
         if step.config.needed is not Needs.NOTHING:
             operations += 2.0 * recipe.calibration.samples * _forward_and_gram(choices, work, step.config.scope)
-    after, memory = _total(graph, formats), _memory(graph, recipe)
+    after = _total(graph, formats) if integers is None else integers
+    memory = _memory(graph, recipe)
     first = [
         f"weights: {size(before)} before, {size(after)} after ({before / max(after, 1):.2f} times smaller)",
         f"memory: about {size(memory)} at the peak",

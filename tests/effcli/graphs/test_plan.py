@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 from small_graphs import chain, residual
 from torch import nn
 
 from effcli.checkpoint import Checkpoint
 from effcli.errors import SelectionError
 from effcli.graphs import plan
-from effcli.graphs.graph import Facts, Graph
+from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork, Linear, Program, Value
 from effcli.graphs.sweep import graph_sweep
 from effcli.plan import Plan
@@ -69,6 +71,59 @@ def test_planned_bytes_are_those_of_the_file(options: dict[str, Any], tmp_path: 
         sum(entry.nbytes for entry in Checkpoint.open(tmp_path / name).entries.values()) for name in ("before", "after")
     ]
     assert [found.input_bytes, found.output_bytes] == sizes
+
+
+def gelu_classifier() -> Graph:
+    """A convolution behind an uncounted average, a table, a layer norm, a layer and a softmax."""
+    steps: tuple[Any, ...] = (nn.Conv2d(3, 10, 3), ("avg_pool2d.default", [2, 2], [2, 2], [1, 1], False, False))
+    steps += (("gelu.default",), ("mean.dim", [2, 3], False), nn.LayerNorm(10), nn.Linear(10, 7), ("softmax.int", 1))
+    return chain((3, 8, 8), *steps)
+
+
+@pytest.mark.parametrize(
+    ("build", "steps"),
+    [
+        (residual, [{"int8": {}}]),
+        (residual, [{"linear": {"bits": 4, "symmetric": True, "granularity": "channel"}}, {"int8": {}}]),
+        (residual, ["fold", {"linear": {"bits": 4, "symmetric": True, "granularity": "channel"}}, {"int8": {}}]),
+        (small, [{"linear": {"bits": 2, "symmetric": True, "granularity": "channel"}}, {"int8": {}}]),
+        (small, [{"kmeans": {"bits": 2, "granularity": "tensor"}}, {"int8": {}}]),
+        (gelu_classifier, [{"int8": {}}]),
+    ],
+)
+def test_an_integer_network_is_planned_as_it_is_written(build: Any, steps: list[Any], tmp_path: Path) -> None:
+    """Formats and bytes of every layer, and the bytes of the file, with the constants that are no layer's."""
+    graph = build()
+    recipe = check({"model": "net.pt2", "passes": steps}).for_graph()
+    found = plan.make(recipe, graph)
+    source = tmp_path / "0"
+    source.mkdir()
+    graph.save(source)
+    inputs = torch.randn(8, *graph.facts.shape, generator=torch.Generator().manual_seed(0))
+    for number, step in enumerate(recipe.passes):
+        target = tmp_path / str(number + 1)
+        target.mkdir()
+        swept = graph_sweep(source, target, step, lambda: iter([inputs]))
+        source = target
+    last = [row for row in found.rows if row.name in {each.name for each in swept.ledger}][-len(swept.ledger) :]
+    assert [(row.format, row.nbytes) for row in last] == [(row.format, row.nbytes) for row in swept.ledger]
+    written = sum(array.nbytes for array in load_file(source / "effcli.safetensors").values())
+    assert found.output_bytes == written
+    assert f"({found.input_bytes / found.output_bytes:.2f} times smaller)" in found.remarks[0]
+
+
+def test_an_embedding_is_planned_as_a_table() -> None:
+    """A row for each of 256 codes; positions are constants of 8 bits."""
+    b = Builder()
+    rows = b.module("rows", nn.Embedding(20, 16), b.call("aten.to.dtype", b.input(), torch.int64))
+    x = b.call("aten.add.Tensor", rows, b.tensor("places", torch.zeros(1, 5, 16)))
+    graph = b.finish(b.module("head", nn.Linear(16, 3), x), Facts(origin="test", shape=(5,)))
+    found = planned(graph, "int8")
+    assert [(row.name, row.kind, row.format, row.nbytes) for row in found.rows] == [
+        ("head", "linear", "int8 channel sym", 3 * 16 + 3 * 5),
+        ("rows.weight", "embedding", "int8 tensor", 256 * 16),
+    ]
+    assert found.output_bytes == 3 * 16 + 3 * 9 + 256 * 16 + 5 * 16
 
 
 def test_rows_of_several_passes() -> None:
