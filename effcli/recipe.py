@@ -20,6 +20,7 @@ from pydantic import model_serializer as serializer
 from effcli import exporters, passes, yamls
 from effcli.contract import Options, PassConfig, Scope
 from effcli.errors import EffcliError, RecipeError, did_you_mean
+from effcli.inputs import jsonl
 from effcli.inputs.preprocess import Preprocess
 from effcli.mistakes import Mistakes, join, shown, validated
 from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_step
@@ -45,8 +46,8 @@ class Calibration(Options):
 
     data: str | None = Field(
         None,
-        description="A text file, or an npz, an image folder, a parquet file or a `datasets` directory; without one, "
-        "the sample model's own.",
+        description="A text file, a jsonl of texts or of messages, an npz, an image folder, a parquet file or a "
+        "`datasets` directory; without one, the sample model's own.",
     )
     samples: int = Field(32, ge=1, description="Windows of text, or inputs (512 unless set).")
     length: int = Field(512, ge=2, description="Tokens per window.")
@@ -61,8 +62,8 @@ class Evaluate(Options):
 
     perplexity: str | bool = Field(
         True,
-        description="A text file; true: the sample model's own held-out text, or the end of the calibration text, "
-        "which calibration does not touch.",
+        description="A text file or a jsonl of texts; true: the sample model's own held-out text, or the end of the "
+        "calibration text, which calibration does not touch.",
     )
     images: str | bool = Field(
         True,
@@ -394,7 +395,8 @@ def from_arguments(
     """A recipe from the arguments of `effcli compress` or `effcli.compress`.
 
     passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass's `Config`. evals: text
-    files for perplexity and `.jsonl` files for multiple choice. keys: any other keys of the recipe; None is left out.
+    files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys of the recipe; None
+    is left out.
     """
     if isinstance(passes, str | Mapping | PassConfig | PassStep):
         passes = [passes]
@@ -476,8 +478,9 @@ def _plain_step(step: Any) -> Any:
 
 
 def _measure(path: str, sofar: Mapping[str, Any]) -> dict[str, Any]:
+    file = Path(path).expanduser()
     suffix = Path(path.partition("#")[0]).suffix
-    key = "choices" if suffix == ".jsonl" else "perplexity"
+    key = "choices" if jsonl.is_jsonl(file) and not jsonl.holds_documents(file) else "perplexity"
     if suffix in (".npz", ".parquet") or Path(path.partition("#")[0]).expanduser().is_dir():
         key = "images"
     if key in sofar:

@@ -10,7 +10,6 @@ where the query's own tokens end; a text that is too long loses its beginning.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from effcli.errors import DataError
+from effcli.inputs import jsonl
 from effcli.inputs.text import Reader
 
 _DELIMITER = " "
@@ -49,19 +49,10 @@ class Score:
 def read(file: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a jsonl file; `DataError` with the line's number for one that cannot serve."""
     questions: list[Question] = []
-    try:
-        with file.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if limit is not None and len(questions) >= limit:
-                    break
-                if line.strip():
-                    questions.append(_question(line, f"{file}, line {number}"))
-    except FileNotFoundError:
-        raise DataError(f"there is no file of questions {file}", "check the path") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error.reason})", "give a .jsonl file in UTF-8") from None
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}", "give a .jsonl file") from None
+    for where, data in jsonl.objects(file, _FORM):
+        questions.append(_question(data, where))
+        if len(questions) == limit:
+            break
     if not questions:
         raise DataError(f"{file} holds no question", "give one JSON object per line")
     return questions
@@ -70,13 +61,7 @@ def read(file: Path, limit: int | None = None) -> list[Question]:
 _FORM = 'write {"query": text, "choices": [text, ...], "gold": index} or {"context": text, "continuation": text}'
 
 
-def _question(line: str, where: str) -> Question:
-    try:
-        data: Any = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})", _FORM) from None
-    if not isinstance(data, dict):
-        raise DataError(f"{where}: not a JSON object", _FORM)
+def _question(data: dict[str, Any], where: str) -> Question:
     if {"context", "continuation"} <= data.keys():
         query, choices, gold = data["context"], [data["continuation"]], None
     else:
@@ -130,6 +115,10 @@ class Task:
                 if reader.longest is not None and len(whole) - 1 > reader.longest:
                     cut += 1
                     whole = whole[-reader.longest - 1 :]
+                if len(whole) < 2:
+                    raise DataError(
+                        f"question {number + 1} gives no token behind its query", "leave out choices of blanks alone"
+                    )
                 reader.check_ids(whole)
                 # At least one token is scored, even where the query's tokens swallow the whole choice.
                 kept = whole[max(1, min(len(whole) - len(continuation), len(whole) - 1)) :]

@@ -2,7 +2,8 @@
 
 Windows are neighbours without overlap, from the start of the text; what is left at the end is dropped. They equal the
 slices of `tokenizer(text).input_ids`, special tokens at the start included, although of a long text only as much is
-tokenized as the windows need.
+tokenized as the windows need. A file of JSON lines holds documents: each is tokenized for itself, and their tokens
+follow one another.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from effcli import samples
 from effcli.checkpoint import read_config
 from effcli.errors import DataError, first_line
+from effcli.inputs import jsonl
 from effcli.stock import load_network_config, quiet_transformers
 from effcli.storage import network_config
 
@@ -78,10 +80,10 @@ class Reader:
             raise DataError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}", remedy) from error
         return Reader(tokenizer, config.get_text_config().vocab_size, longest_sequence(config))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, special tokens as the tokenizer adds them by default."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`, special tokens as the tokenizer adds them by default unless `special` is False."""
         # verbose: the text is longer than the model's context on purpose.
-        return list(self.tokenizer(text, verbose=False).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
     def check_length(self, length: int, key: str) -> None:
         """Raise `DataError` when windows of `length` tokens, asked for under `key`, do not fit the network."""
@@ -139,10 +141,10 @@ def last_windows(source: Path, reader: Reader, count: int, length: int, begin: i
     reader.check_length(length, key)
     end = _read_end(source, count * length * _CHARACTERS_PER_TOKEN)
     if end is None:
-        ids = reader.encode(_read(source, None)[0])
+        ids = _document_ids(source, reader) if jsonl.is_jsonl(source) else reader.encode(_read(source, None)[0])
         fitting = min(count, (len(ids) - begin) // length)
     else:
-        ids = reader.encode(end)
+        ids = _last_document_ids(source, end, reader) if jsonl.is_jsonl(source) else reader.encode(end)
         fitting = min(count, len(ids) // length)
     if fitting < 1:
         return None
@@ -196,6 +198,8 @@ def is_sample(path: Path) -> bool:
 
 def _first_ids(source: Path | str, reader: Reader, wanted: int, name: str) -> list[int]:
     """The first token ids of a text, at least `wanted` of them or all there are."""
+    if isinstance(source, Path) and jsonl.is_jsonl(source):
+        return _document_ids(source, reader, wanted)
     limit = max(_CHARACTERS_AT_LEAST, wanted * _CHARACTERS_PER_TOKEN)
     while True:
         text, whole = _read(source, limit) if isinstance(source, Path) else (source, True)
@@ -206,6 +210,25 @@ def _first_ids(source: Path | str, reader: Reader, wanted: int, name: str) -> li
         if whole or len(ids) >= wanted + _CUT_MARGIN:
             return ids
         limit *= 2
+
+
+def _document_ids(file: Path, reader: Reader, wanted: int | None = None) -> list[int]:
+    """The token ids of the documents in a file of JSON lines, at least `wanted` of them or all there are."""
+    ids: list[int] = []
+    for where, data in jsonl.objects(file, jsonl.FORM):
+        ids += jsonl.document_ids(data, where, reader)
+        if wanted is not None and len(ids) >= wanted:
+            break
+    if not ids:
+        raise DataError(f"{file} is empty", "give a file with some pages of text")
+    return ids
+
+
+def _last_document_ids(file: Path, lines: str, reader: Reader) -> list[int]:
+    """The token ids of the documents in the last `lines` of a file of JSON lines."""
+    where = f"a line near the end of {file}"
+    found = (jsonl.parse(line, where, jsonl.FORM) for line in lines.split("\n") if line.strip())
+    return [token for data in found for token in jsonl.document_ids(data, where, reader)]
 
 
 def _read(file: Path, limit: int | None) -> tuple[str, bool]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,3 +170,96 @@ def test_the_end_of_a_large_file_is_read_without_the_rest(tmp_path: Path, monkey
     cut = text.last_windows(file, reader(), 3, 11, begin=10, key="length")
     assert cut is not None
     assert cut.windows.tolist() == [list(b"0123456789\n")] * 3
+
+
+def lines(file: Path, *objects: object) -> Path:
+    file.write_text("\n".join(json.dumps(item) for item in objects) + "\n")
+    return file
+
+
+class Chatting(Characters):
+    """Writes each message as `<role>content`, without the token for the start."""
+
+    chat_template = "a template"
+    eos_token_id = 2
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, **_: Any) -> str:
+        if messages[0]["role"] == "nobody":
+            raise ValueError("roles must alternate")
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+CHATTING = text.Reader(Chatting(), 256, 16)
+
+
+def test_documents_of_json_lines_are_read_one_by_one(tmp_path: Path) -> None:
+    file = lines(
+        tmp_path / "d.jsonl",
+        {"text": "ab", "id": 3},
+        {"prompt": "c", "completion": " d"},
+        {"text": " "},
+        {"messages": [{"role": "u", "content": "e"}, {"role": "a", "content": "f"}]},
+        {"prompt": [{"role": "u", "content": "g"}], "completion": [{"role": "a", "content": "h"}]},
+    )
+    expected = [1, *b"ab", 2, 1, *b"c d", 2, *b"<u>e<a>f", *b"<u>g<a>h"]
+    assert text.windows(file, CHATTING, 1, len(expected) // 2).windows.flatten().tolist() == expected[:12]
+    cut = text.last_windows(file, CHATTING, 3, 5, begin=4, key="length")
+    assert cut is not None
+    assert cut.windows.flatten().tolist() == expected[-15:]
+
+
+def test_only_as_many_documents_are_read_as_the_windows_need(tmp_path: Path) -> None:
+    file = lines(tmp_path / "d.jsonl", {"text": "abc"}, {"text": "def"}, {"odd": 1})
+    assert text.windows(file, CHATTING, 2, 5).windows.tolist() == [[1, *b"abc", 2], [1, *b"def", 2]]
+    with pytest.raises(DataError, match="line 3: no text, no prompt and completion, and no messages; it holds 'odd'"):
+        text.windows(file, CHATTING, 3, 5)
+
+
+def test_the_end_of_a_large_file_of_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = lines(tmp_path / "d.jsonl", *({"text": "abc"} for _ in range(40)))
+    monkeypatch.setattr(text, "_LARGE_FILE", 64)
+    cut = text.last_windows(file, CHATTING, 1, 5, begin=0, key="length")
+    assert cut is not None
+    assert cut.windows.tolist() == [[1, *b"abc", 2]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b'{"text": ""}', "is empty"),
+        (b"[1]", "line 1: not a JSON object"),
+        (b"{", "line 1: not JSON"),
+        (b'{"text": "\\ud800"}', "line 1: .*not UTF-8 text"),
+        (b'{"text": ' + b"[" * 90_000, "nested too deep"),
+        (b'{"text": 3}', "text is not a text"),
+        (b'{"prompt": "a"}', "it holds 'prompt'"),
+        (b'{"prompt": "a", "completion": []}', "both be texts"),
+        (b'{"query": "a", "choices": ["b", "c"], "gold": 0}', "a question, not a text"),
+        (b'{"messages": []}', "at least one message"),
+        (b'{"messages": ["a"]}', "no role"),
+        (b'{"messages": [{"role": "u"}]}', "no content"),
+        (b'{"messages": [{"role": "nobody", "content": "a"}]}', "refuses the messages: roles must alternate"),
+        (b"\xff", "not UTF-8"),
+    ],
+)
+def test_json_lines_that_are_no_documents(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        text.windows(file, CHATTING, 2, 4)
+    assert caught.value.remedy
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    file = lines(tmp_path / "d.jsonl", {"messages": [{"role": "u", "content": "e"}]})
+    with pytest.raises(DataError, match="the tokenizer has none"):
+        text.windows(file, reader(), 1, 4)
+
+
+def test_evaluation_tells_texts_from_questions(tmp_path: Path) -> None:
+    texts = str(lines(tmp_path / "t.jsonl", {"text": "abc"}))
+    questions = str(lines(tmp_path / "q.jsonl", {"context": "a", "continuation": "b"}))
+    found = recipe(evals=[texts, questions]).evaluate
+    assert found.perplexity == texts
+    assert found.choices == questions

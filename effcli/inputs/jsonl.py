@@ -1,0 +1,130 @@
+"""JSON lines: the objects of a file one by one, and the documents of text that they hold.
+
+A document is `{"text": ...}`, `{"prompt": ..., "completion": ...}`, or `{"messages": [...]}`, which the tokenizer's
+chat template writes out; prompt and completion may be lists of messages too. Other keys beside these are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effcli.documents import parse_json
+from effcli.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from effcli.inputs.text import Reader
+
+SUFFIXES = (".jsonl", ".ndjson", ".json")
+FORM = 'write {"text": text}, {"prompt": text, "completion": text} or {"messages": [{"role": ..., "content": ...}]}'
+_QUESTION = {"choices", "continuation", "gold"}
+
+
+def is_jsonl(file: Path) -> bool:
+    """Whether a file is read as JSON lines, by its name."""
+    return file.suffix.lower() in SUFFIXES
+
+
+def holds_documents(file: Path) -> bool:
+    """Whether the first line of a file is a document of text; False when it cannot be read, too."""
+    try:
+        first = next(objects(file, FORM), None)
+    except DataError:
+        return False
+    return first is not None and _has_document(first[1])
+
+
+def objects(file: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a file with the name of its line; `DataError`, which asks for `form`, for a line without one."""
+    try:
+        if file.exists() and not file.is_file():
+            raise DataError(f"cannot read {file}: it is not a file", "give a .jsonl file")
+        with file.open(encoding="utf-8-sig") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield where, parse(line, where, form)
+    except FileNotFoundError:
+        raise DataError(f"there is no file {file}", "check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error.reason})", "give a .jsonl file in UTF-8") from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}", "give a .jsonl file") from None
+
+
+def parse(line: str, where: str, form: str) -> dict[str, Any]:
+    """The object in one line; `DataError`, which asks for `form`, when there is none."""
+    try:
+        data = parse_json(line, where, error=DataError)
+    except DataError as error:
+        raise DataError(f"{where}: {error.cause.removeprefix(f'{where} is ')}", form) from error
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: not a JSON object", form)
+    return data
+
+
+def document_ids(data: dict[str, Any], where: str, reader: Reader) -> list[int]:
+    """The token ids of the document in an object, its end token included; empty for an empty document."""
+    found = _document(data, where)
+    if isinstance(found, list):
+        # The template writes the special tokens itself.
+        return reader.encode(_templated(found, data.get("tools"), where, reader), special=False)
+    if not found.strip():
+        return []
+    ids = reader.encode(found)
+    end = reader.tokenizer.eos_token_id
+    # Without it the documents would run into one another.
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _has_document(data: dict[str, Any]) -> bool:
+    named = bool(data.keys() & {"text", "messages"}) or {"prompt", "completion"} <= data.keys()
+    return named and not data.keys() & _QUESTION
+
+
+def _document(data: dict[str, Any], where: str) -> str | list[Any]:
+    """The text or the messages of an object; `DataError` names what it holds instead."""
+    if not _has_document(data):
+        if data.keys() & _QUESTION:
+            raise DataError(f"{where}: a question, not a text", "give questions with --eval or evaluate.choices")
+        keys = ", ".join(repr(key)[:40] for key in list(data)[:6]) or "nothing"
+        raise DataError(f"{where}: no text, no prompt and completion, and no messages; it holds {keys}", FORM)
+    if "messages" in data:
+        return _messages(data["messages"], where)
+    if "text" in data:
+        text = data["text"]
+        if not isinstance(text, str):
+            raise DataError(f"{where}: text is not a text", FORM)
+        return text
+    prompt, completion = data["prompt"], data["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _messages(prompt + completion, where)
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise DataError(f"{where}: prompt and completion must both be texts, or both lists of messages", FORM)
+    return prompt + completion
+
+
+def _messages(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: messages must be a list of at least one message", FORM)
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: a message has no role", FORM)
+        if not isinstance(message.get("content"), str | list) and "tool_calls" not in message:
+            raise DataError(f"{where}: a message has no content", FORM)
+    return value
+
+
+def _templated(messages: list[Any], tools: Any, where: str, reader: Reader) -> str:
+    if not getattr(reader.tokenizer, "chat_template", None):
+        raise DataError(
+            f"{where}: messages need a chat template, and the tokenizer has none",
+            'copy the model\'s chat_template.jinja beside the tokenizer, or give {"text": ...}',
+        )
+    try:
+        options = {"tools": tools} if tools else {}
+        return str(reader.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:
+        # A template is a program of the model's: it may refuse, and fail, in any way.
+        raise DataError(f"{where}: the chat template refuses the messages: {first_line(error)}", FORM) from error
