@@ -345,14 +345,22 @@ def check_evaluate(data: Mapping[str, Any]) -> Evaluate:
     return options
 
 
-def check_preprocess(overrides: Iterable[str]) -> Preprocess | None:
-    """The `preprocess` part alone from `preprocess.KEY=VALUE`, for commands that only measure; None without any."""
-    data = apply_overrides({}, overrides)
+class InputOptions(Options):
+    """What can be said of a network's input in commands that only measure; see `Recipe`."""
+
+    shape: tuple[int, ...] | None = None
+    preprocess: Preprocess | None = None
+
+
+def check_inputs(overrides: Iterable[str], keys: Iterable[str] = ("shape", "preprocess")) -> InputOptions:
+    """Those of `keys` that are set in `shape=[...]` and `preprocess.KEY=VALUE`; `RecipeError` for any other key."""
+    data, keys = apply_overrides({}, overrides), tuple(keys)
     mistakes = Mistakes()
-    for key in data.keys() - {"preprocess"}:
-        mistakes.add(key, "only preprocess can be set here")
-    options = validated(Preprocess, data["preprocess"], "preprocess", mistakes) if "preprocess" in data else None
+    for key in data.keys() - set(keys):
+        mistakes.add(key, f"only {' and '.join(keys)} can be set here")
+    options = validated(InputOptions, {key: data[key] for key in keys if key in data}, "", mistakes)
     mistakes.raise_if_any("the request")
+    assert options is not None
     return options
 
 

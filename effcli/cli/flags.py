@@ -71,6 +71,8 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Any key of the recipe, e.g. calibration.samples=32.", show_default=False
     ),
 ]
+# Compressing runs on the CPU only.
+RunDevice = Annotated[str | None, typer.Option("--device", help="cpu, or auto.", show_default="cpu")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or auto.", show_default="cpu")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", show_default="as torch chooses")]
 Revision = Annotated[

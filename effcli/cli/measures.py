@@ -45,22 +45,24 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Say what MODEL consists of, or which of its layers suffer from few bits."""
-    given = {"--pass": step, "--bits": bits, "--by": by, "--calib": calib, "--output": output, "--set": overrides}
+    given = {"--pass": step, "--bits": bits, "--by": by, "--calib": calib, "--output": output}
     if sensitivity:
         keys = {"weights": weights, "trust_remote_code": trust_remote_code or None}
         _sensitivity(model, step or "awq", bits or "2,3,4,8", by, calib, output, overrides or [], keys, json)
         return
     _refuse(given, "it belongs to --sensitivity", "add --sensitivity, or leave it out")
-    from effcli import importers, samples
+    from effcli import importers, recipe, samples
     from effcli import plan as planning
     from effcli.reports import screen
 
+    shape = recipe.check_inputs(overrides or (), ("shape",)).shape
     source = samples.locate(model)
     if importers.recognises(source):
         from effcli.graphs import plan as graphplan
 
-        found = graphplan.inspect(model, source, path_of(weights), trust_remote_code)
+        found = graphplan.inspect(model, source, path_of(weights), trust_remote_code, shape)
     else:
+        _refuse({"--weights": weights, "--set": overrides}, f"{model} is a language model")
         found = planning.inspect(model, trust_remote_code)
     if json:
         print_json(found.to_json())
@@ -142,7 +144,9 @@ def evaluate(
     weights: Weights = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="E.g. preprocess.scale=0.00392.", show_default=False),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="E.g. preprocess.scale=0.00392, shape=[3,32,32].", show_default=False
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -163,12 +167,14 @@ def evaluate(
 
         given_for_text = {"--text": text, "--choices": choices, "--length": length, "--limit": limit}
         _refuse(given_for_text, f"{model} reads no text", "give labelled images with --images")
+        shaped = recipe.check_inputs(overrides or ())
         quality = vision.evaluate(
             model,
             options,
             reference=reference,
             weights=path_of(weights),
-            preprocess=recipe.check_preprocess(overrides or ()),
+            shape=shaped.shape,
+            preprocess=shaped.preprocess,
             trust_remote_code=trust_remote_code,
         )
     else:
@@ -189,21 +195,26 @@ def bench(
     threads: Threads = None,
     device: Device = None,
     weights: Weights = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="E.g. shape=[3,32,32].", show_default=False),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure the speed of MODEL: prefill and decode of a language model, one input of any other network."""
-    from effcli import importers, samples
+    from effcli import importers, recipe, samples
     from effcli.reports import screen
 
+    shape = recipe.check_inputs(overrides or (), ("shape",)).shape
     if importers.recognises(samples.locate(model)):
         from effcli.graphs import timing
 
         given = {"--prefill": prefill != 128, "--decode": decode != 32, "--device": device not in (None, "cpu")}
         _refuse(given, f"{model} reads no text, and is timed on the CPU")
         latencies = timing.measure(
-            model, weights=path_of(weights), threads=threads, trust_remote_code=trust_remote_code
+            model, weights=path_of(weights), shape=shape, threads=threads, trust_remote_code=trust_remote_code
         )
         if json:
             print_json([found.model_dump(mode="json") for found in latencies])
@@ -212,6 +223,7 @@ def bench(
         return
     from effcli.language import latency
 
+    _refuse({"--weights": weights, "--set": overrides}, f"{model} is a language model")
     speed = latency.measure(
         model,
         prefill=prefill,

@@ -178,13 +178,14 @@ def evaluate(
     *,
     reference: str | None = None,
     weights: Path | None = None,
+    shape: tuple[int, ...] | None = None,
     preprocess: Preprocess | None = None,
     trust_remote_code: bool = False,
 ) -> Quality:
     """Measure `model` on labelled inputs, all unless `options` say how many, and its agreement with `reference`."""
     source = Path(samples.locate(model))
-    facts, network = _open(model, weights, trust_remote_code)
-    original = _open(reference, None, trust_remote_code)[1] if reference is not None else None
+    facts, network = _open(model, weights, trust_remote_code, shape)
+    original = _open(reference, None, trust_remote_code, shape)[1] if reference is not None else None
     data = options.images if isinstance(options.images, str) else _beside(source, EVALUATION)
     if data is None:
         raise DataError(f"{model} brings no images to be measured on", "give labelled images with --images DATA")
@@ -201,11 +202,13 @@ def outputs_of(checkpoint: Path) -> Callable[[Tensor], Tensor]:
     return Graph.read(checkpoint).run
 
 
-def _open(model: str, weights: Path | None, trust_remote_code: bool) -> tuple[Facts, Callable[[Tensor], Tensor]]:
+def _open(
+    model: str, weights: Path | None, trust_remote_code: bool, shape: tuple[int, ...] | None
+) -> tuple[Facts, Callable[[Tensor], Tensor]]:
     source = samples.locate(model)
     if isinstance(source, Path) and is_integer(source):
         return IntegerNetwork.read(source).facts, outputs_of(source)
-    graph = importers.read(source, weights=weights, trust_remote_code=trust_remote_code)
+    graph = importers.read(source, weights=weights, shape=shape, trust_remote_code=trust_remote_code)
     return graph.facts, graph.run
 
 

@@ -75,11 +75,17 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
     )
 
 
-def inspect(model: str, source: str | Path, weights: Path | None = None, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    model: str,
+    source: str | Path,
+    weights: Path | None = None,
+    trust_remote_code: bool = False,
+    shape: tuple[int, ...] | None = None,
+) -> Inspection:
     """What a network consists of that is or becomes a graph; `source` is where `model` was found."""
     if isinstance(source, Path) and is_integer(source):
         return _inspect_integer(model, IntegerNetwork.read(source))
-    graph = importers.read(source, weights=weights, trust_remote_code=trust_remote_code)
+    graph = importers.read(source, weights=weights, shape=shape, trust_remote_code=trust_remote_code)
     formats = {name: weight.format for name, weight in graph.stored.items()}
     work = macs(graph)
     rows = [_row(site, formats).model_copy(update={"macs": work[site.name]}) for site in graph.sites()]

@@ -21,13 +21,18 @@ _FEWEST = 5
 
 
 def measure(
-    model: str, *, weights: Path | None = None, threads: int | None = None, trust_remote_code: bool = False
+    model: str,
+    *,
+    weights: Path | None = None,
+    shape: tuple[int, ...] | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Latency, ...]:
     """Time one input of `model`, any network that is read as a graph, or an integer network."""
     source = samples.locate(model)
     if isinstance(source, Path) and (is_integer(source) or is_graph(source)):
         return of_checkpoint(source, threads)
-    graph = importers.read(source, weights=weights, trust_remote_code=trust_remote_code)
+    graph = importers.read(source, weights=weights, shape=shape, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as folder:
         graph.save(Path(folder))
         return of_checkpoint(Path(folder), threads)

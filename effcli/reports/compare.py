@@ -198,11 +198,34 @@ def _distance(layer: LayerDifference) -> tuple[float, float]:
     return round(abs(math.log2(max(a, tiny) / max(b, tiny))), 1), max(a, b)
 
 
+def _other_network(a: Report, b: Report) -> str | None:
+    """What shows that two models of one name are not the same network; None where nothing does."""
+    first_a, first_b = a.stages[0], b.stages[0]
+    if first_a.weights != first_b.weights:
+        return f"{first_a.weights:,} and {first_b.weights:,} weights"
+    if first_a.nbytes != first_b.nbytes:
+        return f"{human.size(first_a.nbytes)} and {human.size(first_b.nbytes)}"
+    rows_a, rows_b = _final_rows(a), _final_rows(b)
+    for name in sorted(rows_a.keys() & rows_b.keys()):
+        one, two = rows_a[name].shape, rows_b[name].shape
+        if one != two:
+            return f"{name} is {human.shape(one)} in one and {human.shape(two)} in the other"
+    quality_a, quality_b = first_a.quality or Quality(), first_b.quality or Quality()
+    both = quality_a.perplexity, quality_b.perplexity
+    # One network over the same tokens gives one perplexity, but for rounding.
+    alike = None in both or quality_a.tokens != quality_b.tokens
+    if not alike and not math.isclose(both[0] or 0.0, both[1] or 0.0, rel_tol=0.01):
+        return f"perplexity {human.significant(both[0] or 0.0, 4)} and {human.significant(both[1] or 0.0, 4)}"
+    return None
+
+
 def _caveats(a: Report, b: Report, last_a: Stage, last_b: Stage) -> list[str]:
     """Why figures of the two runs may differ for another reason than their passes."""
     found = []
     if a.model != b.model:
         found.append(f"the runs began with different models: {a.model} and {b.model}")
+    elif (other := _other_network(a, b)) is not None:
+        found.append(f"the runs began with different networks, both called {a.model}: {other}")
     quality_a, quality_b = last_a.quality or Quality(), last_b.quality or Quality()
     both_perplexity = quality_a.perplexity is not None and quality_b.perplexity is not None
     both_kl = quality_a.kl is not None and quality_b.kl is not None

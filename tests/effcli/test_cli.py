@@ -260,3 +260,21 @@ def test_verify(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().out == "the line\n"
     assert main(["verify", "o", "--json"]) == code
     assert capsys.readouterr().out == "{}\n"
+
+
+def test_the_shape_that_inspect_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shapeless.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Conv2d(3, 4, 3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "--set shape=" in fails(capsys, "inspect", "shapeless:make")
+    for command in ("inspect", "bench"):
+        assert main([command, "shapeless:make", "--set", "shape=[3,8,8]"]) == 0
+    assert "for an input of 3 x 8 x 8" in " ".join(capsys.readouterr().out.split())
+    assert "only shape can be set here" in fails(capsys, "inspect", "shapeless:make", "--set", "seed=1")
+    assert "is a language model" in fails(capsys, "inspect", "sample:lm", "--set", "shape=[3,8,8]")
+
+
+def test_compress_offers_only_devices_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "--help"]) == 0
+    assert "cuda" not in capsys.readouterr().out

@@ -139,3 +139,21 @@ def test_caveats_of_vision_networks() -> None:
 def test_json(make_report: Callable[..., Report]) -> None:
     found = compare(make_report(), make_report(bits=3, output="out/awq3"))
     assert Comparison.model_validate_json(found.model_dump_json()) == found
+
+
+def test_two_networks_of_one_name(report: Report) -> None:
+    first, *rest = report.stages
+    last = report.stages[-1]
+    assert first.quality
+    row = last.ledger[0]
+    others = {
+        " weights": first.model_copy(update={"weights": first.weights + 1}),
+        " GB": first.model_copy(update={"nbytes": first.nbytes + 10**9}),
+        "perplexity": first.model_copy(update={"quality": first.quality.model_copy(update={"perplexity": 4838.0})}),
+    }
+    made = {words: report.model_copy(update={"stages": (stage, *rest)}) for words, stage in others.items()}
+    made[f"{row.name} is"] = with_last(report, ledger=(row.model_copy(update={"shape": (9, 9)}), *last.ledger[1:]))
+    for words, other in made.items():
+        caveat = compare(report, other).caveats[0]
+        assert "different networks, both called" in caveat and words in caveat
+    assert compare(report, report).caveats == ()
