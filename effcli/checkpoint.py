@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from effcli.documents import parse_json, read_model, read_object
+from effcli.documents import check_model, parse_json, read_model, read_object
 from effcli.errors import CheckpointError, MachineError, first_line, writing
 
 DTYPES: dict[str, torch.dtype] = {
@@ -205,12 +205,25 @@ class Checkpoint:
         return sum(file.stat().st_size for file in weight_files(self.path))
 
 
+class _Config(BaseModel):
+    """What effcli itself reads of any `config.json`; the rest is for the network's own code."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    effcli: dict[str, Any] | None = None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of the directory `path`."""
     file = path / "config.json"
     if not file.exists():
         raise CheckpointError(f"{path} holds no config.json", "give a Hugging Face checkpoint directory")
-    return read_object(file, remedy="restore it from the original checkpoint")
+    remedy = "restore it from the original checkpoint"
+    config = read_object(file, remedy=remedy)
+    check_model(_Config, config, str(file), remedy=remedy)
+    return config
 
 
 class _Index(BaseModel):

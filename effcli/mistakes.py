@@ -62,10 +62,13 @@ def validated(
 def _within(data: Any, location: Sequence[str | int]) -> list[str]:
     """The part of pydantic's location that is a path of the user's data; it also names members of unions."""
     walked: list[str] = []
-    for step in location:
+    for step, below in zip(location, (*location[1:], None), strict=True):
         if isinstance(data, BaseModel):
             data = data.__dict__
         if isinstance(data, Mapping):
+            if below is not None and (step not in data or (below in data and not isinstance(data[step], Mapping))):
+                # The member of a union that a key of the data chose.
+                continue
             known = step in data
             walked.append(str(step))
             data = data[step] if known else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,12 +53,34 @@ def language_loader(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+# Far above any network: what loops and tables of transformers may be asked for. Keys by a part of their name.
+_MOST = {"layer": 10_000, "expert": 100_000, "head": 1_000_000, "": 2**26}
+_COUNTED = re.compile(r"(layers?|heads?|experts|size|dim|embd|d_model|n_positions)$")
+
+
+def _check_numbers(path: Path, config: Any, within: str = "") -> None:
+    """`CheckpointError` where the size or number of something is beyond every network."""
+    for key, value in config.items():
+        name = f"{within}{key}"
+        if isinstance(value, dict):
+            _check_numbers(path, value, f"{name}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _COUNTED.search(str(key)):
+            continue
+        most = next(limit for part, limit in _MOST.items() if part in str(key))
+        if value > most:
+            raise CheckpointError(
+                f"{path / 'config.json'} is damaged: {name} is {value:,}, more than the {most:,} that are read",
+                "restore it from the original checkpoint",
+            )
+
+
 def load_network_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
     """The transformers config object of a network's own `config`; remote code only when trusted."""
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    model_type, code = config.get("model_type"), (config.get("auto_map") or {}).get("AutoConfig")
+    mapped = config.get("auto_map")
+    model_type, code = config.get("model_type"), mapped.get("AutoConfig") if isinstance(mapped, dict) else None
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path / 'config.json'} has no model_type", "restore it from the original checkpoint")
     if code is not None and not trust_remote_code:
@@ -69,6 +92,7 @@ def load_network_config(path: Path, config: dict[str, Any], trust_remote_code: b
         raise UnsupportedError(
             f"transformers does not know the model type {model_type!r}", "install a newer transformers"
         )
+    _check_numbers(path, config)
     try:
         if code is not None:
             built = get_class_from_dynamic_module(code, str(path)).from_dict(config)

@@ -13,15 +13,101 @@ import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from effcli.checkpoint import read_config
 from effcli.contract import Kind
+from effcli.documents import check_model
 from effcli.errors import CheckpointError, UnsupportedError
-from effcli.formats import Activations, Affine, Codebook, Packing, format_from_json
+from effcli.formats import Activations, Affine, Codebook, Packing, Strategy, format_from_json
 
 LAYOUT_VERSION = 1
 OWN_TYPE = "effcli"
+_RESTORE = "restore config.json from the original checkpoint"
+_Bits = Annotated[int, Field(strict=True, ge=1, le=8)]
+_GroupSize = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+class _Described(BaseModel):
+    """A compressed layer as effcli's own layout describes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: _Bits
+    strategy: Strategy
+    group_size: _GroupSize
+    kind: Kind
+    input_scale: bool = Field(strict=True)
+
+
+class _DescribedAffine(_Described):
+    format: Literal["affine"]
+    symmetric: bool = Field(strict=True)
+    activations: Activations = "none"
+
+    @model_validator(mode="after")
+    def _possible(self) -> _DescribedAffine:
+        format_from_json(self.model_dump())
+        return self
+
+
+class _DescribedCodebook(_Described):
+    format: Literal["codebook"]
+    codebook: Literal["kmeans", "nf4", "binary", "ternary"]
+    double: bool = Field(strict=True)
+    huffman: bool = Field(strict=True)
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
+
+    @model_validator(mode="after")
+    def _possible(self) -> _DescribedCodebook:
+        format_from_json(self.model_dump())
+        return self
+
+
+_AnyDescribed = Annotated[_DescribedAffine | _DescribedCodebook, Field(discriminator="format")]
+
+
+class Own(BaseModel):
+    """What stands under `effcli` in the config of effcli's own layout.
+
+    config: of a language model, the network's own; facts: of a graph or an integer network.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int
+    kind: Literal["graph", "integer"] | None = None
+    config: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
+    layers: dict[str, _AnyDescribed]
+
+    def stored(self) -> dict[str, Stored]:
+        """The compressed layers by name."""
+        return {name: Stored.from_json(layer.model_dump()) for name, layer in self.layers.items()}
+
+
+class _Weights(BaseModel):
+    num_bits: _Bits
+    strategy: Strategy
+    group_size: _GroupSize | None = None
+
+
+class _Inputs(BaseModel):
+    dynamic: bool | str | None = None
+
+
+class _Group(BaseModel):
+    targets: list[str]
+    weights: _Weights
+    input_activations: _Inputs | None = None
+
+
+class _Quantization(BaseModel):
+    """A `quantization_config` of compressed-tensors."""
+
+    config_groups: dict[str, _Group]
 
 
 @dataclass(frozen=True)
@@ -81,7 +167,10 @@ def _unusual(kinds: Mapping[str, Hashable], reason: str) -> dict[str, str]:
 def network_config(config: dict[str, Any]) -> dict[str, Any]:
     """The network's own config, without what describes compressed layers."""
     if config.get("model_type") == OWN_TYPE:
-        return dict(config["effcli"]["config"])
+        network = own_part(config).config
+        if network is None:
+            raise CheckpointError("config.json is damaged: effcli.config is missing", _RESTORE)
+        return dict(network)
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
@@ -96,11 +185,24 @@ def is_own(config: dict[str, Any]) -> bool:
     return config.get("model_type") == OWN_TYPE
 
 
+def own_part(config: dict[str, Any]) -> Own:
+    """What stands under `effcli` in the config of effcli's own layout; `CheckpointError` when it is damaged."""
+    found = config.get("effcli")
+    version = found.get("version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version != LAYOUT_VERSION:
+        raise UnsupportedError(
+            f"the checkpoint has effcli layout {version}, this effcli reads {LAYOUT_VERSION}",
+            "use the effcli that wrote it",
+        )
+    return check_model(Own, found, "effcli in config.json", remedy=_RESTORE)
+
+
 def rounds_inputs(config: dict[str, Any]) -> bool:
     """Whether the inputs of some layers of a language model's checkpoint become int8."""
     if is_own(config):
-        return any(layer.get("activations", "none") != "none" for layer in config["effcli"]["layers"].values())
-    return bool(config.get("quantization_config", {}).get("format") == "int-quantized")
+        formats = [stored.format for stored in own_part(config).stored().values()]
+        return any(isinstance(format, Affine) and format.activations != "none" for format in formats)
+    return bool((config.get("quantization_config") or {}).get("format") == "int-quantized")
 
 
 def holds(folder: Path, file: str, kind: str) -> bool:
@@ -108,7 +210,7 @@ def holds(folder: Path, file: str, kind: str) -> bool:
     if not (folder / file).is_file() or not (folder / "config.json").is_file():
         return False
     config = read_config(folder)
-    return is_own(config) and config.get("effcli", {}).get("kind") == kind
+    return is_own(config) and own_part(config).kind == kind
 
 
 def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[str, Stored]:
@@ -117,13 +219,7 @@ def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[st
     packed: names of modules that have a `weight_packed` tensor, and whether they have a `weight_zero_point`.
     """
     if is_own(config):
-        own = config["effcli"]
-        if own.get("version") != LAYOUT_VERSION:
-            raise UnsupportedError(
-                f"the checkpoint has effcli layout {own.get('version')}, this effcli reads {LAYOUT_VERSION}",
-                "use the effcli that wrote it",
-            )
-        return {name: Stored.from_json(data) for name, data in own["layers"].items()}
+        return own_part(config).stored()
     quantization = config.get("quantization_config")
     if quantization is None:
         if packed:
@@ -136,22 +232,29 @@ def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[st
             f"the checkpoint is already quantized as {what}, which effcli does not read",
             "start from the original checkpoint",
         )
-    return {name: Stored(_scheme_of(name, quantization, zero)) for name, zero in packed.items()}
+    groups = check_model(_Quantization, quantization, "quantization_config in config.json", remedy=_RESTORE)
+    return {name: Stored(_scheme_of(name, groups, zero)) for name, zero in packed.items()}
 
 
-def _scheme_of(name: str, quantization: dict[str, Any], has_zero: bool) -> Affine:
-    groups = quantization["config_groups"].values()
+def _scheme_of(name: str, quantization: _Quantization, has_zero: bool) -> Affine:
+    groups = quantization.config_groups.values()
 
     def matches(target: str) -> bool:
-        return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+        try:
+            return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+        except re.error as error:
+            raise CheckpointError(f"quantization_config in config.json: {target!r} is no pattern", _RESTORE) from error
 
-    chosen = next((g for g in groups if any(matches(t) for t in g["targets"])), None)
-    chosen = chosen or next((g for g in groups if "Linear" in g["targets"]), None)
+    chosen = next((g for g in groups if any(matches(t) for t in g.targets)), None)
+    chosen = chosen or next((g for g in groups if "Linear" in g.targets), None)
     if chosen is None:
         raise CheckpointError(f"no config group of quantization_config names {name}", "restore config.json")
-    weights, inputs = chosen["weights"], chosen.get("input_activations")
-    activations: Activations = "none" if inputs is None else "token" if inputs.get("dynamic") else "tensor"
-    return Affine(weights["num_bits"], weights["strategy"], weights.get("group_size") or 0, not has_zero, activations)
+    weights, inputs = chosen.weights, chosen.input_activations
+    activations: Activations = "none" if inputs is None else "token" if inputs.dynamic else "tensor"
+    try:
+        return Affine(weights.num_bits, weights.strategy, weights.group_size or 0, not has_zero, activations)
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config in config.json: {name}: {error}", _RESTORE) from error
 
 
 def own_config(config: dict[str, Any], layers: Mapping[str, Stored]) -> dict[str, Any]:

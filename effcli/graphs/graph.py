@@ -238,16 +238,21 @@ class Graph:
         return graph
 
     def _fill(self, checkpoint: Checkpoint, layers: Mapping[str, Stored]) -> None:
+        sites = {site.name: site for site in self.sites()}
         for name, item in layers.items():
+            if name not in sites:
+                raise CheckpointError(f"config.json describes {name}, which is no layer of the graph", _DAMAGED)
             prefix = f"{name}."
             tensors = {
                 key.removeprefix(prefix): checkpoint.read(key) for key in checkpoint.entries if key.startswith(prefix)
             }
             tensors.pop("bias", None)
             try:
-                self.set_weight(name, unpack(item.format, tensors))
-            except (LookupError, AttributeError, RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{checkpoint.path} does not hold {name} as {item.format}", _DAMAGED) from error
+                self.set_weight(name, unpack(item.format, tensors, sites[name].shape))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{checkpoint.path} does not hold {name} as {item.format}: {error}", _DAMAGED
+                ) from error
         for key, value in self.module.state_dict(keep_vars=True).items():
             owner, _, own = key.rpartition(".")
             if (own == "weight" and owner in layers) or own == "num_batches_tracked":

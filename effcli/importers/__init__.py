@@ -5,11 +5,11 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effcli.documents import read_object
 from effcli.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -142,6 +142,10 @@ def class_names(config: dict[str, Any]) -> tuple[str, ...] | None:
     labels = config.get("id2label")
     if not isinstance(labels, dict) or not labels:
         return None
+    if not all(re.fullmatch(r"[0-9]{1,9}", str(key)) for key in labels):
+        raise CheckpointError(
+            "config.json is damaged: a key of id2label is no number", "restore it, or remove id2label"
+        )
     names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
@@ -149,10 +153,9 @@ def class_names(config: dict[str, Any]) -> tuple[str, ...] | None:
 def _config(folder: Path) -> dict[str, Any]:
     """`config.json` of a directory, empty without one that is an object: whoever needs it reads it again, and says."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(folder / "config.json")
+    except CheckpointError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _own_kind(config: dict[str, Any]) -> str | None:
@@ -166,7 +169,8 @@ def _is_classifier(config: dict[str, Any]) -> bool:
     """Whether a config is that of an image classifier: by its class, else by what its model type is for."""
     architectures = config.get("architectures")
     if architectures:
-        return any(str(name).endswith(_CLASSIFIER) for name in architectures)
+        # One that is no list is for whoever reads the whole config to refuse.
+        return isinstance(architectures, list) and any(str(name).endswith(_CLASSIFIER) for name in architectures)
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         # timm's own config names the network only.

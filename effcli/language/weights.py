@@ -69,7 +69,7 @@ class Weights:
         stored = stored_layers(
             checkpoint.config, {name: "weight_zero_point" in tensors for name, tensors in packed.items()}
         )
-        known = {site.name for sites in self._sites.values() for site in sites}
+        self._by_name = known = {site.name: site for sites in self._sites.values() for site in sites}
         self.stored: dict[str, Stored] = {name: item for name, item in stored.items() if name in known}
         # Packed layers of the files that the network does not have.
         self.foreign: dict[str, Stored] = {name: item for name, item in stored.items() if name not in known}
@@ -192,7 +192,19 @@ class Weights:
         """The quantized weight of `layer` as it stands in the file, None for a dense one."""
         if layer not in self._packed:
             return None
-        return unpack(self.stored[layer].format, self.raw(layer))
+        site, stored = self._by_name.get(layer), self.stored.get(layer)
+        if site is None or stored is None:
+            raise CheckpointError(
+                f"{self.checkpoint.path} holds {layer} packed, of which config.json or the network knows nothing",
+                "restore config.json from the original checkpoint",
+            )
+        try:
+            return unpack(stored.format, self.raw(layer), site.shape)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.path} does not hold {layer} as {stored.format}: {error}",
+                "download or copy the checkpoint again",
+            ) from error
 
     def raw(self, layer: str) -> dict[str, Tensor]:
         """The tensors of a packed layer by suffix, as they stand in the file."""
