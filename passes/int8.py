@@ -23,7 +23,7 @@ from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
 from effcli.errors import DataError
 from effcli.graphs import executor
 from effcli.graphs.fusion import PROBABILITIES, covered, fuse, hoist_activations, probabilities
-from effcli.graphs.graph import Graph
+from effcli.graphs.graph import Graph, where
 from effcli.graphs.integer import Array, IntegerNetwork, Weighted
 from effcli.graphs.lowering import check, lower
 from effcli.graphs.rewriting import count_padding, decompose_attention, select_before_permuting
@@ -35,6 +35,9 @@ _CORRECTING = 256
 _BYTES = 1 << 26
 # Inputs that the network carries, for exports to be compared on.
 _PROBE = 16
+# Inputs on which integers are compared with floating numbers, and the decibels below which a signal is lost.
+_COMPARED = 4
+_COLLAPSED = 10
 # How many times wider than its numbers a tensor may become by what is filled in around them without a remark.
 _FAR = 4
 
@@ -173,12 +176,50 @@ def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tupl
     if config.bias_correction:
         for layer, shift in correct_biases(lowered.network, statistics).items():
             notes[layer]["bias_shift"] = round(shift, 3)
+    remarks += collapses(graph, lowered.network, statistics.inputs[:_COMPARED])
     lowered.network.probe = lowered.network.quantize(statistics.inputs[:_PROBE].numpy())
     return Transformed(lowered.network, notes, tuple(activations), (*remarks, *lowered.remarks))
 
 
 def _width(found: Range) -> float:
     return found[1] - found[0]
+
+
+def collapses(graph: Graph, network: IntegerNetwork, inputs: Tensor) -> tuple[str, ...]:
+    """Remarks that name the steps which lose the signal that still reached them, on a few calibration inputs."""
+    program = network.program
+    codes = executor.run(network, network.quantize(inputs.numpy()), keep=True)
+    decibels = {program.input: math.inf}
+
+    class Comparer(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            known = program.values.get(n.name)
+            if known is not None and n.op != "get_attr" and tuple(value.shape) == codes[n.name].shape:
+                found = (codes[n.name].astype(np.float64) - known.zero) * known.scale
+                exact = value.double().numpy()
+                # Padding with -inf, for which the lowest code stands.
+                finite = np.isfinite(exact)
+                exact, found = exact[finite], found[finite]
+                error, signal = float(np.square(found - exact).sum()), float(np.square(exact).sum())
+                decibels[n.name] = 10 * math.log10(signal / error) if error and signal else math.inf
+            return value
+
+    with torch.inference_mode():
+        Comparer(graph.module).run(inputs)
+    fusion = fuse(graph)
+    # The node that computes, whose activation may give the tensor its name.
+    nodes = {fusion.result(node).name: node for node in graph.nodes if node not in fusion.absorbed}
+    remarks = []
+    for step in program.steps:
+        before = min((decibels[name] for name in step.inputs), default=math.inf)
+        after = decibels.setdefault(step.output, before)
+        if after < _COLLAPSED <= before:
+            remarks.append(
+                f"{where(nodes[step.output])} loses its signal in 8 bits: {after:.0f} dB of signal to noise are left "
+                f"on calibration inputs, {before:.0f} dB reached it"
+            )
+    return tuple(remarks)
 
 
 def correct_biases(network: IntegerNetwork, statistics: Statistics) -> dict[str, float]:

@@ -323,6 +323,21 @@ def test_probabilities_of_many_classes_keep_their_values(classes: int) -> None:
     assert decibels(graph, network, inputs) > 25
 
 
+def test_a_step_that_loses_its_signal_is_named() -> None:
+    """A difference of two large and almost equal tensors; what follows lost nothing by itself."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        shifted = b.call("aten.add.Tensor", x, b.tensor("far", torch.full((1, 6), 4000.0)))
+        near = b.call("aten.sub.Tensor", shifted, b.tensor("near", torch.full((1, 6), 4000.0)), source="net.py:7")
+        return b.module("fc", nn.Linear(6, 3), b.call("aten.relu.default", near))
+
+    graph = built((6,), build)
+    made = transformed(graph, inputs_of(graph, 64))
+    told = [remark for remark in made.remarks if "loses its signal" in remark]
+    assert len(told) == 1 and told[0].startswith("sub (aten.sub.Tensor, net.py:7) loses its signal in 8 bits: ")
+    assert not transformed(residual(), inputs_of(residual(), 64)).remarks
+
+
 class Transformer(nn.Module):
     """Tokens and their positions, attention of two heads, a perceptron, the mean, a classifier."""
 
