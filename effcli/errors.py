@@ -134,7 +134,7 @@ def not_utf8(name: str) -> UserError:
 # What the system says of a place that takes no more, of what a process runs out of, and of files it does not give.
 _FULL = {
     errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.EDQUOT: "no space left, the disk quota is used up",
     errno.EFBIG: "a file would become larger than the system allows",
 }
 _SCARCE = {

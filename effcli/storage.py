@@ -263,11 +263,14 @@ def own_config(config: dict[str, Any], layers: Mapping[str, Stored]) -> dict[str
     return {"model_type": OWN_TYPE, "effcli": {"version": LAYOUT_VERSION, "config": config, "layers": described}}
 
 
-def standard_config(config: dict[str, Any], layers: Mapping[str, Stored], linears: Iterable[str]) -> dict[str, Any]:
+def standard_config(
+    config: dict[str, Any], layers: Mapping[str, Stored], linears: Iterable[str], other: tuple[str, str] | None = None
+) -> dict[str, Any]:
     """`config.json` of a stock checkpoint whose `layers` are packed; `linears` are all linear modules by name.
 
     Every group names its layers, so that no class name catches a linear that stayed dense, and the dense ones stand
-    under `ignore`, without which the stock loader would look for their packed weights.
+    under `ignore`, without which the stock loader would look for their packed weights. other: the path of the blocks,
+    and the path that another class has for them which loads the same files; layers are named both ways.
     """
     if not layers:
         return dict(config)
@@ -278,7 +281,7 @@ def standard_config(config: dict[str, Any], layers: Mapping[str, Stored], linear
     groups = {}
     for number, (format, names) in enumerate(sorted(by_format.items(), key=lambda item: item[1][0])):
         groups[f"group_{number}"] = {
-            "targets": names,
+            "targets": _both(names, other),
             "weights": {
                 "num_bits": format.bits,
                 "type": "int",
@@ -296,12 +299,20 @@ def standard_config(config: dict[str, Any], layers: Mapping[str, Stored], linear
         "format": "int-quantized" if integer else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(set(linears) - layers.keys()),
+        "ignore": _both(sorted(set(linears) - layers.keys()), other),
     }
     if not integer and len({format.bits for format in by_format}) == 1:
         # Zero points load in transformers only through its dequantizing route, mixed bits only through the other.
         quantization["dequantize"] = True
     return {**config, "quantization_config": quantization}
+
+
+def _both(names: list[str], other: tuple[str, str] | None) -> list[str]:
+    """`names`, and those that begin with the first path of `other` with the second in its place."""
+    if other is None:
+        return names
+    first, second = other
+    return names + [second + name.removeprefix(first) for name in names if name.startswith(first + ".")]
 
 
 def _inputs(activations: Activations) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from effcli.language.skeleton import Skeleton, find_layers
 from effcli.language.weights import Weights, open_weights
 from effcli.reports.report import Exported
 from effcli.sites import LayerSite
-from effcli.storage import Stored, network_config
+from effcli.storage import Stored
 
 SHARD_BYTES = 4 << 30
 
@@ -84,7 +84,7 @@ def export_packed(
     with replacing(source, target, overwrite) as folder:
         copy_companions(source, folder)
         write_tensors(weights, folder, pack)
-        config = {**network_config(weights.checkpoint.config), "quantization_config": dict(quantization)}
+        config = {**weights.network_config(), "quantization_config": dict(quantization)}
         write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         checked = _read_back(weights, folder, unpack, tolerance)
     nbytes = sum(file.stat().st_size for file in weight_files(target))

@@ -30,12 +30,13 @@ class Skeleton:
     def __init__(self, path: Path, config: dict[str, Any], trust_remote_code: bool = False) -> None:
         quiet_transformers()
         self.config = load_network_config(path, config, trust_remote_code)
+        loader = language_loader(self.config)
         self.dtype: torch.dtype = self.config.dtype or torch.float32
         with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
             # Initialisers that warn about zero-sized or meta tensors say nothing about this network.
             warnings.simplefilter("ignore")
             try:
-                self.model: nn.Module = language_loader(self.config).from_config(
+                self.model: nn.Module = loader.from_config(
                     self.config,
                     dtype=self.dtype,
                     experts_implementation="eager",
@@ -54,7 +55,20 @@ class Skeleton:
         self.was_tied = self.tied
         self.embedding = next(f"{name}.weight" for name, m in self.model.named_modules() if m is inputs)
         self.block_path, self.blocks = find_blocks(self.model)
+        # Where the class for the text alone has the same blocks, None without one.
+        self.text_path = self._find_text_path(loader)
         self.block_names = [f"{self.block_path}.{k}" for k in range(len(self.blocks))]
+
+    def _find_text_path(self, loader: Any) -> str | None:
+        from transformers import AutoModelForCausalLM
+
+        if loader is AutoModelForCausalLM:
+            return None
+        with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+            warnings.simplefilter("ignore")
+            text = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        path = find_blocks(text)[0]
+        return path if path != self.block_path else None
 
     def untie(self) -> None:
         """Give the output head a weight of its own."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from effcli.observers import Gram
 from effcli.reports.report import LedgerRow
 from effcli.selection import choose
 from effcli.sites import LayerSite
-from effcli.storage import obstacles_of, own_config, standard_config, untied
+from effcli.storage import Stored, obstacles_of, own_config, standard_config, untied
 from effcli.swept import Progress, Swept, check_finite, check_tensor, dense_row, worst
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class _Sweep:
                 f"written in effcli's own layout, which effcli.load reads and stock loaders refuse: "
                 f"{len(obstacles)} layers have no place in the standard format, such as {first} ({reason})"
             )
-        described = own_config(config, stored) if obstacles else standard_config(config, stored, self._linears())
+        described = own_config(config, stored) if obstacles else self._standard(config, stored)
         copy_companions(self.weights.checkpoint.path, target)
         parts = [self.journal.part(name) for name in names]
         assemble(parts, target, OWN_STEM if obstacles else STOCK_STEM, SHARD_BYTES, self.carried)
@@ -248,6 +248,10 @@ class _Sweep:
         self.journal.remove()
         self.progress(len(names), len(names))
         return swept
+
+    def _standard(self, config: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
+        path = self.skeleton.text_path
+        return standard_config(config, stored, self._linears(), (self.skeleton.block_path, path) if path else None)
 
     def _linears(self) -> list[str]:
         return [choice.site.name for choice in self.choices.values() if choice.site.kind == "linear"]

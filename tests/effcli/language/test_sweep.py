@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from effcli import passes, runtime
 from effcli.checkpoint import Checkpoint, read_config
@@ -504,6 +504,16 @@ def test_every_tensor_beside_the_language_model_is_carried_over(step: dict[str, 
         assert verify.verify(folder).passed
         packed = {name.removesuffix("_packed") for name in written.entries if name.endswith("weight_packed")}
         assert tensors.keys() <= {*written.entries, *packed}
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "layers": {"*.o_proj": {"bits": 4}}}])
+def test_the_class_for_the_text_alone_loads_the_same_layers(options: dict[str, Any], tmp_path: Path) -> None:
+    """Mixed bits stay packed in the stock loader, which finds packed layers by the names of the class it builds."""
+    source = architectures.make_multimodal(tmp_path / "model")
+    carry_out(source, tmp_path / "out", {"linear": {"bits": 8, **options}})
+    reference = logits(runtime.load(tmp_path / "out", packed=False))
+    for loader in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        torch.testing.assert_close(logits(loader.from_pretrained(tmp_path / "out").eval()), reference)
 
 
 def test_packed_layers_that_the_network_does_not_have_stay_as_they_are(llama: Path, tmp_path: Path) -> None:
