@@ -73,7 +73,7 @@ class MachineError(EffcliError):
 def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:
     """A sentence naming the entries of `known` nearest to `word`, or all of them when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=most, cutoff=0.5)
+    near = difflib.get_close_matches(word[:60], known, n=most, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}?"
     if not known:

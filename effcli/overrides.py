@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,7 +82,7 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         last = depth == len(steps) - 1
         place = ".".join(steps[:depth])
         if isinstance(here, list):
-            if not step.isdigit() or int(step) >= len(here):
+            if not re.fullmatch("[0-9]{1,6}", step) or int(step) >= len(here):
                 count = f"{len(here)} entr{'y' if len(here) == 1 else 'ies'}, numbered from 0"
                 raise RecipeError(f"--set {key}: {place!r} has no entry {step!r}", f"it has {count}")
             index = int(step)

@@ -308,6 +308,8 @@ def check(data: Any, source: str = "recipe") -> Recipe:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source} is not a mapping of keys to values", "start with `model:` and `passes:`")
     mistakes = Mistakes()
+    _check_texts(data, "", mistakes)
+    mistakes.raise_if_any(source)
     given = data.get("passes", ())
     if given is not None and not isinstance(given, list | tuple):
         mistakes.add("passes", "must be a list; write each step as `- name: {option: value}`")
@@ -378,6 +380,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe from the YAML file `path`, with `KEY=VALUE` overrides (see `apply_overrides`)."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{path} is not a file", "give a YAML file in UTF-8")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}", _near_recipes(path)) from None
@@ -432,6 +436,20 @@ def from_arguments(
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; it loads back to an equal recipe."""
     return yamls.dump(recipe.model_dump(mode="json"))
+
+
+def _check_texts(value: Any, path: str, mistakes: Mistakes) -> None:
+    """Note each text and key with a zero byte, which no name of a file or a layer can hold."""
+    if isinstance(value, str) and "\0" in value:
+        mistakes.add(path, "holds a zero byte, which no name can hold; remove it")
+    elif isinstance(value, Mapping):
+        for key, below in value.items():
+            if isinstance(key, str) and "\0" in key:
+                mistakes.add(path, "a key holds a zero byte, which no name can hold; remove it")
+            _check_texts(below, join(path, str(key)), mistakes)
+    elif isinstance(value, list | tuple):
+        for number, below in enumerate(value):
+            _check_texts(below, join(path, str(number)), mistakes)
 
 
 def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Mapping[str, Any]] | None:

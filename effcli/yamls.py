@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from effcli.errors import RecipeError
+from effcli.errors import RecipeError, first_line
 
 _SCALARS = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
@@ -24,9 +24,17 @@ _SCALARS = (
     ),
 )
 
+_PATTERNS = {tag: re.compile(f"(?:{pattern})") for tag, pattern, _ in _SCALARS}
+# Far above what any recipe holds: nested lists and mappings, digits of a whole number, characters.
+_DEPTH = 64
+_DIGITS = 40
+_CHARACTERS = 1 << 24
+
 
 class _Loader(yaml.SafeLoader):
     """Reads the scalars below and no others."""
+
+    _depth = 0
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -46,7 +54,33 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "references (*name) are not read", mark)
-        return super().compose_node(parent, index)
+        self._depth += 1
+        if self._depth > _DEPTH:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deep", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        problem = None if node is None else _problem(node)
+        if node is not None and problem:
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
+
+
+def _problem(node: yaml.Node) -> str | None:
+    """Why a node with the tag that was written or found for it cannot be read; None when it can."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    shown = kind if kind == node.tag else f"!!{kind}"
+    if not isinstance(node, yaml.ScalarNode):
+        own = "seq" if isinstance(node, yaml.SequenceNode) else "map"
+        return None if kind == own else f"{shown} is not read for a {'list' if own == 'seq' else 'mapping'}"
+    text = node.value
+    if kind == "str":
+        odd = any("\ud800" <= char <= "\udfff" for char in text)
+        return "a text holds half a character" if odd else None
+    if node.tag not in _PATTERNS:
+        return f"the tag {shown} is not read"
+    if not _PATTERNS[node.tag].fullmatch(text):
+        return f"{text[:40]!r} is no {shown}"
+    return f"a number of {len(text)} digits" if kind == "int" and len(text) > _DIGITS else None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -84,8 +118,13 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 def parse(text: str, source: str) -> Any:
     """The data in `text`; a `RecipeError` that names `source` and the line when it is not YAML."""
+    if len(text) > _CHARACTERS:
+        raise RecipeError(f"{source} has {len(text):,} characters, more than are read", "give a recipe")
     try:
         return yaml.load(text, _Loader)
+    except (ValueError, OverflowError, RecursionError) as error:
+        # An escape that is no character, for one; the reader has no error of its own for these.
+        raise RecipeError(f"{source}: not YAML: {first_line(error)}", "quote texts that hold : # [ or {") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None and "\n" in text else ""

@@ -39,6 +39,8 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _SCALES_BYTES = 0.01
 # Values from 0 to 1 do not reach this, with room for scales such as 1/127.5.
 _BEYOND_UNIT = 10
+# What one image may have, also after it was resized; it takes several times as many bytes while it is decoded.
+MOST_PIXELS = 1 << 26
 # From this edge on ConvNeXT's processor warps the whole image instead of cropping its middle.
 _CONVNEXT_WARPS = 384
 
@@ -117,6 +119,8 @@ class Preprocess(Options):
         images = self._colour(images)
         if self.resize is not None:
             height, width = self._resized(*images.shape[1:3])
+            if height * width > MOST_PIXELS:
+                raise DataError(f"{name} would be resized to {height:,} × {width:,} pixels", "lower preprocess.resize")
             resized = np.empty((len(images), height, width, images.shape[-1]), _resampled_type(images.dtype))
             for source, target in zip(images, resized, strict=True):
                 _resample(source, target, _RESAMPLING[self.resample])

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
+import math
 import os
 import re
+import stat
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from effcli.errors import DataError, UserError, did_you_mean, first_line
-from effcli.inputs.preprocess import Pixels, Preprocess
+from effcli.documents import parse_json
+from effcli.errors import DataError, EffcliError, UserError, did_you_mean, first_line
+from effcli.inputs.preprocess import MOST_PIXELS, Pixels, Preprocess
 
 Rows = NDArray[np.int64]
 # The name of a row or file, for messages, with a path or the bytes of an image.
@@ -35,8 +39,12 @@ _INPUTS = re.compile(r"(.*[_-])?(images?|imgs?|features?|inputs?|data|x|pixel_va
 _LABELS = re.compile(r"(.*[_-])?(labels?|targets?|class|classes|y)([_-].*)?", re.IGNORECASE)
 _CLASS_NAMES = re.compile(r"(class|label)_?names|names|classes", re.IGNORECASE)
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+# The formats that are decoded: none of them runs another program.
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000")
 # Rows of a table decoded from its file at a time.
 _TABLE_ROWS = 64
+# More rows than this for each byte of a file cannot hold images.
+_ROWS_PER_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ def open_source(path: Path, split: str | None, shape: tuple[int, ...], preproces
         raise DataError(f"{path} has no splits, so #{split} names nothing", f"leave out #{split}")
     if path.is_dir():
         return open_folder(path, shape, preprocess)
+    if not path.is_file():
+        raise DataError(f"{path} is not a file", "give an .npz, a .parquet, a folder of images or of `datasets`")
     if path.suffix == ".parquet":
         return open_parquet(path, shape, preprocess)
     if path.suffix == ".npz":
@@ -112,14 +122,17 @@ def open_npz(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Sour
         for found, (size, dtype) in headers.items()
         if _CLASS_NAMES.fullmatch(found) and dtype.kind == "U" and len(size) == 1
     ]
-    classes = tuple(str(each) for each in _npz_array(path, headers, names[0])) if names else None
+    with _damage_of(f"{names[0] if names else ''} in {path}", "write the file again"):
+        classes = tuple(str(each) for each in _npz_array(path, headers, names[0])) if names else None
     return Source(str(path), len(values), read, labels, classes, tuple(remarks))
 
 
 def open_folder(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Source:
     """Images in one subfolder per class, numbered in the order of their names, or images alone, without labels."""
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    loose = [entry.path for entry in os.scandir(path) if entry.is_file() and _is_image(entry.name)]
+    loose = [entry.path for entry in os.scandir(path) if not entry.is_dir() and _is_image(entry.name)]
+    for file in loose:
+        _check_file(file)
     files = [list(_images_below(path / name)) for name in folders]
     if loose and any(files):
         raise DataError(
@@ -152,24 +165,38 @@ def open_parquet(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> 
     arrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
     try:
         file = parquet.ParquetFile(path)
-    except (arrow.ArrowException, OSError) as error:
+    except Exception as error:  # of arrow, in many ways
         raise DataError(f"{path} is no parquet file: {first_line(error)}", "get the file again") from error
-    image, label, names = _find_columns(path, file.schema_arrow, preprocess)
-    groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+    with _damage_of(str(path)):
+        image, label, names = _find_columns(path, file.schema_arrow, preprocess)
+        groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+        count = file.metadata.num_rows
+        if count != sum(groups) or min(groups, default=0) < 0 or count > _ROWS_PER_BYTE * path.stat().st_size:
+            raise DataError(f"{path} is damaged: it cannot hold {count:,} rows", "get the file again")
+        labels = None
+        if label is not None:
+            labels = _as_labels(file.read([label]).column(0).to_numpy(), count, f"{label} in {path}")
     ends = np.cumsum(groups)
 
     def items(rows: Rows) -> Iterator[Item]:
+        read = 0
         for group in np.unique(np.searchsorted(ends, rows, side="right")):
             begin = ends[group] - groups[group]
-            for batch in file.iter_batches(_TABLE_ROWS, row_groups=[int(group)], columns=[image]):
-                here = rows[(rows >= begin) & (rows < begin + batch.num_rows)]
-                yield from _cells(path, here, batch.column(0).take(arrow.array(here - begin)).to_pylist())
+            batches = iter(file.iter_batches(_TABLE_ROWS, row_groups=[int(group)], columns=[image]))
+            while True:
+                with _damage_of(str(path)):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    here = rows[(rows >= begin) & (rows < begin + batch.num_rows)]
+                    cells = batch.column(0).take(arrow.array(here - begin)).to_pylist()
+                yield from _cells(path, here, cells)
+                read += len(here)
                 begin += batch.num_rows
+        if read != len(rows):
+            raise DataError(f"{path} is damaged: rows are missing", "get the file again")
 
-    labels = None
-    if label is not None:
-        labels = _as_labels(file.read([label]).column(0).to_numpy(), file.metadata.num_rows, f"{label} in {path}")
-    return _images(str(path), file.metadata.num_rows, items, shape, preprocess, labels, names)
+    return _images(str(path), count, items, shape, preprocess, labels, names)
 
 
 def open_dataset(path: Path, split: str | None, shape: tuple[int, ...], preprocess: Preprocess) -> Source:
@@ -189,38 +216,59 @@ def open_dataset(path: Path, split: str | None, shape: tuple[int, ...], preproce
         name, dataset = f"{path}#{chosen}", dataset[chosen]
     elif split is not None:
         raise DataError(f"{path} has no splits, so #{split} names nothing", f"leave out #{split}")
-    image, label, names = _find_columns(name, dataset.features.arrow_schema, preprocess)
-    table = dataset.select_columns([image]).with_format("arrow")
+    with _damage_of(name, "save it again"):
+        image, label, names = _find_columns(name, dataset.features.arrow_schema, preprocess)
+        table = dataset.select_columns([image]).with_format("arrow")
 
     def items(rows: Rows) -> Iterator[Item]:
         for begin in range(0, len(rows), _TABLE_ROWS):
             here = rows[begin : begin + _TABLE_ROWS]
-            yield from _cells(name, here, table[here.tolist()].column(0).to_pylist())
+            with _damage_of(name, "save it again"):
+                cells = table[here.tolist()].column(0).to_pylist()
+            yield from _cells(name, here, cells)
 
     labels = None
     if label is not None:
-        column = dataset.select_columns([label]).with_format("arrow")[:].column(0)
-        labels = _as_labels(column.to_numpy(), len(dataset), f"{label} in {name}")
+        with _damage_of(name, "save it again"):
+            column = dataset.select_columns([label]).with_format("arrow")[:].column(0)
+            labels = _as_labels(column.to_numpy(), len(dataset), f"{label} in {name}")
     return _images(name, len(dataset), items, shape, preprocess, labels, names, tuple(remarks))
 
 
 def decode(item: Item, gray: bool) -> Pixels:
     """The pixels uint8 (height, width) or (height, width, 3) of an encoded image; `DataError` names a damaged one."""
     name, data = item
+    if isinstance(data, str):
+        _check_file(data)
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
+        with _opened(data) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise DataError(
+                    f"{name} has {file.width:,} × {file.height:,} pixels, more than the {MOST_PIXELS:,} that are read",
+                    "make it smaller, or remove it",
+                )
             image: Image.Image = ImageOps.exif_transpose(file)
             deep = image.mode.startswith(("I", "F"))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(image.convert("L" if gray else "RGB"))
+    except DataError:
+        raise
     except Exception as error:
         # Every decoder fails in its own way.
         raise DataError(f"{name} is damaged or no image: {first_line(error)}", "replace or remove it") from error
     if deep:
         raise DataError(f"{name} has more than 8 bits a channel", "convert it to 8 bits, or give the data as an .npz")
     return pixels
+
+
+def _opened(data: str | bytes) -> Image.Image:
+    """An image whose header alone was read."""
+    with warnings.catch_warnings():
+        # Its size is judged before it is decoded.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS)
 
 
 def _images(
@@ -258,7 +306,7 @@ def _cells(source: str | Path, rows: Rows, cells: Sequence[Any]) -> Iterator[Ite
     """The images in the cells of a table: bytes, or a record of bytes and path."""
     for row, cell in zip(rows, cells, strict=True):
         data = (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell
-        if data is None:
+        if not isinstance(data, str | bytes):
             raise DataError(f"row {row} of {source} has no image", "remove the row")
         yield f"row {row} of {source}", data
 
@@ -268,8 +316,43 @@ def _is_image(name: str) -> bool:
 
 
 def _images_below(folder: Path) -> Iterator[str]:
-    for root, _, names in sorted(os.walk(folder, followlinks=True)):
-        yield from (os.path.join(root, name) for name in sorted(names) if _is_image(name))
+    """The images in a folder and in those below it, links followed, in the order of the folders' names."""
+    found: list[tuple[str, list[str]]] = []
+    waiting: list[tuple[str, frozenset[str]]] = [(str(folder), frozenset())]
+    while waiting:
+        root, above = waiting.pop()
+        real = os.path.realpath(root)
+        if real in above:
+            raise DataError(f"{root} is a link to a folder that it lies in", "remove the link")
+        entries = list(os.scandir(root))
+        waiting += [(entry.path, above | {real}) for entry in entries if entry.is_dir()]
+        found.append((root, [entry.name for entry in entries if not entry.is_dir() and _is_image(entry.name)]))
+    for root, names in sorted(found):
+        for name in sorted(names):
+            file = os.path.join(root, name)
+            _check_file(file)
+            yield file
+
+
+def _check_file(path: str) -> None:
+    """Raise `DataError` for what is no regular file: a pipe would be waited for."""
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}", "replace or remove it") from error
+    if not regular:
+        raise DataError(f"{path} is not a file", "replace or remove it")
+
+
+@contextmanager
+def _damage_of(name: str, remedy: str = "get the file again") -> Iterator[None]:
+    """Map whatever a library raises while it reads `name` to a `DataError`: each fails in its own ways."""
+    try:
+        yield
+    except EffcliError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name} is damaged: {first_line(error)}", remedy) from error
 
 
 def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -282,9 +365,17 @@ def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
                 with archive.open(member) as stream:
                     shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
                 headers[member.removesuffix(".npy")] = (shape, dtype)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError) as error:
+                _check_size(archive.getinfo(member), shape, dtype)
+    except Exception as error:  # of zipfile, of zlib, or of numpy, which parses the header as Python
         raise DataError(f"{path} is no npz of arrays: {first_line(error)}", "write it with numpy.savez") from error
     return headers
+
+
+def _check_size(member: zipfile.ZipInfo, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Raise `ValueError` when an array would be larger than what is stored of it: memory is taken by its shape."""
+    whole = all(length >= 0 for length in shape) and math.prod(shape) * dtype.itemsize <= member.file_size
+    if not whole and not dtype.hasobject:
+        raise ValueError(f"{member.filename} of shape {shape} is not all there")
 
 
 def _npz_array(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]], key: str) -> Pixels:
@@ -367,7 +458,7 @@ def _find_columns(
 
     def is_image(kind: Any) -> bool:
         if types.is_struct(kind):
-            return "bytes" in {kind.field(k).name for k in range(kind.num_fields)}
+            return any(kind.field(k).name == "bytes" and is_image(kind.field(k).type) for k in range(kind.num_fields))
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     for key in (preprocess.inputs, preprocess.labels):
@@ -383,10 +474,23 @@ def _find_columns(
     label = preprocess.labels or _only_label(
         source, [field.name for field in schema if types.is_integer(field.type) and _LABELS.fullmatch(field.name)]
     )
-    known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = known.get("info", {}).get("features") or {}
-    names = features.get(label, {}).get("names") if label is not None else None
-    return images[0], label, None if names is None else tuple(names)
+    known = (schema.metadata or {}).get(b"huggingface")
+    return images[0], label, None if known is None or label is None else _class_names(source, known, label)
+
+
+def _class_names(source: str | Path, known: bytes, label: str) -> tuple[str, ...] | None:
+    """The names of the classes in what `datasets` notes of a table; None where it notes none."""
+    where = f"the note of `datasets` in {source}"
+    found = parse_json(known, where, remedy="get the file again", error=DataError)
+    for key in ("info", "features", label, "names"):
+        if not isinstance(found, dict):
+            raise DataError(f"{where} is damaged: an object is missing above {key!r}", "get the file again")
+        found = found.get(key)
+        if found is None:
+            return None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise DataError(f"{where} is damaged: the names of the classes are no texts", "get the file again")
+    return tuple(found)
 
 
 def _only_split(path: Path, splits: Sequence[str]) -> str:

@@ -234,6 +234,8 @@ def _last_document_ids(file: Path, lines: str, reader: Reader) -> list[int]:
 def _read(file: Path, limit: int | None) -> tuple[str, bool]:
     """The first `limit` characters of a text file, and whether that is all of it."""
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise DataError(f"{file} is not a file", "give a text file")
         with file.open(encoding="utf-8") as stream:
             text = stream.read(limit)
             return text, limit is None or not stream.read(1)

@@ -13,7 +13,7 @@ from effcli import recipe, yamls
 from effcli.errors import RecipeError
 from effcli.recipe import Calibration, Evaluate, PassStep, Recipe
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 BITS = st.sampled_from([2, 3, 4, 8])
 LAYERS = st.dictionaries(TEXT, st.fixed_dictionaries({"bits": BITS}), max_size=2)
 
@@ -281,3 +281,10 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").touch()
     with pytest.raises(RecipeError, match=r"did you mean 'pipeline.yaml'"):
         recipe.load(tmp_path / "pipelin.yaml")
+
+
+def test_a_zero_byte_is_refused_where_it_stands() -> None:
+    with pytest.raises(RecipeError, match="model: holds a zero byte"):
+        recipe.check({"model": "a\0", "passes": ["linear"]})
+    with pytest.raises(RecipeError, match=r"passes\.0\.linear: a key holds a zero byte"):
+        recipe.check({"model": "a", "passes": [{"linear": {"b\0": 1}}]})

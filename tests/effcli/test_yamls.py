@@ -66,3 +66,35 @@ def test_a_key_that_stands_twice_is_an_error() -> None:
 def test_what_is_not_plain_yaml_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="not YAML"):
         yamls.parse(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 3000, "nested too deep"),
+        ("[" * 70 + "]" * 70, "nested too deep"),
+        ("9" * 4301, "a number of 4301 digits"),
+        ("0x" + "f" * 60, "a number of 62 digits"),
+        ("!!timestamp x", "the tag !!timestamp is not read"),
+        ("!!binary x", "the tag !!binary is not read"),
+        ("!other x", "the tag !other is not read"),
+        ("!!python/name:os.system x", "is not read"),
+        ("!!bool maybe", "'maybe' is no !!bool"),
+        ("!!int x", "'x' is no !!int"),
+        ("!!float [1]", "!!float is not read for a list"),
+        ("!!set {a}", "!!set is not read for a mapping"),
+        ("!!map [a]", "!!map is not read for a list"),
+        ('"\\ud800"', "half a character"),
+        ('"\\UFFFFFFFF"', "not YAML"),
+    ],
+)
+def test_what_is_not_read_is_named(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        yamls.parse(text, "here")
+    assert message in caught.value.cause
+    assert len(caught.value.cause) < 200
+
+
+def test_tags_that_say_what_stands_there() -> None:
+    text = "{a: !!str 1, b: !!int '7', c: !!seq [1], d: !!null '', e: !!float 1}"
+    assert yamls.parse(text, "here") == {"a": "1", "b": 7, "c": [1], "d": None, "e": 1.0}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -441,3 +443,99 @@ def test_real_images(name: str, shape: tuple[int, ...], asset: Callable[[str], P
     assert labels is not None and np.bincount(labels).min() > 25
     assert values.shape == (500, *shape)
     assert -2 <= float(values.min()) < float(values.max()) <= 2
+
+
+def all_read(path: Path, shape: tuple[int, ...] = (3, 4, 4)) -> int:
+    return sum(len(values) for values, _ in open_inputs(path, shape, Preprocess()).batches(2))
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(pixels(1, 4, 4, 3)[0]).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"b.png is not a file"):
+        all_read(tmp_path)
+    nested = tmp_path / "nested"
+    (nested / "one").mkdir(parents=True)
+    os.mkfifo(nested / "one" / "c.png")
+    with pytest.raises(DataError, match=r"c.png is not a file"):
+        all_read(nested)
+    os.mkfifo(tmp_path / "d.npz")
+    with pytest.raises(DataError, match=r"d.npz is not a file"):
+        all_read(tmp_path / "d.npz")
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"b.png cannot be read"):
+        all_read(tmp_path)
+
+
+def test_a_link_to_the_folder_above_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.fromarray(pixels(1, 4, 4, 3)[0]).save(tmp_path / "one" / "a.png")
+    (tmp_path / "one" / "loop").symlink_to(tmp_path / "one")
+    with pytest.raises(DataError, match="a link to a folder that it lies in"):
+        all_read(tmp_path)
+
+
+def test_a_large_image_is_refused_by_its_header(tmp_path: Path) -> None:
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="has 13,000 × 13,000 pixels"):
+        all_read(tmp_path)
+
+
+def test_an_image_that_resizing_makes_large_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 20_000)).save(tmp_path / "a.png")
+    preprocess = Preprocess(resize=224, crop=(4, 4))
+    with pytest.raises(DataError, match="would be resized to"):
+        list(open_inputs(tmp_path, (3, 4, 4), preprocess).batches(1))
+
+
+def test_only_formats_of_images_are_decoded(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match="damaged or no image"):
+        all_read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("note", "names"),
+    [
+        (b"{", None),
+        (b"[]", None),
+        (b'{"info": 3}', None),
+        (b'{"info": {"features": []}}', None),
+        (b'{"info": {"features": {"label": {"names": "ab"}}}}', None),
+        (b"[" * 90_000, None),
+        (b"{}", ()),
+        (b'{"info": {"features": {"label": {"names": ["a", "b"]}}}}', ("a", "b")),
+    ],
+)
+def test_what_a_table_notes_of_its_classes(note: bytes, names: tuple[str, ...] | None, tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data = encoded(pixels(1, 4, 4, 3)[0], tmp_path)
+    table = arrow.table({"image": [data, data], "label": [0, 1]}).replace_schema_metadata({b"huggingface": note})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    if names is None:
+        with pytest.raises(DataError, match=r"damaged|not JSON|nested"):
+            all_read(tmp_path / "t.parquet")
+    else:
+        assert (open_inputs(tmp_path / "t.parquet", (3, 4, 4), Preprocess()).names or ()) == names
+
+
+def test_damaged_pages_of_a_table(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data = encoded(pixels(1, 4, 4, 3)[0], tmp_path)
+    parquet.write_table(arrow.table({"image": [data, data], "label": [0, 1]}), tmp_path / "t.parquet")
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    content[4:12] = b"\xff" * 8
+    (tmp_path / "t.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="is damaged"):
+        all_read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("shape", ["(8, 3, 4, 4", "(800000000000, 3, 4, 4)", "(-1, 3, 4, 4)", "(2, 'a')"])
+def test_damaged_headers_of_arrays(shape: str, tmp_path: Path) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\0" * 1536
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", member)
+    with pytest.raises(DataError, match="is no npz of arrays"):
+        all_read(tmp_path / "a.npz")
