@@ -293,6 +293,13 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def umask() -> int:
+    """The permissions that new files go without."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
     """A temporary name to write under; `file` takes its place once it is whole and on the disk, or not at all."""
@@ -300,6 +307,8 @@ def _replacing(file: Path) -> Iterator[Path]:
     with writing(file):
         try:
             yield temporary
+            # The safetensors library makes its files private; an output is as readable as any other file.
+            temporary.chmod(0o666 & ~umask())
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(file)

@@ -23,6 +23,7 @@ from effcli import exporters, importers, memory, samples
 from effcli import recipe as recipes
 from effcli.checkpoint import weight_files, write_text
 from effcli.contract import Needs
+from effcli.digest import of_path
 from effcli.errors import EffcliError, OutputError, UnsupportedError, UserError, writing
 from effcli.machine import device_name
 from effcli.plan import Plan
@@ -30,6 +31,7 @@ from effcli.recipe import ExportStep, PassStep, Recipe
 from effcli.reports import card, html
 from effcli.reports.human import size
 from effcli.reports.report import Exported, Report, Stage
+from effcli.workplace import Workplace, check_output, existing, resolved
 
 if TYPE_CHECKING:
     from effcli.subject import Subject
@@ -67,9 +69,18 @@ class Silent:
     def say(self, text: str) -> None: ...
 
 
-def run(recipe: Recipe, *, overwrite: bool = False, listener: Listener | None = None) -> Report:
-    """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`."""
-    output = recipe.target.absolute()
+def run(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> Report:
+    """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`.
+
+    beside: writes what else shall stand there.
+    """
+    output = resolved(recipe.target.absolute())
     check_output(output, overwrite)
     for step in recipe.export:
         exporters.require(step.name)
@@ -83,54 +94,43 @@ def run(recipe: Recipe, *, overwrite: bool = False, listener: Listener | None = 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
-        return _Run(recipe, output, listener or Silent()).carry_out()
+        return _Run(recipe, output, overwrite, listener or Silent(), beside).carry_out()
     finally:
         torch.set_num_threads(threads)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise `OutputError` unless `output` can be written."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file", "choose another --output")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(
-            f"{output} exists and is not empty", "choose another --output, or replace it with --overwrite"
-        )
-    parent = _existing(output.parent)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"cannot write to {parent}", "choose a writable --output")
-
-
-def _existing(folder: Path) -> Path:
-    """The nearest folder above that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path, listener: Listener) -> None:
+    def __init__(
+        self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener, beside: Callable[[Path], None]
+    ) -> None:
         self.subject = subject_of(recipe)
         self.recipe = self.subject.recipe
         self.output = output
+        self.overwrite = overwrite
         self.listener = listener
+        self.beside = beside
         if self.subject.source.resolve() == output.resolve():
             raise OutputError(f"{output} is the model itself", "choose another --output; the input is never changed")
-        self.work = output.parent / f".{output.name}.effcli"
+        self.place = Workplace(output)
+        self.work = self.place.folder
 
     def carry_out(self) -> Report:
         plan = self.subject.plan()
         self._check_space(plan)
         remarks = self.subject.calibrate()
-        self._open_work()
-        try:
-            return self._compress(remarks, plan.weights)
-        except OutputError:
-            raise  # a disk with room again goes on from here
-        except UserError:
-            # The input is at fault: nothing written so far can serve a second try.
-            shutil.rmtree(self.work, ignore_errors=True)
-            raise
+        with self.place.locked():
+            self._open_work()
+            if self._placed():
+                self.place.remove()
+                return Report.read(self.output)
+            try:
+                return self._compress(remarks, plan.weights)
+            except OutputError:
+                raise  # a disk with room again goes on from here
+            except UserError:
+                # The input is at fault: nothing written so far can serve a second try.
+                self.place.remove()
+                raise
 
     def _compress(self, remarks: tuple[str, ...], count: int) -> Report:
         self.subject.open(self.work)
@@ -153,20 +153,55 @@ class _Run:
         request = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
             "files": self.subject.request,
+            "data": {str(path): of_path(path) for path in self._data()},
             "versions": _software(),
         }
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        marker = self.work / "request"
-        if marker.is_file() and marker.read_text(encoding="utf-8") == digest:
+        going_on = self.place.holds(digest) and (self._placed() or self._fits())
+        if not going_on:
+            self.place.remove()
+        # Another process may have finished since it was first asked.
+        check_output(self.output, self.overwrite)
+        if going_on:
             self.listener.say("going on from the last written block")
-            return
-        with writing(self.output):
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True)
-        write_text(marker, digest)
+        else:
+            self.place.begin(digest)
+
+    def _placed(self) -> bool:
+        """Whether all is done but for the removal of the working folder."""
+        return self.place.placed and Report.read(self.output).recipe == self.recipe.model_dump(mode="json")
+
+    def _fits(self) -> bool:
+        """Whether the checkpoints that the finished stages lead to are there."""
+        reference: Path | None = None
+        current: Path | None = None
+        for number in range(1, len(self.recipe.passes) + 1):
+            file = self.work / f"stage-{number}.json"
+            try:
+                ledger = Stage.model_validate_json(file.read_text(encoding="utf-8")).ledger
+            except FileNotFoundError:
+                break
+            except ValueError:
+                return False
+            former, current = current, self.work / f"checkpoint-{number}"
+            if reference == former and not any(row.status == "compressed" for row in ledger):
+                reference = current
+        return all((path / "config.json").is_file() for path in (reference, current) if path is not None)
+
+    def _data(self) -> list[Path]:
+        """Every file and folder of calibration and evaluation data that the recipe names, or that stands for it."""
+        wanted = self.recipe.evaluate
+        named = (self.recipe.calibration.data, wanted.perplexity, wanted.images, wanted.choices)
+        found = [samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT]
+        for name in named:
+            if isinstance(name, str):
+                path = Path(name).expanduser()
+                # `DIR#split` names a part of a folder.
+                found.append(path if path.exists() or "#" not in name else Path(str(path).rpartition("#")[0]))
+        return found
 
     def _check_space(self, plan: Plan) -> None:
-        free = shutil.disk_usage(_existing(self.output.parent)).free
+        free = shutil.disk_usage(existing(self.output.parent)).free
         needed = int(plan.output_bytes * _DISK_FACTOR)
         if free < needed:
             raise OutputError(
@@ -262,13 +297,14 @@ class _Run:
             verified=self.subject.verify(finished) if self.recipe.evaluate.enabled else None,
             recipe=self.recipe.model_dump(mode="json"),
         )
+        exported, failed = self._exports(finished)
+        report = report.model_copy(update={"exports": exported})
         self._describe(report, finished)
         write_text(finished / "recipe.yaml", recipes.dump(self.recipe))
-        self._put_in_place(finished)
-        if self.recipe.export:
-            # Only now: an export that fails must not take the finished checkpoint with it.
-            report = report.model_copy(update={"exports": tuple(map(self._export, self.recipe.export))})
-            self._describe(report, self.output)
+        self.beside(finished)
+        self.place.place(finished)
+        if failed is not None:
+            raise failed
         return report
 
     def _describe(self, report: Report, folder: Path) -> None:
@@ -280,26 +316,45 @@ class _Run:
         card_text = card.model_card(report, base_card, layout=self.subject.layout(folder))
         write_text(folder / card.FILE_NAME, card_text)
 
-    def _export(self, step: ExportStep) -> Exported:
-        folder = self.output / "exports" / step.name
+    def _exports(self, finished: Path) -> tuple[tuple[Exported, ...], EffcliError | None]:
+        """Make every export that no run before this one has made, up to one that fails: it takes nothing with it."""
+        exports = finished / "exports"
+        records = {step.name: self.work / f"export-{step.name}-{_key(step)}.json" for step in self.recipe.export}
+        for folder in exports.iterdir() if exports.is_dir() else ():
+            if folder.name not in records or not records[folder.name].is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+        made: list[Exported] = []
+        for step in self.recipe.export:
+            record = records[step.name]
+            if record.is_file() and (exports / step.name).is_dir():
+                made.append(Exported.model_validate_json(record.read_text(encoding="utf-8")))
+                continue
+            try:
+                made.append(self._export(step, finished))
+            except OutputError:
+                raise  # the same command makes it once there is room
+            except EffcliError as error:
+                told = error.cause.replace(str(finished), str(self.output))
+                cause = f"{self.output} is finished, but not exported to {step.name}: {told}"
+                failed = type(error)(cause, error.remedy.replace(str(finished), str(self.output)))
+                failed.__cause__ = error
+                return tuple(made), failed
+            write_text(record, made[-1].model_dump_json())
+        return tuple(made), None
+
+    def _export(self, step: ExportStep, finished: Path) -> Exported:
+        folder = finished / "exports" / step.name
         with writing(self.output):
             folder.parent.mkdir(exist_ok=True)
-        try:
-            exported: Exported = exporters.load(step.name).export(self.output, folder, step.config, overwrite=True)
-            exported = self.subject.time_export(exported, folder)
-        except EffcliError as error:
-            cause = f"{self.output} is finished, but not exported to {step.name}: {error.cause}"
-            raise type(error)(cause, error.remedy) from error
+        exported: Exported = exporters.load(step.name).export(finished, folder, step.config, overwrite=True)
+        exported = self.subject.time_export(exported, folder)
         self.listener.say(f"exported to {step.name}: {exported.checked or size(exported.nbytes)}")
         return exported
 
-    def _put_in_place(self, finished: Path) -> None:
-        with writing(self.output):
-            old = self.work / "replaced"
-            if self.output.exists():
-                self.output.rename(old)
-            finished.rename(self.output)
-            shutil.rmtree(self.work, ignore_errors=True)
+
+def _key(step: ExportStep) -> str:
+    """What tells the options of two exports apart."""
+    return hashlib.sha256(step.model_dump_json().encode()).hexdigest()[:16]
 
 
 def subject_of(recipe: Recipe) -> Subject:

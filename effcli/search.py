@@ -68,16 +68,19 @@ def run(recipe: Recipe, overwrite: bool = False, listener: Listener | None = Non
     """Carry out `recipe`, its searches first; what each of them found stands beside the report."""
     from effcli import pipeline
     from effcli.reports.html_sensitivity import write
+    from effcli.workplace import check_output
 
     # Before a long search, what would fail after it.
-    pipeline.check_output(recipe.target.absolute(), overwrite)
+    check_output(recipe.target.absolute(), overwrite)
     resolved, searches = resolve(recipe, listener)
-    report = pipeline.run(resolved, overwrite=overwrite, listener=listener)
-    for number, found in enumerate(searches, start=1):
-        stem = "search" if len(searches) == 1 else f"search-{number}"
-        for suffix in (".json", ".html"):
-            write(found, recipe.target / f"{stem}{suffix}")
-    return report, searches
+
+    def beside(folder: Path) -> None:
+        for number, found in enumerate(searches, start=1):
+            stem = "search" if len(searches) == 1 else f"search-{number}"
+            for suffix in (".json", ".html"):
+                write(found, folder / f"{stem}{suffix}")
+
+    return pipeline.run(resolved, overwrite=overwrite, listener=listener, beside=beside), searches
 
 
 class _Search:

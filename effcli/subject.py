@@ -38,8 +38,8 @@ class Subject(Protocol):
     def base(self) -> Path: ...
 
     @property
-    def request(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of every file of the network, or a digest of it in the place of a name."""
+    def request(self) -> dict[str, str]:
+        """The digest of every file of the network and of the data beside it, by name, or of the network itself."""
 
     def plan(self) -> Plan:
         """What the recipe will do; raises what a run would raise over its patterns and sizes."""

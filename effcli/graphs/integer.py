@@ -20,7 +20,7 @@ import torch
 from pydantic import model_validator
 from safetensors.numpy import load_file, save_file
 
-from effcli.checkpoint import read_config, write_text
+from effcli.checkpoint import read_config, umask, write_text
 from effcli.contract import Options
 from effcli.errors import CheckpointError, first_line, writing
 from effcli.formats import pack_bits, unpack_bits
@@ -164,6 +164,8 @@ class IntegerNetwork:
         file = folder / WEIGHTS_NAME
         with writing(file):
             save_file({name: np.ascontiguousarray(array) for name, array in stored.items()}, file)
+            # The library makes it private; an output is as readable as any other file.
+            file.chmod(0o666 & ~umask())
         with writing(folder / PROBE_NAME):
             if self.probe is None:
                 (folder / PROBE_NAME).unlink(missing_ok=True)

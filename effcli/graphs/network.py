@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effcli import importers, samples
 from effcli.contract import Needs
+from effcli.digest import of_file
 from effcli.errors import CheckpointError, DataError, writing
 from effcli.graphs import executor, timing
 from effcli.graphs import plan as graphplan
@@ -58,9 +59,11 @@ class GraphNetwork:
         return self._work / "checkpoint-0"
 
     @property
-    def request(self) -> list[tuple[str, int, int]]:
+    def request(self) -> dict[str, str]:
         # A function has no file: what was read speaks for every source alike.
-        return [(self.graph.digest(), 0, 0)]
+        beside = (_beside(self.source, name) for name in (CALIBRATION, EVALUATION))
+        data = {str(file): of_file(file) for file in beside if file is not None}
+        return {"network": self.graph.digest(), **data}
 
     def plan(self) -> Plan:
         return graphplan.make(self.recipe, self.graph)

@@ -36,11 +36,18 @@ class Journal:
                     return Journal(folder, fingerprint, int(state["done"]))
             except (ValueError, KeyError, TypeError):
                 pass
-        with writing(folder):
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-        return Journal(folder, fingerprint)
+        journal = Journal(folder, fingerprint)
+        journal.begin()
+        return journal
+
+    def begin(self) -> None:
+        """Throw away what is there; the journal goes first, so that it never speaks of what is gone."""
+        self.done = 0
+        with writing(self.folder):
+            (self.folder / "journal.json").unlink(missing_ok=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
 
     def part(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -48,6 +55,10 @@ class Journal:
     def spool(self, k: int) -> Path:
         """The file of the hidden states before block k."""
         return self.folder / f"hidden-{k % 2}.bin"
+
+    def holds(self, name: str) -> bool:
+        """Whether a part and its record are there."""
+        return self.part(name).is_file() and self.has(name)
 
     def has(self, name: str) -> bool:
         return (self.folder / f"{name}.json").is_file()
@@ -64,4 +75,5 @@ class Journal:
         self.done = done
 
     def remove(self) -> None:
+        (self.folder / "journal.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

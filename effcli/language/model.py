@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effcli import exporters
+from effcli import digest, exporters
 from effcli.checkpoint import read_config, weight_files
 from effcli.contract import Needs
 from effcli.inputs import text
@@ -35,8 +35,9 @@ class LanguageModel:
         return self.source
 
     @property
-    def request(self) -> list[tuple[str, int, int]]:
-        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(self.source)]
+    def request(self) -> dict[str, str]:
+        files = {str(file): digest.of_file(file) for file in weight_files(self.source)}
+        return {**files, **digest.of_folder(self.source)}
 
     def plan(self) -> Plan:
         return make(self.recipe)

@@ -52,6 +52,10 @@ class Spool:
             while view.nbytes:
                 view = view[stream.write(view) :]
 
+    def whole(self) -> bool:
+        """Whether the file has all that was to be written."""
+        return self.file.is_file() and self.file.stat().st_size == self._offsets[-1]
+
     def sync(self) -> None:
         """Make the file last through a crash."""
         with writing(self.file), self.file.open("rb") as stream:

@@ -71,6 +71,11 @@ def sweep(
     return run.finish(target)
 
 
+def _part_name(k: int) -> str:
+    """The name of block k's part in the journal."""
+    return f"block-{k:05d}"
+
+
 def fingerprint(checkpoint: Checkpoint, step: PassStep, windows: Windows | None) -> str:
     """A digest of everything that decides the result: the input's files, the options, the calibration tokens."""
     digest = hashlib.sha256()
@@ -107,6 +112,8 @@ class _Sweep:
     def blocks(self) -> None:
         """Every block from the last finished one on."""
         count = len(self.skeleton.blocks)
+        if not all(self.journal.holds(_part_name(k)) for k in range(self.journal.done)):
+            self.journal.begin()
         if self.windows is None:
             for k in range(self.journal.done, count):
                 self._block(k, None, None)
@@ -114,6 +121,9 @@ class _Sweep:
         with Stream(self.weights) as stream:
             check_finite(self.skeleton.model, "")
             flow = _Flow.start(stream, self.windows, self.journal)
+            if self.journal.done and not flow.spool(self.journal.done).whole():
+                self.journal.begin()
+                flow = _Flow.start(stream, self.windows, self.journal)
             self.shapes = flow.shapes
             for k in range(self.journal.done, count):
                 self._block(k, stream, flow)
@@ -135,7 +145,7 @@ class _Sweep:
             del grams
             if flow is not None and stream is not None and not flow.original:
                 flow.propagate(stream, k)
-        self._write(f"block-{k:05d}", part)
+        self._write(_part_name(k), part)
         self.journal.advance(k + 1)
         del part
         memory.trim()
@@ -209,7 +219,7 @@ class _Sweep:
 
     def finish(self, target: Path) -> Swept:
         """Join the parts into the target's shards and describe them in its config."""
-        names = [f"block-{k:05d}" for k in range(len(self.skeleton.blocks))] + ["outside"]
+        names = [_part_name(k) for k in range(len(self.skeleton.blocks))] + ["outside"]
         swept, stored = Swept(), {}
         for name in names:
             part = Part.from_json(self.journal.recall(name))

@@ -139,6 +139,23 @@ def test_after_a_crash_it_goes_on(
     assert not work.exists()
 
 
+@pytest.mark.parametrize("lost", ["hidden-*.bin", "block-00000.safetensors", "block-00001.json"])
+def test_unfinished_work_that_lacks_a_file_is_begun_anew(
+    lost: str, llama: Path, finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work, step = tmp_path / "out", tmp_path / "work", PassStep.model_validate(AWQ)
+    out.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at("journal", 2, patch)
+        sweep.sweep(llama, out, step, windows(), work)
+    for file in work.glob(lost):
+        file.unlink()
+    told: list[tuple[int, int]] = []
+    sweep.sweep(llama, out, step, windows(), work, lambda *args: told.append(args))
+    assert told[0] == (0, 5)
+    assert digest(out) == digest(finished("original"))
+
+
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
