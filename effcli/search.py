@@ -73,6 +73,8 @@ def run(recipe: Recipe, overwrite: bool = False, listener: Listener | None = Non
     # Before a long search, what would fail after it.
     check_output(recipe.target.absolute(), overwrite)
     resolved, searches = resolve(recipe, listener)
+    if not searches:
+        return pipeline.run(resolved, overwrite=overwrite, listener=listener), ()
 
     def beside(folder: Path) -> None:
         for number, found in enumerate(searches, start=1):
