@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import keyword
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
@@ -30,6 +31,19 @@ EXPORT = "export the network without it, or with torch.export to a .pt2 file"
 
 # Where torch's exporter keeps the path of the module that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# Constants may come to so many bytes, and so many times a file's weights: integers become floats, and are permuted.
+_ROOM = 256 << 20
+_GROWTH = 32
+# An input of so many numbers may be a shape.
+_SHORT = 1024
+# Numbers of an activation for one input.
+_MOST_NUMBERS = 1 << 27
+# These can make more numbers than they are given.
+_WINDOWS = {"BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix"}
+_GROWING = {"CenterCropPad", "Col2Im", "ConstantOfShape", "Einsum", "Expand", "MaxUnpool", "OneHot", "Pad", "Range"}
+_GROWING |= {"Resize", "Tile", "Upsample", *_WINDOWS}
+# onnx computes these from this operator set on, and earlier ones mean the same.
+_NEWER = {"DequantizeLinear": 19, "QuantizeLinear": 19}
 _RESERVED = {*dir(nn.Module()), *keyword.kwlist}
 _PARAMETER = re.compile(r"(\w+(?:\.\w+)*)\.\w+")
 
@@ -45,6 +59,24 @@ class Translation:
         self._traced: dict[fx.Node, Tensor] = {}
         self._names: set[str] = set()
         self._layers: dict[tuple[Any, ...], tuple[str, nn.Module]] = {}
+        self._room = _ROOM
+
+    def allow(self, weights: int) -> None:
+        """Let constants take as much as weights of so many bytes can come to."""
+        self._room = _ROOM + _GROWTH * weights
+
+    def folded(self, proto: NodeProto, inputs: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+        """The outputs of a node whose inputs are all constants, by name; refused where they would be too large."""
+        expected = _folded_bytes(proto, inputs, self.opset)
+        if expected is None:
+            expected = self._room + 1 if proto.op_type in _GROWING else 0
+        if expected > self._room:
+            raise UnsupportedError(
+                f"{describe(proto)} makes constants larger than effcli computes", "export it with its constants folded"
+            )
+        for name, value in _folded(proto, inputs, self.opset):
+            self._room -= value.nbytes
+            yield name, value
 
     def input(self, name: str, shape: tuple[int, ...]) -> None:
         """Declare the network's input; shape: without the batch axis."""
@@ -87,6 +119,10 @@ class Translation:
             raise UnsupportedError(
                 f"{node.meta['source']} makes a tensor whose first axis is not the batch",
                 "export the network so that it works on batches of any size",
+            )
+        if traced.numel() // self.batch > _MOST_NUMBERS:
+            raise UnsupportedError(
+                f"{node.meta['source']} makes {traced.numel() // self.batch:,} numbers of one input", EXPORT
             )
         self._traced[node] = traced
         return node
@@ -304,13 +340,52 @@ def _bias(graph: Graph, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
     return None
 
 
-def folded(proto: NodeProto, inputs: dict[str, Array], opset: int) -> Iterator[tuple[str, Array]]:
+def _folded(proto: NodeProto, inputs: dict[str, Array], opset: int) -> Iterator[tuple[str, Array]]:
     """The outputs of a node whose inputs are all constants, by name."""
     from onnx.helper import make_function, make_opsetid
     from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import RuntimeImplementationError
 
     names = [name for name in proto.output if name]
-    function = make_function("effcli", "folded", list(inputs), names, [proto], [make_opsetid("", opset)])
-    with np.errstate(all="ignore"):
-        results = ReferenceEvaluator(function).run(None, inputs, attributes={})
+    if proto.op_type in _NEWER:
+        opset = max(opset, _NEWER[proto.op_type])
+    try:
+        function = make_function("effcli", "folded", list(inputs), names, [proto], [make_opsetid("", opset)])
+        with np.errstate(all="ignore"):
+            results = ReferenceEvaluator(function).run(None, inputs, attributes={})
+    except RuntimeImplementationError as error:
+        raise UnsupportedError(
+            f"{describe(proto)} works on constants, and effcli cannot compute it in operator set {opset}",
+            "convert it: onnx.version_converter.convert_version(onnx.load(FILE), 21)",
+        ) from error
     return zip(names, map(np.asarray, results), strict=True)
+
+
+def _folded_bytes(proto: NodeProto, inputs: dict[str, Array], opset: int) -> int | None:
+    """How many bytes the outputs of a node on constants will take, before any is computed; None where onnx cannot say.
+
+    Its inference is given the values of short inputs, which is where shapes are.
+    """
+    from onnx import defs, helper, numpy_helper, shape_inference
+
+    known = {name: value for name, value in inputs.items() if value.dtype != object}
+    types = {
+        name: helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in known.items()
+    }
+    data = {name: numpy_helper.from_array(value, name) for name, value in known.items() if value.size <= _SHORT}
+    try:
+        schema = defs.get_schema(proto.op_type, opset, "")
+        found = shape_inference.infer_node_outputs(
+            schema, proto, types, data, opset_imports=[helper.make_opsetid("", opset)]
+        )
+    except Exception:  # inference errors of onnx share no base; what is wrong is said where the node is computed
+        return None
+    total = 0
+    for value in found.values():
+        tensor = value.tensor_type
+        if not tensor.HasField("shape") or not all(item.HasField("dim_value") for item in tensor.shape.dim):
+            return None
+        # Eight bytes at most, whatever its type.
+        total += 8 * math.prod(item.dim_value for item in tensor.shape.dim)
+    return total

@@ -14,18 +14,24 @@ import numpy as np
 import torch
 from torch import fx
 
-from effcli.errors import CheckpointError, UnsupportedError
+from effcli.errors import CheckpointError, EffcliError, UnsupportedError
 from effcli.graphs.graph import Facts, Graph
 from effcli.importers._onnx_operators import OPERATORS
-from effcli.importers._onnx_translation import EXPORT, Operator, Translation, describe, folded
+from effcli.importers._onnx_translation import EXPORT, Operator, Translation, describe
 from effcli.importers._trace import first_line
 from effcli.onnx_session import require
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 OLDEST_OPSET = 11
 
+_AGAIN = "export or copy it again"
+# Far above what exporters write: nodes of a network, functions inside each other.
+_MOST_NODES = 200_000
+_DEEPEST = 64
 _DEFAULT_DOMAINS = ("", "ai.onnx")
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 # Extents of a dynamic batch in the trace: primes that no other axis is likely to have.
@@ -70,7 +76,63 @@ def _load(path: Path) -> ModelProto:
         raise CheckpointError(
             f"{path} lacks its weights: {first_line(error)}", "put the data file beside it, under its own name"
         ) from error
-    return inliner.inline_local_functions(model) if model.functions else model
+    if not model.functions:
+        return model
+    _check_functions(model, path)
+    try:
+        return inliner.inline_local_functions(model)
+    except Exception as error:  # checker and conversion errors, which share no base
+        raise _damaged(path, error) from error
+
+
+def _check_functions(model: ModelProto, path: Path) -> None:
+    """Refuse functions that call themselves, or that grow beyond what a network has, before they are put in place."""
+    bodies = {(item.domain, item.name): item.node for item in model.functions}
+    counted: dict[tuple[str, str], int] = {}
+
+    def count(nodes: Iterable[NodeProto], inside: tuple[tuple[str, str], ...]) -> int:
+        total = 0
+        for node in nodes:
+            name = node.domain, node.op_type
+            if name in inside or len(inside) > _DEEPEST:
+                raise CheckpointError(f"{path} is damaged: its function {node.op_type} calls itself", _AGAIN)
+            if name in bodies and name not in counted:
+                counted[name] = count(bodies[name], (*inside, name))
+            total += counted.get(name, 1)
+            below = (item for held in node.attribute for item in (held.g, *held.graphs))
+            total += sum(count(graph.node, inside) for graph in below if graph.node)
+        return total
+
+    nodes = count(model.graph.node, ())
+    if nodes > _MOST_NODES:
+        raise UnsupportedError(f"the functions of {path} come to {nodes:,} nodes", "export it without functions")
+
+
+def _declared(model: ModelProto) -> bool:
+    """Whether each input and output declares a shape, which onnx's checker asks for and its runtimes do not."""
+    return all(
+        value.type.tensor_type.HasField("shape")
+        for value in (*model.graph.input, *model.graph.output)
+        if value.type.HasField("tensor_type")
+    )
+
+
+def _with_shapes(path: Path) -> ModelProto:
+    """The model for the checker: with a shape wherever one is left open, and without the weights beside the file."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(path, format="protobuf", load_external_data=False)
+    graph, names = model.graph, {item.name for item in model.graph.input}
+    outside = [item for item in graph.initializer if item.data_location == TensorProto.EXTERNAL]
+    for item in outside:
+        graph.initializer.remove(item)
+        if item.name not in names:
+            graph.input.append(helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
+    for value in (*graph.input, *graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    return model
 
 
 def _opset(model: ModelProto, path: Path) -> int:
@@ -98,8 +160,8 @@ def _check(model: ModelProto, path: Path) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(path)
-    except onnx.checker.ValidationError as error:
+        onnx.checker.check_model(path if _declared(model) else _with_shapes(path))
+    except Exception as error:  # the checker's own, and protobuf's for text that is none
         raise _damaged(path, error) from error
     if model.graph.sparse_initializer:
         raise UnsupportedError(f"{path} stores weights as sparse tensors", "export the network with dense weights")
@@ -116,6 +178,10 @@ def _input(graph: GraphProto, path: Path) -> tuple[str, int | None, tuple[int, .
             names = ", ".join(item.name for item in found) or "none"
             raise UnsupportedError(f"{path} has {len(found)} {kind}s ({names})", f"export it with one {kind}")
     (value,) = inputs
+    if not value.type.tensor_type.HasField("shape"):
+        raise UnsupportedError(
+            f"input {value.name} of {path} declares no shape", "export the network with the shape of its input"
+        )
     kind = value.type.tensor_type.elem_type
     if kind != TensorProto.FLOAT:
         found_type = TensorProto.DataType.Name(kind).lower()
@@ -181,6 +247,7 @@ def _translate_nodes(graph: GraphProto, translation: Translation) -> None:
 
     values = translation.values
     values.update((item.name, to_array(item)) for item in graph.initializer)
+    translation.allow(sum(value.nbytes for value in values.values() if isinstance(value, np.ndarray)))
     for node in graph.node:
         unknown = [name for name in node.input if name and name not in values]
         if unknown:
@@ -189,13 +256,15 @@ def _translate_nodes(graph: GraphProto, translation: Translation) -> None:
         constants = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
         try:
             if len(constants) == len(inputs):
-                values.update(folded(node, constants, translation.opset))
+                values.update(translation.folded(node, constants))
             elif node.op_type == "Shape":
                 values[node.output[0]] = _shape(Operator(translation, node))
             else:
                 results = OPERATORS[node.op_type](Operator(translation, node))
                 values.update(zip(node.output, results if isinstance(results, tuple) else (results,), strict=False))
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (EffcliError, MemoryError):
+            raise
+        except Exception as error:  # what torch, numpy and onnx raise for a node that is wrong shares no base
             raise UnsupportedError(
                 f"{describe(node)} cannot be translated: {first_line(error)}",
                 "look for the mistake with onnx.checker.check_model(FILE, full_check=True), or export it again",
@@ -239,4 +308,4 @@ def _same_weights(graph: Graph, other: Graph) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or no ONNX file: {first_line(error)}", "export or copy it again")
+    return CheckpointError(f"{path} is damaged or no ONNX file: {first_line(error)}", _AGAIN)

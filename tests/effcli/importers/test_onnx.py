@@ -884,3 +884,78 @@ def test_a_negative_infinity_pads_a_maximum(tmp_path: Path) -> None:
     assert graph.nodes[1].args[2] == -math.inf
     graph.save(tmp_path)
     assert Graph.read(tmp_path).nodes[1].args[2] == -math.inf
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_output_without_a_declared_shape(tmp_path: Path, beside: bool) -> None:
+    network = model([node("Gemm", "x w", "y")], (64,), {"w": floats(64, 8)})
+    network.graph.output[0].type.tensor_type.ClearField("shape")
+    path = tmp_path / "model.onnx"
+    onnx.save(network, path, save_as_external_data=beside, location="model.data", size_threshold=0)
+    agrees(path)
+
+
+def test_an_input_without_a_declared_shape(tmp_path: Path) -> None:
+    network = model([node("Relu", "x", "y")], (5,))
+    network.graph.input[0].type.tensor_type.ClearField("shape")
+    assert "input x" in refused(tmp_path, network).cause
+    assert "declares no shape" in refused(tmp_path, network).cause
+
+
+@pytest.mark.parametrize("opset", [13, 17, 19, 21])
+def test_weights_behind_a_dequantization(tmp_path: Path, opset: int) -> None:
+    stored = {
+        "q": np.arange(-20, 20, dtype=np.int8).reshape(8, 5),
+        "s": positive(8),
+        "z": np.arange(8, dtype=np.int8),
+    }
+    nodes = [node("DequantizeLinear", "q s z", "w", axis=0), node("Gemm", "x w", "y", transB=1)]
+    assert steps(agrees(written(tmp_path, model(nodes, (5,), stored, opset=opset)))) == ["Linear"]
+
+
+def test_constants_that_grow_without_end(tmp_path: Path) -> None:
+    doubled = [node("Concat", f"e{k} e{k}", f"e{k + 1}", axis=0) for k in range(20)]
+    nodes = [*doubled, node("ReduceMax", "e20", "m", keepdims=0), node("Add", "x m", "y")]
+    network = model(nodes, (5,), {"e0": floats(4096)})
+    assert "makes constants larger than effcli computes" in refused(tmp_path, network).cause
+
+
+def test_a_constant_of_forty_gigabytes(tmp_path: Path) -> None:
+    nodes = [node("ConstantOfShape", "s", "big"), node("ReduceSum", "big", "m", keepdims=0), node("Add", "x m", "y")]
+    network = model(nodes, (5,), {"s": ints(200_000, 50_000)})
+    assert refused(tmp_path, network).cause == "ONNX ConstantOfShape big makes constants larger than effcli computes"
+
+
+def test_an_activation_of_forty_gigabytes(tmp_path: Path) -> None:
+    nodes = [node("Pad", "x p", "y")]
+    network = model(nodes, (5,), {"p": ints(0, 0, 0, 10**10)})
+    assert "makes 10,000,000,005 numbers of one input" in refused(tmp_path, network).cause
+
+
+def function(name: str, *calls: str) -> onnx.FunctionProto:
+    """A function of the domain `own` that calls these in turn."""
+    values = ["a", *(f"v{k}" for k in range(len(calls) - 1)), "b"]
+    nodes = [
+        helper.make_node(kind, [values[k]], [values[k + 1]], domain="own" if kind.startswith("F") else "")
+        for k, kind in enumerate(calls)
+    ]
+    return helper.make_function("own", name, ["a"], ["b"], nodes, [helper.make_opsetid("", 17), OWN])
+
+
+OWN = helper.make_opsetid("own", 1)
+
+
+def test_a_function_that_calls_itself(tmp_path: Path) -> None:
+    called = helper.make_node("F0", ["x"], ["y"], domain="own")
+    rounds = [function("F0", "F1"), function("F1", "Relu", "F0")]
+    network = model([called], (5,), domain="own")
+    network.functions.extend(rounds)
+    assert "calls itself" in refused(tmp_path, network, CheckpointError).cause
+
+
+def test_functions_that_grow_without_end(tmp_path: Path) -> None:
+    called = helper.make_node("F0", ["x"], ["y"], domain="own")
+    doubled = [function(f"F{k}", f"F{k + 1}", f"F{k + 1}") for k in range(40)]
+    network = model([called], (5,), domain="own")
+    network.functions.extend([*doubled, function("F40", "Relu")])
+    assert f"come to {2**40:,} nodes" in refused(tmp_path, network).cause
