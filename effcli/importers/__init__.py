@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli.documents import read_object
-from effcli.errors import CheckpointError, UnsupportedError
+from effcli.errors import CheckpointError, EffcliError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from effcli.graphs.graph import Graph
@@ -107,6 +107,19 @@ def _read_folder(
 
 
 def _read_file(path: Path) -> Graph:
+    """The network in a file; whatever a library raises over it is the file's fault, and said as that."""
+    try:
+        return _read_suffix(path)
+    except (EffcliError, MemoryError):
+        raise
+    except Exception as error:  # of onnx, torch, zipfile and zlib, which share no base
+        raise CheckpointError(
+            f"{path} is damaged or holds what effcli cannot read: {type(error).__name__}: {first_line(error)}",
+            "export the network again",
+        ) from error
+
+
+def _read_suffix(path: Path) -> Graph:
     if path.suffix == ".pt2":
         from effcli.importers.exported import read_exported
 

@@ -7,7 +7,6 @@ is executed: pickled tensors are refused, the example inputs are not read, and a
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import zipfile
@@ -18,11 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effcli.errors import CheckpointError, UnsupportedError
+from effcli.documents import parse_json
+from effcli.errors import CheckpointError, EffcliError, UnsupportedError
 from effcli.graphs.graph import function
 from effcli.importers._trace import Input, Trace, assemble, source
 
 SCHEMA_MAJOR = 8
+# Far above what torch writes: bytes of a graph's JSON, numbers of a tensor that stores fewer, and how much smaller than
+# its content a member of some size is.
+_DESCRIPTION = 256 << 20
+_EXPANDED = 1 << 24
+_LARGE, _SHRUNK = 64 << 20, 100
 _REMEDY = "export the network again with torch.export.save"
 _DTYPES = {
     1: torch.uint8,
@@ -67,9 +72,9 @@ def read_archive(path: Path) -> Trace:
         raise CheckpointError(f"{path} is truncated, or no exported graph: {error}", _REMEDY) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}", _REMEDY) from error
-    except (
-        KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError, EOFError
-    ) as error:  # fmt: skip
+    except (EffcliError, MemoryError):
+        raise
+    except Exception as error:  # what zipfile, zlib and torch raise for damage shares no base
         raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}".splitlines()[0], _REMEDY) from error
 
 
@@ -114,7 +119,16 @@ class _Reader:
         return assemble(graph, weights, inputs, list(changed))
 
     def json(self, name: str) -> Any:
-        return json.loads(self.archive.read(self.root + name))
+        member = f"{self.root}{name}"
+        return parse_json(self.bytes(member, _DESCRIPTION), f"{name} in {self.path}", remedy=_REMEDY)
+
+    def bytes(self, member: str, most: int) -> bytes:
+        """At most so many bytes of a member, however many it would unpack to."""
+        info = self.archive.getinfo(member)
+        if info.file_size > max(_LARGE, _SHRUNK * info.compress_size):
+            raise CheckpointError(f"{member} in {self.path} unpacks to {info.file_size:,} bytes", _REMEDY)
+        with self.archive.open(info) as file:
+            return file.read(most)
 
     def inputs(
         self, graph: fx.Graph, described: dict[str, Any], specs: list[dict[str, Any]]
@@ -141,11 +155,13 @@ class _Reader:
             argument = content["arg"] if kind in stored else next(iter(content["arg"].values()))
             if not isinstance(argument, dict):
                 continue
-            node = self.nodes[argument["name"]] = graph.placeholder(argument["name"])
+            node = self.nodes[argument["name"]] = graph.placeholder(_name(argument["name"]))
             if kind in stored:
                 folder, key = stored[kind]
                 # A buffer that is not persistent stands among the constants.
                 folder = folder if content[key] in payloads[folder] else "constants"
+                if not all(content[key].split(".")):
+                    raise ValueError(f"{content[key]!r} is no name of a weight")
                 weights[node.name] = content[key], self.tensor(folder, content[key], payloads[folder][content[key]])
             else:
                 meta = described["tensor_values"].get(argument["name"])
@@ -161,11 +177,19 @@ class _Reader:
             )
         meta = payload["tensor_meta"]
         sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
-        data = bytearray(self.archive.read(f"{self.root}data/{folder}/{payload['path_name']}"))
-        if not data:
-            return torch.zeros(sizes, dtype=_DTYPES[meta["dtype"]])
-        flat = torch.frombuffer(data, dtype=_DTYPES[meta["dtype"]])
-        return flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"]).contiguous()
+        offset, dtype = meta["storage_offset"]["as_int"], _DTYPES[meta["dtype"]]
+        numbers = (*sizes, *strides, offset)
+        if not all(type(number) is int and number >= 0 for number in numbers) or len(sizes) != len(strides):
+            raise ValueError(f"{name} has sizes {sizes}, strides {strides} and offset {offset}")
+        if 0 in sizes:
+            return torch.zeros(sizes, dtype=dtype)
+        # A tensor may be a part of what is stored, and only up to its last number is it read.
+        last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        needed = (last + 1) * dtype.itemsize
+        data = bytearray(self.bytes(f"{self.root}data/{folder}/{payload['path_name']}", needed))
+        if len(data) < needed or math.prod(sizes) > max(last + 1, _EXPANDED):
+            raise ValueError(f"{name} stores {len(data):,} bytes, and has {math.prod(sizes):,} numbers")
+        return torch.frombuffer(data, dtype=dtype).as_strided(sizes, strides, offset).contiguous()
 
     def node(self, graph: fx.Graph, item: dict[str, Any]) -> None:
         metadata = item["metadata"]
@@ -181,7 +205,7 @@ class _Reader:
         positional, keywords = [], {}
         for entry in item["inputs"]:
             if aten and entry.get("kind") != 1:
-                keywords[entry["name"]] = self.argument(entry["arg"])
+                keywords[_name(entry["name"])] = self.argument(entry["arg"])
             else:
                 positional.append(self.argument(entry["arg"]))
         names = [name for output in item["outputs"] for name in _names(output)]
@@ -226,6 +250,13 @@ class _Reader:
         if kind == "as_device":
             return torch.device("cpu")
         raise UnsupportedError(f"{self.path}: an operator takes {kind.removeprefix('as_')}", "use plain tensors")
+
+
+def _name(name: str) -> str:
+    """A name that fx writes into Python code as it stands, refused where it is more than a word."""
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is no name of a value")
+    return name
 
 
 def _names(output: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ computed once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from effcli.importers._rules import RULES, Constant
 from effcli.importers._trace import Trace, first_line
 
 _RANDOM = {"bernoulli", "normal", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"}
+# Numbers of a constant that is computed here.
+_MOST_NUMBERS = 1 << 28
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -151,6 +154,11 @@ class Lowering:
 
     def computed(self, node: fx.Node, name: str, overload: str, values: dict[str, Any], found: list[Any]) -> Any:
         """What a node gives that depends on weights alone."""
+        for shape in self.two[node] if isinstance(self.two[node], list) else [self.two[node]]:
+            if isinstance(shape, Shape) and math.prod(shape.sizes) > _MOST_NUMBERS:
+                raise UnsupportedError(
+                    f"{where(node)} makes a constant of {math.prod(shape.sizes):,} numbers", "export a smaller network"
+                )
         args, kwargs = passed(name, overload, {key: _tensors(value) for key, value in values.items()})
         with torch.no_grad():
             value = function(f"aten.{name}.{overload}")(*args, **kwargs)

@@ -267,6 +267,23 @@ def _model(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], objec
     return lambda file: edited(file, "models/model.json", change)
 
 
+def _renamed(name: str) -> Callable[[Path], object]:
+    """A weight under another name, wherever the file has it."""
+
+    def damage(file: Path) -> None:
+        for member in ("models/model.json", "model_weights_config.json"):
+            rewritten(file, member, lambda data: data.replace(b'"conv.weight"', json.dumps(name).encode()))
+
+    return damage
+
+
+def _placeholder(name: str) -> Callable[[Path], object]:
+    def change(data: dict[str, Any]) -> None:
+        data["graph_module"]["signature"]["input_specs"][0]["parameter"]["arg"]["name"] = name
+
+    return _model(change)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -281,6 +298,14 @@ def _model(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], objec
         (lambda file: rewritten(file, "models/model.json", lambda data: b"[]"), "is damaged"),
         (_config(lambda item: item["tensor_meta"].update(sizes=[{"as_int": 10**6}])), "is damaged"),
         (_model(lambda data: data["graph_module"]["graph"]["nodes"].pop(0)), "is damaged"),
+        (
+            _config(lambda item: item["tensor_meta"].update(sizes=[{"as_int": 2**40}], strides=[{"as_int": 0}])),
+            "stores",
+        ),
+        (_config(lambda item: item["tensor_meta"].update(storage_offset={"as_int": -1})), "is damaged"),
+        (lambda file: rewritten(file, "models/model.json", lambda data: b"[" * 5000 + b"]" * 5000), "nested too deep"),
+        (_renamed("../x"), "'../x' is no name of a weight"),
+        (_placeholder("x, y=print()"), "'x, y=print.*is no name of a value"),
         (_model(lambda data: data["schema_version"].update(major=9)), f"with schema 9, effcli reads {SCHEMA_MAJOR}"),
     ],
 )
@@ -290,6 +315,23 @@ def test_damage_has_one_line(tmp_path: Path, damage: Callable[[Path], object], m
     with pytest.raises(CheckpointError, match=message) as caught:
         read(file)
     assert "\n" not in caught.value.cause and caught.value.remedy
+
+
+@pytest.mark.parametrize("larger", [1 << 12, 1 << 27])
+def test_only_what_a_weight_needs_is_unpacked(tmp_path: Path, larger: int) -> None:
+    """A member may hold more, as for a view; what shrinks to a hundredth in the archive is no weight."""
+    file = export(tmp_path / "model.pt2")
+    expected = read(file).run(torch.ones(1, *SHAPE))
+    with zipfile.ZipFile(file) as archive:
+        members = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, data in members.items():
+            archive.writestr(entry, data + bytes(larger if entry.endswith("weights/weight_0") else 0))
+    if larger < 1 << 26:
+        assert torch.equal(read(file).run(torch.ones(1, *SHAPE)), expected)
+        return
+    with pytest.raises(CheckpointError, match="unpacks to 134,217,"):
+        read(file)
 
 
 class Trap:
