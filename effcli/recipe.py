@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from pydantic import model_serializer as serializer
@@ -72,8 +72,10 @@ class Evaluate(Options):
     )
     samples: int = Field(20, ge=1, description="Windows of text, or inputs (2,000 unless set).")
     length: int = Field(512, ge=2, description="Tokens per window.")
-    choices: str | None = Field(None, description="A jsonl file of multiple-choice questions.")
-    limit: int | None = Field(None, ge=1, description="Take only the first questions of `choices`.")
+    choices: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="A jsonl file of multiple-choice questions, or several."
+    )
+    limit: int | None = Field(None, ge=1, description="Take only the first questions of each file of `choices`.")
     latency: bool = Field(True, description="Time prefill and decode with the kernels that will run.")
     prefill: int = Field(128, ge=1, description="Tokens of the prompt whose prefill is timed.")
     decode: int = Field(32, ge=1, description="Tokens whose decoding is timed.")
@@ -87,6 +89,11 @@ class Evaluate(Options):
     def enabled(self) -> bool:
         """Whether anything at all is measured by running the network."""
         return self.quality or self.latency
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The files of `choices`."""
+        return () if self.choices is None else (self.choices,) if isinstance(self.choices, str) else self.choices
 
     @property
     def quality(self) -> bool:
@@ -509,8 +516,13 @@ def _measure(path: str, sofar: Mapping[str, Any]) -> dict[str, Any]:
     key = "choices" if jsonl.is_jsonl(file) and not jsonl.holds_documents(file) else "perplexity"
     if suffix in (".npz", ".parquet") or Path(path.partition("#")[0]).expanduser().is_dir():
         key = "images"
+    if key == "choices" and key in sofar:
+        there = sofar[key]
+        return {key: [*(there if isinstance(there, list) else [there]), path]}
     if key in sofar:
-        raise RecipeError(f"--eval {path}: there is already {sofar[key]}", "give one file of each kind")
+        raise RecipeError(
+            f"--eval {path}: there is already {sofar[key]}", "give one file of each kind, or several of questions"
+        )
     return {key: path}
 
 

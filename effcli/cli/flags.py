@@ -43,8 +43,8 @@ Evals = Annotated[
     typer.Option(
         "--eval",
         metavar="DATA",
-        help="Text to measure perplexity on, a .jsonl of multiple-choice questions, or labelled images (npz, folder, "
-        "parquet); may be given for each.",
+        help="Text to measure perplexity on (a .jsonl of texts too), a .jsonl of multiple-choice questions, or "
+        "labelled images (npz, folder, parquet); may be given for each, and for several files of questions.",
         show_default=False,
     ),
 ]

@@ -2,7 +2,9 @@
 
 A file has one JSON object per line: `{"query": ..., "choices": [...], "gold": index}`, answered by the choice with the
 highest log-likelihood per character (lm-evaluation-harness' `acc_norm`); or `{"context": ..., "continuation": ...}`,
-answered when the continuation is what greedy decoding gives (LAMBADA's accuracy).
+answered when the continuation is what greedy decoding gives (LAMBADA's accuracy); or
+`{"contexts": [...], "continuation": ..., "gold": index}`, answered by the context behind which the one continuation is
+likeliest (WinoGrande, by partial evaluation).
 
 Conventions are those of lm-evaluation-harness: a space joins query and choice; both are tokenized together and split
 where the query's own tokens end; a text that is too long loses its beginning.
@@ -30,11 +32,22 @@ _LENGTH_STEP = 32
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a file. gold: index of the right choice, None when the one choice must be the greedy continuation."""
+    """One line of a file. gold: index of the right choice, None when the one choice must be the greedy continuation.
+
+    contexts: what may stand before the one choice, in place of the query; gold is then the right one's index.
+    """
 
     query: str
     choices: tuple[str, ...]
     gold: int | None
+    contexts: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each query with the choice behind it, in the order that `gold` counts."""
+        if self.contexts:
+            return [(context, self.choices[0]) for context in self.contexts]
+        return [(self.query, choice) for choice in self.choices]
 
 
 @dataclass(frozen=True)
@@ -58,12 +71,17 @@ def read(file: Path, limit: int | None = None) -> list[Question]:
     return questions
 
 
-_FORM = 'write {"query": text, "choices": [text, ...], "gold": index} or {"context": text, "continuation": text}'
+_FORM = (
+    'write {"query": text, "choices": [text, ...], "gold": index}, {"context": text, "continuation": text} or '
+    '{"contexts": [text, ...], "continuation": text, "gold": index}'
+)
 
 
 def _question(data: dict[str, Any], where: str) -> Question:
     if {"context", "continuation"} <= data.keys():
         query, choices, gold = data["context"], [data["continuation"]], None
+    elif {"contexts", "continuation"} <= data.keys():
+        return _partial(data, where)
     else:
         missing = [key for key in ("query", "choices", "gold") if key not in data]
         if missing:
@@ -71,13 +89,32 @@ def _question(data: dict[str, Any], where: str) -> Question:
         query, choices, gold = data["query"], data["choices"], data["gold"]
         if not isinstance(choices, list) or len(choices) < 2:
             raise DataError(f"{where}: choices must be a list of at least two texts", _FORM)
-        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-            raise DataError(f"{where}: gold must be 0 to {len(choices) - 1}, not {gold!r}", _FORM)
+        _check_gold(gold, len(choices), where)
     if not isinstance(query, str) or not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"{where}: query and choices must be texts", _FORM)
     if not all(choices):
         raise DataError(f"{where}: a choice is empty", _FORM)
     return Question(query, tuple(choices), gold)
+
+
+def _partial(data: dict[str, Any], where: str) -> Question:
+    """A question whose contexts differ while the continuation is the same."""
+    contexts, continuation = data["contexts"], data["continuation"]
+    if not isinstance(contexts, list) or len(contexts) < 2:
+        raise DataError(f"{where}: contexts must be a list of at least two texts", _FORM)
+    if "gold" not in data:
+        raise DataError(f"{where}: no gold", _FORM)
+    _check_gold(data["gold"], len(contexts), where)
+    if not isinstance(continuation, str) or not all(isinstance(context, str) for context in contexts):
+        raise DataError(f"{where}: contexts and continuation must be texts", _FORM)
+    if not continuation:
+        raise DataError(f"{where}: the continuation is empty", _FORM)
+    return Question("", (continuation,), data["gold"], tuple(contexts))
+
+
+def _check_gold(gold: Any, count: int, where: str) -> None:
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < count:
+        raise DataError(f"{where}: gold must be 0 to {count - 1}, not {repr(gold)[:60]}", _FORM)
 
 
 @dataclass(frozen=True)
@@ -109,8 +146,8 @@ class Task:
         inputs: dict[tuple[int, ...], list[_Target]] = {}
         cut = 0
         for number, question in enumerate(questions):
-            for choice, text in enumerate(question.choices):
-                context, continuation = encode_pair(reader, question.query, text)
+            for choice, (query, text) in enumerate(question.pairs):
+                context, continuation = encode_pair(reader, query, text)
                 whole = context + continuation
                 if reader.longest is not None and len(whole) - 1 > reader.longest:
                     cut += 1
@@ -156,8 +193,9 @@ class Task:
             self._likelihood[key] = float(own.gather(1, ids.unsqueeze(1)).double().sum())
             self._greedy[key] = bool((own.argmax(dim=1) == ids).all())
 
-    def score(self) -> Score:
-        right = [self._right(number, question) for number, question in enumerate(self.questions)]
+    def score(self, begin: int = 0, end: int | None = None) -> Score:
+        """How well the questions from `begin` up to `end` are answered; all of them unless those are given."""
+        right = [self._right(number, self.questions[number]) for number in range(len(self.questions))[begin:end]]
         count, accuracy = len(right), sum(right) / len(right)
         # The standard error of a mean of zeros and ones, with n - 1 as in lm-evaluation-harness.
         stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else 0.0
@@ -166,7 +204,7 @@ class Task:
     def _right(self, number: int, question: Question) -> bool:
         if question.gold is None:
             return self._greedy[number, 0]
-        values = [self._likelihood[number, k] / len(text) for k, text in enumerate(question.choices)]
+        values = [self._likelihood[number, k] / len(text) for k, (_, text) in enumerate(question.pairs)]
         return values.index(max(values)) == question.gold
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logit
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream
 from effcli.language.weights import Weights, open_weights
-from effcli.reports.report import Quality
+from effcli.reports.report import Quality, TaskRow
 
 if TYPE_CHECKING:
     from effcli.recipe import Calibration, Evaluate
@@ -76,6 +76,8 @@ class Yardstick:
         self.compare = compare and options.perplexity is not False
         self._windows: list[Tensor] = []
         self._task: multiple_choice.Task | None = None
+        # Each file of questions with the first of its questions and the one behind its last.
+        self._files: list[tuple[str, int, int]] = []
         self._reference: tuple[Weights, Spool] | None = None
         remarks: list[str] = []
         if options.quality:
@@ -84,8 +86,12 @@ class Yardstick:
                 cut = text.evaluation_windows(options, reader, original, calibration)
                 self._windows = cut.batches(max(1, TOKENS_PER_BATCH // options.length))
                 remarks += cut.remarks
-            if options.choices is not None:
-                questions = multiple_choice.read(Path(options.choices).expanduser(), options.limit)
+            questions: list[multiple_choice.Question] = []
+            for name in options.questions:
+                found = multiple_choice.read(Path(name).expanduser(), options.limit)
+                self._files.append((name, len(questions), len(questions) + len(found)))
+                questions += found
+            if questions:
                 self._task = multiple_choice.Task.build(questions, reader, TOKENS_PER_BATCH)
                 remarks += self._task.remarks
         self.remarks = tuple(remarks)
@@ -143,13 +149,15 @@ class Yardstick:
         self, stream: Stream, spool: Spool, against: Stream | None = None, spooled: Spool | None = None
     ) -> Quality:
         """Read off logits what the hidden states in `spool` are worth, next to the original's in `spooled`."""
-        found: dict[str, float | int | None] = {}
+        found: dict[str, Any] = {}
         with torch.inference_mode():
             if self._windows:
                 found |= self._perplexity(stream, spool, against, spooled)
             if self._task is not None:
                 score = self._answer(self._task, stream, spool)
                 found |= {"accuracy": score.accuracy, "accuracy_stderr": score.stderr, "examples": score.examples}
+                if len(self._files) > 1:
+                    found["tasks"] = [self._of_file(self._task, *file) for file in self._files]
         return Quality.model_validate(found)
 
     def _perplexity(
@@ -173,6 +181,10 @@ class Yardstick:
             "kl": None if against is None else max(0.0, divergence / tokens),
             "tokens": tokens,
         }
+
+    def _of_file(self, task: multiple_choice.Task, name: str, begin: int, end: int) -> TaskRow:
+        score = task.score(begin, end)
+        return TaskRow(name=name, accuracy=score.accuracy, accuracy_stderr=score.stderr, examples=score.examples)
 
     def _answer(self, task: multiple_choice.Task, stream: Stream, spool: Spool) -> multiple_choice.Score:
         for number, batch in enumerate(task.batches):

@@ -111,6 +111,11 @@ def conditions(stages: Sequence[Stage]) -> list[str]:
             found.append(f"perplexity and KL over {human.count(quality.tokens, 'token')}")
         if quality and quality.examples and quality.accuracy is not None:
             found.append(f"accuracy over {human.count(quality.examples, 'example')}")
+            found += [
+                f"{stage.name}: {human.fraction(task.accuracy, task.accuracy_stderr)} of "
+                f"{human.count(task.examples, 'example')} in {task.name}"
+                for task in quality.tasks
+            ]
         if classified and classified.images:
             found.append(f"classification of {human.count(classified.images, 'image')}")
         if speed:

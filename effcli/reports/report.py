@@ -94,6 +94,15 @@ class Classification(Record):
     )
 
 
+class TaskRow(Record):
+    """How well the questions of one file are answered, where several were given."""
+
+    name: str = Field(description="the file")
+    accuracy: float
+    accuracy_stderr: float
+    examples: int
+
+
 class Quality(Record):
     """What the network still knows. Every figure is None where it was not measured."""
 
@@ -105,6 +114,7 @@ class Quality(Record):
     )
     accuracy_stderr: float | None = None
     examples: int = 0
+    tasks: tuple[TaskRow, ...] = Field(default=(), description="the accuracy by file, where there are several")
     classification: Classification | None = None
 
 

@@ -82,6 +82,9 @@ def quality_table(quality: Quality) -> RenderableType:
     if quality.accuracy is not None:
         figure = human.fraction(quality.accuracy, quality.accuracy_stderr)
         rows.append(("accuracy", figure, human.count(quality.examples, "example")))
+    for task in quality.tasks:
+        figure = human.fraction(task.accuracy, task.accuracy_stderr)
+        rows.append(("", figure, f"{human.count(task.examples, 'example')} of {task.name}"))
     found = quality.classification
     if found is None:
         return _table(rows)

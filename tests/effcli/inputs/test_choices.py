@@ -61,6 +61,13 @@ def test_reads_both_forms(tmp_path: Path) -> None:
         ('{"query": "a", "choices": ["b", "c"], "gold": true}', "line 2: gold must be 0 to 1, not True"),
         ('{"query": "a", "choices": ["b", 3], "gold": 0}', "line 2: query and choices must be texts"),
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "line 2: a choice is empty"),
+        ('{"contexts": ["a"], "continuation": "c", "gold": 0}', "line 2: contexts must be a list of at least two"),
+        ('{"contexts": ["a", "b"], "continuation": "c"}', "line 2: no gold"),
+        ('{"contexts": ["a", "b"], "continuation": "c", "gold": 2}', "line 2: gold must be 0 to 1, not 2"),
+        ('{"contexts": ["a", 1], "continuation": "c", "gold": 0}', "line 2: contexts and continuation must be texts"),
+        ('{"contexts": ["a", "b"], "continuation": "", "gold": 0}', "line 2: the continuation is empty"),
+        ('{"context": "\\ud800", "continuation": "c"}', "line 2: not JSON"),
+        ("[" * 90_000, "line 2: not JSON"),
         ('{"context": 1, "continuation": "c"}', "line 2: query and choices must be texts"),
     ],
 )
@@ -191,3 +198,39 @@ def test_streamed_scores_equal_a_plain_loop(tmp_path: Path) -> None:
     assert yardstick._task is not None
     for key, value in expected.items():
         assert yardstick._task._likelihood[key] == pytest.approx(value, rel=1e-4)
+
+
+def test_the_context_behind_which_the_continuation_is_likeliest_is_the_answer(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    line = {"contexts": ["a", "ab"], "continuation": "c", "gold": 1}
+    file.write_text("\n".join(json.dumps(line | {"gold": gold}) for gold in (1, 1, 0)))
+    questions = choices.read(file)
+    assert questions[0] == Question("", ("c",), 1, ("a", "ab"))
+    task = Task.build(questions, reader(), 64)
+    table = torch.full((27, 27), 0.01)
+    # A space is likelier behind b than behind a; what follows the space is the same.
+    table[1, 0], table[2, 0] = 0.1, 0.4
+    assert answer(task, table).accuracy == pytest.approx(2 / 3)
+    assert task.score(0, 2).accuracy == 1
+    assert task.score(2, 3) == choices.Score(0, 0.0, 1)
+
+
+def test_several_files_are_told_apart(tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for gold, file in enumerate(files):
+        file.write_text(json.dumps({"query": "the king", "choices": ["is", "zq"], "gold": gold}) + "\n")
+    options = Evaluate(perplexity=False, latency=False, choices=tuple(map(str, files)))
+    found = evaluate.evaluate(str(SAMPLE), options)
+    assert [task.name for task in found.tasks] == list(map(str, files))
+    assert found.tasks[0].accuracy + found.tasks[1].accuracy == 1
+    assert (found.accuracy, found.examples) == (0.5, 2)
+    assert evaluate.evaluate(str(SAMPLE), options.model_copy(update={"choices": str(files[0])})).tasks == ()
+
+
+def test_a_choice_that_gives_no_token_is_refused() -> None:
+    class Stripping(Letters):
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+            return super().__call__(text.strip())
+
+    with pytest.raises(DataError, match="no token behind its query"):
+        Task.build([Question("a", (" ", "b"), 0)], text.Reader(Stripping(), 27, None), 64)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effcli import samples
-from effcli.errors import DataError
+from effcli.errors import DataError, RecipeError
 from effcli.inputs import text
 from effcli.recipe import Calibration, Evaluate, Recipe, from_arguments
 
@@ -263,3 +263,9 @@ def test_evaluation_tells_texts_from_questions(tmp_path: Path) -> None:
     found = recipe(evals=[texts, questions]).evaluate
     assert found.perplexity == texts
     assert found.choices == questions
+    more = str(lines(tmp_path / "r.jsonl", {"contexts": ["a", "b"], "continuation": "c", "gold": 0}))
+    found = recipe(evals=[questions, texts, more]).evaluate
+    assert found.choices == (questions, more)
+    assert found.questions == (questions, more)
+    with pytest.raises(RecipeError, match="there is already"):
+        recipe(evals=[texts, texts])
