@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,11 +25,12 @@ from torch import Tensor, fx, nn
 from effcli.activations import round_inputs
 from effcli.checkpoint import Checkpoint, read_config, write_shard, write_text
 from effcli.contract import Options
-from effcli.errors import CheckpointError, DataError, UnsupportedError
+from effcli.documents import check_model, read_model
+from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line
 from effcli.formats import AffineWeight, Quantized, unpack
 from effcli.inputs.preprocess import Preprocess
 from effcli.sites import LayerSite
-from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored, holds
+from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
 
 FILE_NAME = "graph.json"
 WEIGHTS_NAME = "effcli.safetensors"
@@ -55,7 +57,16 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }
 _DAMAGED = "make the checkpoint again from the original network"
-_NODES = ("placeholder", "get_attr", "call_module", "call_function", "output")
+_CONSTANTS: dict[str, type] = {
+    "dtype": torch.dtype,
+    "device": torch.device,
+    "memory_format": torch.memory_format,
+    "layout": torch.layout,
+}
+# Operators that reach files.
+_FORBIDDEN = {"from_file", "save"}
+# More numbers than any value of a network has for one input: 1 GiB of float32.
+_MOST_NUMBERS = 1 << 28
 # torch.fx writes a graph as Python and runs that: what a file calls its modules must not get out of a string there.
 _NAME = re.compile(r"[^\s\"'\\]+")
 
@@ -64,7 +75,7 @@ class Facts(Options):
     """What is to be known of a graph besides its nodes."""
 
     origin: str = Field(description="what it was read from, e.g. 'exported graph' or 'transformers resnet'")
-    shape: tuple[int, ...] = Field(description="of one input, without the batch axis")
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(description="of one input, without the batch axis")
     classes: tuple[str, ...] | None = Field(default=None, description="names of the classes")
     preprocess: Preprocess = Field(default=Preprocess(), description="from pixels to inputs")
     config: dict[str, Any] | None = Field(default=None, description="the transformers config, where there is one")
@@ -72,6 +83,30 @@ class Facts(Options):
     rescaled: tuple[str, ...] = Field(
         default=(), description="modules whose output channels are multiples of the original network's"
     )
+
+
+class _NodeRecord(Options):
+    """One node of `graph.json`."""
+
+    name: str
+    op: Literal["placeholder", "get_attr", "call_module", "call_function", "output"]
+    target: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    source: str = ""
+
+
+class _TensorRecord(Options):
+    shape: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**31)], ...]
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+
+
+class _Document(Options):
+    """`graph.json`."""
+
+    nodes: tuple[_NodeRecord, ...]
+    modules: dict[str, dict[str, Any]]
+    tensors: dict[str, _TensorRecord]
 
 
 class Graph:
@@ -225,16 +260,21 @@ class Graph:
         """Read the checkpoint in `folder`; `CheckpointError` when it is damaged or incomplete."""
         if not is_graph(folder):
             raise CheckpointError(f"{folder} holds no graph", "give a directory that effcli wrote from a network")
-        described = read_config(folder)["effcli"]
+        described = own_part(read_config(folder))
+        facts = check_model(Facts, described.facts, f"effcli.facts in {folder / 'config.json'}", remedy=_DAMAGED)
         try:
-            facts = Facts.model_validate(described["facts"])
-            data = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-            module = _from_json(data)
-            layers = {name: Stored.from_json(item) for name, item in described["layers"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / FILE_NAME} is damaged: {error}", _DAMAGED) from error
+            document = read_model(_Document, folder / FILE_NAME, remedy=_DAMAGED)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / FILE_NAME} is damaged: {error.cause}", _DAMAGED) from error
+        try:
+            module = _from_document(document)
+            _try(module, facts.shape)
+        except EffcliError:
+            raise
+        except Exception as error:  # whatever torch says of arguments that are none, or of nodes that do not fit
+            raise CheckpointError(f"{folder / FILE_NAME} is damaged: {first_line(error)}", _DAMAGED) from error
         graph = Graph(module, facts)
-        graph._fill(Checkpoint.open(folder), layers)
+        graph._fill(Checkpoint.open(folder), described.stored())
         return graph
 
     def _fill(self, checkpoint: Checkpoint, layers: Mapping[str, Stored]) -> None:
@@ -342,7 +382,7 @@ def function(name: str) -> Callable[..., Any]:
         return _FUNCTIONS[name]
     parts = name.split(".")
     found: Any = None
-    if len(parts) == 3 and parts[0] == "aten":
+    if len(parts) == 3 and parts[0] == "aten" and parts[1] not in _FORBIDDEN:
         found = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None)
     if found is None:
         raise UnsupportedError(f"this torch has no operator {name}", "the graph needs another version of torch")
@@ -407,27 +447,61 @@ def _to_json(module: fx.GraphModule) -> dict[str, Any]:
     return {"nodes": nodes, "modules": modules, "tensors": tensors}
 
 
-def _from_json(data: dict[str, Any]) -> fx.GraphModule:
+def _from_document(document: _Document) -> fx.GraphModule:
     root, graph = nn.Module(), fx.Graph()
-    for name, described in data["modules"].items():
+    for name, described in document.modules.items():
         _place(root, name, _made(described))
-    for name, described in data["tensors"].items():
-        _place(root, name, torch.empty(described["shape"], dtype=getattr(torch, described["dtype"])))
+    for name, tensor in document.tensors.items():
+        _place(root, name, torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype)))
     nodes: dict[str, fx.Node] = {}
-    for item in data["nodes"]:
-        if item["op"] not in _NODES:
-            raise ValueError(f"{item['name']} is a {item['op']}")
-        names = [*item["kwargs"], *([item["target"]] if item["op"] == "placeholder" else [])]
-        if not all(name.isidentifier() for name in names) or not _NAME.fullmatch(item["target"]):
-            raise ValueError(f"{item['name']} has a name that torch.fx cannot write")
-        target = function(item["target"]) if item["op"] == "call_function" else item["target"]
-        args = tuple(_restored(arg, nodes) for arg in item["args"])
-        kwargs = {key: _restored(arg, nodes) for key, arg in item["kwargs"].items()}
-        node = graph.create_node(item["op"], target, args, kwargs, item["name"])
-        node.meta["source"] = item["source"]
-        nodes[item["name"]] = node
+    for item in document.nodes:
+        names = [*item.kwargs, *([item.target] if item.op == "placeholder" else [])]
+        written = all(name.isidentifier() and not keyword.iskeyword(name) for name in names)
+        if not written or not _NAME.fullmatch(item.target):
+            raise ValueError(f"{item.name} has a name that torch.fx cannot write")
+        target = function(item.target) if item.op == "call_function" else item.target
+        args = tuple(_restored(arg, nodes) for arg in item.args)
+        kwargs = {key: _restored(arg, nodes) for key, arg in item.kwargs.items()}
+        node = graph.create_node(item.op, target, args, kwargs, item.name)
+        node.meta["source"] = item.source
+        nodes[item.name] = node
+    ends = [item.op for item in document.nodes if item.op in ("placeholder", "output")]
+    if ends != ["placeholder", "output"] or document.nodes[-1].op != "output":
+        raise ValueError("a graph has one input, and one output at its end")
+    (value,) = document.nodes[-1].args
+    if not isinstance(_restored(value, nodes), fx.Node):
+        raise ValueError("the output is no value of the graph")
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def _try(module: fx.GraphModule, shape: tuple[int, ...]) -> None:
+    """Run the graph on shapes alone, without memory for values: what cannot run fails here, with the node's name."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+        UnsupportedOperatorException,
+    )
+
+    class Trial(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            try:
+                value = super().run_node(n)
+            except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+                raise
+            except Exception as error:
+                raise ValueError(f"{n.name} ({n.target}): {first_line(error)}") from error
+            if isinstance(value, Tensor) and n.op != "get_attr" and value.numel() > _MOST_NUMBERS:
+                raise ValueError(f"{n.name} makes {value.numel():,} numbers of one input")
+            return value
+
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            Trial(module, garbage_collect_values=True).run(torch.zeros(1, *shape))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        # Only the values themselves can tell.
+        return
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:
@@ -442,7 +516,12 @@ def _describe(module: nn.Module) -> dict[str, Any]:
 
 def _made(described: dict[str, Any]) -> nn.Module:
     """The module of a description, its weights not yet filled in."""
+    if not isinstance(described.get("type"), str) or described["type"] not in MODULES:
+        raise ValueError(f"there is no module {described.get('type')!r}")
     kind, names = MODULES[described["type"]]
+    missing = [name for name in names if name not in described]
+    if missing:
+        raise ValueError(f"a {described['type']} without {missing[0]}")
     arguments = {name: described[name] for name in names}
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     with torch.device("cpu"):
@@ -478,11 +557,20 @@ def _restored(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
+    if not isinstance(content, str) or kind not in ("node", "float", *_CONSTANTS):
+        raise ValueError(f"{value!r} is no argument of a node")
     if kind == "node":
+        if content not in nodes:
+            raise ValueError(f"no node before is called {content}")
         return nodes[content]
     if kind == "device":
         return torch.device(content)
-    return float(content) if kind == "float" else getattr(torch, content)
+    if kind == "float":
+        return float(content)
+    found = getattr(torch, content, None)
+    if not isinstance(found, _CONSTANTS[kind]):
+        raise ValueError(f"torch has no {kind} {content}")
+    return found
 
 
 def calls(graph: Graph, name: str) -> Iterator[fx.Node]:

@@ -14,14 +14,16 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from safetensors.numpy import load_file, save_file
 
 from effcli.checkpoint import read_config, umask, write_text
 from effcli.contract import Options
+from effcli.documents import check_model, read_model
 from effcli.errors import CheckpointError, first_line, writing
 from effcli.formats import pack_bits, unpack_bits
 from effcli.graphs.graph import Facts
@@ -59,13 +61,15 @@ from effcli.graphs.operations import (
     softmax_bits,
 )
 from effcli.graphs.rows import look_up, numbers_in
-from effcli.storage import LAYOUT_VERSION, OWN_TYPE, holds
+from effcli.graphs.soundness import check
+from effcli.storage import LAYOUT_VERSION, OWN_TYPE, holds, own_part
 
 FILE_NAME = "integer.json"
 WEIGHTS_NAME = "effcli.safetensors"
 PROBE_NAME = "probe.npz"
 # The suffix of the table that a step's weights may be entries of.
 CODEBOOK = "codebook"
+_REMEDY = "give a directory that an `int8` step wrote"
 
 
 class Program(Options):
@@ -89,6 +93,14 @@ class Program(Options):
         if known != self.values.keys() or self.output not in known:
             raise ValueError("values and steps do not fit together")
         return self
+
+
+class _Document(Options):
+    """`integer.json`. shapes: of the weights, which are stored packed; codebooks: the steps that have one."""
+
+    program: Program
+    shapes: dict[str, list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]]]
+    codebooks: tuple[str, ...] = ()
 
 
 class IntegerNetwork:
@@ -192,27 +204,36 @@ class IntegerNetwork:
     def read(folder: Path) -> IntegerNetwork:
         """Read the checkpoint in `folder`; `CheckpointError` when it is damaged."""
         try:
-            own = read_config(folder)["effcli"]
-            described = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-            program = Program.model_validate(described["program"])
+            own = own_part(read_config(folder))
+            facts = check_model(Facts, own.facts, "effcli.facts in config.json", remedy=_REMEDY)
+            described = read_model(_Document, folder / FILE_NAME, remedy=_REMEDY)
+            program = described.program
             arrays = load_file(folder / WEIGHTS_NAME)
             for step in program.steps:
                 key = f"{step.name}.weight"
                 if isinstance(step, Weighted) and step.weight_bits < 8:
-                    shape = described["shapes"][key]
-                    codes = unpack_bits(torch.from_numpy(arrays[key]), step.weight_bits, math.prod(shape[1:])).numpy()
-                    if step.name in described.get("codebooks", ()):
+                    shape = described.shapes[key]
+                    rows, numbers = (shape or [0])[0], math.prod(shape[1:])
+                    if arrays[key].dtype != np.int32 or arrays[key].shape != (
+                        rows,
+                        math.ceil(numbers * step.weight_bits / 32),
+                    ):
+                        raise ValueError(f"{key} is not packed as {shape}")
+                    codes = unpack_bits(torch.from_numpy(arrays[key]), step.weight_bits, numbers).numpy()
+                    if step.name in described.codebooks:
                         weight = look_up(arrays[f"{step.name}.{CODEBOOK}"], codes)
                     else:
                         weight = (codes.astype(np.int16) - 2 ** (step.weight_bits - 1)).astype(np.int8)
                     arrays[key] = weight.reshape(shape)
-            return IntegerNetwork(program, arrays, Facts.model_validate(own["facts"]), _read_probe(folder))
+            for step in program.steps:
+                constants = {suffix: arrays[f"{step.name}.{suffix}"] for suffix in step.arrays}
+                shapes = [program.values[name].shape for name in step.inputs]
+                check(step, shapes, program.values[step.output].shape, constants)
+            return IntegerNetwork(program, arrays, facts, _read_probe(folder))
         except CheckpointError:
             raise
         except Exception as error:  # whatever JSON, pydantic and safetensors say of a damaged file
-            raise CheckpointError(
-                f"{folder} holds no integer network: {first_line(error)}", "give a directory that an `int8` step wrote"
-            ) from error
+            raise CheckpointError(f"{folder} holds no integer network: {first_line(error)}", _REMEDY) from error
 
 
 def _read_probe(folder: Path) -> Array | None:

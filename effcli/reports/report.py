@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from effcli.contract import Options
+from effcli.documents import check_model, read_object
 from effcli.errors import CheckpointError, writing
 
 SCHEMA_VERSION = 1
@@ -53,6 +53,12 @@ class Histogram(Record):
     before: tuple[int, ...]
     after: tuple[int, ...]
 
+    @model_validator(mode="after")
+    def _same_bins(self) -> Histogram:
+        if len(self.before) != len(self.after):
+            raise ValueError("before and after have different bins")
+        return self
+
 
 class ActivationRange(Record):
     """The values of one activation on the calibration data, and the range that its 8 bits cover.
@@ -92,6 +98,12 @@ class Classification(Record):
     confusion: tuple[tuple[int, ...], ...] = Field(
         default=(), description="images by their class (row) and the class they were taken for (column)"
     )
+
+    @model_validator(mode="after")
+    def _square(self) -> Classification:
+        if any(len(row) != len(self.confusion) for row in self.confusion):
+            raise ValueError("the confusion matrix is not square")
+        return self
 
 
 class TaskRow(Record):
@@ -199,14 +211,14 @@ class Report(Record):
         path = folder / FILE_NAME
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no {FILE_NAME}", "give a directory that `effcli compress` wrote")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version = data["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise CheckpointError(
-                    f"{path} has schema version {version}, this effcli reads {SCHEMA_VERSION}",
-                    "use the effcli that wrote it, or run the recipe again",
-                )
-            return Report.model_validate(data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a report of effcli", "run the recipe again") from error
+        remedy = "run the recipe again"
+        data = read_object(path, remedy=remedy)
+        version = data.get("schema_version")
+        if isinstance(version, int) and version != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path} has schema version {version}, this effcli reads {SCHEMA_VERSION}",
+                "use the effcli that wrote it, or run the recipe again",
+            )
+        if version is None:
+            raise CheckpointError(f"{path} is not a report of effcli: it has no schema version", remedy)
+        return check_model(Report, data, f"{path} is not a report of effcli: it", remedy=remedy)
