@@ -62,7 +62,7 @@ def validated(
 def _within(data: Any, location: Sequence[str | int]) -> list[str]:
     """The part of pydantic's location that is a path of the user's data; it also names members of unions."""
     walked: list[str] = []
-    for step, below in zip(location, (*location[1:], None), strict=True):
+    for step, below in zip(location, (*location, None)[1:], strict=True):
         if isinstance(data, BaseModel):
             data = data.__dict__
         if isinstance(data, Mapping):
