@@ -11,6 +11,7 @@ from effcli import samples
 from effcli.contract import Needs, Options
 from effcli.errors import SelectionError
 from effcli.formats import Packing
+from effcli.inputs import text
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, open_weights
 from effcli.recipe import Recipe
@@ -125,7 +126,8 @@ def make(recipe: Recipe) -> Plan:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
         if step.config.needed is Needs.INPUTS:
-            tokens = recipe.calibration.samples * recipe.calibration.length
+            longest = text.longest_sequence(weights.skeleton.config)
+            tokens = recipe.calibration.samples * text.window_length(recipe.calibration, longest)
             operations += _operations(choices, tokens, recipe.calibration.inputs == "compressed")
             if recipe.calibration.data is None:
                 remarks.append("calibration text: the sample model's own; give your domain's with --calib FILE")
@@ -297,7 +299,8 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     widest = max(site.rows * site.columns for site in sites[largest])
     total += numbers * itemsize + 5 * widest * 4
     if inputs:
-        batch = recipe.calibration.batch_size * recipe.calibration.length
+        longest = text.longest_sequence(skeleton.config)
+        batch = recipe.calibration.batch_size * text.window_length(recipe.calibration, longest)
         total += numbers * 4
         squares = {site.columns: site.columns**2 for site in sites[largest]}
         total += (2 * sum(squares.values()) + most * max(squares.values())) * 4

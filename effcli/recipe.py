@@ -50,7 +50,7 @@ class Calibration(Options):
         "`datasets` directory; without one, the sample model's own.",
     )
     samples: int = Field(32, ge=1, description="Windows of text, or inputs (512 unless set).")
-    length: int = Field(512, ge=2, description="Tokens per window.")
+    length: int = Field(512, ge=2, description="Tokens per window; fewer unless set when the model takes fewer.")
     batch_size: int = Field(4, ge=1, description="Windows or inputs (64 unless set) per forward.")
     inputs: Literal["original", "compressed"] = Field(
         "original", description="Whose outputs feed the next block: the original block's or the compressed one's."
@@ -71,7 +71,7 @@ class Evaluate(Options):
         "beside the model, or else the calibration inputs, on which only the agreement with the original counts.",
     )
     samples: int = Field(20, ge=1, description="Windows of text, or inputs (2,000 unless set).")
-    length: int = Field(512, ge=2, description="Tokens per window.")
+    length: int = Field(512, ge=2, description="Tokens per window; fewer unless set when the model takes fewer.")
     choices: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="A jsonl file of multiple-choice questions, or several."
     )
@@ -441,8 +441,10 @@ def from_arguments(
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; it loads back to an equal recipe."""
-    return yamls.dump(recipe.model_dump(mode="json"))
+    """The recipe as YAML, all defaults written out that do not follow the model; it loads back to an equal recipe."""
+    sections = {"calibration": recipe.calibration, "evaluate": recipe.evaluate}
+    unset = {name: {"length"} for name, options in sections.items() if "length" not in options.model_fields_set}
+    return yamls.dump(recipe.model_dump(mode="json", exclude=unset))
 
 
 def _check_texts(value: Any, path: str, mistakes: Mistakes) -> None:

@@ -108,3 +108,35 @@ def load_network_config(path: Path, config: dict[str, Any], trust_remote_code: b
             f"{path / 'config.json'} does not describe a network: {first_line(error)}",
             "restore it from the original checkpoint",
         ) from error
+
+
+def check_causal(path: Path, config: dict[str, Any]) -> None:
+    """Raise `UnsupportedError` when a network's own `config` names an encoder, or a classifier of text."""
+    from transformers.models.auto import modeling_auto as auto
+
+    model_type = config.get("model_type")
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    if not isinstance(name, str) or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        return
+    if name in _classes(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return
+    heads = {
+        "answers fill-in tasks": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "classifies texts": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "classifies tokens": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "finds answers in a text": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    }
+    what = next((what for what, mapping in heads.items() if name in _classes(mapping)), None)
+    if what is None and model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        what = "is an encoder"
+    if what is not None:
+        raise UnsupportedError(
+            f"{path} holds a {name}, which {what}; it is not a causal language model",
+            "this version compresses causal language models; encoders and text classifiers are not supported",
+        )
+
+
+def _classes(mapping: Any) -> set[str]:
+    """The class names of one of transformers' mappings, which holds a name or several for each model type."""
+    return {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}

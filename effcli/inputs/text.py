@@ -19,7 +19,7 @@ from effcli import samples
 from effcli.checkpoint import read_config
 from effcli.errors import DataError, first_line
 from effcli.inputs import jsonl
-from effcli.stock import load_network_config, quiet_transformers
+from effcli.stock import check_causal, load_network_config, quiet_transformers
 from effcli.storage import network_config
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ class Reader:
         from transformers import AutoTokenizer
 
         quiet_transformers()
-        config = load_network_config(path, network_config(read_config(path)), trust_remote_code)
+        own = network_config(read_config(path))
+        check_causal(path, own)
+        config = load_network_config(path, own, trust_remote_code)
         remedy = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it"
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise DataError(f"{path} holds no tokenizer, so no text can be read for it", remedy)
@@ -112,6 +114,13 @@ def longest_sequence(config: Any) -> int | None:
     return None
 
 
+def window_length(options: Calibration | Evaluate, longest: int | None) -> int:
+    """Tokens per window: what the user set, else the default or as many as the model takes."""
+    if longest is None or "length" in options.model_fields_set:
+        return options.length
+    return min(options.length, longest)
+
+
 @dataclass(frozen=True)
 class Cut:
     """Windows of one text. windows: int64 (windows, length); remarks: what the user should know of them."""
@@ -153,11 +162,10 @@ def last_windows(source: Path, reader: Reader, count: int, length: int, begin: i
 
 def calibration_windows(recipe: Recipe, path: Path) -> tuple[Windows, list[str]]:
     """The calibration windows of a recipe for the checkpoint `path`, and remarks."""
-
-    options = recipe.calibration
     reader = Reader.open(path, recipe.trust_remote_code)
+    options, length = recipe.calibration, window_length(recipe.calibration, reader.longest)
     source = Path(options.data).expanduser() if options.data is not None else samples.CALIBRATION_TEXT
-    cut = windows(source, reader, options.samples, options.length, "calibration.length")
+    cut = windows(source, reader, options.samples, length, "calibration.length")
     remarks = list(cut.remarks)
     if options.data is None and not is_sample(path):
         remarks.append(
@@ -169,7 +177,7 @@ def calibration_windows(recipe: Recipe, path: Path) -> tuple[Windows, list[str]]
 
 def evaluation_windows(options: Evaluate, reader: Reader, path: Path, calibration: Calibration | None = None) -> Cut:
     """The windows for perplexity of the network in `path`, whose options say which text to take."""
-    count, length, key = options.samples, options.length, "evaluate.length"
+    count, length, key = options.samples, window_length(options, reader.longest), "evaluate.length"
     if isinstance(options.perplexity, str):
         return windows(Path(options.perplexity).expanduser(), reader, count, length, key)
     if is_sample(path):
@@ -177,7 +185,7 @@ def evaluation_windows(options: Evaluate, reader: Reader, path: Path, calibratio
     why = "no text was given"
     if calibration is not None and calibration.data is not None:
         source = Path(calibration.data).expanduser()
-        begin = calibration.samples * calibration.length
+        begin = calibration.samples * window_length(calibration, reader.longest)
         cut = last_windows(source, reader, count, length, begin, key)
         if cut is not None:
             return cut

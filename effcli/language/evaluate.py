@@ -84,7 +84,7 @@ class Yardstick:
             reader = text.Reader.open(original, trust_remote_code)
             if options.perplexity is not False:
                 cut = text.evaluation_windows(options, reader, original, calibration)
-                self._windows = cut.batches(max(1, TOKENS_PER_BATCH // options.length))
+                self._windows = cut.batches(max(1, TOKENS_PER_BATCH // cut.windows.shape[1]))
                 remarks += cut.remarks
             questions: list[multiple_choice.Question] = []
             for name in options.questions:

@@ -17,7 +17,7 @@ from torch import nn
 
 from effcli.errors import UnsupportedError, first_line
 from effcli.sites import LayerSite
-from effcli.stock import language_loader, load_network_config, quiet_transformers
+from effcli.stock import check_causal, language_loader, load_network_config, quiet_transformers
 
 
 class Skeleton:
@@ -29,6 +29,7 @@ class Skeleton:
 
     def __init__(self, path: Path, config: dict[str, Any], trust_remote_code: bool = False) -> None:
         quiet_transformers()
+        check_causal(path, config)
         self.config = load_network_config(path, config, trust_remote_code)
         loader = language_loader(self.config)
         self.dtype: torch.dtype = self.config.dtype or torch.float32

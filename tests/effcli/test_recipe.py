@@ -288,3 +288,10 @@ def test_a_zero_byte_is_refused_where_it_stands() -> None:
         recipe.check({"model": "a\0", "passes": ["linear"]})
     with pytest.raises(RecipeError, match=r"passes\.0\.linear: a key holds a zero byte"):
         recipe.check({"model": "a", "passes": [{"linear": {"b\0": 1}}]})
+
+
+def test_a_window_length_that_follows_the_model_is_not_written_out() -> None:
+    keys: dict[str, Any] = {"output": "out", "passes": "linear:bits=4"}
+    free = recipe.from_arguments("sample:lm", **keys)
+    assert "length" not in recipe.dump(free)
+    assert "length: 512" in recipe.dump(recipe.from_arguments("sample:lm", calibration={"length": 512}, **keys))

@@ -269,3 +269,23 @@ def test_evaluation_tells_texts_from_questions(tmp_path: Path) -> None:
     assert found.questions == (questions, more)
     with pytest.raises(RecipeError, match="there is already"):
         recipe(evals=[texts, texts])
+
+
+def test_the_default_length_follows_the_model(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefghijk" * 9)
+    cut = text.evaluation_windows(Evaluate(perplexity=str(file), samples=2), reader(longest=16), tmp_path)
+    assert cut.windows.shape == (2, 16)
+    assert text.window_length(Calibration(), 16) == 16
+    assert text.window_length(Calibration(), 4096) == text.window_length(Calibration(), None) == 512
+    with pytest.raises(DataError, match="longer than the 16"):
+        text.evaluation_windows(Evaluate(perplexity=str(file), length=17), reader(longest=16), tmp_path)
+
+
+def test_calibration_takes_windows_that_the_model_takes(tmp_path: Path) -> None:
+    for file in SAMPLE.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((SAMPLE / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    found, _ = text.calibration_windows(recipe(model=tmp_path, calibration={"samples": 4}), tmp_path)
+    assert [batch.shape for batch in found.batches] == [(4, 256)]

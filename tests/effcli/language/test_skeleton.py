@@ -266,3 +266,22 @@ def test_a_caller_gets_transformers_logging_back() -> None:
         assert hf_logging.is_progress_bar_enabled()
     finally:
         hf_logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("BertModel", "is an encoder"),
+        ("BertForMaskedLM", "fill-in"),
+        ("BertForSequenceClassification", "classifies texts"),
+    ],
+)
+def test_an_encoder_is_refused_for_what_it_is(name: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=f"holds a {name}, which .*{what}.*not a causal language model"):
+        Skeleton(tmp_path, {"model_type": "bert", "architectures": [name]})
+
+
+def test_a_bert_with_a_causal_head_is_taken(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True, "vocab_size": 64}
+    assert type(Skeleton(tmp_path, config | small).model).__name__ == "BertLMHeadModel"
