@@ -100,7 +100,7 @@ def _replace(
     module = network.get_submodule(owner)
     experts = [weights.packed(site.name) or weights.dense_matrix(site) for site in sites]
     del module._parameters[own]
-    setattr(module, own, QuantizedExperts(experts, device))
+    setattr(module, own, QuantizedExperts(experts, device, transposed=sites[0].transposed))
 
 
 def _take_generation_settings(network: nn.Module, path: Path) -> None:

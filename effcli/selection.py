@@ -74,7 +74,7 @@ def _choose(sites: Sequence[LayerSite], step: PassStep, obstacle: Callable[[Laye
             _must_match(pattern, names, f"{step.name}.{key}")
     choices = {}
     for site in sites:
-        reason = _ignored(site, config) or obstacle(site)
+        reason = _ignored(site, config) or site.obstacle or obstacle(site)
         choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
     taken = [name for name, choice in choices.items() if choice.config is not None]
     if not taken:

@@ -16,7 +16,7 @@ class LayerSite:
     name: the module's path, with `.index` appended for one matrix of a stacked parameter; parameter: the state-dict
     key of its weight; rows, columns: its shape as (out, in), whatever the storage; index: which matrix of a stack it
     is; transposed: stored as (in, out); groups: independent parts of a grouped convolution, each with rows / groups
-    outputs and inputs of its own.
+    outputs and inputs of its own; obstacle: why the layer must stay dense, empty when it may be compressed.
     """
 
     name: str
@@ -27,6 +27,7 @@ class LayerSite:
     index: int | None = None
     transposed: bool = False
     groups: int = 1
+    obstacle: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:

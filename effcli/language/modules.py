@@ -82,15 +82,23 @@ class QuantizedExperts(nn.Module):
 
     weights: one (out, in) per expert; an expert kept dense is a plain tensor. Whoever multiplies the whole stack at
     once must be told not to: transformers does so unless the experts' implementation is "eager".
+    transposed: the parameter is (experts, in, out) and read as `x @ stack[expert]`.
     """
 
-    def __init__(self, weights: Sequence[Quantized | Tensor], device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Quantized | Tensor],
+        device: torch.device | str | None = None,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
         self.experts = nn.ModuleList(
             QuantizedLinear(weight, device=device) if isinstance(weight, Quantized) else _Dense(weight, device)
             for weight in weights
         )
-        self.shape = torch.Size((len(weights), *weights[0].shape)) if weights else torch.Size((0, 0, 0))
+        self.transposed = transposed
+        shape = tuple(weights[0].shape) if weights else (0, 0)
+        self.shape = torch.Size((len(weights), *(shape[::-1] if transposed else shape)))
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -98,22 +106,38 @@ class QuantizedExperts(nn.Module):
     def __getitem__(self, expert: int | Tensor) -> Any:
         """Expert number `expert` (an int or a 0-dimensional tensor): a tensor, or what serves as one in F.linear."""
         held = self.experts[int(expert)]
-        return held.dense if isinstance(held, _Dense) else Expert(held)
+        if isinstance(held, _Dense):
+            return held.dense.T if self.transposed else held.dense
+        return Expert(held, self.transposed)
+
+
+_MATMULS: tuple[Any, ...] = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 class Expert:
-    """One quantized expert, (out, in): `F.linear` multiplies with the packed weight, all else with a dense copy."""
+    """One quantized expert, which serves as its weight.
 
-    def __init__(self, linear: nn.Module) -> None:
+    As (out, in) `F.linear` multiplies with the packed weight, as (in, out), transposed, `x @ weight` does; all else
+    takes a dense copy.
+    """
+
+    def __init__(self, linear: nn.Module, transposed: bool = False) -> None:
         assert isinstance(linear, QuantizedLinear)
         self.linear = linear
-        self.shape = torch.Size((linear.out_features, linear.in_features))
+        self.transposed = transposed
+        shape = linear.out_features, linear.in_features
+        self.shape = torch.Size(shape[::-1] if transposed else shape)
         self.dtype = linear.packed.dtype
         self.device = linear.packed.device
 
     @property
     def T(self) -> Tensor:
-        return self.linear.weight.T
+        return self.dense.T
+
+    @property
+    def dense(self) -> Tensor:
+        """The weight dequantized, in the shape that it serves in."""
+        return self.linear.weight.T if self.transposed else self.linear.weight
 
     @classmethod
     def __torch_function__(
@@ -122,9 +146,13 @@ class Expert:
         named = dict(kwargs or {})
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **named)
-            if isinstance(weight, Expert) and isinstance(x, Tensor):
+            if isinstance(weight, Expert) and not weight.transposed and isinstance(x, Tensor):
                 y = weight.linear(x)
                 return y if bias is None else y + bias
+        if func in _MATMULS and len(args) == 2 and isinstance(args[0], Tensor):
+            weight = args[1]
+            if isinstance(weight, Expert) and weight.transposed:
+                return weight.linear(args[0])
         return func(*map(_dense, args), **{name: _dense(value) for name, value in named.items()})
 
 
@@ -143,7 +171,7 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
 
 
 def _dense(value: Any) -> Any:
-    return value.linear.weight if isinstance(value, Expert) else value
+    return value.dense if isinstance(value, Expert) else value
 
 
 __all__ = ["Expert", "Packed", "QuantizedExperts", "QuantizedLinear"]

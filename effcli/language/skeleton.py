@@ -135,7 +135,9 @@ def find_layers(root: nn.Module, prefix: str) -> Iterator[LayerSite]:
     for path, module in root.named_modules():
         name = ".".join(part for part in (prefix, path) if part)
         if isinstance(module, nn.Linear):
-            yield LayerSite(name, "linear", f"{name}.weight", module.out_features, module.in_features)
+            yield LayerSite(
+                name, "linear", f"{name}.weight", module.out_features, module.in_features, obstacle=_own_forward(module)
+            )
         elif isinstance(module, Conv1D):
             columns, rows = module.weight.shape
             yield LayerSite(name, "conv1d", f"{name}.weight", rows, columns, transposed=True)
@@ -143,9 +145,20 @@ def find_layers(root: nn.Module, prefix: str) -> Iterator[LayerSite]:
             # The order in which the experts run: all matrices of expert 0, then of expert 1.
             stacks = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
             count = max((p.shape[0] for p in stacks.values()), default=0)
-            transposed = bool(getattr(module, "is_transposed", False))
+            # Batched products multiply inputs (experts, n, in) with the whole stack, which holds (experts, in, out).
+            batched = not hasattr(module, "is_transposed") and "bmm" in type(module).forward.__code__.co_names
+            transposed = batched or bool(getattr(module, "is_transposed", False))
+            obstacle = f"{type(module).__name__} multiplies all experts at once" if batched else ""
             for index in range(count):
                 for own, parameter in stacks.items():
                     rows, columns = parameter.shape[1:] if not transposed else parameter.shape[:0:-1]
                     key = f"{name}.{own}"
-                    yield LayerSite(f"{key}.{index}", "expert", key, rows, columns, index, transposed)
+                    yield LayerSite(
+                        f"{key}.{index}", "expert", key, rows, columns, index, transposed, obstacle=obstacle
+                    )
+
+
+def _own_forward(module: nn.Linear) -> str:
+    """Why a linear layer cannot be replaced, empty when it computes as `nn.Linear` does."""
+    kind = type(module)
+    return "" if kind.forward is nn.Linear.forward else f"{kind.__name__} computes more than a linear layer"

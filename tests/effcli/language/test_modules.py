@@ -200,6 +200,18 @@ def test_experts() -> None:
         experts[3]
 
 
+def test_experts_stored_by_inputs_and_outputs() -> None:
+    stack = random(2, 48, 64)
+    first = quantize(stack[0])
+    experts = QuantizedExperts([first, stack[1]], transposed=True)
+    x = random(7, 64)
+    assert experts.shape == (2, 64, 48) and experts[0].shape == experts[1].shape == (64, 48)
+    for number, dense in enumerate((first.dequantize(), stack[1])):
+        torch.testing.assert_close(x @ experts[number], x @ dense.T)
+        torch.testing.assert_close(torch.matmul(x, experts[number]), x @ dense.T)
+        torch.testing.assert_close(F.linear(x, experts[number].T), x @ dense.T)
+
+
 def test_experts_in_mixtral() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -285,3 +285,25 @@ def test_a_bert_with_a_causal_head_is_taken(tmp_path: Path) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True, "vocab_size": 64}
     assert type(Skeleton(tmp_path, config | small).model).__name__ == "BertLMHeadModel"
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_stays_dense() -> None:
+    class Router(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).softmax(-1)
+
+    plain, router = find_layers(torch.nn.Sequential(torch.nn.Linear(2, 3), Router(2, 3)), "")
+    assert plain.obstacle == "" and router.obstacle == "Router computes more than a linear layer"
+
+
+def test_experts_multiplied_at_once_are_read_by_inputs_and_outputs_and_stay_dense() -> None:
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.zeros(1, 2, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(x, self.up)
+
+    (site,) = find_layers(Experts(), "experts")
+    assert site.shape == (3, 2) and site.transposed and "all experts at once" in site.obstacle
