@@ -138,7 +138,7 @@ def test_channels_of_one_producer_share_their_scale() -> None:
     inputs = loud_inputs(200, 16, 3) * torch.tensor([1.0, 8.0]).repeat_interleave(8)
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(4))
     group = Group(layers(weight), channel)
-    factor, notes = awq.scale((awq.Config(bits=3, group_size=8),), group, seen(inputs))
+    factor, notes = awq.scale((awq.Config(bits=3, group_size=16),), group, seen(inputs))
     assert notes["alpha"] > 0
     for value in range(2):
         assert factor[channel == value].unique().numel() == 1

@@ -299,10 +299,12 @@ def test_layers_of_one_input_share_its_factor(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_damping_is_raised_and_told() -> None:
-    """Two equal channels and no damping: the matrix is singular."""
-    inputs = related_inputs(60, 15, 12)
-    inputs = torch.cat([inputs, inputs[:, :1], inputs[:, :1]], 1)[:, :16]
-    inputs[:, 3] = inputs[:, 2]
+    """Two equal channels and no damping: the matrix is singular, and exactly so where the factor begins."""
+    inputs = related_inputs(64, 16, 12)
+    for first, second in ((0, 1), (15, 14)):
+        # Of sum of squares 64: its root is exact, so that no rounding of a processor leaves a positive pivot.
+        inputs[:, first] = inputs[:, first].sign()
+        inputs[:, second] = inputs[:, first]
     told = applied(matrix(4, 16, 0), seen(inputs * 1e3), group_size=8, damping=0.0).notes
     assert told["damping_raised_from"] == 0
     assert 0 < told["damping"] <= 1e-3
