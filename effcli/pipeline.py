@@ -81,7 +81,7 @@ def run(
     beside: writes what else shall stand there.
     """
     output = resolved(recipe.target.absolute())
-    check_output(output, overwrite)
+    check_output(output, overwrite, Path(recipe.model).expanduser())
     for step in recipe.export:
         exporters.require(step.name)
     if recipe.device not in ("cpu", "auto"):
@@ -109,8 +109,7 @@ class _Run:
         self.overwrite = overwrite
         self.listener = listener
         self.beside = beside
-        if self.subject.source.resolve() == output.resolve():
-            raise OutputError(f"{output} is the model itself", "choose another --output; the input is never changed")
+        check_output(output, overwrite, self.subject.source)
         self.place = Workplace(output)
         self.work = self.place.folder
 

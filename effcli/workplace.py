@@ -33,8 +33,10 @@ def resolved(output: Path) -> Path:
     return found
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, model: Path | None = None) -> None:
     """Raise `OutputError` unless `output` can be written."""
+    if model is not None and model.resolve() == output.resolve():
+        raise OutputError(f"{output} is the model itself", "choose another --output; the input is never changed")
     output = resolved(output)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file", "choose another --output")
