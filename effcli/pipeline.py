@@ -190,7 +190,7 @@ class _Run:
     def _data(self) -> list[Path]:
         """Every file and folder of calibration and evaluation data that the recipe names, or that stands for it."""
         wanted = self.recipe.evaluate
-        named = (self.recipe.calibration.data, wanted.perplexity, wanted.images, wanted.choices)
+        named = (self.recipe.calibration.data, wanted.perplexity, wanted.images, *wanted.questions)
         found = [samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT]
         for name in named:
             if isinstance(name, str):

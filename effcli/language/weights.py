@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effcli.activations import round_inputs
-from effcli.checkpoint import Checkpoint, Entry
+from effcli.checkpoint import DTYPES, Checkpoint, Entry
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.formats import Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
@@ -129,7 +129,10 @@ class Weights:
                         f"{self.checkpoint.path} holds {len(keys)} tensors for {name}: {', '.join(keys)}",
                         "take out those that do not belong to it",
                     )
-                shape = self.checkpoint.entries[self._sources[name][0][1]].shape
+                entry = self.checkpoint.entries[keys[0]]
+                if parameter.is_floating_point() and not DTYPES[entry.dtype].is_floating_point:
+                    raise CheckpointError(f"{self.checkpoint.path}: {name} holds {entry.dtype} integers", remedy)
+                shape = entry.shape
                 if shape != tuple(parameter.shape):
                     raise CheckpointError(
                         f"{self.checkpoint.path}: {name} has the shape {shape}, config.json asks for "
@@ -251,7 +254,6 @@ class Weights:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a dense parameter has in the file."""
-        from effcli.checkpoint import DTYPES
 
         if name in self._sources:
             return DTYPES[self.checkpoint.entries[self._sources[name][0][1]].dtype]
