@@ -140,6 +140,14 @@ def rewrite(path: Path, change: Any) -> None:
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
+def test_integers_for_floating_weights_are_named(tmp_path: Path) -> None:
+    architectures.make("llama", tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].short()}))
+    weights = opened(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds I16 integers"):
+        weights.check_complete()
+
+
 def test_a_missing_parameter_is_named(tmp_path: Path) -> None:
     architectures.make("llama", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
