@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from effcli.checkpoint import umask
 from effcli.errors import OutputError, writing
 
 # One of these stands in every export.
@@ -34,9 +34,7 @@ def replacing(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
         there.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{there.name}-", dir=there.parent))
         # mkdtemp makes it private; an output has the permissions of any other directory.
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)
+        folder.chmod(0o777 & ~umask())
     try:
         yield folder
         with writing(target):
