@@ -472,7 +472,8 @@ def _from_document(document: _Document) -> fx.GraphModule:
     if not isinstance(_restored(value, nodes), fx.Node):
         raise ValueError("the output is no value of the graph")
     graph.lint()
-    return fx.GraphModule(root, graph)
+    # A batch norm in training mode wants more than one value a channel.
+    return fx.GraphModule(root, graph).eval()
 
 
 def _try(module: fx.GraphModule, shape: tuple[int, ...]) -> None:

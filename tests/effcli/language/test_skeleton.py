@@ -300,8 +300,30 @@ def test_a_linear_layer_with_a_forward_of_its_own_stays_dense() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input).softmax(-1)
 
-    plain, router = find_layers(torch.nn.Sequential(torch.nn.Linear(2, 3), Router(2, 3)), "")
-    assert plain.obstacle == "" and router.obstacle == "Router computes more than a linear layer"
+    class Capped(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).clamp(-100, 100)
+
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 3), Router(2, 3), Capped(2, 3, bias=False))
+    plain, *others = find_layers(layers, "")
+    assert plain.obstacle == ""
+    assert [site.obstacle for site in others] == [
+        f"{name} computes more than a linear layer" for name in ("Router", "Capped")
+    ]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_forward_that_writes_the_linear_product_otherwise_is_a_linear_layer(bias: bool) -> None:
+    class Written(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            product = input @ self.weight.T
+            return product if self.bias is None else product + self.bias
+
+    with torch.device("meta"):
+        layer = Written(7, 4, bias=bias)
+    (site,) = find_layers(torch.nn.Sequential(layer), "")
+    assert site.obstacle == "" and site.shape == (4, 7)
+    assert layer.weight.shape == (4, 7) and layer.in_features == 7
 
 
 def test_experts_multiplied_at_once_are_read_by_inputs_and_outputs_and_stay_dense() -> None:
