@@ -38,14 +38,13 @@ def restoring_verbosity() -> Iterator[None]:
 def language_loader(config: Any) -> Any:
     """The automatic class that builds the network which a config names, with its other inputs where it has them.
 
-    A model of text and images may have a causal class for the text alone, whose parameters have other names.
+    A model of text and images may also have a causal class for the text alone, whose parameters have other names.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
     from transformers.models.auto import modeling_auto
 
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     named, kind = config.architectures or (), config.model_type
-    if kind in causal and causal[kind] not in named:
+    if modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) not in named:
         if modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind) in named:
             return AutoModelForImageTextToText
         if modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind) in named:
@@ -135,6 +134,36 @@ def check_causal(path: Path, config: dict[str, Any]) -> None:
             f"{path} holds a {name}, which {what}; it is not a causal language model",
             "this version compresses causal language models; encoders and text classifiers are not supported",
         )
+
+
+def check_decoder(path: Path, config: Any) -> None:
+    """Raise `UnsupportedError` when a transformers config names a network whose decoder reads what an encoder wrote."""
+    from transformers.models.auto import modeling_auto
+
+    named = config.architectures or ()
+    encodes = config.is_encoder_decoder or config.get_text_config().is_encoder_decoder
+    if encodes and named and modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) not in named:
+        raise UnsupportedError(
+            f"{path} holds a {named[0]}, an encoder and a decoder; it is not a causal language model",
+            "this version compresses causal language models; encoders with decoders are not supported",
+        )
+
+
+def logits_of(network: Any, ids: Any) -> Any:
+    """Logits (batch, length, vocabulary) of token ids (batch, length), without a cache.
+
+    Raises `UnsupportedError` for a class that does not run on text alone, as one that must be given an image.
+    """
+    try:
+        return network(input_ids=ids, use_cache=False).logits
+    except (AttributeError, KeyError, NotImplementedError, TypeError) as error:
+        import transformers
+
+        raise UnsupportedError(
+            f"{type(network).__name__} of transformers {transformers.__version__} does not run on text alone: "
+            f"{first_line(error)}",
+            "calibration, evaluation and verification run it; a pass that needs no calibration takes it with --no-eval",
+        ) from error
 
 
 def _classes(mapping: Any) -> set[str]:

@@ -16,6 +16,7 @@ from effcli.errors import DataError
 from effcli.language.verify import Agreement
 from effcli.machine import device_name
 from effcli.reports.report import Speed
+from effcli.stock import logits_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -37,7 +38,7 @@ def compare(session: InferenceSession, network: Any, ids: Tensor, tolerance: flo
     ids: int64 (rows, length), length at least 2; network: a transformers model, run on all tokens at once.
     """
     with torch.inference_mode():
-        expected = network(input_ids=ids, use_cache=False).logits.float()
+        expected = logits_of(network, ids).float()
     tokens = ids.numpy()
     prompt, past = forward(session, tokens[:, :-1], empty_past(session, len(tokens)))
     step, _ = forward(session, tokens[:, -1:], past)

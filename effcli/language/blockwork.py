@@ -119,6 +119,9 @@ class BlockWork:
 
     def compress(self, shared: Sequence[SharedInput], grams: Mapping[str, Gram]) -> Part:
         """Fold what is to be folded, then compress every chosen layer."""
+        for name, gram in grams.items():
+            if gram.tokens == 0:
+                self.reasons[name] = "no calibration token reached it: rounded without activations"
         for item in shared:
             self._scale(item, grams)
         part = Part()
@@ -159,7 +162,6 @@ class BlockWork:
             return
         gram = grams[chosen[0].name]
         if gram.tokens == 0:
-            self._explain(chosen, "no calibration token reached it: rounded without activations")
             return
         producer, reason = item.producer, item.reason
         if producer is not None:

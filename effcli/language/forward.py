@@ -27,7 +27,7 @@ def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
     Right padding is exact for causal networks: no position sees a later one. `file` is written anew.
     """
     skeleton, weights = stream.skeleton, stream.weights
-    calls: dict[tuple[int, ...], list[Call]] = {}
+    calls: dict[tuple[int, ...], list[Call | None]] = {}
     file.unlink(missing_ok=True)
     spool: Spool | None = None
     for k, ids in enumerate(batches):

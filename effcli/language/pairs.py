@@ -160,7 +160,10 @@ def probe_pairs(stream: Stream, k: int) -> list[SharedInput]:
         probes = []
         for ids in (single, several):
             hidden, calls = stream.enter(ids)
-            probes.append((hidden, calls[k]))
+            call = calls[k]
+            if call is None:
+                return []
+            probes.append((hidden, call))
         return find_pairs(stream.skeleton.blocks[k], probes[0], probes[1])
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from effcli.errors import UnsupportedError, first_line
 from effcli.sites import LayerSite
-from effcli.stock import check_causal, language_loader, load_network_config, quiet_transformers
+from effcli.stock import check_causal, check_decoder, language_loader, load_network_config, quiet_transformers
 
 
 class Skeleton:
@@ -32,6 +32,7 @@ class Skeleton:
         quiet_transformers()
         check_causal(path, config)
         self.config = load_network_config(path, config, trust_remote_code)
+        check_decoder(path, self.config)
         loader = language_loader(self.config)
         self.dtype: torch.dtype = self.config.dtype or torch.float32
         with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
@@ -62,9 +63,9 @@ class Skeleton:
         self.block_names = [f"{self.block_path}.{k}" for k in range(len(self.blocks))]
 
     def _find_text_path(self, loader: Any) -> str | None:
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-        if loader is AutoModelForCausalLM:
+        if loader is AutoModelForCausalLM or type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             return None
         with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
             warnings.simplefilter("ignore")

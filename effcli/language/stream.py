@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, empty
 from effcli.sites import LayerSite
+from effcli.stock import logits_of
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,19 @@ class Stream:
         if self.skeleton.tied:
             self.skeleton.model.tie_weights()  # type: ignore[operator]
 
-    def enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """Hidden states (batch, length, hidden) of token ids (batch, length) before block 0, and each block's call."""
+    def enter(self, ids: Tensor) -> tuple[Tensor, list[Call | None]]:
+        """Hidden states (batch, length, hidden) of token ids (batch, length) before block 0, and each block's call.
+
+        None for a block that the network passes over, as one that attends to images where there are none.
+        """
         try:
             return self._enter(ids)
         except _WrongShape:
             self._returns_tuple = True
             return self._enter(ids)
 
-    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        calls: list[Call] = []
+    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call | None]]:
+        calls: list[Call | None] = [None] * len(self.skeleton.blocks)
         first: list[Tensor] = []
 
         def record(k: int, *args: Any, **kwargs: Any) -> Any:
@@ -79,17 +83,19 @@ class Stream:
                 # The network indexed what it took for a tuple: its blocks return tuples.
                 raise _WrongShape
             first.append(hidden)
-            calls.append(Call(args, kwargs))
+            calls[k] = Call(args, kwargs)
             if k == len(self.skeleton.blocks) - 1:
                 raise _Entered
             return self._wrapped(hidden)
 
         with self._replaced(record), torch.inference_mode(), suppress(_Entered):
-            self.skeleton.model(input_ids=ids, use_cache=False)
+            logits_of(self.skeleton.model, ids)
         return first[0], calls
 
-    def through(self, k: int, hidden: Tensor, call: Call) -> Tensor:
+    def through(self, k: int, hidden: Tensor, call: Call | None) -> Tensor:
         """Hidden states after block k, which must be open."""
+        if call is None:
+            return hidden
         out = self.skeleton.blocks[k](hidden, *call.args, **call.kwargs)
         if isinstance(out, tuple):
             self._returns_tuple = True
@@ -98,13 +104,13 @@ class Stream:
 
     def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) from the hidden states behind the last block."""
-        last = len(self.skeleton.blocks) - 1
 
         def pass_on(k: int, *args: Any, **kwargs: Any) -> Any:
-            return self._wrapped(hidden if k == last else _split(args, kwargs)[0])
+            # From every block: the network may pass over the last one.
+            return self._wrapped(hidden)
 
         with self._replaced(pass_on), torch.inference_mode():
-            return self.skeleton.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return logits_of(self.skeleton.model, ids)  # type: ignore[no-any-return]
 
     def _wrapped(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._returns_tuple else hidden

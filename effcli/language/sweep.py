@@ -278,7 +278,7 @@ class _Flow:
     windows: Windows
     journal: Journal
     shapes: list[tuple[int, ...]]
-    calls: dict[tuple[int, ...], list[Call]]
+    calls: dict[tuple[int, ...], list[Call | None]]
     dtype: torch.dtype
 
     @property

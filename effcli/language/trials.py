@@ -34,6 +34,7 @@ from effcli.observers import Gram
 from effcli.probe import Cost, Probe, Trial
 from effcli.selection import Choice, fitted_to_inputs
 from effcli.sites import LayerSite
+from effcli.stock import logits_of
 from effcli.swept import Progress
 
 
@@ -44,7 +45,7 @@ class WayOut(Stream):
         """Logits (n, vocabulary) of hidden states (n, hidden) behind the last block, with a gradient."""
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64)
         with self._replaced(lambda k, *args, **kwargs: self._wrapped(hidden.unsqueeze(0))), torch.enable_grad():
-            out: Tensor = self.skeleton.model(input_ids=ids, use_cache=False).logits
+            out: Tensor = logits_of(self.skeleton.model, ids)
         return out[0]
 
 
@@ -99,7 +100,7 @@ class Trials(ABC):
         self.progress = progress
         self.count = len(self.skeleton.blocks)
         self.costs: list[dict[str, Cost]] = [{} for _ in variants]
-        self.calls: dict[tuple[int, ...], list[Call]] = {}
+        self.calls: dict[tuple[int, ...], list[Call | None]] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.pairs: dict[str, list[SharedInput]] = {}
 
@@ -139,7 +140,7 @@ class Trials(ABC):
             if tuple(batch.shape) not in self.calls:
                 # Tensors made in inference mode cannot take part in a backward pass; clones can.
                 self.calls[tuple(batch.shape)] = [
-                    Call(*tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs))) for call in calls
+                    call and Call(*tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs))) for call in calls
                 ]
             if not self.shapes:
                 self.shapes = [(*each.shape, hidden.shape[-1]) for each in self.batches]
@@ -153,7 +154,7 @@ class Trials(ABC):
         name = self.skeleton.block_names[k] + "."
         return self.weights.opened(self.skeleton.blocks[k], name, self.skeleton.block_parameters(k))
 
-    def call(self, k: int, hidden: Tensor) -> Call:
+    def call(self, k: int, hidden: Tensor) -> Call | None:
         return self.calls[tuple(hidden.shape[:2])][k]
 
     def _propagate(self, k: int) -> None:

@@ -25,7 +25,7 @@ from effcli.contract import Options
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.inputs import text
 from effcli.language.weights import open_weights
-from effcli.stock import language_loader, load_network_config, quiet_transformers
+from effcli.stock import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.storage import is_own, network_config, rounds_inputs
 
 # Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
@@ -180,7 +180,7 @@ def _packed(
     network = network if network.dtype == dtype else network.to(dtype)
     with torch.inference_mode():
         agreements = [
-            Agreement.of(network(input_ids=ids[part], use_cache=False).logits.float(), reference[part], tolerance)
+            Agreement.of(logits_of(network, ids[part]).float(), reference[part], tolerance)
             for part in ((slice(None), slice(None)), few)
         ]
     return max(agreements, key=lambda agreement: (not agreement.passed, agreement.relative))
@@ -208,7 +208,7 @@ def _logits(load: Callable[[], Any], ids: Tensor) -> tuple[Tensor, torch.dtype]:
     """Logits float32 (rows, length, vocabulary) of a network that is freed on return, and its dtype."""
     network = load().eval()
     with torch.inference_mode():
-        return network(input_ids=ids, use_cache=False).logits.float(), network.dtype
+        return logits_of(network, ids).float(), network.dtype
 
 
 def _require_compressed_tensors() -> None:

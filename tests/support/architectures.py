@@ -96,6 +96,49 @@ def make_multimodal(folder: Path, vision_depth: int = 2) -> Path:
     return folder
 
 
+def _joined(kind: str, text: dict[str, Any], vision: dict[str, Any], **more: Any) -> PreTrainedConfig:
+    images = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    images |= dict(image_size=28, patch_size=14)
+    return AutoConfig.for_model(kind, text_config=_COMMON | text, vision_config=images | vision, **more)
+
+
+# Networks of text and images whose config has no causal class, by what is special about them.
+_FAMILIES: dict[str, Any] = {
+    # In the files its parameters have other names than in the modules.
+    "llava": lambda: _joined(
+        "llava", {"model_type": "llama"}, {"model_type": "clip_vision_model"}, image_token_index=1020
+    ),
+    # It attends in both directions.
+    "paligemma": lambda: _joined(
+        "paligemma",
+        {"model_type": "gemma", "head_dim": 16},
+        {"model_type": "siglip_vision_model", "projection_dim": 64},
+        image_token_index=1020,
+        projection_dim=64,
+    ),
+    # Its second block attends to images, and is passed over where there are none.
+    "mllama": lambda: _joined(
+        "mllama",
+        {"cross_attention_layers": [1]},
+        dict(num_global_layers=1, vision_output_dim=96, intermediate_layers_indices=[0, 1], attention_heads=2)
+        | dict(max_num_tiles=1, supported_aspect_ratios=[[1, 1]]),
+        image_token_index=1020,
+    ),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+def make_family(name: str, folder: Path) -> Path:
+    """Write a network of text and images of one of `FAMILIES` with the sample's tokenizer into `folder`."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(_FAMILIES[name]())
+    for parameter in model.parameters():
+        parameter.data = (parameter.ndim == 1) + 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    _copy_tokenizer(folder)
+    return folder
+
+
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a network of architecture `name` with the sample's tokenizer into `folder`; `changes` are of its config."""
     torch.manual_seed(0)
@@ -107,7 +150,11 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes:
         # Norm weights start at 1 and biases at 0: moved off them, so that a fold which forgets one shows.
         parameter.data += (0.1 if parameter.ndim == 1 else 0.02) * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(folder)
+    _copy_tokenizer(folder)
+    return folder
+
+
+def _copy_tokenizer(folder: Path) -> None:
     source = samples.resolve("sample:lm")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / file, folder / file)
-    return folder

@@ -1,0 +1,91 @@
+"""Networks of text and images, or of an encoder and a decoder: all of them is kept, or they are refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from effcli import runtime
+from effcli.errors import UnsupportedError
+from effcli.inputs.text import Windows
+from effcli.language.stream import Stream
+from effcli.language.sweep import sweep
+from effcli.language.weights import open_weights
+from effcli.recipe import PassStep
+from effcli.stock import logits_of
+from effcli.swept import Swept
+
+LINEAR: dict[str, Any] = {"linear": {"bits": 8, "group_size": 16}}
+AWQ: dict[str, Any] = {"awq": {"bits": 4, "group_size": 16}}
+
+
+@pytest.fixture(scope="module", params=["llava", "mllama"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return architectures.make_family(request.param, tmp_path_factory.mktemp("families") / request.param)
+
+
+def windows() -> Windows:
+    return Windows([torch.randint(3, 1000, (4, 24), generator=torch.Generator().manual_seed(0))])
+
+
+def carry_out(source: Path, target: Path, step: dict[str, Any]) -> Swept:
+    target.mkdir()
+    return sweep(source, target, PassStep.model_validate(step), windows(), target.parent / "work")
+
+
+@pytest.mark.parametrize("step", [LINEAR, AWQ], ids=["linear", "awq"])
+def test_all_that_stands_beside_the_blocks_is_carried_over(family: Path, step: dict[str, Any], tmp_path: Path) -> None:
+    carry_out(family, tmp_path / "out", step)
+    before, after = open_weights(family), open_weights(tmp_path / "out")
+    assert type(before.skeleton.model).__name__ == before.skeleton.config.architectures[0]
+    assert before.skeleton.parameters() == after.skeleton.parameters()
+    names = before.skeleton.outer_parameters()
+    assert any("vision" in name for name in names)
+    assert all(after.parameter(name).equal(before.parameter(name)) for name in names)
+    assert len(after.stored) == 14
+
+
+def test_the_parts_of_a_forward_pass_give_what_the_whole_gives(family: Path) -> None:
+    """Also where a block is passed over."""
+    network = runtime.load(family)
+    ids = windows().batches[0]
+    with torch.inference_mode(), Stream(open_weights(family), with_head=True) as stream:
+        hidden, calls = stream.enter(ids)
+        for k, call in enumerate(calls):
+            with stream.weights.opened(
+                stream.skeleton.blocks[k], stream.skeleton.block_names[k] + ".", stream.skeleton.block_parameters(k)
+            ):
+                hidden = stream.through(k, hidden, call)
+        torch.testing.assert_close(stream.leave(ids, hidden), logits_of(network, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_text_does_not_reach_is_said(tmp_path: Path) -> None:
+    source = architectures.make_family("mllama", tmp_path / "model")
+    swept = carry_out(source, tmp_path / "out", AWQ)
+    reasons = {row.name: row.reason for row in swept.ledger}
+    for layer in ("cross_attn.q_proj", "mlp.down_proj"):
+        assert "no calibration token reached it" in reasons[f"model.language_model.layers.1.{layer}"]
+    assert reasons["model.language_model.layers.0.self_attn.q_proj"] == ""
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 64, "num_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensor = {"shared.weight": torch.zeros(8, 64)}
+    save_file(tensor, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration, an encoder and a decoder"):
+        open_weights(tmp_path)
+
+
+def test_a_class_that_does_not_run_on_text_is_refused() -> None:
+    class NeedsAnImage(torch.nn.Module):
+        def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, use_cache: bool) -> None: ...
+
+    with pytest.raises(UnsupportedError, match=r"NeedsAnImage of transformers .* does not run on text alone: .*pixel"):
+        logits_of(NeedsAnImage(), torch.zeros(1, 1, dtype=torch.int64))
