@@ -123,6 +123,9 @@ def machine_condition(error: BaseException) -> EffcliError | None:
         return MachineError(*_SCARCE[number])
     if number in _REFUSED:
         return MachineError(f"{name}: {os.strerror(number)}" if name else os.strerror(number), _REFUSED[number])
+    if number in _MISNAMED:
+        cause = f"{str(name)[:_SHOWN]}: {os.strerror(number)}" if name else os.strerror(number)
+        return UserError(cause, _MISNAMED[number])
     return None
 
 
@@ -131,7 +134,8 @@ def not_utf8(name: str) -> UserError:
     return UserError(f"{name!a} has a name that is not UTF-8", "rename it, or reach it through a link in plain letters")
 
 
-# What the system says of a place that takes no more, of what a process runs out of, and of files it does not give.
+# What the system says of a place that takes no more, of what a process runs out of, of files it does not give, and of
+# names that the user chose.
 _FULL = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "no space left, the disk quota is used up",
@@ -147,9 +151,13 @@ _REFUSED = {
     errno.EPERM: "look at its permissions",
     errno.EROFS: "choose a place that can be written",
     errno.EIO: "look at the disk, and at what the system's log says of it",
+}
+_MISNAMED = {
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ELOOP: "look at its symbolic links",
 }
+# Characters of a name that the system does not take.
+_SHOWN = 200
 
 
 def _is_allocation(error: BaseException) -> bool:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from effcli.errors import UnsupportedError
+from effcli.errors import UnsupportedError, UserError
+
+# More threads than these, or than so many for each processor, serve nothing and may not all start.
+_THREADS = 64
+_THREADS_EACH = 8
 
 
 def pick_device(name: str) -> torch.device:
     """The device that `name` (cpu, cuda, cuda:N or auto) means here; `UnsupportedError` when there is none."""
+    if not re.fullmatch(r"cpu|auto|cuda(:[0-9]{1,3})?", name):
+        raise UnsupportedError(f"there is no device {name}", "name cpu, cuda, cuda:N or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -39,9 +47,12 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def cpu_threads(wanted: int | None) -> Iterator[int]:
-    """torch with `wanted` CPU threads, and the former number afterwards."""
+    """torch with `wanted` CPU threads, and the former number afterwards; `UserError` for a number that cannot serve."""
     former = torch.get_num_threads()
     if wanted is not None:
+        most = max(_THREADS, _THREADS_EACH * (os.cpu_count() or 1))
+        if not 1 <= wanted <= most:
+            raise UserError(f"threads: {wanted} cannot serve on this machine", f"ask for 1 to {most}")
         torch.set_num_threads(wanted)
     try:
         yield torch.get_num_threads()

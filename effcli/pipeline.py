@@ -25,7 +25,7 @@ from effcli.checkpoint import weight_files, write_text
 from effcli.contract import Needs
 from effcli.digest import of_path
 from effcli.errors import EffcliError, OutputError, UnsupportedError, UserError, writing
-from effcli.machine import device_name
+from effcli.machine import cpu_threads, device_name
 from effcli.plan import Plan
 from effcli.recipe import ExportStep, PassStep, Recipe
 from effcli.reports import card, html
@@ -89,14 +89,9 @@ def run(
             f"this version compresses on the CPU, not on {recipe.device}",
             "leave out --device; `effcli bench --device cuda` measures the result on a GPU",
         )
-    threads = torch.get_num_threads()
     torch.manual_seed(recipe.seed)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    try:
+    with cpu_threads(recipe.threads):
         return _Run(recipe, output, overwrite, listener or Silent(), beside).carry_out()
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Run:

@@ -315,7 +315,7 @@ def check(data: Any, source: str = "recipe") -> Recipe:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source} is not a mapping of keys to values", "start with `model:` and `passes:`")
     mistakes = Mistakes()
-    _check_texts(data, "", mistakes)
+    _check_values(data, "", mistakes)
     mistakes.raise_if_any(source)
     given = data.get("passes", ())
     if given is not None and not isinstance(given, list | tuple):
@@ -348,6 +348,8 @@ def check(data: Any, source: str = "recipe") -> Recipe:
 def check_evaluate(data: Mapping[str, Any]) -> Evaluate:
     """The `evaluate` part alone, for commands that only measure."""
     mistakes = Mistakes()
+    _check_values(data, "", mistakes)
+    mistakes.raise_if_any("the request")
     options = validated(Evaluate, data, "", mistakes)
     mistakes.raise_if_any("the request")
     assert options is not None
@@ -367,6 +369,8 @@ def check_inputs(overrides: Iterable[str], keys: Iterable[str] = ("shape", "prep
     mistakes = Mistakes()
     for key in data.keys() - set(keys):
         mistakes.add(key, f"only {' and '.join(keys)} can be set here")
+    _check_values(data, "", mistakes)
+    mistakes.raise_if_any("the request")
     options = validated(InputOptions, {key: data[key] for key in keys if key in data}, "", mistakes)
     mistakes.raise_if_any("the request")
     assert options is not None
@@ -377,6 +381,8 @@ def check_export(text: str, more: Mapping[str, Any]) -> ExportStep:
     """One export from chain syntax (`onnx:precision=float16`), with `more` options, for commands that only export."""
     ((target, options),) = parse_pass(text, "--to").items()
     mistakes = Mistakes()
+    _check_values(options | dict(more), "", mistakes)
+    mistakes.raise_if_any(f"--to {text}")
     step = ExportStep.check({target: options | dict(more)}, "", mistakes)
     mistakes.raise_if_any(f"--to {text}")
     assert step is not None
@@ -447,18 +453,20 @@ def dump(recipe: Recipe) -> str:
     return yamls.dump(recipe.model_dump(mode="json", exclude=unset))
 
 
-def _check_texts(value: Any, path: str, mistakes: Mistakes) -> None:
-    """Note each text and key with a zero byte, which no name of a file or a layer can hold."""
+def _check_values(value: Any, path: str, mistakes: Mistakes) -> None:
+    """Note what no option can take: a zero byte, which no name can hold, and whole numbers of more than 64 bits."""
     if isinstance(value, str) and "\0" in value:
         mistakes.add(path, "holds a zero byte, which no name can hold; remove it")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        mistakes.add(path, "a whole number of more than 64 bits; give a smaller one")
     elif isinstance(value, Mapping):
         for key, below in value.items():
             if isinstance(key, str) and "\0" in key:
                 mistakes.add(path, "a key holds a zero byte, which no name can hold; remove it")
-            _check_texts(below, join(path, str(key)), mistakes)
+            _check_values(below, join(path, str(key)), mistakes)
     elif isinstance(value, list | tuple):
         for number, below in enumerate(value):
-            _check_texts(below, join(path, str(number)), mistakes)
+            _check_values(below, join(path, str(number)), mistakes)
 
 
 def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Mapping[str, Any]] | None:

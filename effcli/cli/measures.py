@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -83,7 +84,7 @@ def _sensitivity(
 ) -> None:
     from effcli import recipe
 
-    if not all(part.strip().isdigit() for part in bits.split(",")):
+    if not all(re.fullmatch("[0-9]{1,4}", part.strip()) for part in bits.split(",")):
         raise RecipeError(f"--bits {bits}: not whole numbers", "write --bits 2,3,4")
     if by not in (None, "gram", "fisher", "loss"):
         raise RecipeError(f"--by {by}: there is no such way", did_you_mean(by, ("gram", "fisher", "loss")))

@@ -66,8 +66,8 @@ def _in_torch(graph: Graph, threads: int | None) -> Latency:
 def of_onnx(folder: Path, threads: int | None = None) -> Latency:
     """Time one input of the `model.onnx` in `folder`, exported from a graph or an integer network."""
     # As many as torch takes, so that the figures can be set side by side.
-    used = threads or torch.get_num_threads()
-    session = onnx_session.open_session(folder, used)
+    with cpu_threads(threads) as used:
+        session = onnx_session.open_session(folder, used)
     port = session.get_inputs()[0]
     half = port.type == "tensor(float16)"
     inputs = np.zeros((1, *port.shape[1:]), dtype=np.float16 if half else np.float32)

@@ -8,6 +8,7 @@ follow one another.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +209,7 @@ def _first_ids(source: Path | str, reader: Reader, wanted: int, name: str) -> li
     """The first token ids of a text, at least `wanted` of them or all there are."""
     if isinstance(source, Path) and jsonl.is_jsonl(source):
         return _document_ids(source, reader, wanted)
-    limit = max(_CHARACTERS_AT_LEAST, wanted * _CHARACTERS_PER_TOKEN)
+    limit = min(max(_CHARACTERS_AT_LEAST, wanted * _CHARACTERS_PER_TOKEN), sys.maxsize)
     while True:
         text, whole = _read(source, limit) if isinstance(source, Path) else (source, True)
         if not text.strip():
@@ -217,7 +218,7 @@ def _first_ids(source: Path | str, reader: Reader, wanted: int, name: str) -> li
         # The last tokens of a text that was cut may differ from those of the whole text.
         if whole or len(ids) >= wanted + _CUT_MARGIN:
             return ids
-        limit *= 2
+        limit = min(2 * limit, sys.maxsize)
 
 
 def _document_ids(file: Path, reader: Reader, wanted: int | None = None) -> list[int]:

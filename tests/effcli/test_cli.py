@@ -83,6 +83,10 @@ def test_as_a_module() -> None:
         (["report", "none"], "none holds no report.json", "effcli compress"),
         (["compare", "none", "none"], "none holds no report.json", "effcli compress"),
         (["eval", "m", "--samples", "0"], "samples: should be greater", ""),
+        (["eval", "m", "--samples", "9" * 38], "samples: a whole number of more than 64 bits", "a smaller one"),
+        (["inspect", "m", "--sensitivity", "--bits", "\u00b2"], "--bits \u00b2: not whole numbers", "--bits 2,3,4"),
+        (["inspect", "m", "--sensitivity", "--bits", "9" * 5000], ": not whole numbers", "--bits 2,3,4"),
+        (["plan", "n" * 999, "--pass", "awq"], "File name too long", "a shorter name"),
     ],
 )
 def test_mistakes(arguments: list[str], cause: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:

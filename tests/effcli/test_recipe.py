@@ -295,3 +295,19 @@ def test_a_window_length_that_follows_the_model_is_not_written_out() -> None:
     free = recipe.from_arguments("sample:lm", **keys)
     assert "length" not in recipe.dump(free)
     assert "length: 512" in recipe.dump(recipe.from_arguments("sample:lm", calibration={"length": 512}, **keys))
+
+
+@pytest.mark.parametrize("number", [10**38, 2**63, -(2**63) - 1])
+def test_whole_numbers_have_64_bits(number: int) -> None:
+    made = {"model": "m", "passes": [{"kmeans": {"iterations": number}}], "seed": number, "shape": [3, number]}
+    text = mistakes({**made, "calibration": {"samples": number}})
+    for path in ("passes.0.kmeans.iterations", "seed", "shape.1", "calibration.samples"):
+        assert f"{path}: a whole number of more than 64 bits" in text
+    for refused in (
+        lambda: recipe.check_evaluate({"samples": number}),
+        lambda: recipe.check_inputs([f"shape=[{number}]"]),
+        lambda: recipe.check_export(f"c:tests={number}", {}),
+    ):
+        with pytest.raises(RecipeError, match="more than 64 bits"):
+            refused()
+    assert recipe.check({**made, "passes": ["fold"], "seed": 2**63 - 1, "shape": None}).seed == 2**63 - 1

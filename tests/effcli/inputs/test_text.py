@@ -289,3 +289,9 @@ def test_calibration_takes_windows_that_the_model_takes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     found, _ = text.calibration_windows(recipe(model=tmp_path, calibration={"samples": 4}), tmp_path)
     assert [batch.shape for batch in found.batches] == [(4, 256)]
+
+
+def test_more_windows_than_can_be_counted_are_all_there_are(tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("abcdefgh")
+    assert text.windows(file, reader(), 2**63 - 1, 3).windows.shape == (3, 3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from effcli import runtime, samples
-from effcli.errors import DataError, UnsupportedError
+from effcli.errors import DataError, UnsupportedError, UserError
 from effcli.kernels.quantized_matmul import route_name
 from effcli.language import latency
 from effcli.language.modules import QuantizedLinear
@@ -107,7 +107,19 @@ def test_one_token_is_decoded_at_a_time_with_a_cache(monkeypatch: pytest.MonkeyP
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(UnsupportedError, match="there is no device cuda:77"):
         latency.measure("sample:lm", device="cuda:77")
+    with pytest.raises(UnsupportedError, match="there is no device gpu"):
+        latency.measure("sample:lm", device="gpu")
+    with pytest.raises(UnsupportedError, match="there is no device cuda:99999999999"):
+        latency.measure("sample:lm", device="cuda:99999999999")
     assert latency.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 2**40])
+def test_threads_that_cannot_serve(threads: int) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match=f"threads: {threads} cannot serve"):
+        latency.measure("sample:lm", threads=threads)
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
