@@ -222,8 +222,13 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds no config.json", "give a Hugging Face checkpoint directory")
     remedy = "restore it from the original checkpoint"
     config = read_object(file, remedy=remedy)
-    check_model(_Config, config, str(file), remedy=remedy)
+    check_config(config, str(file), remedy)
     return config
+
+
+def check_config(config: dict[str, Any], source: str, remedy: str) -> None:
+    """`CheckpointError`, naming `source`, where effcli's own reading of a `config.json` would trip over it."""
+    check_model(_Config, config, source, remedy=remedy)
 
 
 class _Index(BaseModel):

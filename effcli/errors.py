@@ -18,7 +18,7 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,6 +164,19 @@ def _is_allocation(error: BaseException) -> bool:
     """Whether a library's RuntimeError is its way to say that memory ran out."""
     said = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc", "bad allocation")
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in said)
+
+
+@contextmanager
+def foreign(refusal: Callable[[str], EffcliError]) -> Iterator[None]:
+    """Map what another library raises over an input to `refusal`, given what it says; this machine's limits stay."""
+    try:
+        yield
+    except EffcliError:
+        raise
+    except Exception as error:  # libraries raise whatever their code happens to trip over
+        if machine_condition(error) is not None:
+            raise
+        raise refusal(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @contextmanager

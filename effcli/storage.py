@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from effcli.checkpoint import read_config
+from effcli.checkpoint import check_config, read_config
 from effcli.contract import Kind
 from effcli.documents import check_model
 from effcli.errors import CheckpointError, UnsupportedError
@@ -170,6 +170,7 @@ def network_config(config: dict[str, Any]) -> dict[str, Any]:
         network = own_part(config).config
         if network is None:
             raise CheckpointError("config.json is damaged: effcli.config is missing", _RESTORE)
+        check_config(network, "effcli.config in config.json", _RESTORE)
         return dict(network)
     return {key: value for key, value in config.items() if key != "quantization_config"}
 

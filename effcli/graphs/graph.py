@@ -28,6 +28,7 @@ from effcli.contract import Options
 from effcli.documents import check_model, read_model
 from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line
 from effcli.formats import AffineWeight, Quantized, unpack
+from effcli.graphs.trial import largest
 from effcli.inputs.preprocess import Preprocess
 from effcli.sites import LayerSite
 from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
@@ -65,8 +66,8 @@ _CONSTANTS: dict[str, type] = {
 }
 # Operators that reach files.
 _FORBIDDEN = {"from_file", "save"}
-# More numbers than any value of a network has for one input: 1 GiB of float32.
-_MOST_NUMBERS = 1 << 28
+# Numbers of one value of a batch, above which the batch is taken in parts: 512 MiB of float32.
+_ROOM = 1 << 27
 # torch.fx writes a graph as Python and runs that: what a file calls its modules must not get out of a string there.
 _NAME = re.compile(r"[^\s\"'\\]+")
 
@@ -120,6 +121,8 @@ class Graph:
         self.module = module.eval()
         self.facts = facts
         self.stored: dict[str, Quantized] = dict(stored or {})
+        # Of the largest value for one input, once it is known.
+        self._numbers: int | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -197,8 +200,18 @@ class Graph:
                 "the first axis is the batch; reshape or preprocess the inputs",
             )
         with torch.inference_mode():
-            output: Tensor = self.module(inputs)
-        return output
+            parts = [self.module(part) for part in torch.split(inputs, self._fitting(len(inputs)))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _fitting(self, count: int) -> int:
+        """How many of `count` inputs to take at once, at least one: so many that no value leaves its room."""
+        if count > 1 and self._numbers is None:
+            try:
+                self._numbers = largest(self.module, self.facts.shape)
+            except ValueError:
+                # Running it will tell.
+                self._numbers = 0
+        return max(1, min(count, _ROOM // max(self._numbers or 0, 1)))
 
     def examples(self, count: int, generator: torch.Generator) -> Tensor:
         """Random inputs float32 (count, *shape): normal numbers, or numbers of rows that all of its embeddings have."""
@@ -268,12 +281,13 @@ class Graph:
             raise CheckpointError(f"{folder / FILE_NAME} is damaged: {error.cause}", _DAMAGED) from error
         try:
             module = _from_document(document)
-            _try(module, facts.shape)
+            numbers = largest(module, facts.shape)
         except EffcliError:
             raise
         except Exception as error:  # whatever torch says of arguments that are none, or of nodes that do not fit
             raise CheckpointError(f"{folder / FILE_NAME} is damaged: {first_line(error)}", _DAMAGED) from error
         graph = Graph(module, facts)
+        graph._numbers = numbers
         graph._fill(Checkpoint.open(folder), described.stored())
         return graph
 
@@ -474,35 +488,6 @@ def _from_document(document: _Document) -> fx.GraphModule:
     graph.lint()
     # A batch norm in training mode wants more than one value a channel.
     return fx.GraphModule(root, graph).eval()
-
-
-def _try(module: fx.GraphModule, shape: tuple[int, ...]) -> None:
-    """Run the graph on shapes alone, without memory for values: what cannot run fails here, with the node's name."""
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        FakeTensorMode,
-        UnsupportedOperatorException,
-    )
-
-    class Trial(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            try:
-                value = super().run_node(n)
-            except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-                raise
-            except Exception as error:
-                raise ValueError(f"{n.name} ({n.target}): {first_line(error)}") from error
-            if isinstance(value, Tensor) and n.op != "get_attr" and value.numel() > _MOST_NUMBERS:
-                raise ValueError(f"{n.name} makes {value.numel():,} numbers of one input")
-            return value
-
-    try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            Trial(module, garbage_collect_values=True).run(torch.zeros(1, *shape))
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        # Only the values themselves can tell.
-        return
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:

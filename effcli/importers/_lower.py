@@ -20,14 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import Builder, Facts, Graph, function, where
+from effcli.graphs.trial import MOST_NUMBERS, Sizes
 from effcli.importers import _layers
 from effcli.importers._aten import arguments, family, operation, passed
 from effcli.importers._rules import RULES, Constant
 from effcli.importers._trace import Trace, first_line
 
 _RANDOM = {"bernoulli", "normal", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"}
-# Numbers of a constant that is computed here.
-_MOST_NUMBERS = 1 << 28
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -48,7 +47,7 @@ def record(trace: Trace, batch: int) -> dict[fx.Node, Any]:
     """What every node gives for a batch of that size: a `Shape`, a list of them, or a number."""
     found: dict[fx.Node, Any] = {}
 
-    class Recorder(fx.Interpreter):
+    class Recorder(Sizes):
         def run_node(self, n: fx.Node) -> Any:
             try:
                 value = super().run_node(n)
@@ -58,6 +57,12 @@ def record(trace: Trace, batch: int) -> dict[fx.Node, Any]:
                     "take the size of the batch from the input, as `x.flatten(1)` does, and export with it dynamic",
                 ) from error
             found[n] = _shape(value)
+            for made in found[n] if isinstance(found[n], list) else [found[n]]:
+                if isinstance(made, Shape) and n.op != "placeholder" and math.prod(made.sizes) > batch * MOST_NUMBERS:
+                    raise UnsupportedError(
+                        f"{where(n)} makes {math.prod(made.sizes):,} numbers of {batch} inputs",
+                        "export a smaller network",
+                    )
             return value
 
     with FakeTensorMode() as mode, torch.no_grad():
@@ -154,11 +159,6 @@ class Lowering:
 
     def computed(self, node: fx.Node, name: str, overload: str, values: dict[str, Any], found: list[Any]) -> Any:
         """What a node gives that depends on weights alone."""
-        for shape in self.two[node] if isinstance(self.two[node], list) else [self.two[node]]:
-            if isinstance(shape, Shape) and math.prod(shape.sizes) > _MOST_NUMBERS:
-                raise UnsupportedError(
-                    f"{where(node)} makes a constant of {math.prod(shape.sizes):,} numbers", "export a smaller network"
-                )
         args, kwargs = passed(name, overload, {key: _tensors(value) for key, value in values.items()})
         with torch.no_grad():
             value = function(f"aten.{name}.{overload}")(*args, **kwargs)

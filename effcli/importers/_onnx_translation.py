@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import Builder, Facts, Graph
+from effcli.graphs.trial import MOST_NUMBERS
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -36,8 +37,6 @@ _ROOM = 256 << 20
 _GROWTH = 32
 # An input of so many numbers may be a shape.
 _SHORT = 1024
-# Numbers of an activation for one input.
-_MOST_NUMBERS = 1 << 27
 # These can make more numbers than they are given.
 _WINDOWS = {"BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix"}
 _GROWING = {"CenterCropPad", "Col2Im", "ConstantOfShape", "Einsum", "Expand", "MaxUnpool", "OneHot", "Pad", "Range"}
@@ -120,7 +119,7 @@ class Translation:
                 f"{node.meta['source']} makes a tensor whose first axis is not the batch",
                 "export the network so that it works on batches of any size",
             )
-        if traced.numel() // self.batch > _MOST_NUMBERS:
+        if traced.numel() // self.batch > MOST_NUMBERS:
             raise UnsupportedError(
                 f"{node.meta['source']} makes {traced.numel() // self.batch:,} numbers of one input", EXPORT
             )

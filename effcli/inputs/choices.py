@@ -219,6 +219,5 @@ def encode_pair(reader: Reader, query: str, choice: str) -> tuple[list[int], lis
         start = reader.tokenizer.eos_token_id if start is None else start
         if start is None:
             raise DataError("a question has no query, and the tokenizer has no token to start with", "add a query")
-        tail = reader.tokenizer(choice, add_special_tokens=False, verbose=False).input_ids
-        return [start], list(tail)
+        return [start], reader.encode(choice, special=False)
     return context, whole[len(context) :]

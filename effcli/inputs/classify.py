@@ -33,6 +33,9 @@ class Scores:
         self._compared = 0
         self._agreeing = 0
         self._among_top = 0
+        # Of each class: inputs taken for it rightly, inputs of it, inputs taken for it.
+        self._counts: Tensor | None = None
+        # (class, class it was taken for), for few classes.
         self._confusion: Tensor | None = None
         self._signal = 0.0
         self._noise = 0.0
@@ -43,6 +46,11 @@ class Scores:
         `NumericsError` when outputs are NaN or infinite; `DataError` for a label that is none of the classes, and for
         an original of another shape.
         """
+        if labels is not None and len(labels) != len(outputs):
+            raise DataError(
+                f"the network gives {len(outputs)} outputs for {len(labels)} inputs",
+                "export the network so that each input gives one output",
+            )
         _check_finite(outputs, "the network")
         self._inputs += len(outputs)
         if original is not None:
@@ -69,14 +77,14 @@ class Scores:
         if self._compared:
             found["sqnr"] = decibels(self._signal, self._noise)
             found["agreement"] = self._agreeing / self._compared if self.classifier else None
-        if self._confusion is not None and (count := int(self._confusion.sum())):
-            classes = len(self._confusion)
-            top1 = int(self._confusion.trace()) / count
+        if self._counts is not None and (count := int(self._counts[1].sum())):
+            classes = self._counts.shape[1]
+            top1 = int(self._counts[0].sum()) / count
             found["top1"] = top1
             found["top1_stderr"] = math.sqrt(top1 * (1 - top1) / (count - 1)) if count > 1 else 0.0
             found["top5"] = self._among_top / count if classes > _TOP else None
-            rows = class_rows(self._confusion, names)
-            if classes <= _CONFUSION_CLASSES:
+            rows = class_rows(self._counts, names)
+            if self._confusion is not None:
                 matrix = tuple(tuple(row) for row in self._confusion.tolist())
         return Classification(images=self._inputs, classes=rows, confusion=matrix, **found)
 
@@ -95,9 +103,14 @@ class Scores:
                 f"a label is {int(wrong[0])}, the network's classes are 0 to {classes - 1}",
                 "give labels of the classes that the network was trained on",
             )
-        pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
-        confusion = pairs.view(classes, classes)
-        self._confusion = confusion if self._confusion is None else self._confusion + confusion
+        taken = logits.argmax(1)
+        places = (labels[taken == labels], labels, taken)
+        counts = torch.stack([torch.bincount(place, minlength=classes) for place in places])
+        self._counts = counts if self._counts is None else self._counts + counts
+        if classes <= _CONFUSION_CLASSES:
+            pairs = torch.bincount(labels * classes + taken, minlength=classes * classes)
+            confusion = pairs.view(classes, classes)
+            self._confusion = confusion if self._confusion is None else self._confusion + confusion
         self._among_top += int((ranks(logits, labels) < _TOP).sum())
 
 
@@ -115,14 +128,14 @@ def decibels(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def class_rows(confusion: Tensor, names: Sequence[str] | None = None) -> tuple[ClassRow, ...]:
-    """Recall and precision of each class from counts (class, class it was taken for)."""
-    classes = len(confusion)
+def class_rows(counts: Tensor, names: Sequence[str] | None = None) -> tuple[ClassRow, ...]:
+    """Recall and precision of each class from counts (3, classes): rightly taken for it, of it, taken for it."""
+    classes = counts.shape[1]
     if names is None:
         names = [str(k) for k in range(classes)]
     if len(names) != classes:
         raise DataError(f"{len(names)} names for {classes} classes", "give one name per class")
-    right, images, taken = confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    right, images, taken = counts.tolist()
     return tuple(
         ClassRow(name=name, images=n, recall=hits / n if n else None, precision=hits / m if m else None)
         for name, hits, n, m in zip(names, right, images, taken, strict=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effcli import samples
 from effcli.checkpoint import read_config
-from effcli.errors import DataError, first_line
+from effcli.errors import CheckpointError, DataError, first_line, foreign
 from effcli.inputs import jsonl
 from effcli.stock import check_causal, load_network_config, quiet_transformers
 from effcli.storage import network_config
@@ -33,6 +33,7 @@ _CHARACTERS_AT_LEAST = 1 << 16
 _CUT_MARGIN = 64
 # Bytes from which on a file is not tokenized whole to find its end; calibration takes far less from its start.
 _LARGE_FILE = 32 << 20
+_TOKENIZER = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -71,22 +72,23 @@ class Reader:
         own = network_config(read_config(path))
         check_causal(path, own)
         config = load_network_config(path, own, trust_remote_code)
-        remedy = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it"
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-            raise DataError(f"{path} holds no tokenizer, so no text can be read for it", remedy)
+            raise DataError(f"{path} holds no tokenizer, so no text can be read for it", _TOKENIZER)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 path, config=config, trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:
             # Each tokenizer class fails in its own way; the first line says which file or package it misses.
-            raise DataError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}", remedy) from error
-        return Reader(tokenizer, config.get_text_config().vocab_size, longest_sequence(config))
+            raise DataError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}", _TOKENIZER) from error
+        return Reader(tokenizer, vocabulary(config), longest_sequence(config))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`, special tokens as the tokenizer adds them by default unless `special` is False."""
-        # verbose: the text is longer than the model's context on purpose.
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+        name = getattr(self.tokenizer, "name_or_path", "")
+        with foreign(lambda cause: DataError(f"the tokenizer in {name} reads no text: {cause}", _TOKENIZER)):
+            # verbose: the text is longer than the model's context on purpose.
+            return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
     def check_length(self, length: int, key: str) -> None:
         """Raise `DataError` when windows of `length` tokens, asked for under `key`, do not fit the network."""
@@ -103,6 +105,16 @@ class Reader:
                 f"the tokenizer gives token {max(ids)}, the network knows only {self.vocabulary}",
                 "the tokenizer belongs to another model; copy the files of the right one",
             )
+
+
+def vocabulary(config: Any) -> int:
+    """How many token ids a network with this transformers config knows; `CheckpointError` when it is no number."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if type(size) is not int or size < 1:
+        raise CheckpointError(
+            f"config.json is damaged: vocab_size is {size!r}", "restore it from the original checkpoint"
+        )
+    return size
 
 
 def longest_sequence(config: Any) -> int | None:

@@ -8,8 +8,9 @@ entering and leaving, so masks, position embeddings and head come from the archi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from effcli.errors import CheckpointError, UnsupportedError, foreign
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, empty
 from effcli.sites import LayerSite
 from effcli.stock import logits_of
+
+_UNFIT = "config.json must be the one that the weights were saved with"
 
 
 @dataclass(frozen=True)
@@ -67,36 +71,44 @@ class Stream:
 
         None for a block that the network passes over, as one that attends to images where there are none.
         """
-        try:
-            return self._enter(ids)
-        except _WrongShape:
+        found = self._enter(ids)
+        if found is None:
             self._returns_tuple = True
-            return self._enter(ids)
+            found = self._enter(ids)
+        if found is None:
+            path = self.weights.checkpoint.path
+            raise UnsupportedError(f"the blocks of {path} hand on hidden states of different shapes", _UNFIT)
+        return found
 
-    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call | None]]:
+    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call | None]] | None:
+        """None when hidden states lost an axis between two blocks: the network indexed what it took for a tuple."""
         calls: list[Call | None] = [None] * len(self.skeleton.blocks)
         first: list[Tensor] = []
 
         def record(k: int, *args: Any, **kwargs: Any) -> Any:
             hidden, args, kwargs = _split(args, kwargs)
-            if first and hidden.ndim != first[0].ndim:
-                # The network indexed what it took for a tuple: its blocks return tuples.
-                raise _WrongShape
             first.append(hidden)
+            if hidden.ndim != first[0].ndim:
+                raise _Entered
             calls[k] = Call(args, kwargs)
             if k == len(self.skeleton.blocks) - 1:
                 raise _Entered
             return self._wrapped(hidden)
 
-        with self._replaced(record), torch.inference_mode(), suppress(_Entered):
+        with self._running(), self._replaced(record), torch.inference_mode(), suppress(_Entered):
             logits_of(self.skeleton.model, ids)
+        if not first:
+            raise CheckpointError(f"the network in {self.weights.checkpoint.path} reaches none of its blocks", _UNFIT)
+        if first[-1].ndim != first[0].ndim:
+            return None
         return first[0], calls
 
     def through(self, k: int, hidden: Tensor, call: Call | None) -> Tensor:
         """Hidden states after block k, which must be open."""
         if call is None:
             return hidden
-        out = self.skeleton.blocks[k](hidden, *call.args, **call.kwargs)
+        with self._running():
+            out = self.skeleton.blocks[k](hidden, *call.args, **call.kwargs)
         if isinstance(out, tuple):
             self._returns_tuple = True
             out = out[0]
@@ -109,8 +121,11 @@ class Stream:
             # From every block: the network may pass over the last one.
             return self._wrapped(hidden)
 
-        with self._replaced(pass_on), torch.inference_mode():
+        with self._running(), self._replaced(pass_on), torch.inference_mode():
             return logits_of(self.skeleton.model, ids)  # type: ignore[no-any-return]
+
+    def _running(self) -> AbstractContextManager[None]:
+        return running(self.weights.checkpoint.path)
 
     def _wrapped(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._returns_tuple else hidden
@@ -127,8 +142,11 @@ class Stream:
                 del block.forward
 
 
-class _WrongShape(Exception):
-    pass
+@contextmanager
+def running(path: Path) -> Iterator[None]:
+    """Map what the code of the network in `path` raises while it runs: its config then asks for what does not fit."""
+    with foreign(lambda cause: CheckpointError(f"the network in {path} does not run: {cause}", _UNFIT)):
+        yield
 
 
 def _bound(forward: Callable[..., Any], k: int) -> Callable[..., Any]:

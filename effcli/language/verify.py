@@ -24,6 +24,7 @@ from effcli.checkpoint import Checkpoint, read_config
 from effcli.contract import Options
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.inputs import text
+from effcli.language.stream import running
 from effcli.language.weights import open_weights
 from effcli.stock import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.storage import is_own, network_config, rounds_inputs
@@ -126,7 +127,8 @@ def verify(path: str | Path, *, trust_remote_code: bool = False) -> Verification
     config = load_network_config(path, network_config(checkpoint.config), trust_remote_code)
     ids = tokens(config)
     rounded = rounds_inputs(checkpoint.config)
-    reference, dtype = _logits(lambda: _reference(path, rounded, trust_remote_code), ids)
+    with running(path):
+        reference, dtype = _logits(lambda: _reference(path, rounded, trust_remote_code), ids)
     if rounded:
         floating, _ = _logits(lambda: keep_inputs(_reference(path, rounded, trust_remote_code)), ids)
         allowed = max(_ROUNDED, _MOVED * Agreement.of(floating, reference, 0).relative)
@@ -190,7 +192,7 @@ def tokens(config: Any) -> Tensor:
     """A fixed batch of random token ids int64 (rows, length) for a network with this config."""
     length = min(_LENGTH, text.longest_sequence(config) or _LENGTH)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.get_text_config().vocab_size, (_ROWS, length), generator=generator)
+    return torch.randint(text.vocabulary(config), (_ROWS, length), generator=generator)
 
 
 def load_stock(path: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:

@@ -61,6 +61,8 @@ def test_a_damaged_description(change: Callable[[Any], Any], cause: str) -> None
 def test_a_description_without_a_network_or_of_another_version() -> None:
     with pytest.raises(CheckpointError, match=r"effcli.config is missing"):
         network_config(changed(OWN, lambda config: config["effcli"].pop("config")))
+    with pytest.raises(CheckpointError, match=r"effcli.config in config.json is damaged: architectures"):
+        network_config(changed(OWN, lambda config: config["effcli"]["config"].update(architectures=[True])))
     with pytest.raises(UnsupportedError, match="layout 2"):
         network_config(changed(OWN, lambda config: config["effcli"].update(version=2)))
     with pytest.raises(CheckpointError, match="should hold an object"):

@@ -18,6 +18,13 @@ from effcli.graphs.operations import Convolution, Softmax
 from effcli.graphs.soundness import check
 
 
+def insert(data: Any, target: str, *args: Any) -> None:
+    """Put an operator between the network and its output."""
+    node = {"name": "last", "op": "call_function", "target": target, "kwargs": {}}
+    data["nodes"].insert(-1, node | {"args": [{"node": data["nodes"][-2]["name"]}, *args]})
+    data["nodes"][-1]["args"] = [{"node": "last"}]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     builder = Builder()
@@ -47,6 +54,11 @@ def test_a_sound_graph_is_read(folder: Path) -> None:
         (lambda data: data["modules"]["c"].pop("groups"), "without groups"),
         (lambda data: data["modules"]["c"].update(type=[]), "there is no module"),
         (lambda data: data.update(tensors=3), "tensors"),
+        (lambda data: insert(data, "aten.reshape.default", [256]), "last .*is invalid for input of size 768"),
+        (lambda data: insert(data, "aten.reshape.default", [4, -1]), r"shape \(4, 64\), 3 inputs one of \(4, 192\)"),
+        (lambda data: insert(data, "aten.sum.default"), "no axis for the batch"),
+        (lambda data: insert(data, "aten.sym_size.int", 0), "no axis for the batch"),
+        (lambda data: insert(data, "operator.mul", "x"), "last .*which are no sizes"),
     ],
 )
 def test_a_damaged_graph(change: Callable[[Any], Any], cause: str, folder: Path) -> None:

@@ -122,6 +122,26 @@ def test_many_classes_have_no_matrix_in_the_report() -> None:
     assert found.top1 == found.top5 == 1.0
 
 
+def test_very_many_classes_take_memory_for_each_class_only() -> None:
+    """A matrix of a million classes would have 8 TB."""
+    scores = Scores()
+    outputs = torch.zeros(2, 1_000_000)
+    outputs[:, 5] = 1
+    scores.add(outputs, torch.tensor([5, 6]))
+    rows = scores.result().classes
+    assert [(row.images, row.recall, row.precision) for row in rows[4:8]] == [
+        (0, None, None),
+        (1, 1.0, 0.5),
+        (1, 0.0, None),
+        (0, None, None),
+    ]
+
+
+def test_each_input_has_an_output() -> None:
+    with pytest.raises(DataError, match="gives 14 outputs for 2 inputs"):
+        Scores().add(torch.zeros(14, 8), torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_outputs_must_be_numbers(bad: float) -> None:
     broken = torch.tensor([[0.0, bad]])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effcli import samples
-from effcli.errors import DataError, RecipeError
+from effcli.errors import CheckpointError, DataError, RecipeError
 from effcli.inputs import text
 from effcli.recipe import Calibration, Evaluate, Recipe, from_arguments
 
@@ -34,6 +34,24 @@ def reader(vocabulary: int = 256, longest: int | None = 16) -> text.Reader:
 
 def recipe(**keys: Any) -> Recipe:
     return from_arguments(str(keys.pop("model", "sample:lm")), output="out", passes="linear:bits=4", **keys)
+
+
+def test_a_tokenizer_that_fails_is_said() -> None:
+    class Failing(Characters):
+        name_or_path = "some/folder"
+
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+            raise TypeError("no length")
+
+    with pytest.raises(DataError, match=r"the tokenizer in some/folder reads no text: TypeError: no length"):
+        text.Reader(Failing(), 256, 16).encode("a")
+
+
+@pytest.mark.parametrize("size", [None, True, 0, -5, 2.5, "x"])
+def test_a_vocabulary_that_is_no_number(size: Any) -> None:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=size))
+    with pytest.raises(CheckpointError, match="vocab_size"):
+        text.vocabulary(config)
 
 
 def test_windows_are_neighbours_from_the_start_and_the_rest_is_dropped() -> None:

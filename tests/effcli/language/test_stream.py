@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from effcli.checkpoint import Checkpoint
+from effcli.errors import CheckpointError, DataError
 from effcli.language.skeleton import Skeleton, find_layers
-from effcli.language.stream import Stream, WatchLayers
+from effcli.language.stream import Stream, WatchLayers, running
 from effcli.language.weights import Weights
 from effcli.sites import LayerSite
 
@@ -50,6 +51,27 @@ def test_a_window_longer_than_the_sliding_attention(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.inference_mode():
         torch.testing.assert_close(streamed(tmp_path, ids), model(ids).logits, rtol=0, atol=0)
+
+
+def test_a_network_that_reaches_none_of_its_blocks(tmp_path: Path) -> None:
+    architectures.make("llama", tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    skeleton = Skeleton(tmp_path, checkpoint.config)
+    skeleton.model.model.config.num_hidden_layers = 0
+    with (
+        Stream(Weights(checkpoint, skeleton)) as stream,
+        pytest.raises(CheckpointError, match="reaches none of its blocks"),
+    ):
+        stream.enter(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_what_the_code_of_a_network_raises_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"does not run: KeyError: 'yarn'"), running(tmp_path):
+        raise KeyError("yarn")
+    with pytest.raises(MemoryError), running(tmp_path):
+        raise MemoryError
+    with pytest.raises(DataError, match="mine"), running(tmp_path):
+        raise DataError("mine")
 
 
 class Mixed(nn.Module):
