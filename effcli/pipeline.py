@@ -288,7 +288,7 @@ class _Run:
             machine=_machine(),
             software=_software(),
             stages=tuple(stages),
-            verified=self.subject.verify(finished) if self.recipe.evaluate.enabled else None,
+            verified=self.subject.verify(finished, stages) if self.recipe.evaluate.enabled else None,
             recipe=self.recipe.model_dump(mode="json"),
         )
         exported, failed = self._exports(finished)

@@ -36,13 +36,22 @@ def locate(model: str, revision: str | None = None) -> str | Path:
     return model if is_factory(model) and not Path(model).exists() else resolve(model, revision)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def at_hand(model: str, revision: str | None = None) -> Path | None:
+    """The directory or file of `model` where it is on this machine, None where it would have to be downloaded."""
+    try:
+        path = Path(model).expanduser()
+        return resolve(model) if model.startswith("sample:") or path.exists() else _download(model, revision, True)
+    except (CheckpointError, OSError, RuntimeError):
+        return None
+
+
+def _download(model: str, revision: str | None, local: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.pt2", "*.onnx"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=local))
     except HFValidationError as error:
         raise CheckpointError(f"{model} is neither a directory nor a Hub id", str(error).splitlines()[0]) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from effcli.reports.report import Exported, Latency, Quality, Speed
+from effcli.reports.report import Exported, Latency, Quality, Speed, Stage
 
 if TYPE_CHECKING:
     from effcli.plan import Plan
@@ -58,8 +59,11 @@ class Subject(Protocol):
     ) -> Swept:
         """Carry out one pass; reference: the last checkpoint before any weight was compressed."""
 
-    def verify(self, checkpoint: Path) -> str:
-        """Load the finished checkpoint as its users will; what was found, in one line."""
+    def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
+        """Load the finished checkpoint as its users will, and compare it with the input; what was found, in one line.
+
+        stages: of the run, whose ledger says what was to be changed.
+        """
 
     def time_export(self, exported: Exported, folder: Path) -> Exported:
         """The record of an export in `folder`, with its speed where it can be run here and latency is asked for."""

@@ -90,22 +90,33 @@ def verify(
             autocompletion=lambda: list(targets.TARGETS),
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="MODEL",
+            help="The language model that OUT was made from.",
+            show_default="(as report.json says)",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Load OUT as its users will and compare its outputs with effcli's own arithmetic."""
+    """Load OUT as its users will; compare it with effcli's own arithmetic, and tensor by tensor with its input."""
     from effcli import importers
 
     result: Verification | GraphVerification
     if target is not None or importers.recognises(path):
+        if against is not None:
+            raise UserError("--against compares language models", f"leave it out: {path} is verified by its outputs")
         from effcli.graphs import verify as graphverify
 
         result = graphverify.verify(path, target)
     else:
         from effcli.language import verify as verification
 
-        result = verification.verify(path, trust_remote_code=trust_remote_code)
+        result = verification.verify(path, against=against, trust_remote_code=trust_remote_code)
     if json:
         print_json(result.to_json())
     else:

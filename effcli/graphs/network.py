@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from effcli.inputs.preprocess import Preprocess
 from effcli.plan import Plan
 from effcli.recipe import Evaluate, PassStep, Recipe
 from effcli.reports import card
-from effcli.reports.report import Exported, Latency, Quality
+from effcli.reports.report import Exported, Latency, Quality, Stage
 from effcli.subject import Measured
 from effcli.swept import Progress, Swept
 
@@ -113,7 +113,7 @@ class GraphNetwork:
         assert self._calibration is not None
         return (inputs for inputs, _ in self._calibration.batches(self.recipe.calibration.batch_size))
 
-    def verify(self, checkpoint: Path) -> str:
+    def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
         return graphverify.verify(checkpoint).line
 
     def time_export(self, exported: Exported, folder: Path) -> Exported:

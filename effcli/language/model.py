@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from effcli import digest, exporters
@@ -15,7 +16,7 @@ from effcli.language.sweep import sweep
 from effcli.plan import Plan, make
 from effcli.recipe import PassStep, Recipe
 from effcli.reports import card
-from effcli.reports.report import Exported
+from effcli.reports.report import Exported, Stage
 from effcli.storage import is_own
 from effcli.subject import Measured
 from effcli.swept import Progress, Swept
@@ -78,8 +79,9 @@ class LanguageModel:
         windows = self._windows if step.config.needed is not Needs.NOTHING else None
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code)
 
-    def verify(self, checkpoint: Path) -> str:
-        return verify.verify(checkpoint, trust_remote_code=self.recipe.trust_remote_code).line
+    def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
+        trust = self.recipe.trust_remote_code
+        return verify.verify(checkpoint, against=self.source, stages=stages, trust_remote_code=trust).line
 
     def time_export(self, exported: Exported, folder: Path) -> Exported:
         wanted = self.recipe.evaluate

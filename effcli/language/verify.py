@@ -1,18 +1,19 @@
-"""Load a checkpoint as its users will, and hold its logits against effcli's own arithmetic.
+"""Load a checkpoint as its users will, and hold it against effcli's own arithmetic and against its input.
 
 The reference is the network with dequantized weights, whose inputs are rounded where they are int8. Against it stand
 the stock transformers loader, where the layout is the standard one, and the packed kernels that `effcli.load` uses. In
 effcli's own layout the stock loader must refuse: a file that loads with random weights is worse than one that does not
-load.
+load. Against the input every tensor is compared, and its logits are the measure of what compression cost: both as the
+class that the input's config names.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,8 +25,10 @@ from effcli.checkpoint import Checkpoint, read_config
 from effcli.contract import Options
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.inputs import text
+from effcli.language.against import Against, Moved, compare
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
+from effcli.reports.report import FILE_NAME, Report, Stage
 from effcli.stock import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.storage import is_own, network_config, rounds_inputs
 
@@ -86,12 +89,17 @@ class Verification(Options):
     stock: Agreement | None = Field(default=None, description="the stock loader against the reference")
     refused: bool | None = Field(default=None, description="whether the stock loader refuses, in effcli's own layout")
     packed: Agreement | None = Field(default=None, description="the packed kernels against the reference")
+    against: Against | None = Field(default=None, description="its tensors next to those of its input")
+    absent: str = Field(default="", description="the input that it was made from, which is not at hand")
     problem: str = Field(default="", description="what failed besides the comparison")
 
     @property
     def passed(self) -> bool:
         agreements = [agreement for agreement in (self.stock, self.packed) if agreement is not None]
-        return not self.problem and bool(agreements) and all(agreement.passed for agreement in agreements)
+        altered = self.against is not None and bool(self.against.problem)
+        return (
+            not self.problem and not altered and bool(agreements) and all(agreement.passed for agreement in agreements)
+        )
 
     @property
     def line(self) -> str:
@@ -105,6 +113,10 @@ class Verification(Options):
             found.append(f"{self.loader} refuses it, as it must; effcli.load reads it")
         if self.packed is not None:
             found.append(f"packed kernels: {self.packed}")
+        if self.against is not None:
+            found.append(str(self.against))
+        if self.absent:
+            found.append(f"not compared with its input {self.absent}, which is not here: name it with --against")
         return f"{'verified' if self.passed else 'NOT VERIFIED'}: {'; '.join(found)}"
 
     def to_json(self) -> str:
@@ -112,12 +124,70 @@ class Verification(Options):
         return json.dumps(data, indent=1)
 
 
-def verify(path: str | Path, *, trust_remote_code: bool = False) -> Verification:
-    """Compare the ways to load the checkpoint `path` on a few fixed tokens; one network is in memory at a time."""
-    import transformers
+def verify(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    stages: Sequence[Stage] | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Compare the ways to load the checkpoint `path` on a few fixed tokens; one network is in memory at a time.
 
+    against: its input; what `report.json` names unless given, where that is at hand. stages: of the run between the
+    two; those of `report.json` unless given.
+    """
     quiet_transformers()
     path = samples.resolve(str(path))
+    source, absent, found = _input(path, against)
+    if source is None:
+        return _with_input(path, None, (), trust_remote_code).model_copy(update={"absent": absent})
+    return _with_input(path, source, found if stages is None else stages, trust_remote_code)
+
+
+def _input(path: Path, against: str | Path | None) -> tuple[Path | None, str, Sequence[Stage]]:
+    """The input that `path` was made from, its name where it is not at hand, and the stages of the run."""
+    report = Report.read(path) if (path / FILE_NAME).is_file() else None
+    stages = report.stages if report is not None else ()
+    if against is not None:
+        return samples.resolve(str(against)), "", stages
+    if report is None:
+        return None, "", ()
+    revision = report.recipe.get("revision")
+    source = samples.at_hand(report.model, revision if isinstance(revision, str) else None)
+    return source, "" if source is not None else report.model, stages
+
+
+def _with_input(path: Path, source: Path | None, stages: Sequence[Stage], trust_remote_code: bool) -> Verification:
+    found, logits = _ways(path, trust_remote_code)
+    if source is None:
+        return found
+    against = compare(path, source, stages, trust_remote_code)
+    if logits is not None and not against.problem:
+        config = load_network_config(source, network_config(read_config(source)), trust_remote_code)
+        load = _own if is_own(read_config(source)) else load_stock
+        with running(source):
+            original = _logits(lambda: load(source, trust_remote_code), tokens(config)).logits
+        agreement = Agreement.of(logits, original, 0.0)
+        against = against.model_copy(update={"moved": Moved(relative=agreement.relative, top1=agreement.top1)})
+    return found.model_copy(update={"against": against})
+
+
+def _own(path: Path, trust_remote_code: bool) -> Any:
+    return _reference(path, False, trust_remote_code)
+
+
+class _Logits(NamedTuple):
+    """Of a fixed batch and of its first few tokens, float32 (rows, length, vocabulary), and the network's dtype."""
+
+    logits: Tensor
+    few: Tensor
+    dtype: torch.dtype
+
+
+def _ways(path: Path, trust_remote_code: bool) -> tuple[Verification, Tensor | None]:
+    """What the ways to load `path` give, and its logits; None where they have not been computed."""
+    import transformers
+
     checkpoint = Checkpoint.open(path)
     own = is_own(checkpoint.config)
     compressed = own or "quantization_config" in checkpoint.config
@@ -128,10 +198,11 @@ def verify(path: str | Path, *, trust_remote_code: bool = False) -> Verification
     ids = tokens(config)
     rounded = rounds_inputs(checkpoint.config)
     with running(path):
-        reference, dtype = _logits(lambda: _reference(path, rounded, trust_remote_code), ids)
+        reference = _logits(lambda: _reference(path, rounded, trust_remote_code), ids)
+    dtype = reference.dtype
     if rounded:
-        floating, _ = _logits(lambda: keep_inputs(_reference(path, rounded, trust_remote_code)), ids)
-        allowed = max(_ROUNDED, _MOVED * Agreement.of(floating, reference, 0).relative)
+        floating = _logits(lambda: keep_inputs(_reference(path, rounded, trust_remote_code)), ids)
+        allowed = max(_ROUNDED, _MOVED * Agreement.of(floating.logits, reference.logits, 0).relative)
     findings: dict[str, Any] = {
         "path": str(path),
         "layout": layout,
@@ -139,22 +210,23 @@ def verify(path: str | Path, *, trust_remote_code: bool = False) -> Verification
     }
     if compressed:
         tolerance = allowed if rounded else _PACKED.get(dtype, _PACKED[torch.float32])
-        findings["packed"] = _packed(path, ids, reference, dtype, tolerance, trust_remote_code)
+        findings["packed"] = _packed(path, ids, reference, tolerance, trust_remote_code)
     try:
         wanted = {"dtype": dtype} if rounded else {}
-        stock, _ = _logits(lambda: load_stock(path, trust_remote_code, **wanted), ids)
+        stock = _logits(lambda: load_stock(path, trust_remote_code, **wanted), ids).logits
     except EffcliError:
         raise
     except Exception as error:
         # Whatever the stock loader raises is its way of refusing.
         if own:
-            return Verification(**findings, refused=True)
-        return Verification(**findings, problem=f"{findings['loader']} cannot load it: {first_line(error)}")
+            return Verification(**findings, refused=True), reference.logits
+        problem = f"{findings['loader']} cannot load it: {first_line(error)}"
+        return Verification(**findings, problem=problem), reference.logits
     if own:
         problem = f"{findings['loader']} loads effcli's own layout, which it cannot understand"
-        return Verification(**findings, refused=False, problem=problem)
+        return Verification(**findings, refused=False, problem=problem), reference.logits
     tolerance = allowed if rounded else _STOCK.get(dtype, _STOCK[torch.float32])
-    return Verification(**findings, stock=Agreement.of(stock, reference, tolerance))
+    return Verification(**findings, stock=Agreement.of(stock, reference.logits, tolerance)), stock
 
 
 def _reference(path: Path, rounded: bool, trust_remote_code: bool) -> Any:
@@ -173,18 +245,18 @@ def restored(path: Path, dtype: str, trust_remote_code: bool = False) -> Any:
     return skeleton.model.eval()
 
 
-def _packed(
-    path: Path, ids: Tensor, reference: Tensor, dtype: torch.dtype, tolerance: float, trust_remote_code: bool
-) -> Agreement:
+def _packed(path: Path, ids: Tensor, reference: _Logits, tolerance: float, trust_remote_code: bool) -> Agreement:
     """The packed kernels for many rows of activations, as in a prompt, or for few, as in decoding: the worse."""
-    few = slice(0, 1), slice(0, _FEW)
-    network = runtime.load(path, trust_remote_code=trust_remote_code)
-    network = network if network.dtype == dtype else network.to(dtype)
-    with torch.inference_mode():
-        agreements = [
-            Agreement.of(logits_of(network, ids[part]).float(), reference[part], tolerance)
-            for part in ((slice(None), slice(None)), few)
-        ]
+
+    def load() -> Any:
+        network = runtime.load(path, trust_remote_code=trust_remote_code)
+        return network if network.dtype == reference.dtype else network.to(reference.dtype)
+
+    packed = _logits(load, ids)
+    agreements = [
+        Agreement.of(packed.logits, reference.logits, tolerance),
+        Agreement.of(packed.few, reference.few, tolerance),
+    ]
     return max(agreements, key=lambda agreement: (not agreement.passed, agreement.relative))
 
 
@@ -196,21 +268,34 @@ def tokens(config: Any) -> Tensor:
 
 
 def load_stock(path: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:
-    """The checkpoint `path` through transformers alone, offline and without a word; in its own dtype unless given."""
+    """The checkpoint `path` through transformers alone, offline and without a word; in its own dtype unless given.
+
+    Raises `ValueError` when transformers would fill a parameter with random numbers.
+    """
     config = load_network_config(path, network_config(read_config(path)), trust_remote_code)
     with warnings.catch_warnings():
-        # What the stock loader warns about is between it and its authors; only its logits count here.
+        # What the stock loader warns about is between it and its authors; only what it loads counts here.
         warnings.simplefilter("ignore")
-        return language_loader(config).from_pretrained(
-            path, local_files_only=True, trust_remote_code=trust_remote_code, dtype=dtype or "auto"
+        network, info = language_loader(config).from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype or "auto",
+            output_loading_info=True,
         )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"it finds no weights for {len(missing)} parameters, such as {missing[0]}")
+    return network
 
 
-def _logits(load: Callable[[], Any], ids: Tensor) -> tuple[Tensor, torch.dtype]:
-    """Logits float32 (rows, length, vocabulary) of a network that is freed on return, and its dtype."""
+def _logits(load: Callable[[], Any], ids: Tensor) -> _Logits:
+    """The logits of a network that is freed on return."""
     network = load().eval()
     with torch.inference_mode():
-        return logits_of(network, ids).float(), network.dtype
+        # A network that attends in both directions gives other logits for the first few tokens alone.
+        whole, few = (logits_of(network, part).float() for part in (ids, ids[:1, :_FEW]))
+        return _Logits(whole, few, network.dtype)
 
 
 def _require_compressed_tensors() -> None:

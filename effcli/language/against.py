@@ -1,0 +1,169 @@
+"""Hold a compressed checkpoint against its input: every tensor carried over bit for bit, or compressed.
+
+Both are built as the class that the input's config names, and compared tensor by tensor: never more than one of each is
+in memory. What may differ follows from the ledger of the run where there is one: layers that it took, and inside the
+blocks norms and biases where a pass folded scales into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from effcli.contract import Options
+from effcli.errors import EffcliError
+from effcli.language.weights import Weights, open_weights
+from effcli.reports.report import Stage
+
+
+class Moved(Options):
+    """How far the outputs of two networks lie apart on the same tokens."""
+
+    relative: float = Field(description="‖a - b‖ / ‖b‖ over all logits, b those of the input")
+    top1: float = Field(description="fraction of positions with the same likeliest token, 0 to 1")
+
+    def __str__(self) -> str:
+        return f"its logits moved by {self.relative:.1e} relative, top-1 {self.top1:.1%}"
+
+
+class Against(Options):
+    """What became of the tensors of the input. Counts are of parameters and of tensors that no parameter is made of."""
+
+    input: str
+    network: str = Field(default="", description="the class that both were built as")
+    equal: int = Field(default=0, description="carried over bit for bit")
+    compressed: int = 0
+    changed: int = Field(default=0, description="dense, of other values, as a pass that scales or rounds leaves them")
+    problem: str = Field(default="", description="what was lost, added or altered")
+    moved: Moved | None = Field(default=None, description="the loss by compression")
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"against its input: {self.problem}"
+        parts = [f"{self.equal} tensors equal bit for bit", f"{self.compressed} compressed"]
+        parts += [f"{self.changed} changed"] if self.changed else []
+        found = f"against its input, as {self.network}: {', '.join(parts)}"
+        return found if self.moved is None else f"{found}; {self.moved}"
+
+
+def compare(path: Path, source: Path, stages: Sequence[Stage], trust_remote_code: bool = False) -> Against:
+    """The tensors of the checkpoint `path` next to those of its input `source`.
+
+    stages: of the run between the two; empty where nothing is known of it.
+    """
+    try:
+        before, after = open_weights(source, trust_remote_code), open_weights(path, trust_remote_code)
+        return _Comparison(before, after, stages).run(str(source))
+    except EffcliError as error:
+        return Against(input=str(source), problem=error.cause)
+
+
+class _Comparison:
+    def __init__(self, before: Weights, after: Weights, stages: Sequence[Stage]) -> None:
+        self.before = before
+        self.after = after
+        # Without a record of the run nothing inside the blocks is known to have been left alone.
+        self.known = any(stage.ledger for stage in stages)
+        rows = [row for stage in stages for row in stage.ledger]
+        self.taken = {row.name for row in rows if row.status != "kept"}
+        self.scaled = {self._block(row.name) for row in rows if "folded_into" in row.notes}
+        self.outer = set(before.skeleton.outer_parameters())
+
+    def run(self, source: str) -> Against:
+        network = type(self.before.skeleton.model).__name__
+        problem = self._classes() or self._names() or self._carried()
+        if problem:
+            return Against(input=source, network=network, problem=problem)
+        counts = {"equal": len(self.before.carried()), "compressed": 0, "changed": 0}
+        for name in self.before.skeleton.parameters():
+            found = self._parameter(name)
+            if found not in counts:
+                return Against(input=source, network=network, problem=found)
+            counts[found] += 1
+        return Against(input=source, network=network, **counts)
+
+    def _classes(self) -> str:
+        """How the classes differ that the two configs name."""
+        first, second = (list(w.skeleton.config.architectures or ()) for w in (self.before, self.after))
+        if first != second:
+            return f"its config names {second or 'no class'}, the input's {first or 'no class'}"
+        first, second = ([type(w.skeleton.model).__name__] for w in (self.before, self.after))
+        return f"it is built as {second[0]}, the input as {first[0]}" if first != second else ""
+
+    def _names(self) -> str:
+        """Which parameters one has and the other does not."""
+        before, after = (set(weights.skeleton.parameters()) for weights in (self.before, self.after))
+        if self.before.skeleton.tied and not self.after.skeleton.tied:
+            # The embedding stays, the head is one of its own now.
+            after.discard(f"{self.after.skeleton.head}.weight")
+        return _difference(before, after)
+
+    def _carried(self) -> str:
+        """Which tensors that no parameter is made of are lost, new or altered."""
+        before, after = self.before.carried(), self.after.carried()
+        problem = _difference(set(before), set(after))
+        if problem:
+            return problem
+        altered = [
+            name for name in before if not same(self.before.checkpoint.read(name), self.after.checkpoint.read(name))
+        ]
+        return f"{len(altered)} tensors were altered, such as {altered[0]}" if altered else ""
+
+    def _parameter(self, name: str) -> str:
+        """What became of one parameter: equal, compressed, changed, or what is wrong with it."""
+        sites = self.after.sites(name)
+        packed = [site.name for site in sites if site.name in self.after.stored]
+        if packed:
+            if all(self._same_packed(layer) for layer in packed):
+                return "equal"
+            return "compressed"
+        before, after = self.before.parameter(name), self.after.parameter(name)
+        if same(before, after):
+            return "equal"
+        if self._may_change(name):
+            return "changed"
+        if before.dtype != after.dtype:
+            return f"{name} is {_dtype(after)} and was {_dtype(before)}"
+        return f"{name} was altered, which no pass was to touch"
+
+    def _same_packed(self, layer: str) -> bool:
+        if layer not in self.before.stored or self.before.stored[layer] != self.after.stored[layer]:
+            return False
+        before, after = self.before.raw(layer), self.after.raw(layer)
+        return before.keys() == after.keys() and all(same(before[key], after[key]) for key in before)
+
+    def _may_change(self, name: str) -> bool:
+        sites = [site.name for site in self.before.sites(name)]
+        head = self.before.skeleton.head
+        if name in self.outer:
+            return head in sites and (not self.known or head in self.taken)
+        if not self.known:
+            return True
+        return any(site in self.taken for site in sites) if sites else self._block(name) in self.scaled
+
+    def _block(self, name: str) -> str:
+        """The block that a parameter or a layer stands in; empty outside of them."""
+        return next((block for block in self.before.skeleton.block_names if name.startswith(f"{block}.")), "")
+
+
+def same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, NaN included."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _difference(before: set[str], after: set[str]) -> str:
+    found = []
+    for names, what in ((before - after, "are lost"), (after - before, "are new")):
+        if names:
+            found.append(f"{len(names)} tensors {what}, such as {min(names)}")
+    return ", ".join(found)

@@ -1,0 +1,152 @@
+"""An output next to its input: what was carried over is equal bit for bit, and whatever is not is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from effcli import samples
+from effcli.cli import main
+from effcli.inputs.text import Windows
+from effcli.language import verify
+from effcli.language.against import Against, compare, same
+from effcli.language.sweep import sweep
+from effcli.overrides import parse_pass
+from effcli.recipe import PassStep
+from effcli.reports.report import Report, Stage
+
+Change = Callable[[dict[str, Tensor]], None]
+TOWER = "model.vision_tower.encoder.layers.1.self_attn.q_proj.weight"
+NORM = "model.language_model.layers.1.input_layernorm.weight"
+EXTRA = "mtp.head.weight"
+
+
+def compress(source: Path, target: Path, step: str) -> list[Stage]:
+    """The stages of a run with one pass."""
+    target.mkdir(parents=True)
+    windows = Windows([torch.randint(3, 1000, (4, 24), generator=torch.Generator().manual_seed(0))])
+    made = PassStep.model_validate(parse_pass(step))
+    swept = sweep(source, target, made, windows, target.parent / "work")
+    first = Stage(name="input", nbytes=1, weights=1, bits_per_weight=32)
+    return [first, first.model_copy(update={"name": made.name, "ledger": tuple(swept.ledger)})]
+
+
+def changed(folder: Path, change: Change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of text and images, with a head that it does not use."""
+    folder = architectures.make_family("llava", tmp_path_factory.mktemp("against") / "in")
+    changed(folder, lambda tensors: tensors.update({EXTRA: torch.tensor([1.0, torch.nan])}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(source: Path) -> tuple[Path, list[Stage]]:
+    out = source.parent / "out"
+    return out, compress(source, out, "linear:bits=8,group_size=16,ignore=['*.o_proj']")
+
+
+def test_all_of_it_is_compressed_or_equal(source: Path, run: tuple[Path, list[Stage]]) -> None:
+    out, stages = run
+    found = verify.verify(out, against=source, stages=stages)
+    assert found.passed and found.against is not None
+    assert found.against.network == "LlavaForConditionalGeneration"
+    assert (found.against.equal, found.against.compressed, found.against.changed) == (53, 12, 0)
+    assert found.against.moved is not None and 0 < found.against.moved.relative < 0.1
+    assert "53 tensors equal bit for bit, 12 compressed; its logits moved by " in found.line
+    assert json.loads(found.to_json())["against"]["equal"] == 53
+
+
+def test_a_pass_that_scales_may_change_norms_and_no_more(source: Path, tmp_path: Path) -> None:
+    stages = compress(source, tmp_path / "out", "awq:bits=4,group_size=16")
+    found = compare(tmp_path / "out", source, stages)
+    assert found.problem == "" and found.changed > 0 and found.compressed == 14
+    changed(tmp_path / "out", lambda tensors: tensors[TOWER].neg_())
+    assert compare(tmp_path / "out", source, stages).problem == f"{TOWER} was altered, which no pass was to touch"
+
+
+FAULTS: dict[str, tuple[Change, str]] = {
+    "tower": (lambda t: t[TOWER].add_(1e-3), f"{TOWER} was altered"),
+    "norm": (lambda t: t[NORM].add_(1e-3), f"{NORM} was altered"),
+    "kept layer": (
+        lambda t: t["model.language_model.layers.0.self_attn.o_proj.weight"].neg_(),
+        "model.language_model.layers.0.self_attn.o_proj.weight was altered",
+    ),
+    "dtype": (lambda t: t.update({TOWER: t[TOWER].bfloat16()}), f"{TOWER} is bfloat16 and was float32"),
+    "lost": (lambda t: t.pop(TOWER), f"lacks 1 of the network's parameters, the first is {TOWER}"),
+    "head lost": (lambda t: t.pop(EXTRA), f"1 tensors are lost, such as {EXTRA}"),
+    "head altered": (lambda t: t[EXTRA].neg_(), f"1 tensors were altered, such as {EXTRA}"),
+    "new": (lambda t: t.update({"new.weight": torch.ones(2)}), "1 tensors are new, such as new.weight"),
+}
+
+
+@pytest.mark.parametrize(("change", "problem"), FAULTS.values(), ids=FAULTS)
+def test_what_was_lost_or_altered_is_said(
+    change: Change, problem: str, source: Path, run: tuple[Path, list[Stage]], tmp_path: Path
+) -> None:
+    out = shutil.copytree(run[0], tmp_path / "out")
+    changed(out, change)
+    found = compare(out, source, run[1])
+    assert problem in found.problem
+    assert str(found) == f"against its input: {found.problem}"
+
+
+def test_another_class_is_another_network(source: Path, run: tuple[Path, list[Stage]], tmp_path: Path) -> None:
+    other = architectures.make("llama", tmp_path / "llama")
+    found = verify.verify(run[0], against=other)
+    assert not found.passed and found.against is not None
+    assert "names ['LlavaForConditionalGeneration'], the input's ['LlamaForCausalLM']" in found.against.problem
+    assert found.against.moved is None
+
+
+def test_parameters_that_transformers_would_make_up_are_a_fault(source: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(source, tmp_path / "out")
+    changed(out, lambda tensors: tensors.pop(next(name for name in tensors if "pre_layrnorm" in name)))
+    with pytest.raises(ValueError, match="it finds no weights for 1 parameters, such as"):
+        verify.load_stock(out)
+
+
+def test_the_same_bits() -> None:
+    nan = torch.tensor([torch.nan, 1.0])
+    assert same(nan, nan.clone()) and not same(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same(torch.ones(2), torch.ones(2, 1)) and not same(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
+    assert same(torch.tensor(1), torch.tensor(1))
+
+
+def test_the_report_names_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = shutil.copytree(samples.SAMPLES["sample:lm"], tmp_path / "in")
+    out = tmp_path / "out"
+    step = "linear:bits=8,group_size=32,lm_head=true"
+    assert main(["compress", str(source), "--pass", step, "-q", "--no-eval", "-o", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(out)]) == 0
+    assert "against its input, as LlamaForCausalLM" in capsys.readouterr().out
+    source.rename(tmp_path / "moved")
+    assert main(["verify", str(out)]) == 0
+    assert f"not compared with its input {source}, which is not here" in capsys.readouterr().out
+    assert main(["verify", str(out), "--against", str(tmp_path / "moved")]) == 0
+    assert "against its input, as LlamaForCausalLM" in capsys.readouterr().out
+    assert Report.read(out).model == str(source)
+
+
+def test_graphs_are_not_compared_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(samples.SAMPLES["sample:cnn"]), "--against", "sample:cnn"]) == 1
+    assert "--against compares language models" in capsys.readouterr().err
+
+
+def test_in_words() -> None:
+    found = Against(input="in", network="N", equal=2, compressed=1, changed=3)
+    assert str(found) == "against its input, as N: 2 tensors equal bit for bit, 1 compressed, 3 changed"
