@@ -307,7 +307,8 @@ class _Run:
         base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
         report.write(folder)
         html.write(report, folder)
-        card_text = card.model_card(report, base_card, layout=self.subject.layout(folder))
+        layout, loaders = self.subject.layout(folder), self.subject.loaders(folder)
+        card_text = card.model_card(report, base_card, layout=layout, loaders=loaders)
         write_text(folder / card.FILE_NAME, card_text)
 
     def _exports(self, finished: Path) -> tuple[tuple[Exported, ...], EffcliError | None]:

@@ -70,3 +70,6 @@ class Subject(Protocol):
 
     def layout(self, checkpoint: Path) -> Layout:
         """How the finished checkpoint is loaded."""
+
+    def loaders(self, checkpoint: Path) -> tuple[str, str]:
+        """The classes of transformers that load the finished checkpoint and prepare its inputs."""

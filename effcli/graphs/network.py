@@ -124,6 +124,9 @@ class GraphNetwork:
     def layout(self, checkpoint: Path) -> card.Layout:
         return "graph"
 
+    def loaders(self, checkpoint: Path) -> tuple[str, str]:
+        return card.IMAGES
+
 
 class Yardstick:
     """What the checkpoints of one run are held against: the same inputs for all, and the original's outputs."""

@@ -17,9 +17,13 @@ from effcli.plan import Plan, make
 from effcli.recipe import PassStep, Recipe
 from effcli.reports import card
 from effcli.reports.report import Exported, Stage
-from effcli.storage import is_own
+from effcli.stock import language_loader, load_network_config
+from effcli.storage import is_own, network_config
 from effcli.subject import Measured
 from effcli.swept import Progress, Swept
+
+# What prepares images or sound beside the text.
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 class LanguageModel:
@@ -92,3 +96,11 @@ class LanguageModel:
 
     def layout(self, checkpoint: Path) -> card.Layout:
         return "effcli" if is_own(read_config(checkpoint)) else "standard"
+
+    def loaders(self, checkpoint: Path) -> tuple[str, str]:
+        config = network_config(read_config(checkpoint))
+        loader: type = language_loader(load_network_config(checkpoint, config, self.recipe.trust_remote_code))
+        model, companion = loader.__name__, card.LANGUAGE[1]
+        if model != card.LANGUAGE[0] and any((checkpoint / name).is_file() for name in _PROCESSORS):
+            companion = "AutoProcessor"
+        return model, companion

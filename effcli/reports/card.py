@@ -17,6 +17,9 @@ from effcli.reports.report import Classification, Quality, Report, Stage
 
 FILE_NAME = "README.md"
 Layout = Literal["standard", "effcli", "graph"]
+# The classes of transformers that load a model and prepare its inputs.
+LANGUAGE = ("AutoModelForCausalLM", "AutoTokenizer")
+IMAGES = ("AutoModelForImageClassification", "AutoImageProcessor")
 
 _NETWORK_FILES = (".pt2", ".pt", ".pth", ".onnx", ".safetensors", ".py")
 
@@ -26,12 +29,19 @@ _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
-def model_card(report: Report, base_card: str | None = None, *, layout: Layout = "standard") -> str:
+def model_card(
+    report: Report,
+    base_card: str | None = None,
+    *,
+    layout: Layout = "standard",
+    loaders: tuple[str, str] = LANGUAGE,
+) -> str:
     """The text of README.md.
 
     base_card: the README.md of the model that was compressed; its licence and language are taken over. layout:
     'standard' where transformers loads the directory, 'effcli' where only `effcli.load` does, 'graph' for a vision
-    network, which `effcli.load` gives back as a module of tensors.
+    network, which `effcli.load` gives back as a module of tensors. loaders: the classes of transformers that load
+    it and prepare its inputs.
     """
     parts = [
         f"---\n{yamls.dump(_front_matter(report, base_card, layout)).rstrip()}\n---",
@@ -42,7 +52,7 @@ def model_card(report: Report, base_card: str | None = None, *, layout: Layout =
         "\n".join(f"- {text}" for text in [*conditions(report.stages), *_machine(report)]),
         "Changes and ratios are against the input. Sizes are powers of 1000.",
         "## How to load it",
-        _loading(report, layout),
+        _loading(report, layout, loaders),
         *_exports(report),
         "## What was done",
         *(_step(stage) for stage in report.stages[1:]),
@@ -148,7 +158,7 @@ def _machine(report: Report) -> list[str]:
     return [f"machine: {markdown(report.machine)}"] if measured and report.machine else []
 
 
-def _loading(report: Report, layout: Layout) -> str:
+def _loading(report: Report, layout: Layout, loaders: tuple[str, str]) -> str:
     folder = json.dumps(_name(report.output) if report.output else ".")
     if layout == "graph":
         text = (
@@ -166,13 +176,12 @@ def _loading(report: Report, layout: Layout) -> str:
         text = "It loads with transformers" + (
             f" and {markdown_code('compressed-tensors')}." if _is_quantized(report) else "."
         )
-        images = _has_convolutions(report)
-        kind, companion = ("ImageClassification", "ImageProcessor") if images else ("CausalLM", "Tokenizer")
-        name = "processor" if images else "tokenizer"
+        loader, companion = IMAGES if _has_convolutions(report) else loaders
+        name = "tokenizer" if companion == "AutoTokenizer" else "processor"
         code = (
-            f"from transformers import Auto{companion}, AutoModelFor{kind}\n\n"
-            f"model = AutoModelFor{kind}.from_pretrained({folder})\n"
-            f"{name} = Auto{companion}.from_pretrained({folder})"
+            f"from transformers import {companion}, {loader}\n\n"
+            f"model = {loader}.from_pretrained({folder})\n"
+            f"{name} = {companion}.from_pretrained({folder})"
         )
     return f"{text}\n\n```python\n{code}\n```"
 

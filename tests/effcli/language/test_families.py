@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from effcli import runtime
+from effcli.cli import main
 from effcli.errors import UnsupportedError
 from effcli.inputs.text import Windows
+from effcli.language.model import LanguageModel
 from effcli.language.stream import Stream
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.recipe import PassStep
+from effcli.recipe import PassStep, check
 from effcli.stock import logits_of
 from effcli.swept import Swept
 
@@ -72,6 +74,29 @@ def test_a_block_that_text_does_not_reach_is_said(tmp_path: Path) -> None:
     for layer in ("cross_attn.q_proj", "mlp.down_proj"):
         assert "no calibration token reached it" in reasons[f"model.language_model.layers.1.{layer}"]
     assert reasons["model.language_model.layers.0.self_attn.q_proj"] == ""
+
+
+def test_the_model_card_names_the_class_that_loads_it(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = "linear:bits=8,group_size=16,symmetric=true"
+    assert main(["compress", str(family), "--pass", step, "--no-eval", "-q", "-o", str(tmp_path / "out")]) == 0
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "from transformers import AutoTokenizer, AutoModelForImageTextToText" in code
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert type(found["model"]).__name__ == open_weights(family).skeleton.config.architectures[0]
+
+
+def test_the_model_card_names_what_prepares_images(tmp_path: Path) -> None:
+    source = architectures.make_family("llava", tmp_path / "in")
+    network = LanguageModel(check({"model": str(source), "passes": [LINEAR]}), source)
+    assert network.loaders(source) == ("AutoModelForImageTextToText", "AutoTokenizer")
+    (source / "preprocessor_config.json").write_text("{}")
+    assert network.loaders(source) == ("AutoModelForImageTextToText", "AutoProcessor")
+    text = architectures.make("llama", tmp_path / "text")
+    assert network.loaders(text) == ("AutoModelForCausalLM", "AutoTokenizer")
 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
