@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effcli import memory
 from effcli.language.spool import Spool
-from effcli.language.stream import Call, Stream
+from effcli.language.stream import Stream
 
 TOKENS_PER_BATCH = 2048
 # float32 numbers of one chunk of logits: 16 MiB, of which computing a divergence holds five.
@@ -22,20 +22,17 @@ _LOGITS = 1 << 22
 
 
 def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
-    """Hidden states (batch, length, hidden) behind the last block, of every batch of token ids (batch, length).
+    """Hidden states (batch, length, ...) behind the last block, of every batch of token ids (batch, length).
 
     Right padding is exact for causal networks: no position sees a later one. `file` is written anew.
     """
     skeleton, weights = stream.skeleton, stream.weights
-    calls: dict[tuple[int, ...], list[Call | None]] = {}
     file.unlink(missing_ok=True)
     spool: Spool | None = None
     for k, ids in enumerate(batches):
-        hidden, call = stream.enter(ids)
-        # Batches of one shape are called alike: masks and positions depend on the shape alone.
-        calls.setdefault(tuple(ids.shape), call)
+        hidden, _ = stream.enter(ids)
         if spool is None:
-            shapes = [(*each.shape, hidden.shape[-1]) for each in batches]
+            shapes = [(*each.shape, *hidden.shape[2:]) for each in batches]
             spool = Spool(file, shapes, hidden.dtype)
         spool.write(k, hidden)
     if spool is None:
@@ -46,7 +43,7 @@ def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
             torch.inference_mode(),
         ):
             for number, ids in enumerate(batches):
-                spool.write(number, stream.through(k, spool.read(number), calls[tuple(ids.shape)][k]))
+                spool.write(number, stream.through(k, spool.read(number), stream.call(k, ids)))
         memory.trim()
     return spool
 

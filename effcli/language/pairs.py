@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from effcli.contract import Group
+from effcli.language.calls import Call, hidden_of
 from effcli.language.skeleton import find_layers
-from effcli.language.stream import Call, Stream, WatchLayers
+from effcli.language.stream import Stream, WatchLayers
 from effcli.sites import LayerSite
 
 TOLERANCE = 2e-5
@@ -142,12 +143,6 @@ def weights_with_inputs(block: nn.Module) -> list[LayerSite]:
         if parameter.ndim == 2 and name not in known:
             sites.append(LayerSite(name, "linear", name, parameter.shape[0], parameter.shape[1]))
     return sites
-
-
-def kind_of(block: nn.Module) -> str:
-    """What blocks have in common that share their inputs alike, so that one of each kind is tried."""
-    shapes = [(key, tuple(value.shape)) for key, value in block.state_dict().items()]
-    return repr((type(block).__name__, getattr(block, "attention_type", None), shapes))
 
 
 def probe_pairs(stream: Stream, k: int) -> list[SharedInput]:
@@ -366,9 +361,7 @@ def _by_input(seen: Sequence[_Seen]) -> list[list[_Seen]]:
 
 
 def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    out = block(hidden, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
+    return hidden_of(block(hidden, *call.args, **call.kwargs), hidden)
 
 
 def _in_float32(item: tuple[Tensor, Call]) -> tuple[Tensor, Call]:

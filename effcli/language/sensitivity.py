@@ -136,7 +136,7 @@ class _Fisher(Trials):
             for at, number in enumerate(self.measured):
                 hidden = incoming.read(number)
                 with torch.enable_grad(), self.watch(k, look):
-                    out = self.stream.through(k, hidden.requires_grad_(), self.call(k, hidden))
+                    out = self.stream.through(k, hidden.requires_grad_(), self.call(k, number))
                 for sample in range(at * self.draws, (at + 1) * self.draws):
                     (gradient,) = torch.autograd.grad(out, hidden, gradients.read(sample), retain_graph=True)
                     gradients.write(sample, gradient)
@@ -168,12 +168,13 @@ class _Loss(Trials):
                 weight.copy_(trial.weight)
                 for at, batch in enumerate(self.measured):
                     hidden = incoming.read(batch)
-                    spool.write(number * size + at, self.stream.through(k, hidden, self.call(k, hidden)))
+                    spool.write(number * size + at, self.stream.through(k, hidden, self.call(k, batch)))
                 weight.copy_(original)
         for j in range(k + 1, self.count):
             with self.opened(j), torch.inference_mode():
                 for at, hidden in enumerate(spool):
-                    spool.write(at, self.stream.through(j, hidden, self.call(j, hidden)))
+                    batch = self.measured[at % size]
+                    spool.write(at, self.stream.through(j, hidden, self.call(j, batch)))
         sums = [0.0] * len(entries)
         with torch.inference_mode():
             for at, batch in enumerate(self.measured):

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +19,9 @@ from torch import nn
 from effcli.errors import UnsupportedError, first_line
 from effcli.sites import LayerSite
 from effcli.stock import check_causal, check_decoder, language_loader, load_network_config, quiet_transformers
+
+if TYPE_CHECKING:
+    from effcli.language.calls import Manner
 
 
 class Skeleton:
@@ -61,6 +64,8 @@ class Skeleton:
         # Where the class for the text alone has the same blocks, None without one.
         self.text_path = self._find_text_path(loader)
         self.block_names = [f"{self.block_path}.{k}" for k in range(len(self.blocks))]
+        # How the blocks are called, once it was found.
+        self.manner: Manner | None = None
 
     def _find_text_path(self, loader: Any) -> str | None:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM

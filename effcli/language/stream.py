@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from effcli.errors import CheckpointError, UnsupportedError, foreign
+from effcli.errors import CheckpointError, EffcliError, foreign
+from effcli.inputs import text
+from effcli.language.calls import Call, Manner, Returned, alike, kind_of, split, unsupported, zeros_for_weights
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, empty
 from effcli.sites import LayerSite
@@ -27,16 +29,8 @@ from effcli.stock import logits_of
 _UNFIT = "config.json must be the one that the weights were saved with"
 
 
-@dataclass(frozen=True)
-class Call:
-    """How one block is called besides its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class _Entered(Exception):
-    """Raised from the last block's place: what follows is not needed on the way in."""
+    """Raised from the last block's place or the head's: what follows is not needed on the way in."""
 
 
 @dataclass
@@ -45,8 +39,8 @@ class Stream:
 
     weights: Weights
     with_head: bool = False
-    _returns_tuple: bool = False
     _held: list[str] = field(default_factory=list)
+    _calls: dict[tuple[int, ...], list[Call | None]] = field(default_factory=dict)
 
     @property
     def skeleton(self) -> Skeleton:
@@ -67,41 +61,36 @@ class Stream:
             self.skeleton.model.tie_weights()  # type: ignore[operator]
 
     def enter(self, ids: Tensor) -> tuple[Tensor, list[Call | None]]:
-        """Hidden states (batch, length, hidden) of token ids (batch, length) before block 0, and each block's call.
+        """Hidden states (batch, length, ...) of token ids (batch, length) before block 0, and each block's call.
 
         None for a block that the network passes over, as one that attends to images where there are none.
         """
-        found = self._enter(ids)
-        if found is None:
-            self._returns_tuple = True
-            found = self._enter(ids)
-        if found is None:
-            path = self.weights.checkpoint.path
-            raise UnsupportedError(f"the blocks of {path} hand on hidden states of different shapes", _UNFIT)
-        return found
-
-    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call | None]] | None:
-        """None when hidden states lost an axis between two blocks: the network indexed what it took for a tuple."""
+        manner = self._manner(ids)
         calls: list[Call | None] = [None] * len(self.skeleton.blocks)
         first: list[Tensor] = []
 
         def record(k: int, *args: Any, **kwargs: Any) -> Any:
-            hidden, args, kwargs = _split(args, kwargs)
+            hidden, calls[k] = split(args, kwargs)
             first.append(hidden)
-            if hidden.ndim != first[0].ndim:
+            if k == manner.last:
                 raise _Entered
-            calls[k] = Call(args, kwargs)
-            if k == len(self.skeleton.blocks) - 1:
-                raise _Entered
-            return self._wrapped(hidden)
+            return manner.returned[k].around(hidden)
 
         with self._running(), self._replaced(record), torch.inference_mode(), suppress(_Entered):
             logits_of(self.skeleton.model, ids)
-        if not first:
-            raise CheckpointError(f"the network in {self.weights.checkpoint.path} reaches none of its blocks", _UNFIT)
-        if first[-1].ndim != first[0].ndim:
-            return None
+        if not manner.by_ids:
+            self._calls.setdefault(tuple(ids.shape), calls)
         return first[0], calls
+
+    def call(self, k: int, ids: Tensor) -> Call | None:
+        """How block k is called for token ids (batch, length).
+
+        Ids of one shape are called alike, for there is no padding, unless the network hands its blocks something made
+        of the ids: then it is made again, which costs less than to keep it for every batch and block.
+        """
+        if tuple(ids.shape) in self._calls:
+            return self._calls[tuple(ids.shape)][k]
+        return self.enter(ids)[1][k]
 
     def through(self, k: int, hidden: Tensor, call: Call | None) -> Tensor:
         """Hidden states after block k, which must be open."""
@@ -109,26 +98,121 @@ class Stream:
             return hidden
         with self._running():
             out = self.skeleton.blocks[k](hidden, *call.args, **call.kwargs)
-        if isinstance(out, tuple):
-            self._returns_tuple = True
-            out = out[0]
-        return out  # type: ignore[no-any-return]
+        assert self.skeleton.manner is not None, "calls come from `enter`"
+        return self.skeleton.manner.returned[k].hidden(out)
 
     def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) from the hidden states behind the last block."""
+        with torch.inference_mode():
+            return self._leave(ids, hidden)
 
-        def pass_on(k: int, *args: Any, **kwargs: Any) -> Any:
-            # From every block: the network may pass over the last one.
-            return self._wrapped(hidden)
-
-        with self._running(), self._replaced(pass_on), torch.inference_mode():
+    def _leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        manner = self._manner(ids)
+        with self._running(), self._replaced(lambda k, *args, **kwargs: manner.returned[k].around(hidden)):
             return logits_of(self.skeleton.model, ids)  # type: ignore[no-any-return]
 
     def _running(self) -> AbstractContextManager[None]:
         return running(self.weights.checkpoint.path)
 
-    def _wrapped(self, hidden: Tensor) -> Any:
-        return (hidden, None) if self._returns_tuple else hidden
+    def _manner(self, ids: Tensor) -> Manner:
+        """How the network calls its blocks, found once with the first few of `ids`."""
+        if self.skeleton.manner is None:
+            few = ids[:1, :_FEW]
+            vocabulary = text.vocabulary(self.skeleton.config)
+            returned: dict[int, Returned] = {}
+            calls = self._trace(few, 0, returned)
+            if not alike(calls, self._trace(few, 1, returned)):
+                raise unsupported(self.skeleton, "hand more on to one another than hidden states")
+            by_ids = not alike(calls, self._trace((few + 1) % vocabulary, 0, returned))
+            self.skeleton.manner = Manner(returned, by_ids)
+        return self.skeleton.manner
+
+    def _trace(self, ids: Tensor, seed: int, returned: dict[int, Returned]) -> list[Call | None]:
+        """How each block is called when those before it return random numbers; raises `UnsupportedError`.
+
+        returned: what each block returns; filled in where it is empty.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        blocks = self.skeleton.blocks
+        last = max(returned, default=None)
+        kinds: dict[str, Returned] = {}
+        calls: list[Call | None] = [None] * len(blocks)
+        outputs: list[Tensor] = []
+
+        def ask(k: int, *args: Any, **kwargs: Any) -> Any:
+            hidden, call = split(args, kwargs)
+            if any(calls[k:]):
+                raise unsupported(self.skeleton, "do not run once each in their order")
+            if hidden.shape[:2] != ids.shape:
+                shape = tuple(hidden.shape)
+                raise unsupported(self.skeleton, f"take {shape} for {ids.shape[1]} tokens, not (batch, length, ...)")
+            if outputs and not (outputs[-1].shape == hidden.shape and torch.equal(outputs[-1], hidden)):
+                raise unsupported(self.skeleton, "do not take their hidden states from one another as they are")
+            calls[k] = call
+            if last is None:
+                kind = kind_of(blocks[k])
+                if kind not in kinds:
+                    kinds[kind] = self._ask(k, hidden, call)
+                returned[k] = kinds[kind]
+            elif k == last:
+                raise _Entered
+            outputs.append(torch.randn(hidden.shape, generator=generator).to(hidden.dtype))
+            return returned[k].changed(outputs[-1], seed)
+
+        with (
+            self._running(),
+            self._replaced(ask),
+            self._before_head(),
+            torch.inference_mode(),
+            suppress(_Entered),
+        ):
+            try:
+                self.skeleton.model(input_ids=ids, use_cache=False)
+            except (EffcliError, _Entered):
+                raise
+            except Exception:
+                if not outputs:
+                    # It says what it lacks.
+                    logits_of(self.skeleton.model, ids)
+                # What stands behind the blocks may lack its weights, and is of no interest here.
+                if calls[-1] is None:
+                    raise
+        if not any(calls):
+            raise CheckpointError(f"the network in {self.weights.checkpoint.path} reaches none of its blocks", _UNFIT)
+        return calls
+
+    @contextmanager
+    def _before_head(self) -> Iterator[None]:
+        """End a forward pass where it reaches the output head."""
+
+        def end(*args: Any, **kwargs: Any) -> Any:
+            raise _Entered
+
+        head = self.skeleton.model.get_submodule(self.skeleton.head) if self.skeleton.head else nn.Identity()
+        head.forward = end
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def _ask(self, k: int, hidden: Tensor, call: Call) -> Returned:
+        """What block k returns: its own code, with zeros for the weights that are not in memory."""
+        block = self.skeleton.blocks[k]
+        stand_in = block.__dict__.pop("forward")
+        try:
+            with (
+                foreign(lambda cause: unsupported(self.skeleton, f"cannot be run one by one: {cause}")),
+                zeros_for_weights(block, self.skeleton.dtype),
+            ):
+                out = block(hidden, *call.args, **call.kwargs)
+        finally:
+            block.forward = stand_in
+        found = Returned.of(out, hidden)
+        if found is None:
+            raise unsupported(
+                self.skeleton, f"return no hidden states of the shape that they take ({type(out).__name__})"
+            )
+        return found
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -139,7 +223,11 @@ class Stream:
             yield
         finally:
             for block in blocks:
-                del block.forward
+                block.__dict__.pop("forward", None)
+
+
+# Tokens that are enough to see how the blocks are called.
+_FEW = 4
 
 
 @contextmanager
@@ -151,12 +239,6 @@ def running(path: Path) -> Iterator[None]:
 
 def _bound(forward: Callable[..., Any], k: int) -> Callable[..., Any]:
     return lambda *args, **kwargs: forward(k, *args, **kwargs)
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
 
 
 # Products and the places of their input and weight, by position or by name.

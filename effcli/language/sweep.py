@@ -31,11 +31,12 @@ from effcli.checkpoint import (
 from effcli.contract import Needs, Scope, observer
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
+from effcli.language.calls import kind_of
 from effcli.language.journal import Journal
-from effcli.language.pairs import SharedInput, kind_of, leaders, probe_pairs
+from effcli.language.pairs import SharedInput, leaders, probe_pairs
 from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool
-from effcli.language.stream import Call, Stream, WatchLayers
+from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights
 from effcli.observers import Gram
 from effcli.reports.report import LedgerRow
@@ -271,14 +272,12 @@ class _Sweep:
 class _Flow:
     """The calibration windows on their way through the blocks.
 
-    shapes: of each batch's hidden states, (windows, length, hidden); calls: how each block is called, by the shape of
-    the token ids.
+    shapes: of each batch's hidden states, (windows, length, ...).
     """
 
     windows: Windows
     journal: Journal
     shapes: list[tuple[int, ...]]
-    calls: dict[tuple[int, ...], list[Call | None]]
     dtype: torch.dtype
 
     @property
@@ -288,17 +287,14 @@ class _Flow:
 
     @staticmethod
     def start(stream: Stream, windows: Windows, journal: Journal) -> _Flow:
-        flow = _Flow(windows, journal, [], {}, stream.skeleton.dtype)
+        flow = _Flow(windows, journal, [], stream.skeleton.dtype)
         for number, batch in enumerate(windows.batches):
-            # Windows of one shape are called alike: there is no padding, so masks and positions depend on it alone.
-            seen = tuple(batch.shape) in flow.calls
-            if seen and journal.done:
-                continue
-            hidden, calls = stream.enter(batch)
-            if not seen:
-                flow.calls[tuple(batch.shape)] = calls
+            # What is done holds the hidden states; their width is asked of the first batch.
+            if flow.shapes and journal.done:
+                break
+            hidden, _ = stream.enter(batch)
             if not flow.shapes:
-                flow.shapes = [(*each.shape, hidden.shape[-1]) for each in windows.batches]
+                flow.shapes = [(*each.shape, *hidden.shape[2:]) for each in windows.batches]
             if not journal.done:
                 flow.spool(0).write(number, hidden)
         return flow
@@ -341,7 +337,7 @@ class _Flow:
     def _run(self, stream: Stream, k: int, propagate: bool) -> None:
         incoming, outgoing = self.spool(k), self.spool(k + 1)
         for number, hidden in enumerate(incoming):
-            out = stream.through(k, hidden, self.calls[self.shapes[number][:2]][k])
+            out = stream.through(k, hidden, stream.call(k, self.windows.batches[number]))
             if propagate:
                 outgoing.write(number, out)
         if propagate:

@@ -24,17 +24,17 @@ from effcli import memory
 from effcli.contract import Scope, observer
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
+from effcli.language.calls import Call, kind_of
 from effcli.language.evaluate import kl
 from effcli.language.forward import chunks, logits
-from effcli.language.pairs import SharedInput, kind_of, leaders, probe_pairs
+from effcli.language.pairs import SharedInput, leaders, probe_pairs
 from effcli.language.spool import Spool
-from effcli.language.stream import Call, Stream, WatchLayers
+from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights
 from effcli.observers import Gram
 from effcli.probe import Cost, Probe, Trial
 from effcli.selection import Choice, fitted_to_inputs
 from effcli.sites import LayerSite
-from effcli.stock import logits_of
 from effcli.swept import Progress
 
 
@@ -44,9 +44,8 @@ class WayOut(Stream):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (n, vocabulary) of hidden states (n, hidden) behind the last block, with a gradient."""
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64)
-        with self._replaced(lambda k, *args, **kwargs: self._wrapped(hidden.unsqueeze(0))), torch.enable_grad():
-            out: Tensor = logits_of(self.skeleton.model, ids)
-        return out[0]
+        with torch.enable_grad():
+            return self._leave(ids, hidden.unsqueeze(0))[0]
 
 
 @dataclass
@@ -100,7 +99,6 @@ class Trials(ABC):
         self.progress = progress
         self.count = len(self.skeleton.blocks)
         self.costs: list[dict[str, Cost]] = [{} for _ in variants]
-        self.calls: dict[tuple[int, ...], list[Call | None]] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.pairs: dict[str, list[SharedInput]] = {}
 
@@ -136,14 +134,9 @@ class Trials(ABC):
 
     def _enter(self) -> None:
         for number, batch in enumerate(self.batches):
-            hidden, calls = self.stream.enter(batch)
-            if tuple(batch.shape) not in self.calls:
-                # Tensors made in inference mode cannot take part in a backward pass; clones can.
-                self.calls[tuple(batch.shape)] = [
-                    call and Call(*tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs))) for call in calls
-                ]
+            hidden, _ = self.stream.enter(batch)
             if not self.shapes:
-                self.shapes = [(*each.shape, hidden.shape[-1]) for each in self.batches]
+                self.shapes = [(*each.shape, *hidden.shape[2:]) for each in self.batches]
             self.hidden(0).write(number, hidden)
 
     def hidden(self, k: int) -> Spool:
@@ -154,14 +147,17 @@ class Trials(ABC):
         name = self.skeleton.block_names[k] + "."
         return self.weights.opened(self.skeleton.blocks[k], name, self.skeleton.block_parameters(k))
 
-    def call(self, k: int, hidden: Tensor) -> Call | None:
-        return self.calls[tuple(hidden.shape[:2])][k]
+    def call(self, k: int, number: int) -> Call | None:
+        """How block k is called for batch `number`; None for one that is passed over."""
+        call = self.stream.call(k, self.batches[number])
+        # Tensors made in inference mode cannot take part in a backward pass; clones can.
+        return call and Call(*tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs)))
 
     def _propagate(self, k: int) -> None:
         outgoing = self.hidden(k + 1)
         with self.opened(k), torch.inference_mode():
             for number, hidden in enumerate(self.hidden(k)):
-                outgoing.write(number, self.stream.through(k, hidden, self.call(k, hidden)))
+                outgoing.write(number, self.stream.through(k, hidden, self.call(k, number)))
         memory.trim()
 
     def _observe(self, k: int) -> _Seen:
@@ -172,7 +168,7 @@ class Trials(ABC):
             with torch.inference_mode(), self.watch(k, lambda name, inputs, _: _add(seen, name, inputs)):
                 for number in self.given:
                     hidden = incoming.read(number)
-                    out = self.stream.through(k, hidden, self.call(k, hidden))
+                    out = self.stream.through(k, hidden, self.call(k, number))
                     if not self.measures:
                         outgoing.write(number, out)
         return self._checked(seen)

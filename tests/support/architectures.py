@@ -139,6 +139,36 @@ def make_family(name: str, folder: Path) -> Path:
     return folder
 
 
+def _bamba() -> PreTrainedConfig:
+    mamba = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16)
+    return AutoConfig.for_model("bamba", **_COMMON, **mamba, attn_layer_indices=[1])
+
+
+def _gemma4() -> PreTrainedConfig:
+    layers = dict(layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, sliding_window=8)
+    heads = dict(head_dim=16, global_head_dim=16, hidden_size_per_layer_input=16)
+    return AutoConfig.for_model("gemma4_text", **_COMMON, **layers, **heads, vocab_size_per_layer_input=VOCABULARY)
+
+
+# Networks whose blocks are called, or answer, in ways of their own.
+_SPECIAL_BLOCKS: dict[str, Any] = {
+    # A pair, which the network unpacks.
+    "bamba": _bamba,
+    # A triple.
+    "rwkv": lambda: AutoConfig.for_model(
+        "rwkv", **_SPECIAL, hidden_size=64, num_hidden_layers=2, intermediate_size=128, attention_hidden_size=64
+    ),
+    # A list of one.
+    "openai-gpt": lambda: AutoConfig.for_model(
+        "openai-gpt", vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128
+    ),
+    # Every block takes an embedding of its own of the token ids.
+    "gemma4_text": _gemma4,
+}
+SPECIAL_BLOCKS = tuple(_SPECIAL_BLOCKS)
+_CONFIGS |= _SPECIAL_BLOCKS
+
+
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a network of architecture `name` with the sample's tokenizer into `folder`; `changes` are of its config."""
     torch.manual_seed(0)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effcli.checkpoint import Checkpoint
+from effcli.language.calls import Call
 from effcli.language.pairs import Producer, SharedInput, divide_norm, find_pairs, match_channels, output_factors
 from effcli.language.skeleton import Skeleton
-from effcli.language.stream import Call, Stream
+from effcli.language.stream import Stream
 from effcli.language.weights import Weights
 
 LLAMA = {

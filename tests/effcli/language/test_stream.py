@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from effcli.checkpoint import Checkpoint
-from effcli.errors import CheckpointError, DataError
+from effcli.errors import CheckpointError, DataError, UnsupportedError
+from effcli.language.forward import last_hidden
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.language.stream import Stream, WatchLayers, running
-from effcli.language.weights import Weights
+from effcli.language.weights import Weights, open_weights
 from effcli.sites import LayerSite
 
 
@@ -42,6 +46,83 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     with torch.inference_mode():
         torch.testing.assert_close(streamed(tmp_path, ids), model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", architectures.SPECIAL_BLOCKS)
+def test_blocks_are_called_and_answer_as_the_network_has_it(name: str, batch: int, tmp_path: Path) -> None:
+    """Tuples that the network unpacks, and arguments made of the token ids: two batches of one shape differ in them."""
+    architectures.make(name, tmp_path / "model")
+    ids = torch.randint(architectures.VOCABULARY, (2, batch, 17), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with Stream(open_weights(tmp_path / "model"), with_head=True) as stream, torch.inference_mode():
+        hidden = last_hidden(stream, list(ids), tmp_path / "spool")
+        for number, rows in enumerate(ids):
+            expected = model(rows, use_cache=False).logits
+            torch.testing.assert_close(stream.leave(rows, hidden.read(number)), expected, rtol=0, atol=0)
+
+
+class Stacked(LlamaForCausalLM):
+    """Llama whose decoder runs its blocks in a way of its own."""
+
+    def __init__(self, config: LlamaConfig, run: Callable[..., Tensor]) -> None:
+        super().__init__(config)
+        self.run = run
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        inputs = self.model.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1]).unsqueeze(0)
+        call = {"position_embeddings": self.model.rotary_emb(inputs, positions)}
+        return CausalLMOutputWithPast(logits=self.lm_head(self.run(self.model.layers, inputs, call)))
+
+
+def backwards(layers: nn.ModuleList, x: Tensor, call: dict[str, Any]) -> Tensor:
+    return layers[0](layers[1](x, **call), **call)
+
+
+def looping(layers: nn.ModuleList, x: Tensor, call: dict[str, Any]) -> Tensor:
+    for layer in (*layers, *layers):
+        x = layer(x, **call)
+    return x
+
+
+def adding_between(layers: nn.ModuleList, x: Tensor, call: dict[str, Any]) -> Tensor:
+    return layers[1](layers[0](x, **call) + x, **call)
+
+
+def handing_on_more(layers: nn.ModuleList, x: Tensor, call: dict[str, Any]) -> Tensor:
+    y = layers[0](x, **call)
+    return layers[1](y, **call, attention_mask=y.mean() * torch.ones(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("run", "what"),
+    [
+        (backwards, "do not run once each in their order"),
+        (looping, "do not run once each in their order"),
+        (adding_between, "do not take their hidden states from one another as they are"),
+        (handing_on_more, "hand more on to one another than hidden states"),
+    ],
+)
+def test_networks_that_do_not_run_block_by_block_are_refused(
+    run: Callable[..., Tensor], what: str, tmp_path: Path
+) -> None:
+    weights = open_weights(architectures.make("llama", tmp_path))
+    with torch.device("meta"):
+        weights.skeleton.model = Stacked(weights.skeleton.config, run).eval()
+    weights.skeleton.model.model.rotary_emb = type(weights.skeleton.model.model.rotary_emb)(weights.skeleton.config)
+    weights.skeleton.blocks = weights.skeleton.model.model.layers
+    with Stream(weights) as stream, pytest.raises(UnsupportedError, match=what) as caught:
+        stream.enter(torch.zeros(2, 5, dtype=torch.int64))
+    assert "--no-eval" in caught.value.remedy
+
+
+def test_asking_a_block_takes_no_memory_and_leaves_it_empty(tmp_path: Path) -> None:
+    weights = open_weights(architectures.make("bamba", tmp_path))
+    with Stream(weights) as stream:
+        stream.enter(torch.zeros(1, 5, dtype=torch.int64))
+    assert all(parameter.is_meta for parameter in weights.skeleton.model.parameters())
+    assert all("forward" not in vars(block) for block in weights.skeleton.blocks)
 
 
 def test_a_window_longer_than_the_sliding_attention(tmp_path: Path) -> None:
