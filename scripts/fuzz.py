@@ -8,7 +8,7 @@
 Every input depends on its kind, the seed and its number alone. Commands run in a child process, one after the other,
 through `effcli.cli.main`; what ends the child or hangs in it is counted, and the next child goes on. Exit 1 where an
 input gave an internal error, a crash, a hang, took too much memory, or was accepted although the format's own library
-refuses it.
+refuses it: safetensors, pyarrow, numpy without pickles, Pillow, json, and the YAML parser.
 """
 
 from __future__ import annotations
@@ -150,6 +150,23 @@ def edit(file: Path, change: Callable[[bytes, random.Random], bytes], rng: rando
     file.write_bytes(change(file.read_bytes(), rng))
 
 
+def damage(file: Path, change: Callable[[bytes, random.Random], bytes], rng: random.Random) -> None:
+    """Change a file's content, or now and then what kind of file stands there."""
+    if rng.random() > 0.04:
+        edit(file, change, rng)
+        return
+    file.unlink()
+    way = rng.randrange(5)
+    if way == 0:
+        os.mkfifo(file)
+    elif way == 1:
+        file.mkdir()
+    elif way == 2:
+        file.touch()
+    else:
+        file.symlink_to(file if way == 3 else file.with_name("nothing"))
+
+
 def safetensors_bytes(data: bytes, rng: random.Random) -> bytes:
     """A safetensors file with its header changed, or any of its bytes."""
     if rng.random() < 0.25:
@@ -199,6 +216,36 @@ def zip_bytes(data: bytes, rng: random.Random) -> bytes:
                 new.writestr(rng.choice(("../x", "x", "/x", name + "x")), content)
             elif way == 7:
                 new.writestr(name, b"")
+    return made.getvalue()
+
+
+def npz_bytes(data: bytes, rng: random.Random) -> bytes:
+    """An npz with other arrays in it, or its archive damaged."""
+    if rng.random() < 0.6:
+        return zip_bytes(data, rng)
+    import numpy as np
+
+    with np.load(io.BytesIO(data)) as archive:
+        arrays: dict[str, Any] = {"images": archive["images"], "labels": archive["labels"]}
+    images, labels, names = arrays["images"], arrays["labels"], np.array(["a", "b", "\x1b[1m", "d"])
+    odd: list[Any] = [images.astype(kind) for kind in ("f2", ">f4", "f8", "c8", "u1", "i8", "?", "U3", "S3", "g")]
+    odd += [np.asfortranarray(images), images[:0], images[..., None], images * np.nan, images * 1e38, np.float32(1)]
+    odd += [labels.astype(kind) for kind in (">i2", "u8", "f4", "O", "U3", "?", "M8[s]")] + [
+        labels[:, None],
+        labels[1:],
+    ]
+    odd += [labels + 4, labels - 9, labels * 0 - 1, labels.astype("u8") - 99, np.zeros(3, [("a", "i4"), ("b", "f4")])]
+    name = rng.choice(
+        ("images", "labels", "labels", "names", "class_names", "x", "y", "\x1b", "", "../x", "images.npy")
+    )
+    arrays[name] = rng.choice(odd) if "names" not in name else rng.choice((names, names[:3], names.astype("O"), images))
+    made = io.BytesIO()
+    # Not by name: the function has a parameter `file`, and names may hold anything.
+    with zipfile.ZipFile(made, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA))) as new:
+        for key, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.asanyarray(array), rng.choice((None, (1, 0), (2, 0), (3, 0))))
+            new.writestr(f"{key}.npy", content.getvalue())
     return made.getvalue()
 
 
@@ -260,20 +307,55 @@ def parquet_bytes(data: bytes, rng: random.Random) -> bytes:
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(data))
-    way = rng.randrange(4)
+    way = rng.randrange(6)
     if way == 0:
-        metadata = change_bytes(b'{"info": {"features": {"label": {"names": ["a"], "_type": "ClassLabel"}}}}', rng)
+        names = [["a", "b", "c", "d"], ["a"], ["\x1b", "", "c", "d"], [1, 2, 3, 4], "abcd", {"a": 1}, None][
+            rng.randrange(7)
+        ]
+        note = json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}).encode()
+        metadata = (
+            note if rng.random() < 0.5 else json_text(note, rng) if rng.random() < 0.7 else change_bytes(note, rng)
+        )
         table = table.replace_schema_metadata({b"huggingface": metadata})
     elif way == 1:
         table = table.drop_columns([rng.choice(table.column_names)])
+    elif way == 2:
+        name = rng.choice(("label", "image", "y", "x", "", "\x1b[1m", "class", "images"))
+        table = table.append_column(name, table.column(rng.randrange(2)))
+    elif way == 3:
+        table = rng.choice((table.slice(0, 0), table.slice(1), pa.concat_tables([table] * 40), table.select([])))
     else:
         index = rng.randrange(len(table.column_names))
         odd = [[None], [hostile_cell(rng)], [b""], [b"x"], ["x"], [-1], [2**40], [1.5], [[1]], [{"bytes": None}]]
-        column = pa.array(rng.choice(odd) * len(table))
-        table = table.set_column(index, table.column_names[index], column)
+        odd += [
+            [{"bytes": data[:9], "path": None}],
+            [{"bytes": None, "path": "/dev/zero"}],
+            [{"bytes": None, "path": ""}],
+        ]
+        odd += [[{"path": "0.png"}], [{"bytes": [1]}], [{"bytes": {"bytes": b"x"}}], [{}], [3], [0], [-1], [2**63 - 1]]
+        values = rng.choice(odd) * len(table)
+        if rng.random() < 0.2:
+            values[rng.randrange(len(values))] = None
+        with contextlib.suppress(pa.ArrowException):
+            column = pa.array(values)
+            types = [
+                column.type,
+                column.type,
+                pa.uint64(),
+                pa.int8(),
+                pa.float16(),
+                pa.timestamp("s"),
+                pa.large_binary(),
+            ]
+            column = column.cast(rng.choice(types))
+            column = column.dictionary_encode() if rng.random() < 0.2 else column
+            table = table.set_column(index, table.column_names[index], column)
     made = io.BytesIO()
-    pq.write_table(table, made)
-    return made.getvalue()
+    options: dict[str, Any] = {"compression": rng.choice(("none", "snappy", "gzip", "zstd", "brotli"))}
+    options |= {"row_group_size": rng.choice((None, 1, 3)), "use_dictionary": rng.random() < 0.5}
+    options |= {"write_page_checksum": rng.random() < 0.3, "data_page_version": rng.choice(("1.0", "2.0"))}
+    pq.write_table(table, made, **options)
+    return made.getvalue() if rng.random() < 0.8 else change_bytes(made.getvalue(), rng)
 
 
 def hostile_cell(rng: random.Random) -> Any:
@@ -281,19 +363,127 @@ def hostile_cell(rng: random.Random) -> Any:
     return value if isinstance(value, bool | float) or value is None else repr(value)
 
 
-def change_spec(rng: random.Random) -> str:
-    """A pass with options for `--pass`, most of them wrong."""
-    from effcli import passes
-
-    name = rng.choice(list(passes.PASSES))
-    keys = list(passes.load(name).Config.model_fields)
+def change_spec(rng: random.Random, name: str, keys: list[str]) -> str:
+    """`NAME:KEY=VALUE,...` with options as `--pass` takes them, most of them wrong."""
     odd = ["", "-1", "0", "1e9", "!!timestamp x", "9" * 5000, "[1", "{a: 1}", "null", "true", "2001-02-30", "&a [*a]"]
     odd += ["\x00", "é", "x", "4", "[2,3]", "{'': 3}", "nan", ".inf", "0x1g", "!!binary x", "\udcff", "[" * 300]
+    odd += [
+        "4",
+        "2",
+        "8",
+        "3",
+        "false",
+        "channel",
+        "tensor",
+        "group",
+        "['*']",
+        "{'*': {bits: 3}}",
+        "linear",
+        "0.5",
+        "9" * 39,
+    ]
     parts = [f"{rng.choice(keys)}={rng.choice(odd)}" for _ in range(rng.choice((1, 1, 2, 3)))]
-    spec = f"{name}:{','.join(parts)}"
-    if rng.random() < 0.7:
+    spec = f"{name}:{','.join(parts)}" if rng.random() < 0.9 else name
+    if rng.random() < 0.8:
         return spec
     return change_text(spec.encode("utf-8", "surrogateescape"), rng).decode("utf-8", "surrogateescape")
+
+
+# Numbers at the borders of what options, and the libraries behind them, take.
+NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    16,
+    32,
+    33,
+    64,
+    100,
+    -1,
+    127,
+    128,
+    255,
+    256,
+    1000,
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    1e-9,
+    1e-45,
+)
+NUMBERS += (1e-320, 1e38, 1e39, 1e308, -0.5, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**38, 10**39)
+TEXTS = (
+    "auto",
+    "cpu",
+    "cuda",
+    "cuda:0",
+    "int8",
+    "float16",
+    "channel",
+    "group",
+    "mse",
+    "gram",
+    "loss",
+    "linear",
+    "*",
+    "[!a]",
+    "",
+)
+
+
+def likely(annotation: Any, rng: random.Random) -> Any:
+    """A value for an option of this type that may well be taken: it then reaches what stands behind the check."""
+    text = str(annotation)
+    words = re.findall(r"'([^']+)'", text) if "Literal" in text else []
+    numbers = [1, 2, 3, 4, 8, 32] if "int" in text and rng.random() < 0.4 else list(NUMBERS)
+    if words and rng.random() < 0.8:
+        return rng.choice(words)
+    if "bool" in text:
+        return rng.random() < 0.5
+    if "dict" in text:
+        options = {rng.choice(("bits", "group_size", "symmetric", "range", "ignore")): rng.choice(NUMBERS)}
+        return {rng.choice((*TEXTS, "0", "8", "4", "?")): options}
+    if "tuple" in text and ("int" in text or "float" in text or "_Length" in text):
+        return [rng.choice(numbers) for _ in range(rng.choice((1, 2, 3)))]
+    if "int" in text or "float" in text:
+        return rng.choice(numbers)
+    return rng.choice((rng.choice(TEXTS), [rng.choice(TEXTS)], rng.choice(NUMBERS), hostile(rng)))
+
+
+def change_recipe(data: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A recipe with one to three options set to values that may be taken."""
+    from effcli import exporters, passes
+    from effcli.inputs.preprocess import Preprocess
+    from effcli.recipe import Calibration, Evaluate, Recipe
+
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        part = rng.choice(("", "calibration", "evaluate", "preprocess", "passes", "passes", "passes", "export"))
+        if part == "passes":
+            steps = data["passes"]
+            if rng.random() < 0.3:
+                steps.append({rng.choice(list(passes.PASSES)): {}})
+            ((name, options),) = rng.choice(steps).items()
+            fields = passes.load(name).Config.model_fields
+        elif part == "export":
+            name = rng.choice(("onnx", "c", "pt2", "safetensors"))
+            data["export"] = [{name: {}}]
+            options, fields = data["export"][0][name], exporters.load(name).Config.model_fields
+        elif part:
+            kinds: dict[str, Any] = {"calibration": Calibration, "evaluate": Evaluate, "preprocess": Preprocess}
+            options, fields = data.setdefault(part, {}), kinds[part].model_fields
+        else:
+            options, fields = data, {key: field for key, field in Recipe.model_fields.items() if key != "passes"}
+        if fields and isinstance(options, dict):
+            key = rng.choice(list(fields))
+            options[key] = likely(fields[key].annotation, rng) if rng.random() < 0.9 else hostile(rng)
+    return data
 
 
 def make_bases(folder: Path) -> None:
@@ -319,6 +509,13 @@ def make_bases(folder: Path) -> None:
         {"query": "the king is", "choices": [" good", " bad"], "gold": 0},
         {"context": "To be", "continuation": "be"},
     ]
+    partial = {"contexts": ["the king", "the queen"], "continuation": " is good", "gold": 1}
+    chat = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+    pair = {"prompt": text, "completion": text}
+    file = folder / "lm" / "tokenizer_config.json"
+    template = {"chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | template), encoding="utf-8")
+    (folder / "partial.jsonl").write_text("".join(json.dumps(partial) + "\n" for _ in range(3)), encoding="utf-8")
     (folder / "q.jsonl").write_text("".join(json.dumps(questions[0]) + "\n" for _ in range(3)), encoding="utf-8")
     (folder / "words.jsonl").write_text("".join(json.dumps(questions[1]) + "\n" for _ in range(3)), encoding="utf-8")
     (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(4)), encoding="utf-8")
@@ -339,12 +536,14 @@ def make_bases(folder: Path) -> None:
     images = random.standard_normal((32, 3, 8, 8)).astype(np.float32)
     labels = network(torch.from_numpy(images)).argmax(1).numpy()
     np.savez(folder / "data.npz", images=images, labels=labels)
+    (folder / "chat.jsonl").write_text(json.dumps(chat) + "\n" + json.dumps(pair) + "\n", encoding="utf-8")
     (folder / "imgs").mkdir()
     for label in range(4):
         (folder / "imgs" / f"c{label}").mkdir()
         for number in range(2):
             pixels = random.integers(0, 256, (8, 8, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "imgs" / f"c{label}" / f"{number}.png")
+    write_formats(folder / "formats", Image.fromarray(pixels))
     write_onnx(folder / "net.onnx", random)
     write_parquet(folder / "d.parquet", folder / "imgs" / "c0" / "0.png")
     data = ["--calib", str(folder / "data.npz"), "--eval", str(folder / "data.npz"), "--set=evaluate.latency=false"]
@@ -370,6 +569,31 @@ def command(words: Words) -> None:
         code = main(words)
     if code:
         raise SystemExit(f"the valid inputs could not be made: {' '.join(words)}\n{err.getvalue()}")
+
+
+def write_formats(folder: Path, image: Any) -> None:
+    """The image in several formats and modes, one class each, under names of images."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("PNG", {"exif": exif}),
+        ("JPEG", {"exif": exif}),
+        ("BMP", {}),
+        ("WEBP", {}),
+    ]
+    ways += [("GIF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("PPM", {}), ("JPEG2000", {}), ("PNG", {"bits": 4})]
+    modes = ["RGBA", "CMYK", "P", "RGB", "P", "RGB", "L", "RGB", "P"]
+    for number, ((name, options), mode) in enumerate(zip(ways, modes, strict=True)):
+        (folder / f"c{number % 4}").mkdir(parents=True, exist_ok=True)
+        suffix = {"JPEG": ".jpg", "BMP": ".bmp", "WEBP": ".webp"}.get(name, ".png")
+        file = folder / f"c{number % 4}" / f"{number}{suffix}"
+        image.convert(mode).save(file, name, **options)
+    sequence = [image, image.rotate(90), image.rotate(180)]
+    for number, name in enumerate(("PNG", "WEBP", "GIF")):
+        file = folder / f"c{number}" / f"moving.{'webp' if name == 'WEBP' else 'png'}"
+        sequence[0].save(file, name, save_all=True, append_images=sequence[1:])
 
 
 def write_onnx(file: Path, random: Any) -> None:
@@ -479,61 +703,116 @@ def file_of(name: str, folder: str) -> Callable[[Case], Words]:
 def report_case(case: Case) -> Words:
     name = case.rng.choice(("g_lin", "lm_km", "g_int"))
     model = case.copy(name)
-    edit(model / "report.json", json_text, case.rng)
-    return case.rng.choice((["report", str(model)], ["compare", str(model), case.base("g_lin")]))
+    case.checked = model / "report.json"
+    damage(case.checked, json_text, case.rng)
+    pair = [str(model), case.base("g_lin")]
+    case.rng.shuffle(pair)
+    words = case.rng.choice((["report", str(model)], ["compare", *pair]))
+    return [*words, "--json"] if case.rng.random() < 0.3 else words
 
 
 def yaml_case(case: Case) -> Words:
-    file = case.copy(case.rng.choice(("r.yaml", "r2.yaml")))
-    edit(file, change_text if file.name == "r2.yaml" or case.rng.random() < 0.5 else json_text, case.rng)
-    return ["plan", str(file)]
+    case.checked = case.copy(case.rng.choice(("r.yaml", "r2.yaml")))
+    plain = case.checked.name == "r2.yaml" or case.rng.random() < 0.5
+    damage(case.checked, change_text if plain else json_text, case.rng)
+    return ["plan", str(case.checked)]
+
+
+def recipe_case(case: Case) -> Words:
+    """Options that may be taken, in a recipe that is carried out."""
+    text = case.rng.random() < 0.15
+    data: dict[str, Any] = {"model": case.base("lm" if text else "net.pt2"), "passes": [{"linear": {}}], "seed": 1}
+    data["calibration"] = {"data": case.base("text.txt" if text else "data.npz"), "samples": 2}
+    data["evaluate"] = {"latency": False, "samples": 2} | ({} if text else {"images": case.base("data.npz")})
+    if text:
+        data["passes"] = [{case.rng.choice(("linear", "awq", "gptq", "nf4", "kmeans")): {}}]
+        data["calibration"] |= {"length": 32}
+        data["evaluate"] |= {"length": 32, "perplexity": case.base("text.txt")}
+    else:
+        chosen = ("linear", "fold", "int8", "kmeans", "gptq", "adaround", "equalize", "ternary", "binary", "centroids")
+        data["passes"] = [{case.rng.choice(chosen): {}}]
+    file = case.folder / "r.yaml"
+    file.write_text(json.dumps(change_recipe(data, case.rng)), encoding="utf-8")
+    return ["run", str(file), *case.out(), "--quiet"] if case.rng.random() < 0.8 else ["plan", str(file)]
 
 
 def spec_case(case: Case) -> Words:
-    network = case.base(case.rng.choice(("net.pt2", "lm")))
-    spec = change_spec(case.rng)
-    if case.rng.random() < 0.25:
-        key = case.rng.choice(("seed", "passes.0.linear", "calibration", "shape", "x.y", ""))
+    from effcli import exporters, passes
+    from effcli.inputs.preprocess import Preprocess
+
+    rng = case.rng
+    network = case.base(rng.choice(("net.pt2", "lm")))
+    way = rng.randrange(8)
+    if way == 0:
+        name = rng.choice(("onnx", "c", "pt2", "safetensors", "gptq"))
+        spec = change_spec(rng, name, list(exporters.load(name).Config.model_fields) or ["x"])
+        return ["export", case.base(rng.choice(("g_lin", "g_int"))), "--to", spec, *case.out()]
+    if way == 1:
+        spec = change_spec(rng, "x", list(Preprocess.model_fields))
+        return [
+            "eval",
+            case.base("net.pt2"),
+            "--images",
+            case.base("imgs"),
+            f"--set=preprocess.{spec.partition(':')[2]}",
+        ]
+    name = rng.choice(list(passes.PASSES))
+    spec = change_spec(rng, name, list(passes.load(name).Config.model_fields))
+    if way == 2:
+        key = rng.choice(("seed", "passes.0.linear", "calibration", "shape", "x.y", "", "threads", "passes.0.bits"))
         return ["plan", network, "--pass", "linear", f"--set={key}={spec.partition('=')[2]}"]
+    if way == 3:
+        value = rng.choice(("0", "-1", "2", "9" * 39, "9" * 5000, "x", "1.5", "", str(2**31), str(2**63 - 1), "\u00b2"))
+        measured = ["eval", case.base("lm"), "--text", case.base("text.txt"), *EVALUATION]
+        wide = ["plan", network, "--pass", "linear", rng.choice(("--bits", "--group-size")), value]
+        return rng.choice(([*measured, rng.choice(("--samples", "--length", "--limit")), value], wide))
     return ["plan", network, "--pass", spec]
 
 
 def jsonl_case(case: Case) -> Words:
-    file = case.copy(case.rng.choice(("q.jsonl", "words.jsonl", "prose.jsonl")))
-    lines = file.read_bytes().splitlines()
-    at = case.rng.randrange(len(lines))
-    lines[at] = json_text(lines[at], case.rng)
-    file.write_bytes(b"\n".join(lines))
-    if file.name == "prose.jsonl":
+    names = ("q.jsonl", "words.jsonl", "partial.jsonl", "prose.jsonl", "chat.jsonl")
+    file = case.copy(case.rng.choice(names))
+    damage(file, jsonl_bytes, case.rng)
+    case.checked = file
+    if file.name in ("prose.jsonl", "chat.jsonl"):
+        if case.rng.random() < 0.7:
+            return ["eval", case.base("lm"), "--text", str(file), "--length", "64"]
         return ["compress", case.base("lm"), "--pass", "awq:group_size=32", "--calib", str(file), *SHORT, *case.out()]
     return ["eval", case.base("lm"), "--choices", str(file)]
+
+
+def jsonl_bytes(data: bytes, rng: random.Random) -> bytes:
+    """JSON lines with one line changed."""
+    lines = data.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = json_text(lines[at], rng)
+    return rng.choice((b"\n", b"\n", b"\r\n", b"\n\n")).join(lines)
 
 
 def data_of(name: str, change: Callable[[bytes, random.Random], bytes]) -> Callable[[Case], Words]:
     """Damages the labelled images of file `name`."""
 
     def make(case: Case) -> Words:
-        file = case.copy(name)
-        edit(file, change, case.rng)
-        return ["eval", case.base("net.pt2"), "--images", str(file)]
+        case.checked = case.copy(name)
+        damage(case.checked, change, case.rng)
+        return ["eval", case.base("net.pt2"), "--images", str(case.checked)]
 
     return make
 
 
 def images_case(case: Case) -> Words:
-    folder = case.copy("imgs")
-    file = case.rng.choice(sorted(folder.rglob("*.png")))
+    folder = case.copy(case.rng.choice(("imgs", "formats", "formats")))
+    case.checked = folder
+    file = case.rng.choice(sorted(file for file in folder.rglob("*") if file.is_file()))
     way = case.rng.randrange(12)
     if way == 0:
-        file.unlink()
-        os.mkfifo(file)
-    elif way == 1:
-        file.write_bytes(b"")
-    elif way == 2:
         file.rename(file.with_name("\x1b[31m\u202e.png"))
+    elif way == 1:
+        file.rename(file.with_suffix(case.rng.choice((".png", ".jpg", ".bmp", ".webp", ".gif", ""))))
     else:
-        edit(file, change_bytes, case.rng)
-    return ["eval", case.base("net.pt2"), "--images", str(folder)]
+        damage(file, change_bytes, case.rng)
+    resize = ["--set=preprocess.resize=[8,8]", "--set=preprocess.scale=0.004"] if case.rng.random() < 0.5 else []
+    return ["eval", case.base("net.pt2"), "--images", str(folder), *resize]
 
 
 def network_of(name: str, change: Callable[[bytes, random.Random], bytes]) -> Callable[[Case], Words]:
@@ -558,7 +837,8 @@ KINDS: dict[str, Callable[[Case], Words]] = {
     "yaml": yaml_case,
     "spec": spec_case,
     "jsonl": jsonl_case,
-    "npz": data_of("data.npz", zip_bytes),
+    "recipe": recipe_case,
+    "npz": data_of("data.npz", npz_bytes),
     "parquet": data_of("d.parquet", parquet_bytes),
     "images": images_case,
     "onnx": network_of("net.onnx", onnx_bytes),
@@ -613,20 +893,59 @@ def attempt(kind: str, seed: int, number: int, bases: Path, folder: Path, limits
         verdict = "internal error"
     if not verdict and grown > limits.memory:
         verdict = "memory"
-    if not verdict and code == 0 and case.checked is not None and refused_by_library(case.checked):
-        verdict = "wrongly accepted"
     seconds = time.monotonic() - began
+    if not verdict and code == 0 and case.checked is not None:
+        refused = refused_by_library(case.checked)
+        verdict, said = ("wrongly accepted", f"{said}\nerror: accepted: {refused}") if refused else (verdict, said)
     return {"verdict": verdict, "words": words, "code": code, "said": said, "grown": grown, "seconds": seconds}
 
 
-def refused_by_library(file: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
+def refused_by_library(file: Path) -> str:
+    """What the library of the file's own format says against it, or against a file in a folder; else empty."""
+    if file.is_dir():
+        return next((said for below in sorted(file.rglob("*.*")) if (said := refused_by_library(below))), "")
+    if not file.is_file():
+        return "not a file"
     try:
+        read_by_library(file)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def read_by_library(file: Path) -> None:
+    """Read all of a file with the library of its format, which raises in its own ways."""
+    import numpy as np
+    import yaml
+    from PIL import Image
+    from safetensors import safe_open
+
+    kind = file.suffix
+    if kind == ".safetensors":
         with safe_open(file, "np"):
-            return False
-    except SafetensorError:
-        return True
+            pass
+    elif kind == ".npz":
+        with np.load(file, allow_pickle=False) as archive:
+            for name in archive.files:
+                archive[name]
+    elif kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        pq.read_table(file)
+    elif kind == ".json":
+        json.loads(file.read_bytes().decode("utf-8"))
+    elif kind == ".jsonl":
+        for line in file.read_bytes().decode("utf-8-sig").split("\n"):
+            if line.strip():
+                json.loads(line)
+    elif kind == ".yaml":
+        # Which texts are numbers and dates differs on purpose.
+        yaml.load(file.read_bytes().decode("utf-8"), yaml.BaseLoader)
+    elif kind in (".png", ".jpg", ".bmp", ".webp"):
+        with Image.open(file) as image:
+            image.verify()
+        with Image.open(file) as image:
+            image.load()
 
 
 def reset_peak() -> int:

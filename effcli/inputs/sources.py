@@ -241,7 +241,10 @@ def decode(item: Item, gray: bool) -> Pixels:
     if isinstance(data, str):
         _check_file(data)
     try:
-        with _opened(data) as file:
+        _check_whole(data)
+        with _opened(data) as file, warnings.catch_warnings():
+            # Of tags beside the pixels that it leaves out.
+            warnings.simplefilter("ignore", UserWarning)
             if file.width * file.height > MOST_PIXELS:
                 raise DataError(
                     f"{name} has {file.width:,} × {file.height:,} pixels, more than the {MOST_PIXELS:,} that are read",
@@ -263,11 +266,19 @@ def decode(item: Item, gray: bool) -> Pixels:
     return pixels
 
 
+def _check_whole(data: str | bytes) -> None:
+    """Let Pillow hold each part of a PNG against its checksum, which it does not do while it decodes."""
+    with _opened(data) as file:
+        if file.format == "PNG":
+            file.verify()
+
+
 def _opened(data: str | bytes) -> Image.Image:
     """An image whose header alone was read."""
     with warnings.catch_warnings():
         # Its size is judged before it is decoded.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", UserWarning)
         return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS)
 
 

@@ -260,12 +260,21 @@ def test_bad_folders(tmp_path: Path) -> None:
     refused("holds images beside folders of images")
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "size", "deep"])
+@pytest.mark.parametrize("kind", ["truncated", "checksum", "later", "text", "size", "deep"])
 def test_a_bad_image_is_named(kind: str, tmp_path: Path) -> None:
     Image.fromarray(pixels(1, 8, 6, 3)[0]).save(tmp_path / "a.png")
     bad = tmp_path / "b.png"
     if kind == "truncated":
         bad.write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    elif kind == "checksum":
+        # The last byte of the pixels' checksum, which decoding does not look at.
+        data = bytearray((tmp_path / "a.png").read_bytes())
+        data[data.index(b"IEND") - 5] ^= 1
+        bad.write_bytes(data)
+    elif kind == "later":
+        frames = [Image.fromarray(frame) for frame in pixels(2, 8, 6, 3)]
+        frames[0].save(bad, save_all=True, append_images=frames[1:])
+        bad.write_bytes(bad.read_bytes().replace(b"fdAT\0\0\0\2", b"fdAT\0\0\0\3"))
     elif kind == "text":
         bad.write_text("no image")
     elif kind == "size":
@@ -487,6 +496,15 @@ def test_an_image_that_resizing_makes_large_is_refused(tmp_path: Path) -> None:
     preprocess = Preprocess(resize=224, crop=(4, 4))
     with pytest.raises(DataError, match="would be resized to"):
         list(open_inputs(tmp_path, (3, 4, 4), preprocess).batches(1))
+
+
+def test_tags_that_are_left_out_are_not_warned_of(tmp_path: Path) -> None:
+    Image.fromarray(pixels(1, 8, 6, 3)[0]).save(tmp_path / "a.png", "TIFF", software="x" * 40)
+    data = (tmp_path / "a.png").read_bytes()
+    # The tag now claims more bytes than the file has; warnings are errors here.
+    (tmp_path / "a.png").write_bytes(data.replace(b"\x31\x01\x02\0\x29\0\0\0", b"\x31\x01\x02\0\x29\0\1\0"))
+    assert data != (tmp_path / "a.png").read_bytes()
+    assert len(whole(open_inputs(tmp_path, (3, 8, 6), Preprocess()))[0]) == 1
 
 
 def test_only_formats_of_images_are_decoded(tmp_path: Path) -> None:
