@@ -229,7 +229,14 @@ def npz_bytes(data: bytes, rng: random.Random) -> bytes:
         arrays: dict[str, Any] = {"images": archive["images"], "labels": archive["labels"]}
     images, labels, names = arrays["images"], arrays["labels"], np.array(["a", "b", "\x1b[1m", "d"])
     odd: list[Any] = [images.astype(kind) for kind in ("f2", ">f4", "f8", "c8", "u1", "i8", "?", "U3", "S3", "g")]
-    odd += [np.asfortranarray(images), images[:0], images[..., None], images * np.nan, images * 1e38, np.float32(1)]
+    odd += [
+        np.asfortranarray(images),
+        images[:0],
+        images[..., None],
+        images * np.nan,
+        images * np.float32(1e30),
+        np.float32(1),
+    ]
     odd += [labels.astype(kind) for kind in (">i2", "u8", "f4", "O", "U3", "?", "M8[s]")] + [
         labels[:, None],
         labels[1:],
@@ -773,11 +780,12 @@ def jsonl_case(case: Case) -> Words:
     names = ("q.jsonl", "words.jsonl", "partial.jsonl", "prose.jsonl", "chat.jsonl")
     file = case.copy(case.rng.choice(names))
     damage(file, jsonl_bytes, case.rng)
-    case.checked = file
     if file.name in ("prose.jsonl", "chat.jsonl"):
         if case.rng.random() < 0.7:
             return ["eval", case.base("lm"), "--text", str(file), "--length", "64"]
         return ["compress", case.base("lm"), "--pass", "awq:group_size=32", "--calib", str(file), *SHORT, *case.out()]
+    # Of a text no more is read than is asked for, of questions every line.
+    case.checked = file
     return ["eval", case.base("lm"), "--choices", str(file)]
 
 
@@ -927,7 +935,12 @@ def read_by_library(file: Path) -> None:
     elif kind == ".npz":
         with np.load(file, allow_pickle=False) as archive:
             for name in archive.files:
-                archive[name]
+                try:
+                    archive[name]
+                except ValueError as error:
+                    # Arrays of objects are left unread, which is said.
+                    if "Object arrays" not in str(error):
+                        raise
     elif kind == ".parquet":
         import pyarrow.parquet as pq
 

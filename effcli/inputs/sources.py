@@ -115,7 +115,13 @@ def open_npz(path: Path, shape: tuple[int, ...], preprocess: Preprocess) -> Sour
     remarks = [
         f"{found} in {path} holds {dtype}, not class numbers: the inputs are taken as unlabelled"
         for found, (size, dtype) in headers.items()
-        if label_key is None and found != key and dtype.kind == "f" and _LABELS.fullmatch(found) and len(size) == 1
+        if label_key is None and found != key and dtype.kind not in "iu" and len(size) == 1
+        if _LABELS.fullmatch(found) and not _CLASS_NAMES.fullmatch(found)
+    ]
+    remarks += [
+        f"{found} in {path} holds {dtype}, not text: the classes have no names"
+        for found, (size, dtype) in headers.items()
+        if found not in (key, label_key) and dtype.kind in "OS" and len(size) == 1 and _CLASS_NAMES.fullmatch(found)
     ]
     names = [
         found

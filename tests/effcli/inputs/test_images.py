@@ -153,12 +153,21 @@ def test_bad_arrays(arrays: dict[str, Any], options: dict[str, Any], message: st
 
 
 def test_numbers_named_like_labels_are_said_to_be_left_out(tmp_path: Path) -> None:
-    source = savez(tmp_path / "d.npz", x=np.zeros((2, 3, 8, 6)), labels=np.array([0.5, 1]))
-    found = open_inputs(source, (3, 8, 6), Preprocess())
-    assert found.labels is None
-    assert found.remarks == (
-        f"labels in {source} holds float64, not class numbers: the inputs are taken as unlabelled",
-    )
+    for labels in ([0.5, 1], np.array([0, 1], dtype=object), ["a", "b"], [True, False]):
+        source = savez(tmp_path / "d.npz", x=np.zeros((2, 3, 8, 6)), labels=labels)
+        found = open_inputs(source, (3, 8, 6), Preprocess())
+        assert found.labels is None
+        (remark,) = found.remarks
+        kind = np.asarray(labels).dtype
+        assert remark == f"labels in {source} holds {kind}, not class numbers: the inputs are taken as unlabelled"
+
+
+def test_class_names_that_are_no_text_are_said_to_be_left_out(tmp_path: Path) -> None:
+    for names in (np.array(["ant", "bee"], dtype=object), np.array([b"ant", b"bee"])):
+        source = savez(tmp_path / "d.npz", x=np.zeros((2, 3, 8, 6)), labels=[0, 1], class_names=names)
+        found = open_inputs(source, (3, 8, 6), Preprocess())
+        assert found.names is None and found.labels is not None
+        assert found.remarks == (f"class_names in {source} holds {names.dtype}, not text: the classes have no names",)
 
 
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
