@@ -856,10 +856,18 @@ KINDS: dict[str, Callable[[Case], Words]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """seconds and bytes of memory for one input."""
+    """Seconds, without those in which other processes had the processor, and bytes of memory for one input."""
 
     seconds: float
     memory: int
+
+
+def clock(process: int | str = "self") -> float:
+    """Seconds that count for a process: those that passed without those that it waited for a processor."""
+    waited = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        waited = int(Path(f"/proc/{process}/schedstat").read_text().split()[1])
+    return time.monotonic() - waited / 1e9
 
 
 class TooLong(BaseException):
@@ -874,10 +882,13 @@ def attempt(kind: str, seed: int, number: int, bases: Path, folder: Path, limits
     words = KINDS[kind](case)
     before = reset_peak()
     out, err = io.StringIO(), io.StringIO()
-    verdict, began = "", time.monotonic()
+    verdict, began = "", clock()
 
     def stop(*_: object) -> None:
-        raise TooLong
+        left = began + limits.seconds - clock()
+        if left <= 0:
+            raise TooLong
+        signal.setitimer(signal.ITIMER_REAL, max(left, 0.1))
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limits.seconds)
@@ -893,6 +904,7 @@ def attempt(kind: str, seed: int, number: int, bases: Path, folder: Path, limits
         err.write(f"uncaught {type(error).__name__}: {error}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    seconds = clock() - began
     grown = peak() - before
     said = err.getvalue()
     if not verdict and "out of memory" in said:
@@ -901,7 +913,6 @@ def attempt(kind: str, seed: int, number: int, bases: Path, folder: Path, limits
         verdict = "internal error"
     if not verdict and grown > limits.memory:
         verdict = "memory"
-    seconds = time.monotonic() - began
     if not verdict and code == 0 and case.checked is not None:
         refused = refused_by_library(case.checked)
         verdict, said = ("wrongly accepted", f"{said}\nerror: accepted: {refused}") if refused else (verdict, said)
@@ -987,6 +998,15 @@ def work(todo: list[tuple[str, int, int]], bases: Path, folder: Path, limits: Li
         shutil.rmtree(here, ignore_errors=True)
 
 
+def answers(results: Connection, process: int | None, seconds: float) -> bool:
+    """Whether a result comes from the process before `seconds` of its time are over."""
+    end = clock(process or "self") + seconds
+    while not results.poll(1):
+        if clock(process or "self") > end:
+            return False
+    return True
+
+
 def carry_out(
     todo: list[tuple[str, int, int]], bases: Path, limits: Limits, until: float, keep: Path | None
 ) -> list[tuple[str, dict[str, Any]]]:
@@ -1004,7 +1024,7 @@ def carry_out(
                 kind, seed, number = todo[len(found)]
                 made, verdict = None, ""
                 try:
-                    if here.poll(limits.seconds + 10):
+                    if answers(here, child.pid, limits.seconds + 10):
                         word, made = here.recv()
                         if word == "began":
                             continue
