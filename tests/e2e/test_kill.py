@@ -1,0 +1,23 @@
+"""A run killed at any moment ends, given again, with the same bytes; scripts/kill_campaign.py tries more moments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kill_campaign.py"
+
+
+# Two moments anywhere, and those at which the output is put in its place and what is left beside it goes away.
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "count"), [("files", 2), ("end", 6)])
+def test_a_killed_run_is_finished_by_the_same_command(at: str, count: int) -> None:
+    words = [sys.executable, SCRIPT, "--runs", "graph", "--at", at, "--count", str(count), "--seed", "3"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, row = done.stdout.splitlines()
+    figures = dict(zip(header.split()[3:5], row.split()[3:5], strict=True))
+    assert int(figures["moments"]) == count and int(figures["kills"]) >= count
