@@ -1,7 +1,8 @@
 """Where a run writes: the output, and the hidden folder beside it that holds unfinished work.
 
 One process at a time works on an output. What is unfinished outlives a kill at any moment: a state is written down
-before anything that it replaces goes away, and a folder is renamed before it is removed.
+before anything that it replaces goes away, and a folder is renamed before it is removed. Until nothing else is left, a
+marker beside a finished output says which request it belongs to.
 """
 
 from __future__ import annotations
@@ -43,17 +44,16 @@ def check_output(output: Path, overwrite: bool, model: Path | None = None) -> No
     parent = existing(output.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write to {parent}", "choose a writable --output")
-    if not output.is_dir() or Workplace(output).placed:
+    if not output.is_dir() or Workplace(output).placed is not None:
         return
-    names = sorted(path.name for path in output.iterdir())
-    if names and not overwrite:
+    filled = any(output.iterdir())
+    if filled and not overwrite:
         raise OutputError(
             f"{output} exists and is not empty", "choose another --output, or replace it with --overwrite"
         )
-    if names and not _is_ours(output):
-        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    if filled and not _is_ours(output):
         raise OutputError(
-            f"{output} was not written by effcli, so it is not overwritten: it holds {shown}",
+            f"{output} was not written by effcli, so it is not overwritten: it holds {shown_names(output)}",
             "choose another --output, or move away what is there",
         )
 
@@ -65,6 +65,12 @@ def _is_ours(folder: Path) -> bool:
     except UserError:
         return False
     return "effcli_version" in found and "schema_version" in found
+
+
+def shown_names(folder: Path) -> str:
+    """What stands in a folder, the first few names of it."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def existing(folder: Path) -> Path:
@@ -83,8 +89,10 @@ class Workplace:
         self._lock = output.parent / f".{output.name}.effcli-lock"
         self._removed = output.parent / f".{output.name}.effcli-removed"
         self._request = self.folder / "request"
-        self._placed = self.folder / "placed"
+        self._marker = output.parent / f".{output.name}.effcli-placed"
         self._former = self.folder / "replaced"
+        self._done = False
+        self._locked = False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,10 +124,17 @@ class Workplace:
             with writing(self.output):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            self._locked = True
             yield
         finally:
-            self._lock.unlink(missing_ok=True)
+            self._unlock()
             os.close(descriptor)
+
+    def _unlock(self) -> None:
+        """Remove the lock's file, once: after that it may be another process's."""
+        if self._locked:
+            self._locked = False
+            self._lock.unlink(missing_ok=True)
 
     def holds(self, request: str) -> bool:
         """Whether work of this request is there."""
@@ -136,35 +151,41 @@ class Workplace:
         """Remove the folder: at every moment it is either whole or not there under its name."""
         with writing(self.output):
             shutil.rmtree(self._removed, ignore_errors=True)
-            if not self.folder.exists():
-                return
-            if self.placed:
-                # The large part first: killed meanwhile, the markers still say that all is done.
-                for path in set(self.folder.iterdir()) - {self._request, self._placed}:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             if self._former.exists() and not self.output.exists():
                 # Killed while it was replaced: without the new one, the former output goes back.
                 self._former.rename(self.output)
-            self.folder.rename(self._removed)
-        shutil.rmtree(self._removed, ignore_errors=True)
+            if self.folder.exists():
+                self.folder.rename(self._removed)
+                shutil.rmtree(self._removed, ignore_errors=True)
+            if self._done:
+                # The marker is the last to go: as long as anything is left, the same command removes it.
+                self._unlock()
+            self._marker.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Remove everything but the finished output, which stands in its place."""
+        self._done = True
+        self.remove()
 
     def place(self, finished: Path) -> None:
         """Put the finished folder, which holds its report, in the output's place, and remove the rest."""
-        write_text(self._placed, digest.of_file(finished / report.FILE_NAME))
+        request = self._request.read_text(encoding="utf-8")
+        write_text(self._marker, f"{request}\n{digest.of_file(finished / report.FILE_NAME)}\n")
         with writing(self.output):
             if self.output.exists():
                 shutil.rmtree(self._former, ignore_errors=True)
                 self.output.rename(self._former)
             finished.rename(self.output)
-        self.remove()
+        self.finish()
 
     @property
-    def placed(self) -> bool:
-        """Whether the output stands in its place already, and only the working folder was not yet removed."""
+    def placed(self) -> str | None:
+        """The request whose output stands in its place already, while what is beside it was not yet removed."""
         file = self.output / report.FILE_NAME
-        if not self._placed.is_file() or not file.is_file():
-            return False
-        return self._placed.read_text(encoding="utf-8", errors="replace") == digest.of_file(file)
+        if not self._marker.is_file() or not file.is_file():
+            return None
+        request, _, written = self._marker.read_text(encoding="utf-8", errors="replace").partition("\n")
+        return request if written.strip() == digest.of_file(file) else None
 
 
 def _same(descriptor: int, file: Path) -> bool:
@@ -174,4 +195,4 @@ def _same(descriptor: int, file: Path) -> bool:
         return False
 
 
-__all__ = ["Workplace", "check_output", "existing", "resolved"]
+__all__ = ["Workplace", "check_output", "existing", "resolved", "shown_names"]

@@ -3,50 +3,66 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from effcli.checkpoint import umask
 from effcli.errors import OutputError, writing
+from effcli.workplace import Workplace, shown_names
 
-# One of these stands in every export.
-_WRITTEN = ("config.json", "model.onnx", "model.pt2", "model.safetensors", "plan.json")
+# An empty file that stands in every export: only what holds it is replaced.
+MARK = ".effcli-export"
 
 
 @contextmanager
 def replacing(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when all went well, and is removed when not.
 
-    Raises `OutputError` when `target` exists (without `overwrite`), holds `source`, or cannot be written.
+    Raises `OutputError` when `target` exists (without `overwrite`), is no export, holds `source`, is written by another
+    process, or cannot be written. What a killed export left beside `target` goes away.
     """
     here, there = source.resolve(), target.resolve()
     if there == here or there in here.parents:
         raise OutputError(f"{target} holds the checkpoint that is exported", "choose another --output")
-    if target.exists():
-        if not overwrite:
-            raise OutputError(f"{target} exists", "choose another --output, or replace it with --overwrite")
-        ours = target.is_dir() and (not any(target.iterdir()) or any((target / name).is_file() for name in _WRITTEN))
-        if not ours:
-            raise OutputError(f"{target} holds no export, so it is not overwritten", "choose another --output")
-    with writing(target):
-        there.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{there.name}-", dir=there.parent))
-        # mkdtemp makes it private; an output has the permissions of any other directory.
-        folder.chmod(0o777 & ~umask())
-    try:
-        yield folder
+    draft, former = (there.with_name(f".{there.name}.effcli-{word}") for word in ("export", "former"))
+    with Workplace(there).locked():
         with writing(target):
-            if there.exists():
-                former = folder.with_name(folder.name + "-former")
-                there.replace(former)
-                folder.replace(there)
-                shutil.rmtree(former)
-            else:
-                folder.replace(there)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            _clear(there, draft, former)
+        _check(target, overwrite)
+        try:
+            with writing(target):
+                draft.mkdir()
+                (draft / MARK).touch()
+            yield draft
+            with writing(target):
+                if there.exists():
+                    there.rename(former)
+                draft.rename(there)
+        finally:
+            _clear(there, draft, former)
+
+
+def _clear(there: Path, draft: Path, former: Path) -> None:
+    """Remove what an export leaves beside it; a former one without a new one in its place goes back."""
+    shutil.rmtree(draft, ignore_errors=True)
+    if former.exists() and not there.exists():
+        former.rename(there)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _check(target: Path, overwrite: bool) -> None:
+    """Raise `OutputError` unless `target` is not there, or is an export that may be replaced."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"{target} exists", "choose another --output, or replace it with --overwrite")
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file and holds no export", "choose another --output")
+    if any(target.iterdir()) and not (target / MARK).is_file():
+        raise OutputError(
+            f"{target} holds no export that effcli wrote, so it is not overwritten: it holds {shown_names(target)}",
+            "choose another --output, or move away what is there",
+        )
 
 
 def nbytes(folder: Path) -> int:

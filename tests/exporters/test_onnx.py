@@ -26,6 +26,7 @@ from effcli.contract import Observed
 from effcli.errors import CheckpointError, OutputError, UnsupportedError, UserError
 from effcli.exporters import _onnx_integer
 from effcli.exporters import onnx as exporter
+from effcli.exporters._target import MARK
 from effcli.language.sweep import sweep
 from effcli.overrides import parse_pass
 from effcli.passes import int8
@@ -88,7 +89,7 @@ def test_an_integer_network_becomes_int8(source: Source, tmp_path: Path) -> None
     # What the user must know where the file runs, and cannot see in it.
     assert found.remarks == (_onnx_integer.REMARK,) and "session.x64quantprecision" in found.remarks[0]
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators(tmp_path / "target")
-    assert files(tmp_path / "target").keys() == {"model.onnx"}
+    assert files(tmp_path / "target").keys() == {"model.onnx", MARK}
     assert found.nbytes == (tmp_path / "target" / "model.onnx").stat().st_size
 
 
