@@ -66,6 +66,10 @@ class UnsupportedError(UserError):
     pass
 
 
+class UnfinishedError(UserError):
+    """Unfinished work of an earlier run that cannot be continued; a run begins anew instead."""
+
+
 class MachineError(EffcliError):
     pass
 

@@ -24,7 +24,8 @@ from effcli import recipe as recipes
 from effcli.checkpoint import weight_files, write_text
 from effcli.contract import Needs
 from effcli.digest import of_path
-from effcli.errors import EffcliError, OutputError, UnsupportedError, UserError, writing
+from effcli.documents import read_model
+from effcli.errors import EffcliError, OutputError, UnfinishedError, UnsupportedError, UserError, writing
 from effcli.machine import cpu_threads, device_name
 from effcli.plan import Plan
 from effcli.recipe import ExportStep, PassStep, Recipe
@@ -104,27 +105,37 @@ class _Run:
         self.overwrite = overwrite
         self.listener = listener
         self.beside = beside
-        check_output(output, overwrite, self.subject.source)
         self.place = Workplace(output)
         self.work = self.place.folder
+        self.finished: list[Stage] = []
 
     def carry_out(self) -> Report:
         plan = self.subject.plan()
         self._check_space(plan)
         remarks = self.subject.calibrate()
         with self.place.locked():
-            self._open_work()
-            if self._placed():
-                self.place.remove()
+            request = self._request()
+            if self.place.placed == request and Report.read(self.output).recipe == self.recipe.model_dump(mode="json"):
+                # Killed when all was done but the removal of what is beside the output.
+                self.place.finish()
                 return Report.read(self.output)
+            self._open_work(request)
             try:
-                return self._compress(remarks, plan.weights)
+                return self._carry_out(remarks, plan.weights, request)
             except OutputError:
                 raise  # a disk with room again goes on from here
             except UserError:
                 # The input is at fault: nothing written so far can serve a second try.
                 self.place.remove()
                 raise
+
+    def _carry_out(self, remarks: tuple[str, ...], count: int, request: str) -> Report:
+        try:
+            return self._compress(remarks, count)
+        except UnfinishedError as error:
+            self._begin_anew(error.cause)
+            self.place.begin(request)
+            return self._compress(remarks, count)
 
     def _compress(self, remarks: tuple[str, ...], count: int) -> Report:
         self.subject.open(self.work)
@@ -133,25 +144,38 @@ class _Run:
         current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
             said = remarks if step.config.needed is not Needs.NOTHING else ()
-            target = self._pass(number, step, current, reference, said, count, stages)
-            dense = not any(row.status == "compressed" for row in stages[-1].ledger)
-            former, current = current, target
-            if reference == former and dense:
-                reference = target
+            stages.append(self._pass(number, step, current, reference, said, count))
+            former = current
+            current, reference = self._after(number, stages[-1], current, reference)
             if former not in (base, reference):
                 shutil.rmtree(former, ignore_errors=True)
         return self._finish(current, stages)
 
-    def _open_work(self) -> None:
-        """Continue unfinished work of the same request; start anew otherwise."""
+    def _after(self, number: int, stage: Stage, current: Path, reference: Path) -> tuple[Path, Path]:
+        """The checkpoint after a pass, and the one before weights were first compressed, from those before the pass."""
+        target = self.work / f"checkpoint-{number}"
+        dense = not any(row.status == "compressed" for row in stage.ledger)
+        return target, target if reference == current and dense else reference
+
+    def _request(self) -> str:
+        """A digest of all that decides what the output holds, exports left out."""
         request = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
             "files": self.subject.request,
             "data": {str(path): of_path(path) for path in self._data()},
             "versions": _software(),
         }
-        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        going_on = self.place.holds(digest) and (self._placed() or self._fits())
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+    def _open_work(self, request: str) -> None:
+        """Continue unfinished work of the same request; start anew otherwise."""
+        going_on = self.place.holds(request)
+        if going_on:
+            try:
+                self.finished = self._read_stages()
+            except UnfinishedError as error:
+                self._begin_anew(error.cause)
+                going_on = False
         if not going_on:
             self.place.remove()
         # Another process may have finished since it was first asked.
@@ -159,28 +183,27 @@ class _Run:
         if going_on:
             self.listener.say("going on from the last written block")
         else:
-            self.place.begin(digest)
+            self.place.begin(request)
 
-    def _placed(self) -> bool:
-        """Whether all is done but for the removal of the working folder."""
-        return self.place.placed and Report.read(self.output).recipe == self.recipe.model_dump(mode="json")
+    def _begin_anew(self, cause: str) -> None:
+        self.finished = []
+        self.listener.say(f"beginning anew, for unfinished work cannot be continued: {cause}")
 
-    def _fits(self) -> bool:
-        """Whether the checkpoints that the finished stages lead to are there."""
-        reference: Path | None = None
-        current: Path | None = None
-        for number in range(1, len(self.recipe.passes) + 1):
+    def _read_stages(self) -> list[Stage]:
+        """The finished stages of unfinished work; `UnfinishedError` unless they and their checkpoints are whole."""
+        stages: list[Stage] = []
+        current = reference = base = self.work
+        for number in range(len(self.recipe.passes) + 1):
             file = self.work / f"stage-{number}.json"
-            try:
-                ledger = Stage.model_validate_json(file.read_text(encoding="utf-8")).ledger
-            except FileNotFoundError:
+            if not file.exists():
                 break
-            except ValueError:
-                return False
-            former, current = current, self.work / f"checkpoint-{number}"
-            if reference == former and not any(row.status == "compressed" for row in ledger):
-                reference = current
-        return all((path / "config.json").is_file() for path in (reference, current) if path is not None)
+            stages.append(read_model(Stage, file, error=UnfinishedError))
+            if number:
+                current, reference = self._after(number, stages[-1], current, reference)
+        for path in {current, reference} - {base}:
+            if not (path / "config.json").is_file():
+                raise UnfinishedError(f"{path} is not whole")
+        return stages
 
     def _data(self) -> list[Path]:
         """Every file and folder of calibration and evaluation data that the recipe names, or that stands for it."""
@@ -204,13 +227,12 @@ class _Run:
             )
 
     def _stage(self, number: int, measure: Callable[[], Stage]) -> Stage:
-        """A stage from the working folder when a run before this one measured it, else measured now."""
-        file = self.work / f"stage-{number}.json"
-        if file.is_file():
-            stage = Stage.model_validate_json(file.read_text(encoding="utf-8"))
+        """A stage that a run before this one measured, else measured now."""
+        if number < len(self.finished):
+            stage = self.finished[number]
         else:
             stage = measure()
-            write_text(file, stage.model_dump_json())
+            write_text(self.work / f"stage-{number}.json", stage.model_dump_json())
         self.listener.stage(stage)
         return stage
 
@@ -222,9 +244,8 @@ class _Run:
         reference: Path,
         said: tuple[str, ...],
         count: int,
-        stages: list[Stage],
-    ) -> Path:
-        """Carry out one step and measure what came out; the new checkpoint."""
+    ) -> Stage:
+        """Carry out one step and measure what came out."""
         target = self.work / f"checkpoint-{number}"
 
         def measure() -> Stage:
@@ -247,8 +268,7 @@ class _Run:
                 }
             )
 
-        stages.append(self._stage(number, measure))
-        return target
+        return self._stage(number, measure)
 
     def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> Swept:
         started = False
@@ -314,15 +334,15 @@ class _Run:
     def _exports(self, finished: Path) -> tuple[tuple[Exported, ...], EffcliError | None]:
         """Make every export that no run before this one has made, up to one that fails: it takes nothing with it."""
         exports = finished / "exports"
-        records = {step.name: self.work / f"export-{step.name}-{_key(step)}.json" for step in self.recipe.export}
-        for folder in exports.iterdir() if exports.is_dir() else ():
-            if folder.name not in records or not records[folder.name].is_file():
-                shutil.rmtree(folder, ignore_errors=True)
+        known = {step.name: self._recorded(step, exports / step.name) for step in self.recipe.export}
+        for path in exports.iterdir() if exports.is_dir() else ():
+            if known.get(path.name) is None:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         made: list[Exported] = []
         for step in self.recipe.export:
-            record = records[step.name]
-            if record.is_file() and (exports / step.name).is_dir():
-                made.append(Exported.model_validate_json(record.read_text(encoding="utf-8")))
+            done = known[step.name]
+            if done is not None:
+                made.append(done)
                 continue
             try:
                 made.append(self._export(step, finished))
@@ -334,8 +354,22 @@ class _Run:
                 failed = type(error)(cause, error.remedy.replace(str(finished), str(self.output)))
                 failed.__cause__ = error
                 return tuple(made), failed
-            write_text(record, made[-1].model_dump_json())
+            write_text(self._record(step), made[-1].model_dump_json())
         return tuple(made), None
+
+    def _record(self, step: ExportStep) -> Path:
+        """What says that an export with these options is made."""
+        return self.work / f"export-{step.name}-{_key(step)}.json"
+
+    def _recorded(self, step: ExportStep, folder: Path) -> Exported | None:
+        """The export that a run before this one made in `folder`."""
+        if not self._record(step).exists() or not folder.is_dir():
+            return None
+        try:
+            return read_model(Exported, self._record(step), error=UnfinishedError)
+        except UnfinishedError as error:
+            self.listener.say(f"exporting to {step.name} again: {error.cause}")
+            return None
 
     def _export(self, step: ExportStep, finished: Path) -> Exported:
         folder = finished / "exports" / step.name

@@ -70,8 +70,9 @@ def run(recipe: Recipe, overwrite: bool = False, listener: Listener | None = Non
     from effcli.reports.html_sensitivity import write
     from effcli.workplace import check_output
 
-    # Before a long search, what would fail after it.
-    check_output(recipe.target.absolute(), overwrite, Path(recipe.model).expanduser())
+    if any(step.chosen for step in recipe.passes):
+        # Before a long search, what would fail after it.
+        check_output(recipe.target.absolute(), overwrite, Path(recipe.model).expanduser())
     resolved, searches = resolve(recipe, listener)
     if not searches:
         return pipeline.run(resolved, overwrite=overwrite, listener=listener), ()

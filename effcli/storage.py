@@ -66,7 +66,7 @@ class _DescribedCodebook(_Described):
         return self
 
 
-_AnyDescribed = Annotated[_DescribedAffine | _DescribedCodebook, Field(discriminator="format")]
+Described = Annotated[_DescribedAffine | _DescribedCodebook, Field(discriminator="format")]
 
 
 class Own(BaseModel):
@@ -81,7 +81,7 @@ class Own(BaseModel):
     kind: Literal["graph", "integer"] | None = None
     config: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
-    layers: dict[str, _AnyDescribed]
+    layers: dict[str, Described]
 
     def stored(self) -> dict[str, Stored]:
         """The compressed layers by name."""

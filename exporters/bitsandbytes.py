@@ -9,13 +9,16 @@ step are those that bitsandbytes itself would have chosen.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from effcli.contract import Options
+from effcli.documents import check_model, parse_json
 from effcli.exporters._packed import (
     common_obstacle,
     dense_layers,
@@ -109,15 +112,22 @@ def pack(weight: CodebookWeight) -> dict[str, Tensor]:
     return packed
 
 
+class _State(BaseModel):
+    """What bitsandbytes keeps of a weight as JSON."""
+
+    blocksize: int = Field(ge=1, strict=True)
+    shape: tuple[int, int]
+    nested_offset: float | None = None
+
+
 def unpack(tensors: dict[str, Tensor]) -> Tensor:
     """The weight float32 (out, in) that the tensors of one layer, by suffix, stand for."""
-    state = json.loads(bytes(tensors[_STATE].tolist()))
-    shape = state["shape"]
+    state = check_model(_State, parse_json(bytes(tensors[_STATE].tolist()), _STATE), _STATE)
     packed = tensors["weight"].reshape(-1)
-    codes = torch.stack((packed >> 4, packed & 15), 1).view(-1)[: shape[0] * shape[1]].view(shape)
+    codes = torch.stack((packed >> 4, packed & 15), 1).view(-1)[: math.prod(state.shape)].view(state.shape)
     scale: Tensor | DoubleQuantized = tensors["weight.absmax"]
-    if "nested_offset" in state:
-        mean = torch.tensor(state["nested_offset"], dtype=torch.float32)
+    if state.nested_offset is not None:
+        mean = torch.tensor(state.nested_offset, dtype=torch.float32)
         scale = DoubleQuantized(tensors["weight.absmax"], tensors["weight.nested_absmax"], mean)
-    format = Codebook("nf4", 4, "group", state["blocksize"], "nested_offset" in state)
+    format = Codebook("nf4", 4, "group", state.blocksize, state.nested_offset is not None)
     return CodebookWeight(format, codes, tensors["weight.quant_map"].unsqueeze(0), scale).dequantize(torch.float32)

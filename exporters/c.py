@@ -6,16 +6,16 @@ executor on the inputs that the network carries. `effcli verify OUT --target NAM
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from effcli.contract import Options
-from effcli.errors import CheckpointError, UnsupportedError, writing
+from effcli.documents import read_model
+from effcli.errors import UnsupportedError, writing
 from effcli.exporters._target import nbytes, replacing
 from effcli.exporters.firmware import check, project, targets
 from effcli.exporters.firmware.cost import LayerCost
@@ -128,13 +128,15 @@ class LayerRow(Options):
     instructions: int
 
 
+class _Plan(BaseModel):
+    """What the command line shows of `plan.json`."""
+
+    layers: tuple[LayerCost, ...]
+
+
 def table(folder: Path) -> list[LayerRow]:
     """What each layer of the export in `folder` costs."""
-    try:
-        described = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        costs = [LayerCost(**layer) for layer in described["layers"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no plan.json that effcli wrote", "export it again") from error
+    costs = read_model(_Plan, folder / "plan.json", remedy="export it again").layers
     return [
         LayerRow(
             layer=cost.name,

@@ -22,10 +22,10 @@ from effcli.language.pairs import (
 )
 from effcli.language.weights import Weights
 from effcli.observers import Gram
-from effcli.reports.report import Histogram, LedgerRow
+from effcli.reports.report import Histogram, LedgerRow, Record
 from effcli.selection import Choice
 from effcli.sites import LayerSite
-from effcli.storage import Stored
+from effcli.storage import Described, Stored
 from effcli.swept import dense_row, histogram, layer_row, ratio
 
 
@@ -77,15 +77,18 @@ class Part:
             "remarks": self.remarks,
         }
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Part:
-        return Part(
-            {},
-            {name: Stored.from_json(item) for name, item in data["stored"].items()},
-            [LedgerRow.model_validate(row) for row in data["ledger"]],
-            [Histogram.model_validate(item) for item in data["histograms"]],
-            list(data["remarks"]),
-        )
+
+class PartRecord(Record):
+    """A part without its tensors, as the journal keeps it."""
+
+    stored: dict[str, Described]
+    ledger: tuple[LedgerRow, ...]
+    histograms: tuple[Histogram, ...]
+    remarks: tuple[str, ...]
+
+    def read(self) -> Part:
+        stored = {name: Stored.from_json(layer.model_dump()) for name, layer in self.stored.items()}
+        return Part({}, stored, list(self.ledger), list(self.histograms), list(self.remarks))
 
 
 class BlockWork:

@@ -11,32 +11,51 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field
 
 from effcli.checkpoint import write_text
-from effcli.errors import writing
+from effcli.contract import Options
+from effcli.documents import read_model
+from effcli.errors import UnfinishedError, writing
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    Model = TypeVar("Model", bound=BaseModel)
+
+
+class _State(Options):
+    """`journal.json`."""
+
+    fingerprint: str
+    done: int = Field(ge=0, strict=True)
 
 
 @dataclass
 class Journal:
-    """The working folder of one pass. `done` counts finished blocks."""
+    """The working folder of one pass. `done` counts finished blocks; damage: why earlier work was thrown away."""
 
     folder: Path
     fingerprint: str
     done: int = 0
+    damage: str = ""
 
     @staticmethod
     def open(folder: Path, fingerprint: str) -> Journal:
         """Continue the work in `folder` if it is of the same request, else start it anew."""
         file = folder / "journal.json"
-        if file.is_file():
-            try:
-                state = json.loads(file.read_text(encoding="utf-8"))
-                if state["fingerprint"] == fingerprint:
-                    return Journal(folder, fingerprint, int(state["done"]))
-            except (ValueError, KeyError, TypeError):
-                pass
         journal = Journal(folder, fingerprint)
+        if file.exists():
+            try:
+                state = read_model(_State, file, error=UnfinishedError)
+            except UnfinishedError as error:
+                journal.damage = error.cause
+            else:
+                if state.fingerprint == fingerprint:
+                    journal.done = state.done
+                    return journal
         journal.begin()
         return journal
 
@@ -66,8 +85,9 @@ class Journal:
     def record(self, name: str, data: Any) -> None:
         write_text(self.folder / f"{name}.json", json.dumps(data))
 
-    def recall(self, name: str) -> Any:
-        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+    def recall(self, kind: type[Model], name: str) -> Model:
+        """A record as a `kind`; `UnfinishedError` when it is damaged."""
+        return read_model(kind, self.folder / f"{name}.json", error=UnfinishedError)
 
     def advance(self, done: int) -> None:
         """Say that `done` blocks are on the disk. Everything they need must be synced before."""

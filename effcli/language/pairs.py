@@ -15,12 +15,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Group
+from effcli.contract import Group, Options
 from effcli.language.calls import Call, hidden_of
 from effcli.language.skeleton import find_layers
 from effcli.language.stream import Stream, WatchLayers
@@ -65,9 +65,37 @@ class SharedInput:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> SharedInput:
-        made = data["producer"]
-        producer = made and Producer(made["name"], made["how"], torch.tensor(made["channel"]), made["outputs"])
-        return SharedInput(tuple(data["consumers"]), producer, data["reason"], data["error"])
+        return _DescribedInput.model_validate(data).read()
+
+
+class _DescribedProducer(Options):
+    name: str
+    how: Literal["norm", "norm plus one", "rows"]
+    channel: tuple[int, ...]
+    outputs: int
+
+    def read(self) -> Producer:
+        return Producer(self.name, self.how, torch.tensor(self.channel, dtype=torch.int64), self.outputs)
+
+
+class _DescribedInput(Options):
+    consumers: tuple[str, ...]
+    producer: _DescribedProducer | None
+    reason: str
+    error: float | None
+
+    def read(self) -> SharedInput:
+        producer = None if self.producer is None else self.producer.read()
+        return SharedInput(self.consumers, producer, self.reason, self.error)
+
+
+class SharedInputs(Options):
+    """The shared inputs of a block, as the journal keeps them."""
+
+    pairs: tuple[_DescribedInput, ...]
+
+    def read(self) -> list[SharedInput]:
+        return [pair.read() for pair in self.pairs]
 
 
 @dataclass

@@ -29,11 +29,12 @@ from effcli.checkpoint import (
     write_text,
 )
 from effcli.contract import Needs, Scope, observer
+from effcli.errors import UnfinishedError
 from effcli.inputs.text import Windows
-from effcli.language.blockwork import BlockWork, Part
+from effcli.language.blockwork import BlockWork, Part, PartRecord
 from effcli.language.calls import kind_of
 from effcli.language.journal import Journal
-from effcli.language.pairs import SharedInput, leaders, probe_pairs
+from effcli.language.pairs import SharedInput, SharedInputs, leaders, probe_pairs
 from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
@@ -63,10 +64,14 @@ def sweep(
     """Carry out `step` on the checkpoint `source` and write the checkpoint `target`, a directory that exists.
 
     work: a folder for what is unfinished; when it holds unfinished work of the same request, that is continued.
+    Raises `UnfinishedError` when that is damaged.
     """
     weights = open_weights(source, trust_remote_code)
     checkpoint = weights.checkpoint
-    run = _Sweep(weights, step, windows, Journal.open(work, fingerprint(checkpoint, step, windows)), progress)
+    journal = Journal.open(work, fingerprint(checkpoint, step, windows))
+    if journal.damage:
+        raise UnfinishedError(journal.damage)
+    run = _Sweep(weights, step, windows, journal, progress)
     run.blocks()
     run.outside()
     return run.finish(target)
@@ -164,8 +169,8 @@ class _Sweep:
         # Remembered through a crash: a later block of the kind might decide a close case differently.
         record = f"pairs-{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
         if not self.journal.has(record):
-            self.journal.record(record, [pair.to_json() for pair in probe_pairs(stream, k)])
-        return [SharedInput.from_json(pair) for pair in self.journal.recall(record)]
+            self.journal.record(record, {"pairs": [pair.to_json() for pair in probe_pairs(stream, k)]})
+        return self.journal.recall(SharedInputs, record).read()
 
     def outside(self) -> None:
         """What stands outside the blocks: embeddings, norms and the output head."""
@@ -223,7 +228,7 @@ class _Sweep:
         names = [_part_name(k) for k in range(len(self.skeleton.blocks))] + ["outside"]
         swept, stored = Swept(), {}
         for name in names:
-            part = Part.from_json(self.journal.recall(name))
+            part = self.journal.recall(PartRecord, name).read()
             swept.ledger += part.ledger
             swept.histograms += part.histograms
             swept.remarks += [text for text in part.remarks if text not in swept.remarks]

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from effcli import pipeline
+from effcli import pipeline, workplace
 from effcli import recipe as recipes
-from effcli.errors import OutputError
+from effcli.errors import OutputError, UnfinishedError
 from effcli.exporters import c
+from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report
 
 
@@ -38,7 +39,19 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, output: str, *export: str, overwrite: bool = False) -> Report:
+class Heard(pipeline.Silent):
+    """Remembers what a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def run(
+    folder: Path, output: str, *export: str, overwrite: bool = False, listener: pipeline.Listener | None = None
+) -> Report:
     recipe = recipes.from_arguments(
         str(folder / "net.pt2"),
         passes=["fold", "int8"],
@@ -47,7 +60,7 @@ def run(folder: Path, output: str, *export: str, overwrite: bool = False) -> Rep
         export=export,
         overrides=[f"evaluate.images={folder}/evaluation-data.npz", "evaluate.latency=false"],
     )
-    return pipeline.run(recipe, overwrite=overwrite)
+    return pipeline.run(recipe, overwrite=overwrite, listener=listener)
 
 
 def weights(folder: Path) -> str:
@@ -119,3 +132,88 @@ def test_work_that_does_not_fit_together_is_begun_anew(work: Path, monkeypatch: 
 def test_weight_files_are_as_readable_as_their_neighbours(work: Path) -> None:
     run(work, "out")
     assert len({file.stat().st_mode for file in (work / "out").iterdir() if file.is_file()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "suffix"),
+    [
+        (Path, "rename", ".effcli"),
+        (workplace.shutil, "rmtree", ".effcli-removed"),
+        (Path, "unlink", ".effcli-lock"),
+        (Path, "unlink", ".effcli-placed"),
+    ],
+)
+def test_killed_while_what_is_left_goes_away(
+    work: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, suffix: str
+) -> None:
+    original, killed = getattr(owner, name), False
+
+    def kill(path: Path, *arguments: Any, **options: Any) -> Any:
+        nonlocal killed
+        if not killed and str(path).endswith(suffix) and (work / "out").exists():
+            killed = True
+            raise Killed
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, kill)
+        with pytest.raises(Killed):
+            run(work, "out", "c")
+    assert list(work.glob(".out*"))
+    before = weights(work / "out")
+    assert run(work, "out", "c") == Report.read(work / "out")
+    assert weights(work / "out") == before and not list(work.glob(".out*"))
+
+
+def test_a_finished_output_of_another_request_stays(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Workplace, "remove", lambda place: None)
+        run(work, "out")
+    before = weights(work / "out")
+    for again in (lambda: run(work, "out", "c"), lambda: run(work, "out")):
+        with pytest.raises(OutputError, match="not empty"):
+            again()
+        assert weights(work / "out") == before and not list(work.glob(".out*"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": 3}', '{"name": "fold", "ledger": [{}]}'])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_damaged_unfinished_work_is_begun_anew(
+    work: Path, monkeypatch: pytest.MonkeyPatch, stage: int, damage: str
+) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_finish", lambda: run(work, "out"))
+    (work / ".out.effcli" / f"stage-{stage}.json").write_text(damage)
+    heard = Heard()
+    report = run(work, "out", listener=heard)
+    (said,) = [text for text in heard.said if "beginning anew" in text]
+    assert f"stage-{stage}.json" in said and "going on" not in " ".join(heard.said)
+    assert [made.name for made in report.stages] == ["input", "fold", "int8"]
+
+
+def test_what_a_pass_cannot_continue_is_begun_anew(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failed = GraphNetwork.sweep, False
+
+    def sweep(*arguments: Any) -> Any:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise UnfinishedError("journal.json is damaged")
+        return original(*arguments)
+
+    monkeypatch.setattr(GraphNetwork, "sweep", sweep)
+    heard = Heard()
+    run(work, "out", listener=heard)
+    assert "beginning anew, for unfinished work cannot be continued: journal.json is damaged" in heard.said
+    run(work, "whole")
+    assert weights(work / "out") == weights(work / "whole")
+
+
+def test_a_damaged_record_of_an_export(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_describe", lambda: run(work, "out", "c"))
+    (record,) = (work / ".out.effcli").glob("export-c-*.json")
+    record.write_text('{"target": "c"}')
+    (next(work.glob(".out.effcli/checkpoint-*")) / "exports" / ".c.effcli-lock").touch()
+    heard = Heard()
+    assert [made.target for made in run(work, "out", "c", listener=heard).exports] == ["c"]
+    assert any(text.startswith("exporting to c again") and record.name in text for text in heard.said)
+    assert [path.name for path in (work / "out" / "exports").iterdir()] == ["c"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from effcli import runtime
 from effcli.checkpoint import Checkpoint
 from effcli.contract import Layer
-from effcli.errors import MachineError, OutputError, UnsupportedError
+from effcli.errors import CheckpointError, MachineError, OutputError, UnsupportedError
 from effcli.exporters import bitsandbytes as exporter
 from effcli.formats import CodebookWeight
 from effcli.language.sweep import sweep
@@ -181,3 +181,10 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.entries.keys() == many.entries.keys()
     for name in one.entries:
         assert torch.equal(one.read(name), many.read(name))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"3", b'{"blocksize": 64}', b'{"blocksize": 0, "shape": [1, 64]}'])
+def test_a_damaged_state_is_named(damage: bytes) -> None:
+    state = "weight.quant_state.bitsandbytes__nf4"
+    with pytest.raises(CheckpointError, match=f"{state} is"):
+        exporter.unpack({state: torch.tensor(list(damage), dtype=torch.uint8)})

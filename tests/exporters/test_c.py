@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from small_graphs import residual
 
 from effcli.cli import main
-from effcli.errors import MachineError, OutputError, UnsupportedError
+from effcli.errors import CheckpointError, MachineError, OutputError, UnsupportedError
 from effcli.exporters import c
+from effcli.exporters._target import MARK
 from effcli.exporters.c import Config, export
 from effcli.exporters.firmware import check
 
@@ -74,7 +75,8 @@ def test_macros_of_the_header(source: Path, tmp_path: Path) -> None:
 
 def test_one_header(source: Path, tmp_path: Path) -> None:
     done = export(source, tmp_path / "c", Config(name="kws", single_header=True))
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["arena.svg", "kws.h", "plan.json"]
+    names = {path.name for path in (tmp_path / "c").iterdir()}
+    assert names == {"arena.svg", "kws.h", "plan.json", MARK}
     assert "every byte of 4 layers" in done.checked
 
 
@@ -184,3 +186,12 @@ def test_names_of_layers_stay_names(tmp_path: Path) -> None:
     rows = [line for line in (tmp_path / "c" / "README.md").read_text().splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows if "linear" in row} == {10}
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", (tmp_path / "c" / "arena.svg").read_text())
+
+
+@pytest.mark.parametrize("damage", [None, "{", "[]", '{"layers": 3}', '{"layers": [{"name": "a"}]}'])
+def test_a_damaged_plan(tmp_path: Path, damage: str | None) -> None:
+    if damage is not None:
+        (tmp_path / "plan.json").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"plan\.json is") as caught:
+        c.table(tmp_path)
+    assert caught.value.remedy == "export it again"
