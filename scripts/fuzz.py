@@ -361,7 +361,11 @@ def parquet_bytes(data: bytes, rng: random.Random) -> bytes:
     options: dict[str, Any] = {"compression": rng.choice(("none", "snappy", "gzip", "zstd", "brotli"))}
     options |= {"row_group_size": rng.choice((None, 1, 3)), "use_dictionary": rng.random() < 0.5}
     options |= {"write_page_checksum": rng.random() < 0.3, "data_page_version": rng.choice(("1.0", "2.0"))}
-    pq.write_table(table, made, **options)
+    try:
+        pq.write_table(table, made, **options)
+    except pa.ArrowException:
+        # A time, say, that parquet has no place for.
+        return change_bytes(data, rng)
     return made.getvalue() if rng.random() < 0.8 else change_bytes(made.getvalue(), rng)
 
 

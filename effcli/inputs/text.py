@@ -8,7 +8,7 @@ follow one another.
 
 from __future__ import annotations
 
-import sys
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,7 +221,7 @@ def _first_ids(source: Path | str, reader: Reader, wanted: int, name: str) -> li
     """The first token ids of a text, at least `wanted` of them or all there are."""
     if isinstance(source, Path) and jsonl.is_jsonl(source):
         return _document_ids(source, reader, wanted)
-    limit = min(max(_CHARACTERS_AT_LEAST, wanted * _CHARACTERS_PER_TOKEN), sys.maxsize)
+    limit = max(_CHARACTERS_AT_LEAST, wanted * _CHARACTERS_PER_TOKEN)
     while True:
         text, whole = _read(source, limit) if isinstance(source, Path) else (source, True)
         if not text.strip():
@@ -230,7 +230,7 @@ def _first_ids(source: Path | str, reader: Reader, wanted: int, name: str) -> li
         # The last tokens of a text that was cut may differ from those of the whole text.
         if whole or len(ids) >= wanted + _CUT_MARGIN:
             return ids
-        limit = min(2 * limit, sys.maxsize)
+        limit *= 2
 
 
 def _document_ids(file: Path, reader: Reader, wanted: int | None = None) -> list[int]:
@@ -258,6 +258,9 @@ def _read(file: Path, limit: int | None) -> tuple[str, bool]:
         if file.exists() and not file.is_file() and not file.is_dir():
             raise DataError(f"{file} is not a file", "give a text file")
         with file.open(encoding="utf-8") as stream:
+            if limit is not None:
+                # Python takes memory for as much as is asked for.
+                limit = min(limit, os.fstat(stream.fileno()).st_size)
             text = stream.read(limit)
             return text, limit is None or not stream.read(1)
     except FileNotFoundError:
