@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import torch
 from pydantic import Field
 
 from effcli import samples
+from effcli.checkpoint import DTYPES
 from effcli.contract import Needs, Options
 from effcli.errors import SelectionError
 from effcli.formats import Packing
@@ -19,6 +21,7 @@ from effcli.reports.human import size
 from effcli.selection import Choice, choose
 from effcli.sites import LayerSite
 from effcli.storage import Stored, obstacles_of
+from effcli.swept import CARRIED, MATRIX
 
 
 class Row(Options):
@@ -122,6 +125,7 @@ def make(recipe: Recipe) -> Plan:
             rows.append(sizes.row(choice, name, choice.planned))
             if choice.reason:
                 kept.setdefault(choice.reason, []).append(choice.site.name)
+        rows += [row.model_copy(update={"step": name, "status": "keep"}) for row in sizes.others()]
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
@@ -164,11 +168,7 @@ def inspect(model: str, trust_remote_code: bool = False) -> Inspection:
     weights = open_weights(path, trust_remote_code)
     skeleton, sizes = weights.skeleton, _Sizes(weights)
     rows = [sizes.row(Choice(site, None)) for site in _all_sites(skeleton)]
-    rows += [
-        sizes.parameter_row(name, tuple(parameter.shape))
-        for name, parameter in skeleton.model.named_parameters()
-        if not weights.sites(name) and parameter.ndim > 1
-    ]
+    rows += [row.model_copy(update={"reason": ""}) for row in sizes.others()]
     nbytes, count = weights.checkpoint.nbytes, count_weights(skeleton)
     remarks = [
         f"{skeleton.config.model_type}: {count:,} weights in {len(skeleton.blocks)} blocks ({skeleton.block_path})",
@@ -221,6 +221,8 @@ class _Sizes:
             return self.formats[site.name].nbytes(site.shape, self.weights.dtype_of(site.parameter).itemsize)
         if site.name in self.formats:
             return self.weights.packed_bytes(site.name)
+        if self.weights.skeleton.tied and site.name == self.weights.skeleton.head:
+            return 0
         return site.rows * site.columns * self.weights.dtype_of(site.parameter).itemsize
 
     def total(self) -> int:
@@ -254,16 +256,28 @@ class _Sizes:
             reason=choice.reason,
         )
 
-    def parameter_row(self, name: str, shape: tuple[int, ...]) -> Row:
-        itemsize = self.weights.dtype_of(name).itemsize
-        return Row(
-            name=name,
-            kind="embedding" if name == self.weights.skeleton.embedding else "other",
-            shape=shape,
-            format=_dtype_name(self.weights, name),
-            bits_per_weight=8 * itemsize,
-            nbytes=math.prod(shape) * itemsize,
-        )
+    def others(self) -> list[Row]:
+        """What is no layer and stays as it is: embeddings, other matrices, and what the network does not use."""
+        state = self.weights.skeleton.model.state_dict()
+        rows = [
+            _dense(name, "embedding", tuple(state[name].shape), self.weights.dtype_of(name), MATRIX)
+            for name in self.weights.skeleton.parameters()
+            if not self.weights.sites(name) and state[name].ndim > 1
+        ]
+        carried = self.weights.carried().items()
+        return rows + [_dense(name, "other", entry.shape, DTYPES[entry.dtype], CARRIED) for name, entry in carried]
+
+
+def _dense(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str) -> Row:
+    return Row(
+        name=name,
+        kind=kind,
+        shape=shape,
+        format=str(dtype).removeprefix("torch."),
+        bits_per_weight=8 * dtype.itemsize,
+        nbytes=math.prod(shape) * dtype.itemsize,
+        reason=reason,
+    )
 
 
 def _dtype_name(weights: Weights, parameter: str) -> str:

@@ -79,6 +79,11 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
+# Why what is no layer is kept.
+MATRIX = "an embedding or a matrix that is no linear layer"
+CARRIED = "no parameter of the network: carried over as it is"
+
+
 def dense_row(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str) -> LedgerRow:
     """The ledger's line for a matrix that stands in the file as floating-point numbers."""
     return LedgerRow(

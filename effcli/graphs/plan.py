@@ -13,9 +13,11 @@ from effcli.formats import Packing
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
+from effcli.graphs.ledger import table_rows
 from effcli.plan import BASE_MEMORY, Inspection, Plan, Row
 from effcli.recipe import Recipe
 from effcli.reports.human import size
+from effcli.reports.report import LedgerRow
 from effcli.selection import Choice, choose_graph
 from effcli.sites import LayerSite
 
@@ -42,6 +44,8 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
                 rows.append(_row(choice.site, formats, name, choice.planned, choice.reason))
             if choice.reason:
                 kept.setdefault(choice.reason, []).append(choice.site.name)
+        if not step.config.last:
+            rows += [_table(row, name) for row in table_rows(graph)]
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
@@ -89,6 +93,7 @@ def inspect(
     formats = {name: weight.format for name, weight in graph.stored.items()}
     work = macs(graph)
     rows = [_row(site, formats).model_copy(update={"macs": work[site.name]}) for site in graph.sites()]
+    rows += [_table(row).model_copy(update={"status": "", "reason": ""}) for row in table_rows(graph)]
     what = f"{graph.facts.origin}: {graph.weights():,} weights"
     return _inspection(model, rows, what, graph.facts, _total(graph, formats), graph.weights())
 
@@ -141,6 +146,12 @@ def _row(site: LayerSite, formats: Mapping[str, Packing], step: str = "", status
         status=status,
         reason=reason,
     )
+
+
+def _table(row: LedgerRow, step: str = "") -> Row:
+    """A matrix that is no layer and stays as it is, such as an embedding."""
+    fields = row.model_dump(include={"name", "kind", "shape", "format", "bits_per_weight", "nbytes", "reason"})
+    return Row(step=step, status="keep", **fields)
 
 
 def _nbytes(site: LayerSite, format: Packing | None) -> int:

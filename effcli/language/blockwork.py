@@ -26,7 +26,7 @@ from effcli.reports.report import Histogram, LedgerRow, Record
 from effcli.selection import Choice
 from effcli.sites import LayerSite
 from effcli.storage import Described, Stored
-from effcli.swept import dense_row, histogram, layer_row, ratio
+from effcli.swept import MATRIX, dense_row, histogram, layer_row, ratio
 
 
 @dataclass
@@ -54,8 +54,7 @@ class Part:
                 self.ledger.append(kept_row(weights, site, self.stored, dtype, choices[site.name].reason))
         if not sites and self.tensors[key].ndim > 1:
             shape = tuple(self.tensors[key].shape)
-            reason = "an embedding or a matrix that is no linear layer"
-            self.ledger.append(dense_row(key, "embedding", shape, dtype, reason))
+            self.ledger.append(dense_row(key, "embedding", shape, dtype, MATRIX))
 
     def keep_site(self, weights: Weights, site: LayerSite, choices: Mapping[str, Choice]) -> None:
         """Carry one layer over on its own, as where others of its parameter are packed."""

@@ -44,7 +44,7 @@ from effcli.reports.report import LedgerRow
 from effcli.selection import choose
 from effcli.sites import LayerSite
 from effcli.storage import Stored, obstacles_of, own_config, standard_config, untied
-from effcli.swept import Progress, Swept, check_finite, check_tensor, dense_row, worst
+from effcli.swept import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
 
 if TYPE_CHECKING:
     from effcli.recipe import PassStep
@@ -237,9 +237,9 @@ class _Sweep:
         if self.weights.head_note:
             swept.remarks.append(self.weights.head_note)
         if self.carried:
-            reason = "no parameter of the network: carried over as it is"
             swept.ledger += [
-                dense_row(key, "other", entry.shape, DTYPES[entry.dtype], reason) for key, entry in self.carried.items()
+                dense_row(key, "other", entry.shape, DTYPES[entry.dtype], CARRIED)
+                for key, entry in self.carried.items()
             ]
             swept.remarks.append(
                 f"carried over as they are: {len(self.carried)} tensors that this network does not use, such as "

@@ -8,6 +8,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from effcli import plan
 from effcli.checkpoint import Checkpoint
@@ -15,22 +16,23 @@ from effcli.errors import CheckpointError, SelectionError
 from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
 from effcli.recipe import Recipe, check
+from effcli.swept import Swept
 
 
 def recipe(source: Path, *steps: dict[str, Any]) -> Recipe:
     return check({"model": str(source), "passes": list(steps)})
 
 
-def carried_out(made: Recipe, folder: Path) -> Path:
-    """The checkpoint that the steps leave, without the rest of a run."""
+def carried_out(made: Recipe, folder: Path) -> tuple[Swept, Path]:
+    """What the last step made, and the checkpoint that the steps leave, without the rest of a run."""
     current = Path(made.model)
     ids = torch.randint(architectures.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     for number, step in enumerate(made.passes):
         target = folder / f"out-{number}"
         target.mkdir()
-        sweep(current, target, step, Windows([ids]), folder / f"work-{number}")
+        swept = sweep(current, target, step, Windows([ids]), folder / f"work-{number}")
         current = target
-    return current
+    return swept, current
 
 
 def tensor_bytes(path: Path) -> int:
@@ -72,18 +74,23 @@ def test_planned_bytes_are_those_of_the_file(
     made = recipe(source, *steps)
     planned = plan.make(made)
     assert planned.input_bytes == tensor_bytes(source)
-    assert planned.output_bytes == tensor_bytes(carried_out(made, tmp_path))
+    swept, out = carried_out(made, tmp_path)
+    assert planned.output_bytes == tensor_bytes(out)
+    last = [row for row in planned.rows if row.step == planned.rows[-1].step]
+    assert sorted((row.name, row.kind, row.format, row.nbytes) for row in last) == sorted(
+        (row.name, row.kind, row.format, row.nbytes) for row in swept.ledger
+    )
 
 
 def test_every_layer_has_a_row_for_every_step(tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path)
     planned = plan.make(recipe(source, {"linear": {"bits": 8, "ignore": ["*.q_proj"]}}, {"linear": {"bits": 4}}))
-    assert len(planned.rows) == 2 * 15
-    first = {row.name: row for row in planned.rows[:15]}
+    assert len(planned.rows) == 2 * 16
+    first = {row.name: row for row in planned.rows[:16]}
     assert first["model.layers.0.self_attn.q_proj"].status == "keep"
     assert first["model.layers.0.self_attn.q_proj"].reason == "ignored by '*.q_proj'"
     assert first["model.layers.0.mlp.up_proj"].status == "compress"
-    assert {row.format for row in planned.rows[15:] if row.status == "compress"} == {"int4 g64 asym"}
+    assert {row.format for row in planned.rows[16:] if row.status == "compress"} == {"int4 g64 asym"}
 
 
 def test_a_scale_alone_is_a_change_and_no_compression(tmp_path: Path) -> None:
@@ -123,3 +130,23 @@ def test_an_inspection_counts_every_matrix(tmp_path: Path) -> None:
     assert sum(row.nbytes for row in found.rows) == tensor_bytes(source) - 5 * 64 * 2
     assert found.nbytes == (source / "model.safetensors").stat().st_size
     assert found.weights == sum(entry.nbytes // 2 for entry in Checkpoint.open(source).entries.values())
+
+
+def test_a_tied_head_has_no_bytes_of_its_own(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path, torch.bfloat16, tie_word_embeddings=True)
+    found = plan.inspect(str(source))
+    assert sum(row.nbytes for row in found.rows) == tensor_bytes(source) - 5 * 64 * 2
+    assert {row.name: row.nbytes for row in found.rows}["lm_head"] == 0
+
+
+def test_what_the_network_does_not_use_has_a_row(tmp_path: Path) -> None:
+    source = architectures.make_family("llava", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "mtp.weight": torch.ones(3, 5)}, source / "model.safetensors", {"format": "pt"})
+    made = recipe(source, {"linear": {"bits": 8, "group_size": 16}})
+    planned = plan.make(made)
+    swept, out = carried_out(made, tmp_path)
+    assert planned.output_bytes == tensor_bytes(out)
+    rows = {row.name: row for row in planned.rows}
+    assert rows["mtp.weight"].nbytes == 60 and "no parameter of the network" in rows["mtp.weight"].reason
+    assert rows.keys() == {row.name for row in swept.ledger}

@@ -112,13 +112,37 @@ def test_an_integer_network_is_planned_as_it_is_written(build: Any, steps: list[
     assert f"({found.input_bytes / found.output_bytes:.2f} times smaller)" in found.remarks[0]
 
 
-def test_an_embedding_is_planned_as_a_table() -> None:
-    """A row for each of 256 codes; positions are constants of 8 bits."""
+def looked_up() -> Graph:
+    """Rows of an embedding, positions added, and a layer."""
     b = Builder()
     rows = b.module("rows", nn.Embedding(20, 16), b.call("aten.to.dtype", b.input(), torch.int64))
     x = b.call("aten.add.Tensor", rows, b.tensor("places", torch.zeros(1, 5, 16)))
-    graph = b.finish(b.module("head", nn.Linear(16, 3), x), Facts(origin="test", shape=(5,)))
-    found = planned(graph, "int8")
+    return b.finish(b.module("head", nn.Linear(16, 3), x), Facts(origin="test", shape=(5,)))
+
+
+def test_an_embedding_stays_floating_until_the_network_is_of_integers(tmp_path: Path) -> None:
+    graph, step = looked_up(), {"linear": {"bits": 4}}
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    graph.save(tmp_path / "before")
+    recipe = check({"model": "net.pt2", "passes": [step]}).for_graph()
+    swept = graph_sweep(tmp_path / "before", tmp_path / "after", recipe.passes[0])
+    found = plan.make(recipe, graph)
+    assert [(row.name, row.kind, row.format, row.nbytes) for row in found.rows] == [
+        (row.name, row.kind, row.format, row.nbytes) for row in swept.ledger
+    ]
+    assert ("rows.weight", "keep", 4 * 20 * 16) in [(row.name, row.status, row.nbytes) for row in found.rows]
+    sizes = [
+        sum(entry.nbytes for entry in Checkpoint.open(tmp_path / name).entries.values()) for name in ("before", "after")
+    ]
+    assert [found.input_bytes, found.output_bytes] == sizes
+    listed = {row.name: row.nbytes for row in plan.inspect("net", tmp_path / "before").rows}
+    assert listed["rows.weight"] == 4 * 20 * 16 and listed["head"] == 4 * 3 * 16
+
+
+def test_an_embedding_is_planned_as_a_table() -> None:
+    """A row for each of 256 codes; positions are constants of 8 bits."""
+    found = planned(looked_up(), "int8")
     assert [(row.name, row.kind, row.format, row.nbytes) for row in found.rows] == [
         ("head", "linear", "int8 channel sym", 3 * 16 + 3 * 5),
         ("rows.weight", "embedding", "int8 tensor", 256 * 16),
