@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
-from torch.nn import functional
+from torch import Tensor, fx
 
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import Graph, function, operation, where
@@ -65,23 +65,29 @@ def decompose_attention(graph: Graph) -> None:
 
 
 def count_padding(graph: Graph) -> None:
-    """Write, in place, an average that leaves its padding out as one that counts it, times what was left out."""
+    """Write, in place, an average whose windows are divided by different counts as one of whole windows, times a share.
+
+    That is one that leaves out its padding, and one whose last windows reach beyond it (ceil_mode).
+    """
     shapes = graph.shapes()
-    arguments: list[Any]
     for node in graph.nodes:
-        if operation(node) not in _AVERAGES or not _leaves_out(node):
+        if operation(node) not in _AVERAGES:
             continue
-        arguments = [_argument(node, index) for index in range(4)]
-        x, kernel, stride, padding = arguments
-        ones = torch.ones(1, 1, *shapes[x.name][1:])
-        pool = functional.avg_pool1d if ones.ndim == 3 else functional.avg_pool2d
-        share: Any = pool(ones, kernel, stride or kernel, padding)
+        x, *given = (_argument(node, index) for index in range(7))
+        beyond, share = _windows(shapes[x.name], shapes[node.name], *given)
+        if not any(beyond) and (given[5] is not None or bool((share == 1).all())):
+            continue
         name = f"{node.name}_share"
         while hasattr(graph.module, name):
             name += "_"
-        graph.module.register_parameter(name, torch.nn.Parameter(1 / share[0], requires_grad=False))
+        graph.module.register_parameter(name, torch.nn.Parameter(share, requires_grad=False))
+        kernel, stride, padding = given[:3]
         with graph.module.graph.inserting_before(node):
-            counted = _call(node, operation(node), x, kernel, stride or [], padding, False, True)
+            if any(beyond):
+                x = _call(
+                    node, "aten.constant_pad_nd.default", x, [n for end in reversed(beyond) for n in (0, end)], 0.0
+                )
+            counted = _call(node, operation(node), x, kernel, stride or [], padding or 0, False, True)
             held = node.graph.create_node("get_attr", name)
             held.meta["source"] = node.meta.get("source", "")
             whole = _call(node, "aten.mul.Tensor", counted, held)
@@ -89,11 +95,40 @@ def count_padding(graph: Graph) -> None:
     graph.module.recompile()
 
 
-def _leaves_out(node: fx.Node) -> bool:
-    """Whether an average leaves out zeros around its input, in windows of one size."""
-    padding, ceil, counted = _argument(node, 3), _argument(node, 4), _argument(node, 5)
-    padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
-    return padded and counted is False and not ceil and _argument(node, 6) is None
+def _windows(
+    before: Sequence[int],
+    after: Sequence[int],
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil: Any,
+    counted: Any,
+    override: Any,
+) -> tuple[list[int], Tensor]:
+    """How far the last windows of an average reach beyond its padding, and window size / count, float32 (1, *after).
+
+    before, after: (channels, *extents) of its input and its output.
+    """
+    axes = len(before) - 1
+
+    def spread(value: Any) -> list[int]:
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        return values * axes if len(values) == 1 else values
+
+    size, around = spread(kernel), spread(padding or 0)
+    step = spread(stride or kernel)
+    beyond = [
+        max((out - 1) * s + k - n - 2 * p, 0)
+        for n, out, k, s, p in zip(before[1:], after[1:], size, step, around, strict=True)
+    ]
+    share = torch.ones(1, 1, *after[1:])
+    for axis in range(axes):
+        starts = torch.arange(after[axis + 1]) * step[axis] - around[axis]
+        # What is divided by ends with the padding, or with the input where that is left out.
+        low, high = (-around[axis], before[axis + 1] + around[axis]) if counted is not False else (0, before[axis + 1])
+        count = (starts + size[axis]).clamp(max=high) - starts.clamp(min=low)
+        share *= (size[axis] / count).reshape([-1 if at == axis else 1 for at in range(axes)])
+    return beyond, share[0] if override is None else torch.full_like(share[0], math.prod(size) / override)
 
 
 def _argument(node: fx.Node, index: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +23,12 @@ from effcli.formats import Affine, AffineWeight
 from effcli.graphs import executor
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork, Pad, Weighted
+from effcli.graphs.rewriting import count_padding
+from effcli.graphs.sweep import graph_sweep
 from effcli.importers import read
 from effcli.passes import int8
 from effcli.ranges import Method
+from effcli.recipe import check
 
 
 def residual(seed: int = 0, channels: int = 8) -> Graph:
@@ -268,6 +272,34 @@ def test_averages_that_leave_their_padding_out(padding: list[int], stride: list[
     assert decibels(line, network_of(transformed(line, inputs_of(line, 64))), inputs_of(line, 64)) > 28
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [([3, 3], [2, 2], [1, 1]), ([3, 2], [2, 2], [1, 0]), ([2, 2], [], [0, 0])]
+)
+def test_averages_whose_last_windows_reach_beyond_the_padding(
+    kernel: list[int], stride: list[int], padding: list[int], counted: bool
+) -> None:
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        x = b.module("conv", nn.Conv2d(3, 6, 3, padding=1), x)
+        return b.call("aten.avg_pool2d.default", x, kernel, stride, padding, True, counted)
+
+    graph = built((3, 7, 10), build)
+    prepared = Graph(copy.deepcopy(graph.module), graph.facts)
+    count_padding(prepared)
+    inputs = inputs_of(graph, 64)
+    torch.testing.assert_close(prepared.run(inputs), graph.run(inputs), rtol=1e-5, atol=1e-5)
+    assert decibels(graph, network_of(transformed(graph, inputs)), inputs_of(graph, 64, 2)) > 28
+
+
+def test_averages_over_windows_of_a_given_count() -> None:
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        return b.call("aten.avg_pool2d.default", x, [3, 3], [2, 2], [0, 0], True, True, 5)
+
+    graph = built((3, 6, 6), build)
+    inputs = inputs_of(graph, 64)
+    assert decibels(graph, network_of(transformed(graph, inputs)), inputs) > 28
+
+
 def test_weights_of_any_scale_are_judged_by_calibration() -> None:
     """A layer of 1e6 and one of 1e-6 behind it, which a range of one on both sides could not express."""
 
@@ -302,6 +334,33 @@ def test_dead_channels_are_raised_however_they_were_stored(bits: int) -> None:
     made = transformed(graph, inputs)
     assert made.notes["conv"]["raised_scales"] == 1 and made.notes["conv"]["weight_bits"] == (bits or 8)
     assert decibels(graph, network_of(made), inputs) > 30
+
+
+def test_dead_channels_after_learned_rounding(tmp_path: Path) -> None:
+    """Channels of 1e-30 in every layer, rounded to 4 bits by `adaround`: integers lose next to nothing more."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        first, second, head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+        for module in (first, second, head):
+            module.weight.data[2] = 1e-30
+        x = b.call("aten.relu.default", b.module("first", first, x))
+        x = b.call("aten.relu.default", b.module("second", second, x))
+        return b.module("head", head, b.call("aten.mean.dim", x, [2, 3]))
+
+    graph = built((3, 8, 8), build)
+    inputs = inputs_of(graph, 64)
+    (tmp_path / "input").mkdir()
+    graph.save(tmp_path / "input")
+    source = tmp_path / "input"
+    steps = [{"adaround": {"bits": 4, "iterations": 50}}, {"int8": {}}]
+    for step in check({"model": "net.pt2", "passes": steps}).for_graph().passes:
+        target = tmp_path / step.name
+        target.mkdir()
+        swept = graph_sweep(source, target, step, lambda: iter([inputs]))
+        source = target
+    assert {row.format for row in swept.ledger} == {"int4 channel sym"}
+    rounded, network = Graph.read(tmp_path / "adaround"), IntegerNetwork.read(tmp_path / "int8")
+    assert decibels(rounded, network, inputs) > 30 and decibels(graph, network, inputs) > 15
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
