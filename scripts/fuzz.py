@@ -8,7 +8,7 @@
 Every input depends on its kind, the seed and its number alone. Commands run in a child process, one after the other,
 through `effcli.cli.main`; what ends the child or hangs in it is counted, and the next child goes on. Exit 1 where an
 input gave an internal error, a crash, a hang, took too much memory, or was accepted although the format's own library
-refuses it: safetensors, pyarrow, numpy without pickles, Pillow, json, and the YAML parser.
+refuses it: safetensors, onnxruntime, torch, transformers, pyarrow, numpy without pickles, Pillow, json, YAML's parser.
 """
 
 from __future__ import annotations
@@ -511,9 +511,12 @@ def make_bases(folder: Path) -> None:
     random = np.random.default_rng(0)
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 1024, "bos_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(**config, eos_token_id=0)).save_pretrained(folder / "lm")
+    language = LlamaForCausalLM(LlamaConfig(**config, eos_token_id=0))
+    language.save_pretrained(folder / "lm")
+    language.save_pretrained(folder / "shards", max_shard_size="60KB")
     for file in samples.resolve("sample:lm").glob("tokenizer*"):
         shutil.copy(file, folder / "lm")
+        shutil.copy(file, folder / "shards")
     text = samples.EVALUATION_TEXT.read_text(encoding="utf-8")[:3000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
     questions = [
@@ -544,6 +547,11 @@ def make_bases(folder: Path) -> None:
     batch = torch.export.Dim("batch")
     exported = torch.export.export(network, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: batch},))
     torch.export.save(exported, folder / "net.pt2")
+    attention = attention_class()().eval()
+    exported = torch.export.export(attention, (torch.zeros(2, 6, 8),), dynamic_shapes=({0: batch},))
+    torch.export.save(exported, folder / "att.pt2")
+    rows = random.standard_normal((32, 6, 8)).astype(np.float32)
+    np.savez(folder / "rows.npz", images=rows, labels=attention(torch.from_numpy(rows)).argmax(1).numpy())
     images = random.standard_normal((32, 3, 8, 8)).astype(np.float32)
     labels = network(torch.from_numpy(images)).argmax(1).numpy()
     np.savez(folder / "data.npz", images=images, labels=labels)
@@ -556,15 +564,44 @@ def make_bases(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / "imgs" / f"c{label}" / f"{number}.png")
     write_formats(folder / "formats", Image.fromarray(pixels))
     write_onnx(folder / "net.onnx", random)
+    write_wide_onnx(folder / "wide.onnx", random)
     write_parquet(folder / "d.parquet", folder / "imgs" / "c0" / "0.png")
     data = ["--calib", str(folder / "data.npz"), "--eval", str(folder / "data.npz"), "--set=evaluate.latency=false"]
     for name, steps in {"g_km": ["kmeans:huffman=true"], "g_lin": ["linear"], "g_int": ["fold", "int8"]}.items():
         command(["compress", str(folder / "net.pt2"), *passes_of(steps), *data, "-o", str(folder / name)])
+    data = [word.replace("data.npz", "rows.npz") for word in data]
+    for name, steps in {"t_lin": ["linear"], "t_int": ["int8"]}.items():
+        command(["compress", str(folder / "att.pt2"), *passes_of(steps), *data, "-o", str(folder / name)])
     for name, steps in {"lm_km": ["kmeans:bits=4"], "lm_lin": ["linear:group_size=32"]}.items():
         command(["compress", str(folder / "lm"), *passes_of(steps), *SHORT, "-o", str(folder / name)])
     recipe = {"model": str(folder / "net.pt2"), "passes": [{"linear": {"bits": 4}}, "fold"], "seed": 1, "output": "x"}
     (folder / "r.yaml").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
     shutil.copy(folder / "lm_km" / "recipe.yaml", folder / "r2.yaml")
+
+
+def attention_class() -> Any:
+    """A small network of attention, with what integers have steps for: (n, 6, 8) -> (n, 5)."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.mixed, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(12, 5)
+            self.place = nn.Parameter(torch.randn(6, 8))
+
+        def forward(self, x: Any) -> Any:
+            batch, length, width = x.shape
+            x = self.norm(x + self.place)
+            q, k, v = self.mixed(x).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+            weights = torch.softmax(q @ k.transpose(-2, -1) * 0.5, -1)
+            x = x + self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
+            x = functional.gelu(torch.cat([x[:, ::2], x[:, 1::2] * 2], 2))
+            return self.head(functional.pad(torch.sigmoid(x[..., 2:-2]).mean(1), (0, 0)))
+
+    return Attention
 
 
 def passes_of(steps: list[str]) -> Words:
@@ -633,6 +670,53 @@ def write_onnx(file: Path, random: Any) -> None:
     onnx.save(model, str(file))
 
 
+def write_wide_onnx(file: Path, random: Any) -> None:
+    """An ONNX file with shape arithmetic, a function, weights beside it, and most kinds of operators."""
+    try:
+        import onnx
+    except ImportError:
+        return
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    def node(kind: str, inputs: str, outputs: str, **attributes: Any) -> Any:
+        return helper.make_node(kind, inputs.split(), outputs.split(), name=f"{kind}_{outputs}", **attributes)
+
+    arrays = {"k": random.standard_normal((4, 3, 3, 1)), "w": random.standard_normal((16, 8)), "s": np.ones(16)}
+    tensors = [numpy_helper.from_array(np.asarray(value, "f4"), name) for name, value in arrays.items()]
+    lists = {"one": [1], "zero": [0], "tail": [-1], "pads": [0, 0, 1, 0, 0, 0, 1, 0], "halves": [2, 2], "two": [2]}
+    tensors += [numpy_helper.from_array(np.array(value, "i8"), name) for name, value in lists.items()]
+    inputs = [helper.make_tensor_value_info("x", 1, ["N", 3, 8, 8])]
+    outputs = [helper.make_tensor_value_info("y", 1, None)]
+    nodes = [
+        node("Pad", "x pads", "p"),
+        node("Conv", "p k", "c", strides=[2, 2], auto_pad="SAME_UPPER"),
+        node("Constant", "", "half", value_float=0.5),
+        node("Mul", "c half", "m"),
+        helper.make_node("Swish", ["m"], ["sw"], domain="own"),
+        node("Split", "sw halves", "a b", axis=1),
+        node("Concat", "b a", "j", axis=1),
+        node("AveragePool", "j", "v", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1),
+        node("Shape", "v", "shape"),
+        node("Gather", "shape zero", "batch"),
+        node("Concat", "batch tail", "wanted", axis=0),
+        node("Reshape", "v wanted", "flat"),
+        node("Slice", "flat zero eight one", "cut"),
+        node("Transpose", "w", "wt", perm=[1, 0]),
+        node("MatMul", "cut wt", "h"),
+        node("LayerNormalization", "h s", "ln", axis=-1),
+        node("Unsqueeze", "ln two", "u"),
+        node("ReduceMean", "u", "r", axes=[2], keepdims=0),
+        node("Softmax", "r", "y", axis=-1),
+    ]
+    tensors.append(numpy_helper.from_array(np.array([8], "i8"), "eight"))
+    body = [helper.make_node("Sigmoid", ["i"], ["g"]), helper.make_node("Mul", ["i", "g"], ["o"])]
+    swish = helper.make_function("own", "Swish", ["i"], ["o"], body, [helper.make_opsetid("", 17)])
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, functions=[swish], ir_version=9), str(file))
+
+
 def write_parquet(file: Path, image: Path) -> None:
     try:
         import pyarrow as pa
@@ -678,8 +762,14 @@ def safetensors_case(case: Case) -> Words:
 def look_at(case: Case, model: Path, name: str) -> Words:
     """A command that reads the model."""
     here = str(model)
-    if name.startswith("g_"):
-        return case.rng.choice((["inspect", here], ["eval", here, "--images", case.base("data.npz")], ["verify", here]))
+    if name.startswith(("g_", "t_")):
+        data = case.base("data.npz" if name.startswith("g_") else "rows.npz")
+        target = case.rng.choice(("onnx", "c") if name.endswith("_int") else ("onnx", "pt2", "safetensors"))
+        ways = [["inspect", here], ["eval", here, "--images", data], ["verify", here], ["plan", here, "--pass", "fold"]]
+        ways += [["export", here, "--to", target, *case.out()]]
+        if not name.endswith("_int"):
+            ways.append(["compress", here, "--pass", "int8", "--calib", data, "--no-eval", "--quiet", *case.out()])
+        return case.rng.choice(ways)
     evaluate = ["eval", here, "--text", case.base("text.txt"), *EVALUATION]
     steps = ["compress", here, "--pass", "linear:group_size=32", *SHORT, *case.out()]
     choices = [["inspect", here], evaluate, *([steps] if name == "lm" else [["verify", here]])]
@@ -690,25 +780,43 @@ def config_case(case: Case) -> Words:
     model = case.copy("lm")
     name = case.rng.choice(("config.json", "config.json", "config.json", "tokenizer_config.json"))
     edit(model / name, json_text, case.rng)
+    case.checked = model / "config.json"
     return look_at(case, model, "lm")
 
 
 def own_case(case: Case) -> Words:
-    name = case.rng.choice(("lm_km", "lm_lin", "g_km", "g_int"))
+    name = case.rng.choice(("lm_km", "lm_lin", "g_km", "g_int", "t_int"))
     model = case.copy(name)
     edit(model / "config.json", json_text, case.rng)
     return look_at(case, model, name)
 
 
-def file_of(name: str, folder: str) -> Callable[[Case], Words]:
+def file_of(name: str, *folders: str) -> Callable[[Case], Words]:
     """Damages the JSON file `name` of a graph's folder."""
 
     def make(case: Case) -> Words:
+        folder = case.rng.choice(folders)
         model = case.copy(folder)
         edit(model / name, json_text, case.rng)
         return look_at(case, model, folder)
 
     return make
+
+
+def index_case(case: Case) -> Words:
+    """Damages the index of a checkpoint in shards, or which files lie beside it."""
+    model = case.copy("shards")
+    index = model / "model.safetensors.index.json"
+    way = case.rng.randrange(10)
+    if way < 7:
+        edit(index, json_text, case.rng)
+    elif way == 7:
+        case.rng.choice(sorted(model.glob("*.safetensors"))).unlink()
+    elif way == 8:
+        index.rename(model / case.rng.choice(("effcli.safetensors.index.json", "other.json")))
+    else:
+        edit(case.rng.choice(sorted(model.glob("*.safetensors"))), safetensors_bytes, case.rng)
+    return look_at(case, model, "lm")
 
 
 def report_case(case: Case) -> Words:
@@ -827,13 +935,14 @@ def images_case(case: Case) -> Words:
     return ["eval", case.base("net.pt2"), "--images", str(folder), *resize]
 
 
-def network_of(name: str, change: Callable[[bytes, random.Random], bytes]) -> Callable[[Case], Words]:
+def network_of(change: Callable[[bytes, random.Random], bytes], *names: str) -> Callable[[Case], Words]:
     """Damages the file of a network."""
 
     def make(case: Case) -> Words:
-        file = case.copy(name)
+        name = case.rng.choice(names)
+        file = case.checked = case.copy(name)
         edit(file, change, case.rng)
-        run = ["eval", str(file), "--images", case.base("data.npz")]
+        run = ["eval", str(file), "--images", case.base("rows.npz" if name == "att.pt2" else "data.npz")]
         return case.rng.choice((["inspect", str(file)], ["plan", str(file), "--pass", "linear"], run))
 
     return make
@@ -843,8 +952,9 @@ KINDS: dict[str, Callable[[Case], Words]] = {
     "safetensors": safetensors_case,
     "config": config_case,
     "own": own_case,
-    "graph": file_of("graph.json", "g_km"),
-    "integer": file_of("integer.json", "g_int"),
+    "index": index_case,
+    "graph": file_of("graph.json", "g_km", "t_lin"),
+    "integer": file_of("integer.json", "g_int", "t_int"),
     "report": report_case,
     "yaml": yaml_case,
     "spec": spec_case,
@@ -853,8 +963,8 @@ KINDS: dict[str, Callable[[Case], Words]] = {
     "npz": data_of("data.npz", npz_bytes),
     "parquet": data_of("d.parquet", parquet_bytes),
     "images": images_case,
-    "onnx": network_of("net.onnx", onnx_bytes),
-    "pt2": network_of("net.pt2", zip_bytes),
+    "onnx": network_of(onnx_bytes, "net.onnx", "wide.onnx"),
+    "pt2": network_of(zip_bytes, "net.pt2", "att.pt2"),
 }
 
 
@@ -918,25 +1028,25 @@ def attempt(kind: str, seed: int, number: int, bases: Path, folder: Path, limits
     if not verdict and grown > limits.memory:
         verdict = "memory"
     if not verdict and code == 0 and case.checked is not None:
-        refused = refused_by_library(case.checked)
+        refused = refused_by_library(case.checked, bases)
         verdict, said = ("wrongly accepted", f"{said}\nerror: accepted: {refused}") if refused else (verdict, said)
     return {"verdict": verdict, "words": words, "code": code, "said": said, "grown": grown, "seconds": seconds}
 
 
-def refused_by_library(file: Path) -> str:
+def refused_by_library(file: Path, bases: Path) -> str:
     """What the library of the file's own format says against it, or against a file in a folder; else empty."""
     if file.is_dir():
-        return next((said for below in sorted(file.rglob("*.*")) if (said := refused_by_library(below))), "")
+        return next((said for below in sorted(file.rglob("*.*")) if (said := refused_by_library(below, bases))), "")
     if not file.is_file():
         return "not a file"
     try:
-        read_by_library(file)
+        read_by_library(file, bases)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def read_by_library(file: Path) -> None:
+def read_by_library(file: Path, bases: Path) -> None:
     """Read all of a file with the library of its format, which raises in its own ways."""
     import numpy as np
     import yaml
@@ -947,6 +1057,16 @@ def read_by_library(file: Path) -> None:
     if kind == ".safetensors":
         with safe_open(file, "np"):
             pass
+    elif kind == ".onnx":
+        from effcli import onnx_session
+
+        onnx_session.open_session(file, 1)
+    elif kind == ".pt2":
+        open_pt2(file, bases / file.name)
+    elif file.name == "config.json":
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(file.parent, local_files_only=True)
     elif kind == ".npz":
         with np.load(file, allow_pickle=False) as archive:
             for name in archive.files:
@@ -974,6 +1094,21 @@ def read_by_library(file: Path) -> None:
             image.verify()
         with Image.open(file) as image:
             image.load()
+
+
+def open_pt2(file: Path, base: Path) -> None:
+    """What torch reads of the file besides its example inputs, a pickle that effcli leaves alone."""
+    import torch
+
+    made, inputs = io.BytesIO(), "/data/sample_inputs/model.pt"
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(base) as whole:
+        held = {name: archive.read(name) for name in archive.namelist() if not name.endswith(inputs)}
+        kept = {name: whole.read(name) for name in whole.namelist() if name.endswith(inputs)}
+    with zipfile.ZipFile(made, "w") as new:
+        for name, content in (held | kept).items():
+            new.writestr(name, content)
+    made.seek(0)
+    torch.export.load(made)
 
 
 def reset_peak() -> int:

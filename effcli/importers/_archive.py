@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._export.serde import schema
+from torch._export.serde.serialize import _dict_to_dataclass
 
 from effcli.documents import parse_json
-from effcli.errors import CheckpointError, EffcliError, UnsupportedError
+from effcli.errors import CheckpointError, EffcliError, UnsupportedError, first_line
 from effcli.graphs.graph import function
 from effcli.importers._trace import Input, Trace, assemble, source
 
 SCHEMA_MAJOR = 8
+# Of the archive.
+_VERSION = b"0"
 # Far above what torch writes: bytes of a graph's JSON, numbers of a tensor that stores fewer, and how much smaller than
 # its content a member of some size is.
 _DESCRIPTION = 256 << 20
@@ -89,6 +93,11 @@ class _Reader:
                 _REMEDY,
             )
         self.root = marks[0].removesuffix("archive_format")
+        # Torch's own reader is asked what it asks before it executes anything.
+        torch._C.PyTorchFileReader(str(path)).get_all_records()
+        version = archive.read(f"{self.root}archive_version")
+        if version != _VERSION:
+            raise CheckpointError(f"{path} has version {version[:20]!r} of its archive, effcli reads 0", _REMEDY)
         models = [name for name in names if name.startswith(f"{self.root}models/") and name.endswith(".json")]
         if len(models) != 1:
             raise UnsupportedError(f"{path} holds {len(models)} graphs", "save one graph to a file")
@@ -96,7 +105,7 @@ class _Reader:
         self.nodes: dict[str, Any] = {}
 
     def trace(self) -> Trace:
-        data = self.json(f"models/{self.model}.json")
+        data = self.json(f"models/{self.model}.json", schema.ExportedProgram)
         major = data["schema_version"]["major"]
         if major != SCHEMA_MAJOR:
             raise CheckpointError(
@@ -118,9 +127,17 @@ class _Reader:
         graph.lint()
         return assemble(graph, weights, inputs, list(changed))
 
-    def json(self, name: str) -> Any:
+    def json(self, name: str, kind: type) -> Any:
+        """A member as JSON, which torch's own `kind` can be made of."""
         member = f"{self.root}{name}"
-        return parse_json(self.bytes(member, _DESCRIPTION), f"{name} in {self.path}", remedy=_REMEDY)
+        data = parse_json(self.bytes(member, _DESCRIPTION), f"{name} in {self.path}", remedy=_REMEDY)
+        try:
+            _dict_to_dataclass(kind, data)  # type: ignore[no-untyped-call]
+        except Exception as error:  # it raises whatever it trips over
+            raise CheckpointError(
+                f"{name} in {self.path} is damaged: {type(error).__name__} {first_line(error)}", _REMEDY
+            ) from error
+        return data
 
     def bytes(self, member: str, most: int) -> bytes:
         """At most so many bytes of a member, however many it would unpack to."""
@@ -140,9 +157,12 @@ class _Reader:
             "tensor_constant": ("constants", "tensor_constant_name"),
         }
         payloads = {
-            kind: self.json(f"data/{kind}/{self.model}_{kind}_config.json")["config"]
+            kind: self.json(f"data/{kind}/{self.model}_{kind}_config.json", schema.PayloadConfig)["config"]
             for kind in ("weights", "constants")
         }
+        for folder, named in payloads.items():
+            for name, payload in named.items():
+                self.check(folder, name, payload)
         weights: dict[str, tuple[str, Tensor]] = {}
         inputs: dict[str, Input | None] = {}
         for spec in specs:
@@ -168,6 +188,18 @@ class _Reader:
                 sizes = tuple(size.get("as_int") for size in meta["sizes"]) if meta else ()
                 inputs[node.name] = (sizes, _DTYPES[meta["dtype"]]) if meta else None
         return weights, inputs
+
+    def check(self, folder: str, name: str, payload: dict[str, Any]) -> None:
+        """Raise where a tensor's bytes are no whole numbers of its type, or its device is none.
+
+        So torch does, of tensors too that the graph does not read.
+        """
+        if payload["use_pickle"]:
+            return
+        torch.device(payload["tensor_meta"]["device"]["type"])
+        size = self.archive.getinfo(f"{self.root}data/{folder}/{payload['path_name']}").file_size
+        if size % _DTYPES[payload["tensor_meta"]["dtype"]].itemsize:
+            raise ValueError(f"{name} stores {size:,} bytes, which are no whole numbers")
 
     def tensor(self, folder: str, name: str, payload: dict[str, Any]) -> Tensor:
         if payload["use_pickle"]:
