@@ -11,6 +11,7 @@ import math
 import operator
 import zipfile
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ _DTYPES = {
     12: torch.bool,
     13: torch.bfloat16,
 }
+# Torch's numbers of types, those too that no tensor of a graph has here.
+_EVERY_DTYPE = {kind.value for kind in schema.ScalarType} - {0}
 _LAYOUTS = {7: torch.strided}
 _MEMORY_FORMATS = {
     1: torch.contiguous_format,
@@ -113,6 +116,8 @@ class _Reader:
                 "export the network again with torch 2.11 to 2.13",
             )
         described, signature = data["graph_module"]["graph"], data["graph_module"]["signature"]
+        for name, meta in described["tensor_values"].items():
+            _check_value(name, meta)
         graph = fx.Graph()
         weights, inputs = self.inputs(graph, described, signature["input_specs"])
         for item in described["nodes"]:
@@ -234,12 +239,13 @@ class _Reader:
                 f"{item['target']}{at} is not an operator of aten", "replace it by plain tensor operations"
             )
         target = function(item["target"].removeprefix("torch.ops.")) if aten else _SIZES[item["target"]]
-        positional, keywords = [], {}
-        for entry in item["inputs"]:
-            if aten and entry.get("kind") != 1:
-                keywords[_name(entry["name"])] = self.argument(entry["arg"])
-            else:
-                positional.append(self.argument(entry["arg"]))
+        values = [self.argument(entry["arg"]) for entry in item["inputs"]]
+        positional, keywords = values, dict[str, Any]()
+        if aten:
+            given = dict(zip((entry["name"] for entry in item["inputs"]), values, strict=True))
+            if len(given) < len(values):
+                raise ValueError(f"{item['target']} is given an argument twice")
+            positional, keywords = _by_schema(target, given)
         names = [name for output in item["outputs"] for name in _names(output)]
         several = len(names) != 1 or "as_tensors" in item["outputs"][0]
         made = graph.create_node(
@@ -282,6 +288,29 @@ class _Reader:
         if kind == "as_device":
             return torch.device("cpu")
         raise UnsupportedError(f"{self.path}: an operator takes {kind.removeprefix('as_')}", "use plain tensors")
+
+
+def _by_schema(target: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of an operator, which are stored by name: those that stand first by position, others by keyword."""
+    arguments = target._schema.arguments
+    unknown = given.keys() - {argument.name for argument in arguments}
+    missing = [one.name for one in arguments if one.name not in given and not one.has_default_value()]
+    if unknown or missing:
+        raise ValueError(f"{target} takes no {min(unknown)!r}" if unknown else f"{target} lacks its {missing[0]!r}")
+    first = list(takewhile(lambda one: one.name in given and not one.kwarg_only, arguments))
+    keywords = given.keys() - {one.name for one in first}
+    return [given[one.name] for one in first], {name: value for name, value in given.items() if name in keywords}
+
+
+def _check_value(name: str, meta: dict[str, Any]) -> None:
+    """Raise where the shape, type or device that a graph gives for a value is none."""
+    torch.device(meta["device"]["type"])
+    if meta["dtype"] not in _EVERY_DTYPE or len(meta["sizes"]) != len(meta["strides"]):
+        raise ValueError(f"the value {name} has no type, or other strides than sizes")
+    for size in (*meta["sizes"], *meta["strides"], meta["storage_offset"]):
+        number = size.get("as_int", 0)
+        if type(number) is not int or number < 0:
+            raise ValueError(f"the value {name} has the size {number}")
 
 
 def _name(name: str) -> str:

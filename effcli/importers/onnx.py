@@ -182,10 +182,12 @@ def _input(graph: GraphProto, path: Path) -> tuple[str, int | None, tuple[int, .
         raise UnsupportedError(
             f"input {value.name} of {path} declares no shape", "export the network with the shape of its input"
         )
-    kind = value.type.tensor_type.elem_type
-    if kind != TensorProto.FLOAT:
-        found_type = TensorProto.DataType.Name(kind).lower()
-        raise UnsupportedError(f"input {value.name} of {path} is {found_type}", "export the network in float32")
+    for kind, found in (("input", value), ("output", graph.output[0])):
+        number = found.type.tensor_type.elem_type
+        if number != TensorProto.FLOAT:
+            known = number in TensorProto.DataType.values()
+            held = TensorProto.DataType.Name(number).lower() if known else f"of the unknown type {number}"
+            raise UnsupportedError(f"{kind} {found.name} of {path} is {held}", "export the network in float32")
     extents = _extents(value)
     if len(extents) < 2:
         raise UnsupportedError(

@@ -284,6 +284,16 @@ def _placeholder(name: str) -> Callable[[Path], object]:
     return _model(change)
 
 
+def _first_argument(data: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = data["graph_module"]["graph"]["nodes"][0]["inputs"][0]
+    return found
+
+
+def _first_value(data: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(iter(data["graph_module"]["graph"]["tensor_values"].values()))
+    return found
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -305,6 +315,15 @@ def _placeholder(name: str) -> Callable[[Path], object]:
         (_config(lambda item: item["tensor_meta"].update(storage_offset={"as_int": -1})), "is damaged"),
         (lambda file: rewritten(file, "models/model.json", lambda data: b"[" * 5000 + b"]" * 5000), "nested too deep"),
         (_renamed("../x"), "'../x' is no name of a weight"),
+        (lambda file: rewritten(file, "weights/weight_0", lambda data: data + b"x"), "are no whole numbers"),
+        (lambda file: rewritten(file, "archive_version", lambda data: b"1"), "version b'1' of its archive"),
+        (lambda file: rewritten(file, ".data/version", lambda data: b"99"), "is damaged"),
+        (_config(lambda item: item["tensor_meta"]["device"].update(type="gpu")), "is damaged"),
+        (_model(lambda data: data["graph_module"]["graph"].update(tensor_values={"a": 3})), "is damaged"),
+        (_model(lambda data: _first_value(data).update(storage_offset={"as_int": 1.5})), "has the size 1.5"),
+        (_model(lambda data: _first_value(data).update(sizes=[])), "other strides than sizes"),
+        (_model(lambda data: _first_argument(data).update(name="x")), "takes no 'x'"),
+        (_model(lambda data: data["graph_module"]["graph"]["nodes"][0]["inputs"].pop(0)), "lacks its"),
         (_placeholder("x, y=print()"), "'x, y=print.*is no name of a value"),
         (_model(lambda data: data["schema_version"].update(major=9)), f"with schema 9, effcli reads {SCHEMA_MAJOR}"),
     ],
@@ -315,6 +334,24 @@ def test_damage_has_one_line(tmp_path: Path, damage: Callable[[Path], object], m
     with pytest.raises(CheckpointError, match=message) as caught:
         read(file)
     assert "\n" not in caught.value.cause and caught.value.remedy
+
+
+def test_arguments_are_taken_by_their_names(tmp_path: Path) -> None:
+    file = export(tmp_path / "net.pt2")
+    expected = read_exported(file).digest()
+    rewritten(
+        file,
+        "models/model.json",
+        lambda data: json.dumps(_reversed(json.loads(data))).encode(),
+    )
+    assert read_exported(file).digest() == expected
+
+
+def _reversed(data: dict[str, Any]) -> dict[str, Any]:
+    for node in data["graph_module"]["graph"]["nodes"]:
+        if node["target"].startswith("torch.ops.aten."):
+            node["inputs"].reverse()
+    return data
 
 
 @pytest.mark.parametrize("larger", [1 << 12, 1 << 27])

@@ -795,6 +795,14 @@ def test_inputs_that_are_no_batches_of_float32(tmp_path: Path) -> None:
     assert refused(tmp_path, network).cause.endswith("is uint8")
 
 
+@pytest.mark.parametrize(("number", "said"), [(TensorProto.UINT8, "is uint8"), (2**31 - 1, "unknown type 2147483647")])
+def test_an_output_of_another_type(tmp_path: Path, number: int, said: str) -> None:
+    network = model([node("Relu", "x", "y")], (6,))
+    network.graph.output[0].type.tensor_type.elem_type = number
+    assert f"output y of {tmp_path}" in (cause := refused(tmp_path, network).cause)
+    assert said in cause
+
+
 def test_inputs_of_a_batch_that_depend_on_each_other(tmp_path: Path) -> None:
     """Another constant for each input, and a product along an axis into which the batch is folded."""
     network = model([node("Add", "x c", "y")], (6,), {"c": floats(4, 6)}, batch=4)
