@@ -201,7 +201,7 @@ class _Reader:
         """
         if payload["use_pickle"]:
             return
-        torch.device(payload["tensor_meta"]["device"]["type"])
+        _check_device(payload["tensor_meta"]["device"])
         size = self.archive.getinfo(f"{self.root}data/{folder}/{payload['path_name']}").file_size
         if size % _DTYPES[payload["tensor_meta"]["dtype"]].itemsize:
             raise ValueError(f"{name} stores {size:,} bytes, which are no whole numbers")
@@ -302,9 +302,15 @@ def _by_schema(target: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str,
     return [given[one.name] for one in first], {name: value for name, value in given.items() if name in keywords}
 
 
+def _check_device(described: dict[str, Any]) -> None:
+    """Raise where torch has no such device, whether this machine has it or not."""
+    index = described["index"]
+    torch.device(described["type"]) if index is None else torch.device(described["type"], index)
+
+
 def _check_value(name: str, meta: dict[str, Any]) -> None:
     """Raise where the shape, type or device that a graph gives for a value is none."""
-    torch.device(meta["device"]["type"])
+    _check_device(meta["device"])
     if meta["dtype"] not in _EVERY_DTYPE or len(meta["sizes"]) != len(meta["strides"]):
         raise ValueError(f"the value {name} has no type, or other strides than sizes")
     for size in (*meta["sizes"], *meta["strides"], meta["storage_offset"]):

@@ -319,6 +319,7 @@ def _first_value(data: dict[str, Any]) -> dict[str, Any]:
         (lambda file: rewritten(file, "archive_version", lambda data: b"1"), "version b'1' of its archive"),
         (lambda file: rewritten(file, ".data/version", lambda data: b"99"), "is damaged"),
         (_config(lambda item: item["tensor_meta"]["device"].update(type="gpu")), "is damaged"),
+        (_config(lambda item: item["tensor_meta"]["device"].update(index="x")), "is damaged"),
         (_model(lambda data: data["graph_module"]["graph"].update(tensor_values={"a": 3})), "is damaged"),
         (_model(lambda data: _first_value(data).update(storage_offset={"as_int": 1.5})), "has the size 1.5"),
         (_model(lambda data: _first_value(data).update(sizes=[])), "other strides than sizes"),
