@@ -478,6 +478,9 @@ def _find_columns(
             return any(kind.field(k).name == "bytes" and is_image(kind.field(k).type) for k in range(kind.num_fields))
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{source} has several columns {twice!r}", "give each column a name of its own")
     for key in (preprocess.inputs, preprocess.labels):
         if key is not None and key not in schema.names:
             raise DataError(f"{source} has no column {key!r}", did_you_mean(key, schema.names))

@@ -547,6 +547,16 @@ def test_what_a_table_notes_of_its_classes(note: bytes, names: tuple[str, ...] |
         assert (open_inputs(tmp_path / "t.parquet", (3, 4, 4), Preprocess()).names or ()) == names
 
 
+def test_a_column_that_stands_twice(tmp_path: Path) -> None:
+    pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    images = pa.array([encoded(image, tmp_path) for image in pixels(2, 8, 6, 3)])
+    for name, column in (("image", pa.array([1, 2])), ("label", pa.array(["a", "b"]))):
+        table = pa.table({"image": images, "label": [0, 1]}).append_column(name, column)
+        pq.write_table(table, tmp_path / "d.parquet")
+        with pytest.raises(DataError, match=f"has several columns '{name}'"):
+            open_inputs(tmp_path / "d.parquet", (3, 8, 6), Preprocess())
+
+
 def test_damaged_pages_of_a_table(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     data = encoded(pixels(1, 4, 4, 3)[0], tmp_path)
