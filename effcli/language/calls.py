@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from effcli.errors import UnsupportedError
+from effcli.language.experts import zeros_like
 from effcli.language.weights import empty, place
 
 if TYPE_CHECKING:
@@ -149,15 +149,8 @@ def zeros_for_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     for name in names:
-        place(module, name, _zeros(module.get_parameter(name), dtype))
+        place(module, name, zeros_like(module.get_parameter(name), dtype))
     try:
         yield
     finally:
         empty(module, "", names)
-
-
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
-    dtype = dtype if like.is_floating_point() else like.dtype
-    # NumPy asks the system for zeroed memory, which exists once it is touched; torch writes zeros.
-    flat = torch.from_numpy(np.zeros(like.numel() * dtype.itemsize, dtype=np.uint8))
-    return flat.view(dtype).view(like.shape)

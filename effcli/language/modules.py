@@ -130,6 +130,9 @@ class Expert:
         self.dtype = linear.packed.dtype
         self.device = linear.packed.device
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dense, name)
+
     @property
     def T(self) -> Tensor:
         return self.dense.T

@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from effcli.errors import UnsupportedError, first_line
+from effcli.language.experts import stacks_of
 from effcli.sites import LayerSite
 from effcli.stock import check_causal, check_decoder, language_loader, load_network_config, quiet_transformers
 
@@ -150,18 +151,18 @@ def find_layers(root: nn.Module, prefix: str) -> Iterator[LayerSite]:
             yield LayerSite(name, "conv1d", f"{name}.weight", rows, columns, transposed=True)
         elif "Experts" in type(module).__name__:
             # The order in which the experts run: all matrices of expert 0, then of expert 1.
-            stacks = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
-            count = max((p.shape[0] for p in stacks.values()), default=0)
-            # Batched products multiply inputs (experts, n, in) with the whole stack, which holds (experts, in, out).
-            batched = not hasattr(module, "is_transposed") and "bmm" in type(module).forward.__code__.co_names
-            transposed = batched or bool(getattr(module, "is_transposed", False))
-            obstacle = f"{type(module).__name__} multiplies all experts at once" if batched else ""
+            stacks = stacks_of(module)
+            parameters = {own: module.get_parameter(own) for own in stacks}
+            count = max((parameter.shape[0] for parameter in parameters.values()), default=0)
             for index in range(count):
-                for own, parameter in stacks.items():
-                    rows, columns = parameter.shape[1:] if not transposed else parameter.shape[:0:-1]
+                for own, stack in stacks.items():
+                    shape = parameters[own].shape
+                    if index >= shape[0]:
+                        continue
+                    rows, columns = shape[:0:-1] if stack.transposed else shape[1:]
                     key = f"{name}.{own}"
                     yield LayerSite(
-                        f"{key}.{index}", "expert", key, rows, columns, index, transposed, obstacle=obstacle
+                        f"{key}.{index}", "expert", key, rows, columns, index, stack.transposed, obstacle=stack.obstacle
                     )
 
 

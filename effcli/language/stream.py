@@ -15,12 +15,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from effcli.errors import CheckpointError, EffcliError, foreign
 from effcli.inputs import text
 from effcli.language.calls import Call, Manner, Returned, alike, kind_of, split, unsupported, zeros_for_weights
+from effcli.language.experts import PRODUCTS, operands
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, empty
 from effcli.sites import LayerSite
@@ -241,17 +241,6 @@ def _bound(forward: Callable[..., Any], k: int) -> Callable[..., Any]:
     return lambda *args, **kwargs: forward(k, *args, **kwargs)
 
 
-# Products and the places of their input and weight, by position or by name.
-_PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
-    F.linear: ((0, "input"), (1, "weight")),
-    torch.matmul: ((0, "input"), (1, "other")),
-    torch.mm: ((0, "input"), (1, "mat2")),
-    torch.addmm: ((1, "mat1"), (2, "mat2")),
-    torch.Tensor.matmul: ((0, "self"), (1, "other")),
-    torch.Tensor.__matmul__: ((0, "self"), (1, "other")),
-}
-
-
 class WatchLayers(TorchFunctionMode):
     """Reports every product of an input with a watched weight: one way for modules, Conv1D and stacked experts.
 
@@ -272,8 +261,8 @@ class WatchLayers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in _PRODUCTS:
-            inputs, weight = (args[at] if at < len(args) else kwargs.get(key) for at, key in _PRODUCTS[func])
+        if func in PRODUCTS:
+            inputs, weight = operands(func, args, kwargs)
             if isinstance(weight, Tensor):
                 name = self._names.get((weight.untyped_storage().data_ptr(), int(weight.storage_offset())))
                 if name is not None:

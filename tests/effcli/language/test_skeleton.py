@@ -326,6 +326,115 @@ def test_a_forward_that_writes_the_linear_product_otherwise_is_a_linear_layer(bi
     assert layer.weight.shape == (4, 7) and layer.in_features == 7
 
 
+class _Experts(torch.nn.Module):
+    """Two stacks of three experts each, of 2 inputs and 2 outputs, so that no shape says which is which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.ones(3, 2, 2))
+        self.down = torch.nn.Parameter(torch.ones(3, 2, 2))
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for expert in index.unique():
+            token, choice = torch.where(index == expert)
+            found = self.one(self.one(x[token], self.up[expert]), self.down[expert])
+            out.index_add_(0, token, found * scores[token, choice, None])
+        return out
+
+    def one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ByLinearExperts(_Experts):
+    def one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight)
+
+
+class ByProductExperts(_Experts):
+    def one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+
+class TurnedExperts(_Experts):
+    def one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x, weight.transpose(0, 1))
+
+
+class TurnedLinearExperts(_Experts):
+    def one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight.T)
+
+
+class SummingExperts(_Experts):
+    def one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("nd,df->nf", x, weight)
+
+
+class ScalingExperts(_Experts):
+    def one(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ (weight * 2)
+
+
+class PickingExperts(_Experts):
+    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return (x[:, None] * self.up[index[:, 0]]).sum(-1) @ self.down[0]
+
+
+class WholeExperts(_Experts):
+    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("nd,edf->nf", x, self.up)
+
+
+class GroupedExperts(_Experts):
+    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch._grouped_mm(x, self.up, offs=torch.tensor([1, 1, 2], dtype=torch.int32))
+
+
+class StrangeExperts(_Experts):
+    def forward(self, x: torch.Tensor, a: int, b: int, c: int, d: int) -> torch.Tensor:
+        return x
+
+
+class IdleExperts(_Experts):
+    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return x @ self.up[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("kind", "transposed"),
+    [(ByLinearExperts, False), (ByProductExperts, True), (TurnedExperts, False), (TurnedLinearExperts, True)],
+)
+def test_the_order_of_a_stack_is_seen_where_it_is_multiplied(
+    kind: type[_Experts], transposed: bool, device: str
+) -> None:
+    sites = list(find_layers(kind().to(device), "experts"))
+    assert [site.name for site in sites[:3]] == ["experts.up.0", "experts.down.0", "experts.up.1"]
+    assert {(site.transposed, site.obstacle) for site in sites} == {(transposed, "")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (SummingExperts, "does more with its weights than multiply with those of one expert (einsum)"),
+        (ScalingExperts, "does more with its weights than multiply with those of one expert (mul)"),
+        (PickingExperts, "does more with its weights than multiply with those of one expert (__getitem__)"),
+        (WholeExperts, "multiplies all experts at once (einsum)"),
+        (GroupedExperts, "multiplies all experts at once (_grouped_mm)"),
+        (StrangeExperts, "could not be tried: it takes other arguments"),
+    ],
+)
+def test_experts_that_do_what_is_not_understood_stay_dense(kind: type[_Experts], why: str) -> None:
+    assert {site.obstacle for site in find_layers(kind(), "experts")} == {f"{kind.__name__} {why}"}
+
+
+def test_a_stack_that_is_not_multiplied_stays_dense() -> None:
+    up, down = list(find_layers(IdleExperts(), "experts"))[:2]
+    assert up.transposed and not up.obstacle
+    assert down.obstacle == "IdleExperts does not multiply an input with it"
+
+
 def test_experts_multiplied_at_once_are_read_by_inputs_and_outputs_and_stay_dense() -> None:
     class Experts(torch.nn.Module):
         def __init__(self) -> None:
