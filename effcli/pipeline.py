@@ -115,7 +115,7 @@ class _Run:
         remarks = self.subject.calibrate()
         with self.place.locked():
             request = self._request()
-            if self.place.placed == request and Report.read(self.output).recipe == self.recipe.model_dump(mode="json"):
+            if self.place.placed == request and Report.read(self.output).recipe == self.subject.settings:
                 # Killed when all was done but the removal of what is beside the output.
                 self.place.finish()
                 return Report.read(self.output)
@@ -309,7 +309,7 @@ class _Run:
             software=_software(),
             stages=tuple(stages),
             verified=self.subject.verify(finished, stages) if self.recipe.evaluate.enabled else None,
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=self.subject.settings,
         )
         exported, failed = self._exports(finished)
         report = report.model_copy(update={"exports": exported})

@@ -20,7 +20,7 @@ from pydantic import model_serializer as serializer
 from effcli import exporters, passes, yamls
 from effcli.contract import Options, PassConfig, Scope
 from effcli.errors import EffcliError, RecipeError, did_you_mean
-from effcli.inputs import jsonl
+from effcli.inputs import jsonl, tables
 from effcli.inputs.preprocess import Preprocess
 from effcli.mistakes import Mistakes, join, shown, validated
 from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_step
@@ -73,7 +73,7 @@ class Evaluate(Options):
     samples: int = Field(20, ge=1, description="Windows of text, or inputs (2,000 unless set).")
     length: int = Field(512, ge=2, description="Tokens per window; fewer unless set when the model takes fewer.")
     choices: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None, description="A jsonl file of multiple-choice questions, or several."
+        None, description="A jsonl or parquet file of multiple-choice questions, or several."
     )
     limit: int | None = Field(None, ge=1, description="Take only the first questions of each file of `choices`.")
     latency: bool = Field(True, description="Time prefill and decode with the kernels that will run.")
@@ -524,7 +524,9 @@ def _measure(path: str, sofar: Mapping[str, Any]) -> dict[str, Any]:
     file = Path(path).expanduser()
     suffix = Path(path.partition("#")[0]).suffix
     key = "choices" if jsonl.is_jsonl(file) and not jsonl.holds_documents(file) else "perplexity"
-    if suffix in (".npz", ".parquet") or Path(path.partition("#")[0]).expanduser().is_dir():
+    if suffix == tables.SUFFIX and tables.holds_questions(file):
+        key = "choices"
+    elif suffix in (".npz", ".parquet") or Path(path.partition("#")[0]).expanduser().is_dir():
         key = "images"
     if key == "choices" and key in sofar:
         there = sofar[key]

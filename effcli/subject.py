@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from effcli.reports.report import Exported, Latency, Quality, Speed, Stage
 
@@ -41,6 +41,10 @@ class Subject(Protocol):
     @property
     def request(self) -> dict[str, str]:
         """The digest of every file of the network and of the data beside it, by name, or of the network itself."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe as JSON, with what follows the network filled in: as it is carried out."""
 
     def plan(self) -> Plan:
         """What the recipe will do; raises what a run would raise over its patterns and sizes."""

@@ -67,6 +67,7 @@ def trace(skeleton: Skeleton) -> onnx_ir.Model:
     Outputs: logits, present.N.key and .value. Batch, lengths and past are dynamic. Initializers are named as in the
     network's state dict. Raises `UnsupportedError` for a network that cannot be followed, with the cause.
     """
+    _check_positions(skeleton)
     decoder = Decoder(skeleton.model)
     if any(site.kind == "expert" for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)):
         # The usual way asks which experts were chosen, and that cannot stand in a graph.
@@ -107,6 +108,19 @@ def _trace(skeleton: Skeleton, decoder: Decoder, inputs: tuple[Any, ...]) -> onn
         if name in names:
             value.const_value = None
     return _simplified(program.model)
+
+
+def _check_positions(skeleton: Skeleton) -> None:
+    """Raise `UnsupportedError` for positions whose frequencies change with the length of the text."""
+    for module in skeleton.model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind):
+                raise UnsupportedError(
+                    f"{skeleton.config.model_type} changes its rotary position embedding with the length of the text "
+                    f"({kind}), and a graph holds one",
+                    "this version exports networks whose positions are embedded in one way; safetensors takes any",
+                )
 
 
 def _simplified(model: onnx_ir.Model) -> onnx_ir.Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class GraphNetwork:
         beside = (_beside(self.source, name) for name in (CALIBRATION, EVALUATION))
         data = {str(file): of_file(file) for file in beside if file is not None}
         return {"network": self.graph.digest(), **data}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.recipe.model_dump(mode="json")
 
     def plan(self) -> Plan:
         return graphplan.make(self.recipe, self.graph)

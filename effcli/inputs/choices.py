@@ -4,7 +4,9 @@ A file has one JSON object per line: `{"query": ..., "choices": [...], "gold": i
 highest log-likelihood per character (lm-evaluation-harness' `acc_norm`); or `{"context": ..., "continuation": ...}`,
 answered when the continuation is what greedy decoding gives (LAMBADA's accuracy); or
 `{"contexts": [...], "continuation": ..., "gold": index}`, answered by the context behind which the one continuation is
-likeliest (WinoGrande, by partial evaluation).
+likeliest (WinoGrande, by partial evaluation). WinoGrande's own columns, `{"sentence": ..., "option1": ...,
+"option2": ..., "answer": "1"}`, are read so, too: each option takes the place of the blank `_`, and what stands behind
+it is the continuation. A parquet file has the same keys as columns.
 
 Conventions are those of lm-evaluation-harness: a space joins query and choice; both are tokenized together and split
 where the query's own tokens end; a text that is too long loses its beginning.
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from effcli.errors import DataError
-from effcli.inputs import jsonl
+from effcli.inputs import jsonl, tables
 from effcli.inputs.text import Reader
 
 _DELIMITER = " "
@@ -60,9 +62,10 @@ class Score:
 
 
 def read(file: Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a jsonl file; `DataError` with the line's number for one that cannot serve."""
+    """The first `limit` questions of a jsonl or parquet file; `DataError` names the line of one that cannot serve."""
     questions: list[Question] = []
-    for where, data in jsonl.objects(file, _FORM):
+    rows = tables.rows(file) if file.suffix.lower() == tables.SUFFIX else jsonl.objects(file, _FORM)
+    for where, data in rows:
         questions.append(_question(data, where))
         if len(questions) == limit:
             break
@@ -72,9 +75,10 @@ def read(file: Path, limit: int | None = None) -> list[Question]:
 
 
 _FORM = (
-    'write {"query": text, "choices": [text, ...], "gold": index}, {"context": text, "continuation": text} or '
-    '{"contexts": [text, ...], "continuation": text, "gold": index}'
+    'write {"query": text, "choices": [text, ...], "gold": index}, {"context": text, "continuation": text}, '
+    '{"contexts": [text, ...], "continuation": text, "gold": index}, or give the columns of WinoGrande'
 )
+_WINOGRANDE = {"sentence", "option1", "option2", "answer"}
 
 
 def _question(data: dict[str, Any], where: str) -> Question:
@@ -82,6 +86,8 @@ def _question(data: dict[str, Any], where: str) -> Question:
         query, choices, gold = data["context"], [data["continuation"]], None
     elif {"contexts", "continuation"} <= data.keys():
         return _partial(data, where)
+    elif data.keys() >= _WINOGRANDE:
+        return _partial(_filled(data, where), where)
     else:
         missing = [key for key in ("query", "choices", "gold") if key not in data]
         if missing:
@@ -95,6 +101,20 @@ def _question(data: dict[str, Any], where: str) -> Question:
     if not all(choices):
         raise DataError(f"{where}: a choice is empty", _FORM)
     return Question(query, tuple(choices), gold)
+
+
+def _filled(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """One row of WinoGrande as contexts and the continuation behind the blank, as lm-evaluation-harness has it."""
+    sentence, options, answer = data["sentence"], (data["option1"], data["option2"]), str(data["answer"])
+    if not all(isinstance(text, str) for text in (sentence, *options)):
+        raise DataError(f"{where}: sentence, option1 and option2 must be texts", _FORM)
+    if answer not in ("1", "2"):
+        raise DataError(f"{where}: answer must be 1 or 2, not {answer[:60]!r}", _FORM)
+    before, blank, behind = sentence.partition("_")
+    if not blank:
+        raise DataError(f"{where}: the sentence has no blank (_)", _FORM)
+    contexts = [before + option for option in options]
+    return {"contexts": contexts, "continuation": behind.strip(), "gold": int(answer) - 1}
 
 
 def _partial(data: dict[str, Any], where: str) -> Question:

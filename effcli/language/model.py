@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from effcli import digest, exporters
 from effcli.checkpoint import read_config, weight_files
@@ -43,6 +44,15 @@ class LanguageModel:
     def request(self) -> dict[str, str]:
         files = {str(file): digest.of_file(file) for file in weight_files(self.source)}
         return {**files, **digest.of_folder(self.source)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        own = network_config(read_config(self.source))
+        longest = text.longest_sequence(load_network_config(self.source, own, self.recipe.trust_remote_code))
+        found = self.recipe.model_dump(mode="json")
+        for name, options in (("calibration", self.recipe.calibration), ("evaluate", self.recipe.evaluate)):
+            found[name]["length"] = text.window_length(options, longest)
+        return found
 
     def plan(self) -> Plan:
         return make(self.recipe)

@@ -382,9 +382,11 @@ def _observe(
 
 
 def _by_input(seen: Sequence[_Seen]) -> list[list[_Seen]]:
-    groups: dict[tuple[int, int], list[_Seen]] = {}
+    groups: dict[tuple[int, int, int], list[_Seen]] = {}
     for item in seen:
-        groups.setdefault((item.inputs.data_ptr(), item.inputs.numel()), []).append(item)
+        # Experts that no token reached share an address and read nothing in common.
+        alone = item.position if item.inputs.numel() == 0 else -1
+        groups.setdefault((item.inputs.data_ptr(), item.inputs.numel(), alone), []).append(item)
     return list(groups.values())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -217,3 +218,19 @@ def test_a_damaged_record_of_an_export(work: Path, monkeypatch: pytest.MonkeyPat
     assert [made.target for made in run(work, "out", "c", listener=heard).exports] == ["c"]
     assert any(text.startswith("exporting to c again") and record.name in text for text in heard.said)
     assert [path.name for path in (work / "out" / "exports").iterdir()] == ["c"]
+
+
+def test_the_report_records_the_lengths_that_were_used(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model")
+    request = {
+        "model": str(source),
+        "passes": [{"awq": {"bits": 4, "group_size": 32}}],
+        "output": str(tmp_path / "out"),
+        "calibration": {"samples": 2},
+        "evaluate": {"prefill": 16, "decode": 4},
+    }
+    report = pipeline.run(recipes.check(request, "the request"))
+    assert (report.recipe["calibration"]["length"], report.recipe["evaluate"]["length"]) == (128, 128)
+    assert Report.read(tmp_path / "out").recipe == report.recipe
+    again = recipes.load(tmp_path / "out" / "recipe.yaml")
+    assert "length" not in again.calibration.model_fields_set

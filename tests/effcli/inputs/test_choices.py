@@ -11,7 +11,7 @@ import torch
 
 from effcli import samples
 from effcli.errors import DataError
-from effcli.inputs import choices, text
+from effcli.inputs import choices, tables, text
 from effcli.inputs.choices import Question, Task
 from effcli.language import evaluate
 from effcli.recipe import Evaluate
@@ -213,6 +213,56 @@ def test_the_context_behind_which_the_continuation_is_likeliest_is_the_answer(tm
     assert answer(task, table).accuracy == pytest.approx(2 / 3)
     assert task.score(0, 2).accuracy == 1
     assert task.score(2, 3) == choices.Score(0, 0.0, 1)
+
+
+WINOGRANDE = [
+    {"sentence": "Ann gave _ the king to see.", "option1": "Bob", "option2": "Cy", "answer": "2"},
+    {"sentence": "_ is late", "option1": "Bob", "option2": "Cy", "answer": "1"},
+]
+READ = [
+    Question("", ("the king to see.",), 1, ("Ann gave Bob", "Ann gave Cy")),
+    Question("", ("is late",), 0, ("Bob", "Cy")),
+]
+
+
+def test_the_columns_of_winogrande_are_partial_contexts(tmp_path: Path) -> None:
+    file = tmp_path / "winogrande.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in WINOGRANDE))
+    assert choices.read(file) == READ
+
+
+def test_questions_in_parquet(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "winogrande.parquet"
+    parquet.write_table(arrow.Table.from_pylist(WINOGRANDE), file)
+    assert choices.read(file) == READ
+    assert choices.read(file, limit=1) == READ[:1]
+    assert tables.holds_questions(file)
+    parquet.write_table(arrow.table({"image": ["a"]}), file)
+    assert not tables.holds_questions(file)
+    with pytest.raises(DataError, match="row 1: no query and no choices and no gold"):
+        choices.read(file)
+    file.write_bytes(b"PAR1 but no more")
+    assert not tables.holds_questions(file)
+    with pytest.raises(DataError, match="is no parquet file that can be read"):
+        choices.read(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": ""}, "answer must be 1 or 2, not ''"),
+        ({"answer": "3"}, "answer must be 1 or 2"),
+        ({"sentence": "no blank"}, "the sentence has no blank"),
+        ({"sentence": "nothing behind _"}, "the continuation is empty"),
+        ({"option1": 1}, "sentence, option1 and option2 must be texts"),
+    ],
+)
+def test_rows_of_winogrande_that_cannot_serve(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "winogrande.jsonl"
+    file.write_text(json.dumps(WINOGRANDE[0] | change))
+    with pytest.raises(DataError, match=message):
+        choices.read(file)
 
 
 def test_several_files_are_told_apart(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from effcli import samples
 from effcli.errors import CheckpointError, DataError, RecipeError
-from effcli.inputs import text
+from effcli.inputs import jsonl, text
 from effcli.recipe import Calibration, Evaluate, Recipe, from_arguments
 
 SAMPLE = samples.SAMPLES["sample:lm"]
@@ -314,3 +314,67 @@ def test_more_windows_than_can_be_counted_are_all_there_are(tmp_path: Path) -> N
     file.write_text("abcdefgh" * 5000)
     for count in (2**31, 2**63 - 1):
         assert text.windows(file, reader(), count, 3).windows.shape == (13333, 3)
+
+
+LLAMA = (
+    "{{- bos_token }}{%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- for m in messages %}{{- '<h>' + m['role'] + '</h>' + m['content'] | trim + '<end>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<h>assistant</h>' }}{%- endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<im>' + m['role'] + ' ' + m['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<im>assistant ' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<turn>' + m['role'] + ' ' + m['content'] | trim + '<end>' }}{% endfor %}"
+)
+MISTRAL = (
+    "{%- set ns = namespace(index=0) -%}{{ bos_token }}{%- for m in messages -%}"
+    "{%- if m['role'] == 'user' -%}{{ '[I] ' + m['content'] + ' [/I]' }}{%- set ns.index = ns.index + 1 -%}"
+    "{%- elif m['role'] == 'assistant' -%}{{ ' ' + m['content'] + eos_token }}"
+    "{%- else -%}{{ raise_exception('Only user and assistant roles are supported!') }}{%- endif -%}{%- endfor -%}"
+)
+
+
+def templated(template: str) -> text.Reader:
+    """The sample's tokenizer with a chat template of the kind that public models have."""
+    whole = text.Reader.open(samples.SAMPLES["sample:lm"])
+    whole.tokenizer.chat_template = template
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (LLAMA, "{bos}<h>user</h>the king<end><h>assistant</h>is here<end>"),
+        (CHATML, "<im>user the king<end><im>assistant is here<end>"),
+        (GEMMA, "{bos}<turn>user the king<end><turn>assistant is here<end>"),
+        (MISTRAL, "{bos}[I] the king [/I] is here{eos}"),
+    ],
+)
+def test_messages_go_through_templates_as_models_have_them(template: str, expected: str) -> None:
+    """Nothing is added behind the last answer: the conversation is whole, and no answer is asked for."""
+    reader = templated(template)
+    messages = [{"role": "user", "content": "the king"}, {"role": "assistant", "content": "is here"}]
+    expected = expected.format(bos=reader.tokenizer.bos_token, eos=reader.tokenizer.eos_token)
+    assert jsonl.document_ids({"messages": messages}, "line 1", reader) == reader.encode(expected, special=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (GEMMA, [{"role": "system", "content": "be kind"}], "System role not supported"),
+        (GEMMA, [{"role": "assistant", "content": "a"}], "Conversation roles must alternate"),
+        (MISTRAL, [{"role": "system", "content": "be kind"}], "Only user and assistant roles are supported!"),
+        (CHATML, [{"role": "user", "tool_calls": []}], ""),
+        ("{{ nothing.here }}", [{"role": "user", "content": "a"}], "'nothing' is undefined"),
+        ("{% for %}", [{"role": "user", "content": "a"}], ""),
+    ],
+)
+def test_what_a_template_refuses_is_said(template: str, messages: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(DataError, match=f"line 1: the chat template refuses the messages: .*{message}"):
+        jsonl.document_ids({"messages": messages}, "line 1", templated(template))

@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from effcli.checkpoint import Checkpoint
 from effcli.language.calls import Call
-from effcli.language.pairs import Producer, SharedInput, divide_norm, find_pairs, match_channels, output_factors
+from effcli.language.pairs import (
+    Producer,
+    SharedInput,
+    _by_input,
+    _Seen,
+    divide_norm,
+    find_pairs,
+    match_channels,
+    output_factors,
+)
 from effcli.language.skeleton import Skeleton
 from effcli.language.stream import Stream
 from effcli.language.weights import Weights
@@ -305,3 +314,9 @@ def test_a_channel_that_its_dtype_could_not_hold_stays() -> None:
         taken = divide_norm(block, Producer("norm", "norm", torch.arange(3), 3), scale)
     assert taken.tolist() == [1, 1, 4]
     assert norm.weight.tolist() == [before[0], before[1], 0.5]
+
+
+def test_experts_that_no_token_reached_share_no_input() -> None:
+    widths = {"a": 4, "b": 4, "c": 8}
+    seen = [_Seen(name, torch.zeros(0, width), torch.zeros(0, 1), k) for k, (name, width) in enumerate(widths.items())]
+    assert [[item.name for item in group] for group in _by_input(seen)] == [["a"], ["b"], ["c"]]

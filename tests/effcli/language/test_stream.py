@@ -62,6 +62,34 @@ def test_blocks_are_called_and_answer_as_the_network_has_it(name: str, batch: in
             torch.testing.assert_close(stream.leave(rows, hidden.read(number)), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("length", [12, 40])
+def test_positions_that_change_with_the_length(length: int, tmp_path: Path) -> None:
+    """Phi 3 with longrope: up to 16 tokens it takes the short factors, then the long ones."""
+    make_longrope(tmp_path)
+    ids = torch.randint(architectures.VOCABULARY, (2, length), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(streamed(tmp_path, ids), model(ids, use_cache=False).logits, rtol=0, atol=0)
+
+
+def test_a_graph_holds_no_positions_that_change_with_the_length(tmp_path: Path) -> None:
+    trace = pytest.importorskip("effcli.exporters._onnx_language_trace")
+    with pytest.raises(UnsupportedError, match=r"phi3 changes its rotary position embedding .* \(longrope\)"):
+        trace.trace(Skeleton(tmp_path, Checkpoint.open(make_longrope(tmp_path)).config))
+
+
+def make_longrope(folder: Path) -> Path:
+    factors = {"short_factor": [1 + 0.1 * k for k in range(8)], "long_factor": [2.0 + k for k in range(8)]}
+    rope: dict[str, Any] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 16,
+        **factors,
+    }
+    rope["partial_rotary_factor"] = 1.0
+    return architectures.make("phi3", folder, rope_parameters=rope, original_max_position_embeddings=16)
+
+
 class Stacked(LlamaForCausalLM):
     """Llama whose decoder runs its blocks in a way of its own."""
 
