@@ -20,7 +20,7 @@ from effcli.recipe import Recipe
 from effcli.reports.human import size
 from effcli.selection import Choice, choose
 from effcli.sites import LayerSite
-from effcli.storage import Stored, obstacles_of
+from effcli.storage import Stored
 from effcli.swept import CARRIED, MATRIX
 
 
@@ -214,7 +214,7 @@ class _Sizes:
         """The layers that the standard format has no place for as things stand, and why."""
         kinds = {site.name: site.kind for site in _all_sites(self.weights.skeleton)}
         layers = {name: Stored(format, kinds[name]) for name, format in self.formats.items()}
-        return obstacles_of({**layers, **self.weights.foreign})
+        return self.weights.obstacles({**layers, **self.weights.foreign})
 
     def nbytes(self, site: LayerSite) -> int:
         if site.name in self.taken:

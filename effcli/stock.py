@@ -73,6 +73,18 @@ def _check_numbers(path: Path, config: Any, within: str = "") -> None:
             )
 
 
+def replaced_class(network: Any) -> str | None:
+    """The name of a class in `network` that transformers replaces when it loads compressed tensors; None without one.
+
+    The other class has other parameters, so a file written for this network does not fit it.
+    """
+    from transformers.quantizers import base
+
+    listed: Any = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    replaced = {name for name, entry in listed.items() if "compressed-tensors" in entry["quantization_methods"]}
+    return next((name for module in network.modules() if (name := type(module).__name__) in replaced), None)
+
+
 def load_network_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
     """The transformers config object of a network's own `config`; remote code only when trusted."""
     from transformers import CONFIG_MAPPING, AutoConfig

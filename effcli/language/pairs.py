@@ -244,6 +244,8 @@ class _Candidates:
             for item in sorted((*norms, *seen), key=lambda item: -item.position)
             if item.position < group[0].position and item.output.numel() == tokens * item.output.shape[-1]
         ]
+        # What a network computes without gradients (an index of tokens) cannot be followed.
+        before = [item for item in before if item.output.requires_grad and inputs.requires_grad]
         if not before:
             return _Candidates(names, [], "no norm or linear before it sees the same tokens")
         weighting = torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(1)) + 0.5

@@ -43,7 +43,7 @@ from effcli.observers import Gram
 from effcli.reports.report import LedgerRow
 from effcli.selection import choose
 from effcli.sites import LayerSite
-from effcli.storage import Stored, obstacles_of, own_config, standard_config, untied
+from effcli.storage import Stored, own_config, standard_config, untied
 from effcli.swept import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class _Sweep:
                 f"{next(iter(self.carried))}"
             )
             stored.update(self.weights.foreign)
-        obstacles = obstacles_of(stored)
+        obstacles = self.weights.obstacles(stored)
         config = self.weights.network_config()
         if self.skeleton.tied and self.skeleton.head in stored:
             config = untied(config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from effcli.errors import CheckpointError, UnsupportedError
 from effcli.formats import Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.sites import LayerSite
-from effcli.storage import Stored, network_config, stored_layers, untied
+from effcli.stock import replaced_class
+from effcli.storage import Stored, network_config, obstacles_of, stored_layers, untied
 
 # The tensors that a quantized layer may consist of, by the end of their names.
 SUFFIXES = frozenset(
@@ -179,6 +180,15 @@ class Weights:
                 "save the language model on its own: load it with AutoModelForCausalLM, then `save_pretrained(...)`",
             )
         return {key: self.checkpoint.entries[key] for key in unused}
+
+    def obstacles(self, stored: Mapping[str, Stored]) -> dict[str, str]:
+        """The layers that have no place in the standard format when `stored` ones are, and why."""
+        found = obstacles_of(stored)
+        kind = replaced_class(self.skeleton.model)
+        if kind is not None and not found:
+            reason = f"in a quantized checkpoint stock transformers puts another class in the place of {kind}"
+            return dict.fromkeys(stored, reason)
+        return found
 
     def has(self, name: str) -> bool:
         """Whether the files hold a parameter: as a tensor, or every matrix of it on its own, packed or dense."""

@@ -162,6 +162,10 @@ _SPECIAL_BLOCKS: dict[str, Any] = {
     "openai-gpt": lambda: AutoConfig.for_model(
         "openai-gpt", vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128
     ),
+    # In a quantized checkpoint transformers puts another class in the place of its experts.
+    "llama4_text": lambda: AutoConfig.for_model(
+        "llama4_text", **_COMMON, head_dim=16, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1
+    ),
     # Every block takes an embedding of its own of the token ids.
     "gemma4_text": _gemma4,
 }

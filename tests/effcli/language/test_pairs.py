@@ -320,3 +320,21 @@ def test_experts_that_no_token_reached_share_no_input() -> None:
     widths = {"a": 4, "b": 4, "c": 8}
     seen = [_Seen(name, torch.zeros(0, width), torch.zeros(0, 1), k) for k, (name, width) in enumerate(widths.items())]
     assert [[item.name for item in group] for group in _by_input(seen)] == [["a"], ["b"], ["c"]]
+
+
+def test_an_input_computed_without_gradients_has_no_producer() -> None:
+    class Indexing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.index, self.out = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                picked = self.index(self.norm(x))
+            return self.out(x + picked.sign())
+
+    generator = torch.Generator().manual_seed(0)
+    probes = [(torch.randn(shape, generator=generator), Call((), {})) for shape in ((32, 1, 4), (2, 6, 4))]
+    found = {pair.consumers: pair for pair in find_pairs(Indexing(), probes[0], probes[1])}
+    assert found["index",].producer is None
+    assert found["out",].producer is None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import effcli
 from effcli import passes, runtime
 from effcli.checkpoint import Checkpoint, read_config
 from effcli.contract import Group, Layer, Outcome
@@ -660,3 +661,12 @@ def test_several_shards(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     reference = logits(runtime.load(tmp_path / "out", packed=False))
     torch.testing.assert_close(logits(stock), reference, rtol=0.02, atol=0.02)
+
+
+def test_where_the_stock_loader_replaces_a_class_the_layout_is_our_own(tmp_path: Path) -> None:
+    source = architectures.make("llama4_text", tmp_path / "model")
+    report = effcli.compress(source, ["linear:bits=4,group_size=32"], tmp_path / "out", evaluate=False)
+    assert any("in the place of Llama4TextExperts" in remark for remark in report.stages[-1].remarks)
+    assert is_own(read_config(tmp_path / "out"))
+    result = verify.verify(tmp_path / "out")
+    assert result.passed, result.line
