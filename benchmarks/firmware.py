@@ -46,7 +46,7 @@ def quantized(name: str, count: int) -> tuple[IntegerNetwork, Array]:
     graph = read(ASSETS / name / "model.pt2")
     task = NETWORKS[name](graph, name, count, CALIBRATION)
     prepared, _ = int8.prepare(graph)
-    network = int8.quantize(int8.Config(), prepared, int8.observe(prepared, iter(task.calibration.split(64)))).network
+    network = int8.quantize(int8.Int8(), prepared, int8.observe(prepared, iter(task.calibration.split(64)))).network
     assert isinstance(network, IntegerNetwork)
     return network, network.quantize(task.tests.numpy()[:count])
 

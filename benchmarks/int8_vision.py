@@ -124,9 +124,7 @@ def main() -> None:
         prepared, _ = int8.prepare(graph)
         statistics = int8.observe(prepared, iter(task.calibration.split(64)))
         for observer in options.observers:
-            config = int8.Config(
-                observer=observer, range=options.weights, bias_correction=not options.no_bias_correction
-            )
+            config = int8.Int8(observer=observer, range=options.weights, bias_correction=not options.no_bias_correction)
             network = int8.quantize(config, prepared, statistics).network
             assert not isinstance(network, Graph)
             start = time.perf_counter()
@@ -146,7 +144,7 @@ def main() -> None:
                 reached = bool(decibels >= LEAST_DECIBELS)
             rows.append([*line, f"{decibels:.1f}", f"{seconds:.0f}"])
             print(" | ".join(rows[-1]), flush=True)
-            if not reached and observer == int8.Config().observer:
+            if not reached and observer == int8.Int8().observer:
                 missed.append(name)
     header = ["network", "observer", "float %", "int8 %", "lost", "held out %", "agreement %", "dB", "seconds"]
     print(f"\n{table(header, rows)}\n\nMachine: {machine(torch.get_num_threads())}")

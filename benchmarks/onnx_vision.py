@@ -55,7 +55,7 @@ def exports(model: str, scratch: Path) -> tuple[Path, Path]:
     """The float32 and the int8 export of a model."""
     graph = read(samples.locate(model))
     inputs = torch.randn(64, *graph.facts.shape, generator=torch.Generator().manual_seed(0))
-    made = int8.transform(int8.Config(), graph, Observed(lambda: iter([inputs])))
+    made = int8.Int8().transform(graph, Observed(lambda: iter([inputs])))
     folders = []
     for kind, network in (("float", graph), ("int8", made.network)):
         checkpoint = scratch / kind

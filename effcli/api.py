@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli import recipe as recipes
-from effcli.contract import PassConfig
+from effcli.contract import Pass
 from effcli.reports.report import Report
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def compress(
     model: str | Path,
-    passes: str | Sequence[str | dict[str, Any] | PassConfig],
+    passes: str | Sequence[str | dict[str, Any] | Pass],
     output: str | Path,
     *,
     overwrite: bool = False,

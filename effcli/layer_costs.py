@@ -15,7 +15,7 @@ from effcli.formats import Packing
 from effcli.probe import Cost
 from effcli.recipe import PassStep, Recipe
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Unit, Way
-from effcli.selection import Choice, choose, choose_graph, fitted_to_inputs
+from effcli.selection import Choice, choose, choose_graph, needs_of
 from effcli.swept import Progress
 
 # Weights below which putting every layer into the network by itself is a matter of a minute.
@@ -38,7 +38,7 @@ def sensitivity(
     network = _Graph(recipe, source) if importers.recognises(source) else _Language(recipe, source)
     variants = [network.choose(step) for step in steps]
     way = way or ("loss" if network.weights < SMALL else "fisher")
-    found = network.costs(steps[0], variants, way, progress)
+    found = network.costs(variants, way, progress)
     layers = []
     for name, first in variants[0].items():
         if first.config is None:
@@ -57,7 +57,7 @@ def sensitivity(
         ordered = tuple(options[bits] for bits in sorted(options))
         layers.append(LayerCosts(name=name, kind=first.site.kind, shape=first.site.shape, options=ordered))
     remarks = list(network.remarks)
-    if way != "gram" and network.samples > 1 and fitted_to_inputs(variants):
+    if way != "gram" and network.samples > 1 and needs_of(variants):
         remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
     settings = steps[0].config.model_dump(mode="json", exclude={"bits"}, exclude_defaults=True)
     return Sensitivity(
@@ -98,15 +98,12 @@ class _Language:
     def itemsize(self, choice: Choice) -> int:
         return self._dtype_of(choice.site.parameter).itemsize
 
-    def costs(
-        self, step: PassStep, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress
-    ) -> list[dict[str, Cost]]:
+    def costs(self, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress) -> list[dict[str, Cost]]:
         from effcli.language.sensitivity import layer_costs
 
         with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
             return layer_costs(
                 self.source,
-                step.module,
                 variants,
                 self._windows,
                 Path(folder),
@@ -138,15 +135,13 @@ class _Graph:
     def itemsize(self, choice: Choice) -> int:
         return 4
 
-    def costs(
-        self, step: PassStep, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress
-    ) -> list[dict[str, Cost]]:
+    def costs(self, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress) -> list[dict[str, Cost]]:
         from effcli.graphs.sensitivity import layer_costs
 
         def batches() -> Iterator[Tensor]:
             return (inputs for inputs, _ in self._data.batches(self.recipe.calibration.batch_size))
 
-        return layer_costs(self.source, step.module, variants, batches, way, progress)
+        return layer_costs(self.source, variants, batches, way, progress)
 
 
 __all__ = ["SMALL", "sensitivity"]

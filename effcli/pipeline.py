@@ -22,7 +22,6 @@ import torch
 from effcli import exporters, importers, memory, samples
 from effcli import recipe as recipes
 from effcli.checkpoint import weight_files, write_text
-from effcli.contract import Needs
 from effcli.digest import of_path
 from effcli.documents import read_model
 from effcli.errors import EffcliError, OutputError, UnfinishedError, UnsupportedError, UserError, writing
@@ -143,7 +142,7 @@ class _Run:
         stages = [self._stage(0, lambda: self._measured(base, "input", {}, count, first=True))]
         current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
-            said = remarks if step.config.needed is not Needs.NOTHING else ()
+            said = remarks if step.config.needs else ()
             stages.append(self._pass(number, step, current, reference, said, count))
             former = current
             current, reference = self._after(number, stages[-1], current, reference)

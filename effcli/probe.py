@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from effcli.contract import Gram, Layer, Needs, Outcome, PassConfig
+from effcli.contract import Layer, LayerPass, Outcome, Statistics, carry_out
 from effcli.formats import Quantized
 
 _ROWS = 1024
@@ -107,55 +105,34 @@ def steadied(costs: Sequence[Mapping[str, Cost]], noise: float) -> list[dict[str
 
 
 class Probe:
-    """Stands in for the module of a pass, and remembers what became of every layer.
+    """Hands layers to their pass, and remembers what became of every one.
 
     factors: rows (out,) and columns (in,) by which a layer's weight stands multiplied when it reaches the pass, so
     that it can be told of as it was. keep_weights: remember the weights too, not only their errors.
     """
 
-    def __init__(self, module: ModuleType, keep_weights: bool = False) -> None:
+    def __init__(self, keep_weights: bool = False) -> None:
         self.factors: Callable[[str], tuple[Tensor | None, Tensor | None]] = lambda name: (None, None)
-        self._module = module
         self._keep_weights = keep_weights
-        # Of a grouped convolution the pass may see one group of rows after the other.
-        self._parts: dict[str, list[Trial]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "apply_groups" and self._module.Config.needs is Needs.NOTHING:
-            return self._apply_groups
-        found = getattr(self._module, name)
-        return self._apply_groups if name == "apply_groups" else found
+        self._trials: dict[str, Trial] = {}
 
     @property
     def trials(self) -> dict[str, Trial]:
         """What became of every layer so far."""
-        return {name: self._joined(name, parts) for name, parts in self._parts.items()}
+        return {name: self._as_it_was(name, trial) for name, trial in self._trials.items()}
 
-    def apply(self, config: PassConfig, layer: Layer, seen: Gram | None) -> Outcome:
-        """As the pass's own; inputs that it does not ask for are kept from it."""
-        outcome: Outcome = self._module.apply(config, layer, seen if config.needed is not Needs.NOTHING else None)
-        self._remember(layer, outcome, () if seen is None else (seen,))
-        return outcome
-
-    def _apply_groups(self, config: PassConfig, layer: Layer, seen: Sequence[Gram]) -> Outcome:
-        if config.needed is Needs.NOTHING:
-            # Such a pass is given a layer whole, however many groups it has.
-            outcome: Outcome = self._module.apply(config, layer, None)
-        else:
-            outcome = self._module.apply_groups(config, layer, seen)
-        self._remember(layer, outcome, seen)
-        return outcome
-
-    def _remember(self, layer: Layer, outcome: Outcome, seen: Sequence[Gram]) -> None:
+    def apply(self, options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ()) -> Outcome:
+        """As `carry_out`; inputs that the pass does not ask for are kept from it."""
+        outcome = carry_out(options, layer, seen if options.needs else ())
         made = outcome.weight
         restored = made.dequantize(torch.float32) if isinstance(made, Quantized) else made.float()
         energy, whole = (energies(of, seen) if seen else None for of in (restored - layer.weight, layer.weight))
-        kept = restored if self._keep_weights else None
-        self._parts.setdefault(layer.name, []).append(Trial(energy, whole, kept))
+        self._trials[layer.name] = Trial(energy, whole, restored if self._keep_weights else None)
+        return outcome
 
-    def _joined(self, name: str, parts: Sequence[Trial]) -> Trial:
+    def _as_it_was(self, name: str, trial: Trial) -> Trial:
         rows, columns = self.factors(name)
-        energy, whole, weight = (_cat([getattr(part, key) for part in parts]) for key in ("energy", "whole", "weight"))
+        energy, whole, weight = trial.energy, trial.whole, trial.weight
         if rows is not None:
             energy, whole = (None if of is None else of * rows.square() for of in (energy, whole))
             weight = None if weight is None else weight * rows.unsqueeze(1)
@@ -164,12 +141,7 @@ class Probe:
         return Trial(energy, whole, weight)
 
 
-def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None
-
-
-def energies(weight: Tensor, seen: Sequence[Gram]) -> Tensor:
+def energies(weight: Tensor, seen: Sequence[Statistics]) -> Tensor:
     """Mean squared output of each row of weight (out, in), float32 (out,); `seen`: of each group of rows in turn."""
     parts = []
     for gram, part in zip(seen, weight.chunk(len(seen)), strict=True):

@@ -11,18 +11,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from pydantic import model_serializer as serializer
 
 from effcli import exporters, passes, yamls
-from effcli.contract import Options, PassConfig, Scope
+from effcli.contract import Change, LayerPass, NetworkPass, Pass, SearchPass
 from effcli.errors import EffcliError, RecipeError, did_you_mean
 from effcli.inputs import jsonl, tables
 from effcli.inputs.preprocess import Preprocess
 from effcli.mistakes import Mistakes, join, shown, validated
+from effcli.options import Options
 from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_step
 
 # What a pass's `layers` may not override: these say which layers are taken, not how.
@@ -151,14 +151,14 @@ class PassStep(Step):
 
     noun: ClassVar[str] = "a step"
 
-    config: SerializeAsAny[PassConfig]
+    config: SerializeAsAny[Pass]
 
     @classmethod
-    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> PassConfig | None:
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Pass | None:
         if name not in passes.PASSES:
             mistakes.add(path, f"there is no pass {name!r}; {did_you_mean(name, passes.PASSES)}")
             return None
-        config_type: type[PassConfig] = passes.load(name).Config
+        config_type = passes.load(name)
         config = validated(config_type, options, path, mistakes, owner=name)
         chosen = None if config is None else cls._chosen(config, path, mistakes)
         if chosen is None:
@@ -166,18 +166,17 @@ class PassStep(Step):
         return config
 
     @classmethod
-    def _chosen(cls, config: PassConfig, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
+    def _chosen(cls, config: Pass, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
         """For a step that chooses the bits of another, that other with each number of bits; None for any other step.
 
         What cannot be carried out is noted, and then left out.
         """
-        inner: Mapping[str, Mapping[str, Any]] | None = getattr(config, "chooses_bits_of", None)
-        if inner is None:
+        if not isinstance(config, SearchPass):
             return None
-        ((name, options),) = inner.items()
+        name, options = config.base
         if name in passes.PASSES:
-            fields = passes.load(name).Config.model_fields
-            if "bits" not in fields or "format" not in dir(passes.load(name).Config):
+            searched = passes.load(name)
+            if "bits" not in searched.model_fields or not issubclass(searched, LayerPass):
                 mistakes.add(join(path, "using"), f"{name} has no number of bits to choose; take awq or linear")
                 return ()
             if "bits" in options:
@@ -186,8 +185,8 @@ class PassStep(Step):
                 )
                 return ()
         made = []
-        for bits in config.bits:  # type: ignore[attr-defined]
-            step = cls.check({name: {**options, "bits": bits}}, path, mistakes)
+        for own in config.space:
+            step = cls.check({name: {**options, **own}}, path, mistakes)
             made += [] if step is None else [step]
         return tuple(made)
 
@@ -196,16 +195,11 @@ class PassStep(Step):
         """The step that this one stands for with each number of bits it may choose; empty when it stands for itself."""
         return self._chosen(self.config, "", Mistakes()) or ()
 
-    @property
-    def module(self) -> ModuleType:
-        """The pass itself."""
-        return passes.load(self.name)
-
     def for_graph(self) -> PassStep:
         """This step in a network read as a graph: defaults that differ there filled in."""
         return self.model_copy(update={"config": self.config.for_graph()})
 
-    def for_layer(self, overrides: Mapping[str, Any]) -> PassConfig:
+    def for_layer(self, overrides: Mapping[str, Any]) -> Pass:
         """The options of this step with some replaced, as `layers` asks for the layers that match a pattern."""
         return type(self.config).model_validate(self.config.model_dump() | dict(overrides))
 
@@ -287,8 +281,8 @@ class Recipe(Options):
         if given:
             raise RecipeError(f"{given[0]}: {self.model} is a language model", "leave the key out")
         for number, step in enumerate(self.passes):
-            if step.config.scope is Scope.GRAPH:
-                known = [name for name in passes.PASSES if passes.load(name).Config.scope is not Scope.GRAPH]
+            if isinstance(step.config, NetworkPass):
+                known = [name for name in passes.PASSES if not issubclass(passes.load(name), NetworkPass)]
                 raise RecipeError(
                     f"passes.{number}: {step.name} takes networks read as a graph; {self.model} is a language model",
                     f"take {', '.join(known[:-1])} or {known[-1]}",
@@ -327,7 +321,7 @@ def check(data: Any, source: str = "recipe") -> Recipe:
         if step is not None:
             steps.append(step)
     for index, (step, following) in enumerate(pairwise(steps), start=1):
-        if step.config.last:
+        if Change.INTEGER in step.config.changes:
             why = f"{following.name} cannot follow {step.name}, which leaves no floating-point layer"
             mistakes.add(f"passes.{index}", f"{why}; make {step.name} the last step")
     if not given and "passes" not in mistakes.found:
@@ -419,11 +413,11 @@ def from_arguments(
 ) -> Recipe:
     """A recipe from the arguments of `effcli compress` or `effcli.compress`.
 
-    passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass's `Config`. evals: text
+    passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass. evals: text
     files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys of the recipe; None
     is left out.
     """
-    if isinstance(passes, str | Mapping | PassConfig | PassStep):
+    if isinstance(passes, str | Mapping | Pass | PassStep):
         passes = [passes]
     steps = [parse_pass(item) if isinstance(item, str) else _plain_step(item) for item in passes]
     for option, flag, value in (("bits", "--bits", bits), ("group_size", "--group-size", group_size)):
@@ -486,7 +480,7 @@ def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Ma
 
 
 def _check_layers(
-    config_type: type[PassConfig], options: Mapping[str, Any], path: str, name: str, mistakes: Mistakes
+    config_type: type[Pass], options: Mapping[str, Any], path: str, name: str, mistakes: Mistakes
 ) -> None:
     """Check each entry of `layers` against the pass's own options."""
     layers = options.get("layers")
@@ -514,8 +508,9 @@ def _check_layers(
 
 def _plain_step(step: Any) -> Any:
     """A step given from Python as plain data, so that overrides reach its options."""
-    if isinstance(step, PassConfig):
-        names = [name for name, entry in passes.PASSES.items() if entry.module == type(step).__module__]
+    if isinstance(step, Pass):
+        place = f"{type(step).__module__}:{type(step).__qualname__}"
+        names = [name for name, entry in passes.PASSES.items() if entry.place == place]
         return {name: step.model_dump(mode="json", exclude_unset=True) for name in names}
     return plain(step)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from effcli.contract import Needs, PassConfig
+from effcli.contract import Needs, Pass
 from effcli.errors import SelectionError, did_you_mean
 from effcli.formats import Affine, Codebook
 from effcli.language.skeleton import Skeleton
@@ -24,7 +24,7 @@ class Choice:
     """One layer: the options it is compressed with, or None and the reason."""
 
     site: LayerSite
-    config: PassConfig | None
+    config: Pass | None
     reason: str = ""
 
     @property
@@ -35,10 +35,12 @@ class Choice:
         return "change" if self.config.result is None else "compress"
 
 
-def fitted_to_inputs(variants: Iterable[Mapping[str, Choice]]) -> bool:
-    """Whether what becomes of a layer, in one of the variants, depends on calibration inputs."""
-    configs = (choice.config for choices in variants for choice in choices.values())
-    return any(config is not None and config.needed is not Needs.NOTHING for config in configs)
+def needs_of(variants: Iterable[Mapping[str, Choice]]) -> Needs:
+    """What the layers, in all of the variants together, must be given besides their weights."""
+    needs = Needs.NOTHING
+    for choice in (choice for choices in variants for choice in choices.values()):
+        needs |= Needs.NOTHING if choice.config is None else choice.config.needs
+    return needs
 
 
 def choose(skeleton: Skeleton, step: PassStep) -> dict[str, Choice]:
@@ -96,12 +98,12 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _ignored(site: LayerSite, config: PassConfig) -> str:
+def _ignored(site: LayerSite, config: Pass) -> str:
     pattern = next((pattern for pattern in config.ignore if matches(site.name, pattern)), None)
     return "" if pattern is None else f"ignored by {pattern!r}"
 
 
-def _outside(site: LayerSite, config: PassConfig, skeleton: Skeleton) -> str:
+def _outside(site: LayerSite, config: Pass, skeleton: Skeleton) -> str:
     """Why a layer outside the repeated blocks is left alone, empty when it is taken."""
     if site.name != skeleton.head:
         return "outside the repeated blocks"
@@ -111,9 +113,9 @@ def _outside(site: LayerSite, config: PassConfig, skeleton: Skeleton) -> str:
     return f"the output head is kept unless lm_head is set{tied}"
 
 
-def _options(name: str, step: PassStep) -> PassConfig:
+def _options(name: str, step: PassStep) -> Pass:
     """The options of one layer: of several patterns that match, the last one's."""
-    config: PassConfig = step.config
+    config: Pass = step.config
     for pattern, overrides in step.config.layers.items():
         if matches(name, pattern):
             config = step.for_layer(overrides)

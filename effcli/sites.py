@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from effcli.contract import Kind
+Kind = Literal["linear", "conv1d", "expert", "conv"]
 
 
 @dataclass(frozen=True)

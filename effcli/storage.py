@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from effcli.checkpoint import check_config, read_config
-from effcli.contract import Kind
 from effcli.documents import check_model
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.formats import Activations, Affine, Codebook, Packing, Strategy, format_from_json
+from effcli.sites import Kind
 
 LAYOUT_VERSION = 1
 OWN_TYPE = "effcli"

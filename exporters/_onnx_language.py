@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli import onnx_session
-from effcli.contract import Options
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, writing
 from effcli.exporters import _onnx_language_layers as layers
 from effcli.exporters._onnx_integer_linear import IntegerLinear
@@ -31,6 +30,7 @@ from effcli.language import verify
 from effcli.language.skeleton import Skeleton
 from effcli.language.verify import Agreement
 from effcli.language.weights import Weights, open_weights
+from effcli.options import Options
 from effcli.reports.human import count, size
 from effcli.storage import Stored
 

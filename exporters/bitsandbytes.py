@@ -17,7 +17,6 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from effcli.contract import Options
 from effcli.documents import check_model, parse_json
 from effcli.exporters._packed import (
     common_obstacle,
@@ -29,6 +28,7 @@ from effcli.exporters._packed import (
 )
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map
+from effcli.options import Options
 from effcli.reports.report import Exported
 from effcli.storage import Stored
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
-from effcli.contract import Options
 from effcli.documents import read_model
 from effcli.errors import UnsupportedError, writing
 from effcli.exporters._target import nbytes, replacing
@@ -21,6 +20,7 @@ from effcli.exporters.firmware import check, project, targets
 from effcli.exporters.firmware.cost import LayerCost
 from effcli.exporters.firmware.generate import Generated, generate, inputs
 from effcli.graphs.integer import IntegerNetwork, is_integer
+from effcli.options import Options
 from effcli.reports.human import count
 from effcli.reports.report import Exported
 

@@ -20,12 +20,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Options
 from effcli.errors import UnsupportedError
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
 from effcli.formats import Affine, AffineWeight, pack_bits, unpack_bits
 from effcli.language.weights import Weights
+from effcli.options import Options
 from effcli.reports.report import Exported
 
 BITS = (2, 3, 4, 8)

@@ -15,11 +15,11 @@ from pydantic import Field
 
 from effcli import onnx_session
 from effcli.checkpoint import copy_companions, read_config, write_text
-from effcli.contract import Options
 from effcli.errors import UnsupportedError
 from effcli.exporters._target import nbytes, replacing
 from effcli.graphs.graph import is_graph
 from effcli.graphs.integer import is_integer
+from effcli.options import Options
 from effcli.reports.report import Exported, Speed
 from effcli.storage import network_config
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from effcli.contract import Options
 from effcli.errors import MachineError, OutputError, UnsupportedError, first_line, writing
 from effcli.exporters._target import nbytes, replacing
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
+from effcli.options import Options
 from effcli.reports.report import Exported
 
 FILE_NAME = "model.pt2"

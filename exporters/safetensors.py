@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli.checkpoint import STOCK_STEM, Checkpoint, copy_companions, weight_files, write_shard, write_text
-from effcli.contract import Options
 from effcli.errors import UnsupportedError, writing
 from effcli.exporters._classifier import write_classifier
 from effcli.exporters._obstacles import by_reason, some
@@ -26,6 +25,7 @@ from effcli.exporters._target import replacing
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.weights import open_weights
+from effcli.options import Options
 from effcli.reports.report import Exported
 from effcli.storage import is_own, network_config, stored_layers
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from effcli.contract import PassConfig
+from effcli.contract import Pass
 from effcli.graphs.graph import Graph, calls, where
 from effcli.graphs.patches import padding
 
@@ -42,7 +42,7 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def place(
-    graph: Graph, node: fx.Node, shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, PassConfig] | None = None
+    graph: Graph, node: fx.Node, shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, Pass] | None = None
 ) -> Place:
     """Where the batch norm that `node` calls can be folded, the layer before it if possible.
 
@@ -64,7 +64,7 @@ def _obstacle_before(
     graph: Graph,
     source: fx.Node,
     shapes: Mapping[str, tuple[int, ...]],
-    chosen: Mapping[str, PassConfig] | None,
+    chosen: Mapping[str, Pass] | None,
 ) -> str:
     module, name = graph.module_of(source), str(source.target)
     if not isinstance(module, _Weighted):
@@ -78,7 +78,7 @@ def _obstacle_before(
 
 
 def _obstacle_behind(
-    graph: Graph, user: fx.Node, shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, PassConfig] | None
+    graph: Graph, user: fx.Node, shapes: Mapping[str, tuple[int, ...]], chosen: Mapping[str, Pass] | None
 ) -> str:
     module, name = graph.module_of(user), str(user.target)
     if not isinstance(module, _Weighted):
@@ -90,7 +90,7 @@ def _obstacle_behind(
     return _obstacle(graph, name, chosen)
 
 
-def _obstacle(graph: Graph, name: str, chosen: Mapping[str, PassConfig] | None) -> str:
+def _obstacle(graph: Graph, name: str, chosen: Mapping[str, Pass] | None) -> str:
     if len(list(calls(graph, name))) > 1:
         return f"{name} is called more than once"
     if name in graph.stored:

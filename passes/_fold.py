@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from effcli.contract import PassConfig
+from effcli.contract import Pass
 from effcli.graphs.channels import column_factors
 from effcli.graphs.graph import Graph
 from effcli.passes._batchnorm import affine, batch_norms, bias_of, place, remove
 
 
 def fold_batch_norms(
-    graph: Graph, chosen: Mapping[str, PassConfig] | None = None
+    graph: Graph, chosen: Mapping[str, Pass] | None = None
 ) -> tuple[dict[str, list[str]], tuple[str, ...]]:
     """Fold, in place, what can be folded: (the batch norms that each layer took in, remarks on those that stay).
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effcli.contract import Gram
+from effcli.contract import Statistics
 from effcli.passes._tables import ascending
 
 # Conjugate directions for the tables of one round: a handful, since the entries of a table hardly depend on each other.
@@ -24,7 +24,7 @@ _BLOCK = 128
 
 
 def refit(
-    weight: Tensor, table: Tensor, codes: Tensor, seen: Sequence[Gram], rounds: int, keep_zeros: bool
+    weight: Tensor, table: Tensor, codes: Tensor, seen: Sequence[Statistics], rounds: int, keep_zeros: bool
 ) -> tuple[Tensor, Tensor, float]:
     """Table and codes whose output error is, in every independent problem, no larger, and the share that it fell by.
 
@@ -54,7 +54,7 @@ class Objective:
     problems: how many parts, equally many tables and rows of each, do not depend on each other.
     """
 
-    def __init__(self, target: Tensor, seen: Sequence[Gram], problems: int) -> None:
+    def __init__(self, target: Tensor, seen: Sequence[Statistics], problems: int) -> None:
         self._target = target
         self._grams = torch.stack([gram.matrix for gram in seen])
         self._problems = problems

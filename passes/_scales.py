@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Group, Needs, PassConfig, Scope
+from effcli.contract import Group, Needs, ScalingPass, Statistics
 from effcli.formats import Affine
 from effcli.passes._affine import nearest
 
@@ -29,11 +29,9 @@ _CLEAR = 0.05
 _ROWS = 256
 
 
-class Scaled(PassConfig):
+class Scaled(ScalingPass):
     """Options of passes that scale the channels of a shared input and round affinely."""
 
-    needs: ClassVar[Needs] = Needs.INPUTS
-    scope: ClassVar[Scope] = Scope.GROUP
     graph_defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
 
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
@@ -48,12 +46,20 @@ class Scaled(PassConfig):
     )
 
     @property
+    def needs(self) -> Needs:
+        return Needs.GRAM
+
+    @property
+    def without_scale(self) -> Literal["unscaled", "explicit"]:
+        return self.without_pair
+
+    @property
     def format(self) -> Affine:
         return Affine(self.bits, "group" if self.group_size else "channel", self.group_size or 0, self.symmetric)
 
 
 def find_scale(
-    formats: Sequence[Affine], group: Group, seen: Gram, coarse: int = COARSE, fine: int = FINE
+    formats: Sequence[Affine], group: Group, seen: Statistics, coarse: int = COARSE, fine: int = FINE
 ) -> tuple[Tensor, dict[str, float]]:
     """Factor per input channel, float32 (in,), for the layers of `group`, one format for each, and notes.
 

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from effcli.contract import Layer, Outcome, PassConfig
+from effcli.contract import Layer, LayerPass, Outcome
 from effcli.formats import Codebook, CodebookWeight, Strategy, huffman
 from effcli.formats.codebook import fixed_table
 
 
-class Shared(PassConfig):
+class Shared(LayerPass):
     """Options that say what shares a table or a scale."""
 
     granularity: Strategy = Field(

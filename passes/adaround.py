@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Layer, Needs, Outcome, PassConfig
+from effcli.contract import Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.formats import Affine, AffineWeight
 from effcli.passes._affine import clipped_range, encode, extremes, parameters
 
@@ -37,10 +37,8 @@ _FEWEST_ROWS = 64
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 0.52, 0.48)
 
 
-class Config(PassConfig):
-    """Options of an `adaround` step."""
-
-    needs: ClassVar[Needs] = Needs.INPUTS
+class AdaRound(LayerPass):
+    """An `adaround` step."""
 
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
     group_size: int | None = Field(
@@ -54,34 +52,36 @@ class Config(PassConfig):
     learning_rate: float = Field(0.05, gt=0, description="Of Adam (arXiv:1412.6980).")
 
     @property
+    def needs(self) -> Needs:
+        return Needs.GRAM
+
+    @property
     def format(self) -> Affine:
         return Affine(self.bits, "group" if self.group_size else "channel", self.group_size or 0, self.symmetric)
 
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        """Quantize one weight (out, in) under the Gram matrix of its inputs."""
+        return self.apply_groups(layer, (seen,))
 
-def apply(config: Config, layer: Layer, seen: Gram) -> Outcome:
-    """Quantize one weight (out, in) under the Gram matrix of its inputs."""
-    return apply_groups(config, layer, (seen,))
-
-
-def apply_groups(config: Config, layer: Layer, seen: Sequence[Gram]) -> Outcome:
-    """Quantize the weight (out, in) of a layer whose rows fall into as many equal groups as there are Gram matrices."""
-    format = config.format
-    weight = layer.weight
-    parts = weight.view(len(seen), -1, weight.shape[1])
-    if config.range == "least_squares":
-        ranges = [
-            clipped_range(rows, gram.matrix, format, layer.dtype, SHRINKS)
-            for rows, gram in zip(parts, seen, strict=True)
-        ]
-        low, high = (torch.cat(bounds) for bounds in zip(*ranges, strict=True))
-    else:
-        low, high = extremes(weight, format)
-    if not any(gram.tokens for gram in seen):
-        return Outcome(encode(weight, low, high, format, layer.dtype))
-    scale, zero = parameters(low, high, format, layer.dtype)
-    codes, notes = learn(weight, torch.stack([gram.matrix for gram in seen]), scale, zero, format, config)
-    stored_zero = None if format.symmetric else zero.to(torch.uint8)
-    return Outcome(AffineWeight(format, codes, scale.to(layer.dtype), stored_zero), notes)
+    def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
+        """Quantize the weight (out, in) of a layer whose rows fall into as many equal groups as `seen` has entries."""
+        format = self.format
+        weight = layer.weight
+        parts = weight.view(len(seen), -1, weight.shape[1])
+        if self.range == "least_squares":
+            ranges = [
+                clipped_range(rows, gram.matrix, format, layer.dtype, SHRINKS)
+                for rows, gram in zip(parts, seen, strict=True)
+            ]
+            low, high = (torch.cat(bounds) for bounds in zip(*ranges, strict=True))
+        else:
+            low, high = extremes(weight, format)
+        if not any(gram.tokens for gram in seen):
+            return Outcome(encode(weight, low, high, format, layer.dtype))
+        scale, zero = parameters(low, high, format, layer.dtype)
+        codes, notes = learn(weight, torch.stack([gram.matrix for gram in seen]), scale, zero, format, self)
+        stored_zero = None if format.symmetric else zero.to(torch.uint8)
+        return Outcome(AffineWeight(format, codes, scale.to(layer.dtype), stored_zero), notes)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Rows:
 
 
 def learn(
-    weight: Tensor, grams: Tensor, scale: Tensor, zero: Tensor, format: Affine, config: Config
+    weight: Tensor, grams: Tensor, scale: Tensor, zero: Tensor, format: Affine, config: AdaRound
 ) -> tuple[Tensor, dict[str, Any]]:
     """Codes uint8 (out, in) whose output error is, row for row, no larger than that of the nearest ones, and notes.
 
@@ -141,7 +141,7 @@ def learn(
     return codes.view_as(weight).to(torch.uint8), notes
 
 
-def _learn(rows: Rows, config: Config) -> tuple[Tensor, Tensor]:
+def _learn(rows: Rows, config: AdaRound) -> tuple[Tensor, Tensor]:
     """Learned and nearest codes (groups, rows, in); where the nearest ones of a row are as good, they are taken."""
     exact = rows.target / rows.step
     below = exact.floor().add_(rows.origin)
@@ -153,7 +153,7 @@ def _learn(rows: Rows, config: Config) -> tuple[Tensor, Tensor]:
     return torch.where(better.unsqueeze(-1), learned, nearest), nearest
 
 
-def _descend(rows: Rows, below: Tensor, cut: Tensor, rounded: Tensor, config: Config) -> Tensor:
+def _descend(rows: Rows, below: Tensor, cut: Tensor, rounded: Tensor, config: AdaRound) -> Tensor:
     """h(V) after training, (groups, rows, in) in [0, 1]: how much of a step each weight is rounded up.
 
     below: codes rounded down; cut: the fraction that this cut off; rounded: `errors` of the nearest codes. Rows are
@@ -187,4 +187,4 @@ def _descend(rows: Rows, below: Tensor, cut: Tensor, rounded: Tensor, config: Co
     return values.sigmoid_().mul_(_STRETCH).add_(_OFFSET).clamp_(0, 1)
 
 
-__all__ = ["Config", "Rows", "apply", "apply_groups", "learn"]
+__all__ = ["AdaRound", "Rows", "learn"]

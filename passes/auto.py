@@ -8,23 +8,20 @@ into recipe.yaml is the other pass with the bits of every layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from effcli.contract import Layer, Needs, Outcome, PassConfig
-from effcli.errors import UnsupportedError
+from effcli.contract import Needs, SearchPass
 
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 # What every pass can be told belongs to the pass whose bits are chosen.
 _PASSED_ON = ("ignore", "layers", "lm_head")
 
 
-class Config(PassConfig):
-    """Options of an `auto` step; any other option is one of the pass that it chooses the bits for."""
-
-    needs: ClassVar[Needs] = Needs.INPUTS
+class Auto(SearchPass):
+    """An `auto` step; any other option is one of the pass that it chooses the bits for."""
 
     using: str = Field("awq", description="The pass that quantizes.")
     options: dict[str, Any] = Field(
@@ -102,16 +99,16 @@ class Config(PassConfig):
         return next(name for name in BUDGETS if getattr(self, name) is not None)
 
     @property
-    def chooses_bits_of(self) -> dict[str, dict[str, Any]]:
-        """The pass that is carried out in the place of this step, as in a recipe, without its bits."""
-        return {self.using: self.options}
+    def needs(self) -> Needs:
+        return Needs.GRAM
+
+    @property
+    def base(self) -> tuple[str, Mapping[str, Any]]:
+        return self.using, self.options
+
+    @property
+    def space(self) -> Sequence[Mapping[str, Any]]:
+        return [{"bits": bits} for bits in self.bits]
 
 
 BUDGETS = ("average_bits", "size", "perplexity_increase", "accuracy_drop")
-
-
-def apply(config: Config, layer: Layer, seen: object) -> Outcome:
-    """Nothing is left to do here: `UnsupportedError`."""
-    raise UnsupportedError(
-        "auto must become another pass before a run begins", "resolve the recipe first: effcli.search.resolve"
-    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Group, Layer, Outcome
+from effcli.contract import Group, Layer, Outcome, Statistics
 from effcli.formats import Affine
 from effcli.passes._affine import clipped_range, encode, extremes
 from effcli.passes._scales import COARSE, FINE, Scaled, find_scale
@@ -24,8 +24,8 @@ SHRINKS = {
 }
 
 
-class Config(Scaled):
-    """Options of an `awq` step."""
+class AWQ(Scaled):
+    """An `awq` step."""
 
     clip: bool = Field(True, description="Also search for a smaller range of each group.")
     round: bool = Field(True, description="false: only fold the scales in; a later pass rounds.")
@@ -36,19 +36,17 @@ class Config(Scaled):
     def result(self) -> Affine | None:
         return self.format if self.round else None
 
+    def scale(self, group: Group, seen: Statistics) -> tuple[Tensor, dict[str, float]]:
+        """Factor per input channel, float32 (in,), for the layers of `group` with their options, and notes."""
+        return find_scale([options.format for options in group.options], group, seen, self.coarse, self.fine)
 
-def scale(configs: tuple[Config, ...], group: Group, seen: Gram) -> tuple[Tensor, dict[str, float]]:
-    """Factor per input channel, float32 (in,), for the layers of `group` with their options, and notes."""
-    return find_scale([config.format for config in configs], group, seen, configs[0].coarse, configs[0].fine)
-
-
-def apply(config: Config, layer: Layer, seen: Gram) -> Outcome:
-    """Quantize one weight (out, in), already scaled, under the Gram matrix of its scaled inputs."""
-    if not config.round:
-        return Outcome(layer.weight)
-    format = config.format
-    if config.clip and seen.tokens:
-        low, high = clipped_range(layer.weight, seen.matrix, format, layer.dtype, SHRINKS[config.bits <= 3])
-    else:
-        low, high = extremes(layer.weight, format)
-    return Outcome(encode(layer.weight, low, high, format, layer.dtype))
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        """Quantize one weight (out, in), already scaled, under the Gram matrix of its scaled inputs."""
+        if not self.round:
+            return Outcome(layer.weight)
+        format = self.format
+        if self.clip and seen.tokens:
+            low, high = clipped_range(layer.weight, seen.matrix, format, layer.dtype, SHRINKS[self.bits <= 3])
+        else:
+            low, high = extremes(layer.weight, format)
+        return Outcome(encode(layer.weight, low, high, format, layer.dtype))

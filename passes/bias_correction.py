@@ -8,55 +8,55 @@ the order in which they run, so that each sees the inputs that the corrections b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
+from effcli.contract import Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.graphs.graph import Graph, calls
 from effcli.graphs.walk import Walk, stream
 
 
-class Config(PassConfig):
-    """Options of a `bias_correction` step."""
+class BiasCorrection(NetworkPass):
+    """A `bias_correction` step."""
 
-    needs: ClassVar[Needs] = Needs.REFERENCE
-    scope: ClassVar[Scope] = Scope.GRAPH
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS | Needs.DENSE
 
-
-def transform(config: Config, graph: Graph, seen: Observed) -> Transformed:
-    """Correct the biases of the chosen layers of `graph`, in place."""
-    if seen.reference is None:
-        raise UserError(
-            "bias_correction compares with the network before its weights were compressed, and none were",
-            "put it after the step that compresses the weights",
-        )
-    remarks: list[str] = []
-    layers: dict[str, str] = {}
-    for name in seen.chosen:
-        reason = _obstacle(graph, seen.reference, name)
-        if reason:
-            remarks.append(f"{name} stays as it is: {reason}")
-        else:
-            layers[_biased(graph, name)] = name
-    measured = {name: _biased(seen.reference, name) for name in layers.values()}
-    means = channel_means(seen.reference, set(measured.values()), seen.batches())
-    notes: dict[str, dict[str, Any]] = {}
-    walk = Walk(graph, seen.batches())
-    for node in walk:
-        own = str(node.target)
-        if node.op != "call_module" or own not in layers:
-            continue
-        name, module = layers[own], graph.layer(own)
-        shift = (means[measured[name]] - _mean(walk.outputs(node), _axis(module), name)).float()
-        bias = module.bias
-        graph.set_bias(own, bias + shift if isinstance(bias, Tensor) else shift)
-        notes[name] = {"largest_shift": round(float(shift.abs().max()), 6)}
-        if own != name:
-            notes[name]["corrected_in"] = own
-    return Transformed(graph, notes, remarks=tuple(remarks))
+    def transform(self, graph: Graph, seen: Observed) -> Transformed:
+        """Correct the biases of the chosen layers of `graph`, in place."""
+        if seen.dense is None:
+            raise UserError(
+                "bias_correction compares with the network before its weights were compressed, and none were",
+                "put it after the step that compresses the weights",
+            )
+        remarks: list[str] = []
+        layers: dict[str, str] = {}
+        for name in seen.chosen:
+            reason = _obstacle(graph, seen.dense, name)
+            if reason:
+                remarks.append(f"{name} stays as it is: {reason}")
+            else:
+                layers[_biased(graph, name)] = name
+        measured = {name: _biased(seen.dense, name) for name in layers.values()}
+        means = channel_means(seen.dense, set(measured.values()), seen.batches())
+        notes: dict[str, dict[str, Any]] = {}
+        walk = Walk(graph, seen.batches())
+        for node in walk:
+            own = str(node.target)
+            if node.op != "call_module" or own not in layers:
+                continue
+            name, module = layers[own], graph.layer(own)
+            shift = (means[measured[name]] - _mean(walk.outputs(node), _axis(module), name)).float()
+            bias = module.bias
+            graph.set_bias(own, bias + shift if isinstance(bias, Tensor) else shift)
+            notes[name] = {"largest_shift": round(float(shift.abs().max()), 6)}
+            if own != name:
+                notes[name]["corrected_in"] = own
+        return Transformed(graph, notes, remarks=tuple(remarks))
 
 
 def channel_means(graph: Graph, names: set[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -122,4 +122,4 @@ def _joined(sums: Sequence[tuple[Tensor, int]], name: str) -> Tensor:
     return mean
 
 
-__all__ = ["Config", "channel_means", "transform"]
+__all__ = ["BiasCorrection", "channel_means"]

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from effcli.contract import Layer, Outcome
+from effcli.contract import UNSEEN, Layer, Outcome, Statistics
 from effcli.formats import Codebook
 from effcli.passes._tables import Shared, by_block, scaled
 
 
-class Config(Shared):
-    """Options of a `binary` step."""
+class Binary(Shared):
+    """A `binary` step."""
 
     @property
     def format(self) -> Codebook:
         return Codebook("binary", 1, self.granularity, self.group_size or 0)
 
-
-def apply(config: Config, layer: Layer, seen: None = None) -> Outcome:
-    """Quantize one weight (out, in); needs no inputs."""
-    scale = by_block(layer.weight, config.format).abs().mean(1, dtype=torch.float64)
-    return scaled(config.format, (layer.weight >= 0).to(torch.uint8), scale, layer)
+    def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
+        """Quantize one weight (out, in); needs no inputs."""
+        scale = by_block(layer.weight, self.format).abs().mean(1, dtype=torch.float64)
+        return scaled(self.format, (layer.weight >= 0).to(torch.uint8), scale, layer)

@@ -10,61 +10,61 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
+from effcli.contract import Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.formats import CodebookWeight
 from effcli.graphs.graph import Graph
 from effcli.passes._tables import ascending
 
 
-class Config(PassConfig):
-    """Options of a `centroids` step."""
-
-    needs: ClassVar[Needs] = Needs.REFERENCE
-    scope: ClassVar[Scope] = Scope.GRAPH
+class Centroids(NetworkPass):
+    """A `centroids` step."""
 
     epochs: int = Field(5, ge=1, description="Times that all calibration inputs are seen; the best one's tables stay.")
     learning_rate: float = Field(
         3e-3, gt=0, description="Of Adam (arXiv:1412.6980), as a share of the mean magnitude of a layer's weights."
     )
 
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS | Needs.DENSE
 
-def transform(config: Config, graph: Graph, seen: Observed) -> Transformed:
-    """Tune the tables of the chosen layers of `graph`, in place, unless no epoch lowers the error."""
-    if seen.reference is None:
-        raise UserError(
-            "centroids compares with the network before its weights were compressed, and none were",
-            "put it after the step that compresses the weights",
-        )
-    layers, remarks = _layers(graph, seen)
-    if not layers:
-        raise UserError("centroids finds no layer with a table to train", "put it after a `kmeans` step")
-    teaching = _Teaching(graph, seen.reference, seen, layers)
-    before = least = teaching.error()
-    best: list[Tensor] | None = None
-    for _ in teaching.epochs(config):
-        error = teaching.error()
-        if error < least:
-            least, best = error, [entries.detach().clone() for entries in teaching.entries]
-    if best is None:
-        kept = f"the tables stay as they are: {config.epochs} epochs at {config.learning_rate} lower no error"
-        return Transformed(graph, remarks=(*remarks, kept))
-    notes = {}
-    for name, entries in zip(layers, best, strict=True):
-        weight = layers[name]
-        moved = float((entries - weight.table.float()).norm() / weight.table.float().norm())
-        table, codes = ascending(entries.to(weight.table.dtype), weight.codes)
-        graph.set_weight(name, dataclasses.replace(weight, table=table, codes=codes))
-        notes[name] = {"moved": round(moved, 6)}
-    told = f"error of the outputs on the calibration inputs: {before:.3g} before, {least:.3g} after training the tables"
-    return Transformed(graph, notes, remarks=(*remarks, told))
+    def transform(self, graph: Graph, seen: Observed) -> Transformed:
+        """Tune the tables of the chosen layers of `graph`, in place, unless no epoch lowers the error."""
+        if seen.dense is None:
+            raise UserError(
+                "centroids compares with the network before its weights were compressed, and none were",
+                "put it after the step that compresses the weights",
+            )
+        layers, remarks = _layers(graph, seen)
+        if not layers:
+            raise UserError("centroids finds no layer with a table to train", "put it after a `kmeans` step")
+        teaching = _Teaching(graph, seen.dense, seen, layers)
+        before = least = teaching.error()
+        best: list[Tensor] | None = None
+        for _ in teaching.epochs(self):
+            error = teaching.error()
+            if error < least:
+                least, best = error, [entries.detach().clone() for entries in teaching.entries]
+        if best is None:
+            kept = f"the tables stay as they are: {self.epochs} epochs at {self.learning_rate} lower no error"
+            return Transformed(graph, remarks=(*remarks, kept))
+        notes = {}
+        for name, entries in zip(layers, best, strict=True):
+            weight = layers[name]
+            moved = float((entries - weight.table.float()).norm() / weight.table.float().norm())
+            table, codes = ascending(entries.to(weight.table.dtype), weight.codes)
+            graph.set_weight(name, dataclasses.replace(weight, table=table, codes=codes))
+            notes[name] = {"moved": round(moved, 6)}
+        told = f"{before:.3g} before training the tables, {least:.3g} after"
+        told = f"error of the outputs on the calibration inputs: {told}"
+        return Transformed(graph, notes, remarks=(*remarks, told))
 
 
 def _layers(graph: Graph, seen: Observed) -> tuple[dict[str, CodebookWeight], list[str]]:
@@ -109,7 +109,7 @@ class _Teaching:
         self._steps, self._energy = batches, energy / batches
         return total / energy if energy > 0 else total
 
-    def epochs(self, config: Config) -> Iterator[None]:
+    def epochs(self, config: Centroids) -> Iterator[None]:
         """Train, and pause after every epoch. Steps shrink to nothing, along a cosine."""
         units = [float(entries.abs().mean()) for entries in self.entries]
         for entries in self.entries:
@@ -156,4 +156,4 @@ class _Teaching:
         return outputs
 
 
-__all__ = ["Config", "transform"]
+__all__ = ["Centroids"]

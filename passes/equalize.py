@@ -8,13 +8,13 @@ neighbours on both sides are visited until nothing moves.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from effcli.contract import Observed, PassConfig, Scope, Transformed
+from effcli.contract import NetworkPass, Observed, Transformed
 from effcli.errors import UserError
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
 from effcli.graphs.graph import Graph, function
@@ -24,10 +24,8 @@ from effcli.passes._batchnorm import batch_norms, place
 _STILL = 1e-4
 
 
-class Config(PassConfig):
-    """Options of an `equalize` step."""
-
-    scope: ClassVar[Scope] = Scope.GRAPH
+class Equalize(NetworkPass):
+    """An `equalize` step."""
 
     rounds: int = Field(200, ge=1, description="Most visits to each pair of layers; it ends when nothing moves.")
     relu6: Literal["keep", "relu"] = Field(
@@ -36,33 +34,34 @@ class Config(PassConfig):
         "which changes what the network computes where the bound was reached.",
     )
 
-
-def transform(config: Config, graph: Graph, seen: Observed) -> Transformed:
-    """Equalize the pairs of layers of `graph`, in place."""
-    _check_folded(graph, seen)
-    remarks: list[str] = []
-    pairs: list[Link] = []
-    for link in links(graph):
-        if isinstance(graph.layer(link.producer), nn.Linear | nn.Conv1d | nn.Conv2d):
-            reason = _obstacle(config, graph, link, seen)
-            if reason:
-                remarks.append(f"{link.producer} and {', '.join(link.consumers)} stay as they are: {reason}")
-            else:
-                pairs.append(link)
-    if not pairs:
-        remarks.append("there are no neighbouring layers to equalize")
-    replaced = [node for link in pairs for node in link.clipped]
-    for node in replaced:
-        node.target, node.args = function("aten.relu.default"), node.args[:1]
-    if replaced:
-        graph.module.recompile()
-        remarks.append(f"a ReLU stands in the place of {len(replaced)} ReLU6: the network computes something else")
-    before = {name: _spread(graph, name) for link in pairs for name in (link.producer, *link.consumers)}
-    for _ in range(config.rounds):
-        if not pairs or max(equalize(graph, link) for link in pairs) < _STILL:
-            break
-    notes = {name: {"range_ratio": [round(value, 2), round(_spread(graph, name), 2)]} for name, value in before.items()}
-    return Transformed(graph, notes, remarks=tuple(remarks))
+    def transform(self, graph: Graph, seen: Observed) -> Transformed:
+        """Equalize the pairs of layers of `graph`, in place."""
+        _check_folded(graph, seen)
+        remarks: list[str] = []
+        pairs: list[Link] = []
+        for link in links(graph):
+            if isinstance(graph.layer(link.producer), nn.Linear | nn.Conv1d | nn.Conv2d):
+                reason = _obstacle(self, graph, link, seen)
+                if reason:
+                    remarks.append(f"{link.producer} and {', '.join(link.consumers)} stay as they are: {reason}")
+                else:
+                    pairs.append(link)
+        if not pairs:
+            remarks.append("there are no neighbouring layers to equalize")
+        replaced = [node for link in pairs for node in link.clipped]
+        for node in replaced:
+            node.target, node.args = function("aten.relu.default"), node.args[:1]
+        if replaced:
+            graph.module.recompile()
+            remarks.append(f"a ReLU stands in the place of {len(replaced)} ReLU6: the network computes something else")
+        before = {name: _spread(graph, name) for link in pairs for name in (link.producer, *link.consumers)}
+        for _ in range(self.rounds):
+            if not pairs or max(equalize(graph, link) for link in pairs) < _STILL:
+                break
+        notes = {
+            name: {"range_ratio": [round(value, 2), round(_spread(graph, name), 2)]} for name, value in before.items()
+        }
+        return Transformed(graph, notes, remarks=tuple(remarks))
 
 
 def equalize(graph: Graph, link: Link) -> float:
@@ -109,7 +108,7 @@ def _check_folded(graph: Graph, seen: Observed) -> None:
             )
 
 
-def _obstacle(config: Config, graph: Graph, link: Link, seen: Observed) -> str:
+def _obstacle(config: Equalize, graph: Graph, link: Link, seen: Observed) -> str:
     members = (link.producer, *link.consumers)
     compressed = next((name for name in members if name in graph.stored), None)
     if link.reason:
@@ -122,4 +121,4 @@ def _obstacle(config: Config, graph: Graph, link: Link, seen: Observed) -> str:
     return f"{left_out} is left alone" if left_out is not None else ""
 
 
-__all__ = ["Config", "equalize", "input_ranges", "transform"]
+__all__ = ["Equalize", "equalize", "input_ranges"]

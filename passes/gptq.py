@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Group, Layer, Outcome
+from effcli.contract import Group, Layer, Outcome, Statistics
 from effcli.formats import AffineWeight
 from effcli.passes._affine import clipped_range, encode, extremes, parameters
 from effcli.passes._gptq import Feedback, factorize, quantize, weighted_range
@@ -25,8 +25,8 @@ from effcli.passes._scales import Scaled, find_scale
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 0.52)
 
 
-class Config(Scaled):
-    """Options of a `gptq` step."""
+class GPTQ(Scaled):
+    """A `gptq` step."""
 
     workspace: ClassVar[int] = 3
 
@@ -49,41 +49,40 @@ class Config(Scaled):
         3, ge=0, description="How often codes and scales are improved in turn after the first rounding."
     )
 
+    def scale(self, group: Group, seen: Statistics) -> tuple[Tensor, Mapping[str, float | str]]:
+        """Factor per input channel, float32 (in,), for the layers of `group` with their options, and notes.
 
-def scale(configs: tuple[Config, ...], group: Group, seen: Gram) -> tuple[Tensor, Mapping[str, float | str]]:
-    """Factor per input channel, float32 (in,), for the layers of `group` with their options, and notes.
+        Ones where `scales` is off, for all of them when it is for one: the factor is of the input that they share.
+        """
+        wanted = [options.scales for options in group.options]
+        if all(wanted):
+            return find_scale([options.format for options in group.options], group, seen)
+        notes = {"unscaled": "a layer with the same input has scales off"} if any(wanted) else {}
+        return torch.ones(group.layers[0].weight.shape[1]), notes
 
-    Ones where `scales` is off, for all of them when it is for one: the factor is of the input that they share.
-    """
-    if all(config.scales for config in configs):
-        return find_scale([config.format for config in configs], group, seen)
-    notes = {"unscaled": "a layer with the same input has scales off"} if any(c.scales for c in configs) else {}
-    return torch.ones(group.layers[0].weight.shape[1]), notes
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        """Quantize one weight (out, in), already scaled, under the Gram matrix of its scaled inputs.
 
-
-def apply(config: Config, layer: Layer, seen: Gram) -> Outcome:
-    """Quantize one weight (out, in), already scaled, under the Gram matrix of its scaled inputs.
-
-    Raises `NumericsError` when the Gram matrix cannot be factored with any damping up to one.
-    """
-    if not seen.tokens:
-        low, high = _range(config, layer, seen, None)
-        weight = encode(layer.weight, low, high, config.format, layer.dtype)
-        return Outcome(weight, {"rounded": "to nearest: no calibration token reached it"})
-    key = "gptq", config.damping, config.act_order
-    feedback = seen.remember(key, lambda: factorize(seen.matrix, config.damping, config.act_order, layer.name))
-    notes: dict[str, Any] = {"damping": feedback.damping}
-    if feedback.damping > config.damping:
-        notes["damping_raised_from"] = config.damping
-    low, high = _range(config, layer, seen, feedback)
-    scale, zero = parameters(low, high, config.format, layer.dtype)
-    made = quantize(layer.weight, seen.matrix, feedback, scale, zero, config.format, layer.dtype, config.sweeps)
-    notes |= {"error_over_nearest": round(made.ratio, 4), "rows_to_nearest": made.kept}
-    stored = None if config.symmetric else zero.to(torch.uint8)
-    return Outcome(AffineWeight(config.format, made.codes, made.scale.to(layer.dtype), stored), notes)
+        Raises `NumericsError` when the Gram matrix cannot be factored with any damping up to one.
+        """
+        if not seen.tokens:
+            low, high = _range(self, layer, seen, None)
+            weight = encode(layer.weight, low, high, self.format, layer.dtype)
+            return Outcome(weight, {"rounded": "to nearest: no calibration token reached it"})
+        key = "gptq", self.damping, self.act_order
+        feedback = seen.remember(key, lambda: factorize(seen.matrix, self.damping, self.act_order, layer.name))
+        notes: dict[str, Any] = {"damping": feedback.damping}
+        if feedback.damping > self.damping:
+            notes["damping_raised_from"] = self.damping
+        low, high = _range(self, layer, seen, feedback)
+        scale, zero = parameters(low, high, self.format, layer.dtype)
+        made = quantize(layer.weight, seen.matrix, feedback, scale, zero, self.format, layer.dtype, self.sweeps)
+        notes |= {"error_over_nearest": round(made.ratio, 4), "rows_to_nearest": made.kept}
+        stored = None if self.symmetric else zero.to(torch.uint8)
+        return Outcome(AffineWeight(self.format, made.codes, made.scale.to(layer.dtype), stored), notes)
 
 
-def _range(config: Config, layer: Layer, seen: Gram, feedback: Feedback | None) -> tuple[Tensor, Tensor]:
+def _range(config: GPTQ, layer: Layer, seen: Statistics, feedback: Feedback | None) -> tuple[Tensor, Tensor]:
     """The range behind each scale (low, high), shaped like the scales; without inputs those that need none."""
     weight, format, dtype = layer.weight, config.format, layer.dtype
     if config.range == "least_squares":

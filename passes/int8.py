@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
+from effcli.contract import Change, Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError
 from effcli.graphs import executor
 from effcli.graphs.fusion import PROBABILITIES, covered, fuse, hoist_activations, probabilities
@@ -42,12 +42,10 @@ _COLLAPSED = 10
 _FAR = 4
 
 
-class Config(PassConfig):
-    """Options of an `int8` step, the last of a run: what it writes is no longer a network of floating-point layers."""
+class Int8(NetworkPass):
+    """An `int8` step, the last of a run: what it writes is no longer a network of floating-point layers."""
 
-    needs: ClassVar[Needs] = Needs.INPUTS
-    scope: ClassVar[Scope] = Scope.GRAPH
-    last: ClassVar[bool] = True
+    changes: ClassVar[Change] = Change.INTEGER
 
     observer: Method = Field(
         "least_squares",
@@ -66,17 +64,20 @@ class Config(PassConfig):
                 raise ValueError(f"{key} has no meaning here: a network of integers is one throughout")
         return self
 
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS
+
     def integer(self, graph: Graph) -> Graph:
         """As a plan needs it, which lowers it with whatever ranges."""
         return prepare(graph)[0]
 
-
-def transform(config: Config, graph: Graph, seen: Observed) -> Transformed:
-    """The integer network of `graph`, with a note for each layer and the range of each activation."""
-    prepared, remarks = prepare(graph)
-    check(prepared)
-    statistics = observe(prepared, seen.batches())
-    return quantize(config, prepared, statistics, remarks)
+    def transform(self, graph: Graph, seen: Observed) -> Transformed:
+        """The integer network of `graph`, with a note for each layer and the range of each activation."""
+        prepared, remarks = prepare(graph)
+        check(prepared)
+        statistics = observe(prepared, seen.batches())
+        return quantize(self, prepared, statistics, remarks)
 
 
 def prepare(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
@@ -145,7 +146,7 @@ def observe(graph: Graph, batches: Iterator[Tensor]) -> Statistics:
     return Statistics(observers, inputs, means)
 
 
-def quantize(config: Config, graph: Graph, statistics: Statistics, remarks: tuple[str, ...] = ()) -> Transformed:
+def quantize(config: Int8, graph: Graph, statistics: Statistics, remarks: tuple[str, ...] = ()) -> Transformed:
     """The integer network of a prepared `graph`."""
     ranges: dict[str, Range] = {}
     activations = []

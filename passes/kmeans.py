@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Layer, Needs, Outcome
+from effcli.contract import UNSEEN, Layer, Needs, Outcome, Statistics
 from effcli.formats import Codebook, CodebookWeight
 from effcli.passes._kmeans import Start, assign, cluster
 from effcli.passes._refit import refit
@@ -26,8 +26,8 @@ from effcli.passes._tables import Shared, by_block, described
 _LEAST = 1e-4
 
 
-class Config(Shared):
-    """Options of a `kmeans` step."""
+class KMeans(Shared):
+    """A `kmeans` step."""
 
     graph_defaults: ClassVar[Mapping[str, Any]] = {"granularity": "tensor"}
 
@@ -47,50 +47,48 @@ class Config(Shared):
     huffman: bool = Field(True, description="Huffman-code the codes in the file.")
 
     @property
-    def needed(self) -> Needs:
-        return Needs.INPUTS if self.weighted or self.refit else Needs.NOTHING
+    def needs(self) -> Needs:
+        return Needs.GRAM if self.weighted or self.refit else Needs.NOTHING
 
     @property
     def format(self) -> Codebook:
         return Codebook("kmeans", self.bits, self.granularity, self.group_size or 0, huffman=self.huffman)
 
+    def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
+        """Quantize one weight (out, in); `seen` of its inputs where the options need it."""
+        return self.apply_groups(layer, (seen,))
 
-def apply(config: Config, layer: Layer, seen: Gram | None = None) -> Outcome:
-    """Quantize one weight (out, in); `seen` of its inputs where the options need it."""
-    return apply_groups(config, layer, () if seen is None else (seen,))
-
-
-def apply_groups(config: Config, layer: Layer, seen: Sequence[Gram]) -> Outcome:
-    """Quantize the weight (out, in) of a layer whose rows fall into as many equal groups as there are Gram matrices."""
-    format, weight = dataclasses.replace(config.format, dtype=layer.dtype), layer.weight
-    seen = seen if any(gram.tokens for gram in seen) else ()
-    values = by_block(weight, format)
-    importance = by_block(_importance(weight, seen), format) if config.weighted and seen else None
-    draws = None
-    if config.init == "kmeans++":
-        generator = torch.Generator().manual_seed(config.seed)
-        draws = torch.rand(len(values), 1 << config.bits, generator=generator, dtype=torch.float64)
-    table = cluster(
-        values,
-        importance,
-        config.bits,
-        layer.dtype,
-        start=config.init,
-        draws=draws,
-        zeros=config.keep_zeros,
-        rounds=config.iterations,
-    )
-    codes = assign(values, table).view_as(weight)
-    notes: dict[str, Any] = {}
-    if config.refit and seen and weight.numel():
-        table, codes, gain = refit(weight, table, codes, seen, config.refit, config.keep_zeros)
-        notes["refit_gain"] = round(gain, 4)
-    made = CodebookWeight(format, codes, table)
-    return Outcome(made, {**notes, **described(made, layer.dtype)})
+    def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
+        """Quantize the weight (out, in) of a layer whose rows fall into as many equal groups as `seen` has entries."""
+        format, weight = dataclasses.replace(self.format, dtype=layer.dtype), layer.weight
+        seen = seen if any(gram.tokens for gram in seen) else ()
+        values = by_block(weight, format)
+        importance = by_block(_importance(weight, seen), format) if self.weighted and seen else None
+        draws = None
+        if self.init == "kmeans++":
+            generator = torch.Generator().manual_seed(self.seed)
+            draws = torch.rand(len(values), 1 << self.bits, generator=generator, dtype=torch.float64)
+        table = cluster(
+            values,
+            importance,
+            self.bits,
+            layer.dtype,
+            start=self.init,
+            draws=draws,
+            zeros=self.keep_zeros,
+            rounds=self.iterations,
+        )
+        codes = assign(values, table).view_as(weight)
+        notes: dict[str, Any] = {}
+        if self.refit and seen and weight.numel():
+            table, codes, gain = refit(weight, table, codes, seen, self.refit, self.keep_zeros)
+            notes["refit_gain"] = round(gain, 4)
+        made = CodebookWeight(format, codes, table)
+        return Outcome(made, {**notes, **described(made, layer.dtype)})
 
 
-def _importance(weight: Tensor, seen: Sequence[Gram]) -> Tensor:
+def _importance(weight: Tensor, seen: Sequence[Statistics]) -> Tensor:
     """The mean square of each weight's input, as a multiple of their mean, float32 (out, in)."""
-    squares = torch.stack([gram.matrix.diagonal() for gram in seen])
+    squares = torch.stack([gram.squares for gram in seen])
     mean = squares.mean().clamp(min=torch.finfo(torch.float32).tiny)
     return (squares / mean).clamp_(min=_LEAST).repeat_interleave(len(weight) // len(seen), 0)

@@ -15,15 +15,13 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from effcli.activations import tensor_parameters
-from effcli.contract import Layer, Needs, Outcome, PassConfig
+from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.errors import DataError, UnsupportedError
 from effcli.formats import Activations, Affine, Strategy
-from effcli.observers import Gram
 from effcli.passes._affine import clipped_range, encode, extremes
-from effcli.ranges import Method, Observer, Range
+from effcli.ranges import Method, Range
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 
@@ -33,8 +31,8 @@ SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.72, 0.68, 0.64
 _INTEGER: Mapping[str, Any] = {"granularity": "channel", "group_size": None, "symmetric": True}
 
 
-class Config(PassConfig):
-    """Options of a `linear` step."""
+class Linear(LayerPass):
+    """A `linear` step."""
 
     graph_defaults: ClassVar[Mapping[str, Any]] = {"granularity": "channel", "group_size": None}
 
@@ -90,14 +88,14 @@ class Config(PassConfig):
             raise ValueError("int8 activations need symmetric: true, so that weights are integers without a zero point")
 
     @property
-    def needed(self) -> Needs:
+    def needs(self) -> Needs:
         """Inputs where a range of activations is chosen on them, for all layers or for some."""
         own = (self.model_dump() | options for options in self.layers.values())
         found = any(
             options.get("activations") == "int8" and options.get("activation_range") != "dynamic"
             for options in (self.model_dump(), *own)
         )
-        return Needs.INPUTS if found else Needs.NOTHING
+        return Needs.GRAM | Needs.VALUES if found else Needs.NOTHING
 
     def for_graph(self) -> Self:
         """As for every pass; but who asks for groups, or for a group size of some layers, gets groups."""
@@ -108,7 +106,7 @@ class Config(PassConfig):
         config = self.model_copy(update={"layers": layers})
         if self.granularity == "group" and {"granularity", "group_size"} & self.model_fields_set:
             return config
-        return super(Config, config).for_graph()
+        return super(Linear, config).for_graph()
 
     @property
     def static(self) -> bool:
@@ -121,76 +119,46 @@ class Config(PassConfig):
         inputs: Activations = "none" if self.activations == "none" else "tensor" if self.static else "token"
         return Affine(self.bits, self.granularity, size, self.symmetric, inputs)
 
+    def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
+        """Quantize one weight (out, in); needs inputs only for a fixed range of theirs.
 
-class Distribution(Gram):
-    """The Gram matrix of a layer's inputs, and a histogram of all their numbers together."""
+        Raises `UnsupportedError` where inputs cannot become int8, `DataError` where no calibration input was seen.
+        """
+        return self.apply_groups(layer, (seen,))
 
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self.values = Observer("inputs")
-
-    def add(self, inputs: Tensor) -> None:
-        """Take in inputs (..., in)."""
-        self.see(inputs)
-        self.add_patches(inputs)
-
-    def add_patches(self, patches: Tensor) -> None:
-        """Take in patches (tokens, in) whose inputs were seen: they hold some of them several times, and padding."""
-        super().add(patches)
-
-    def see(self, inputs: Tensor) -> None:
-        """Count inputs of any shape. NaN and infinity are left to `check_finite`, which knows the layer."""
-        if bool(inputs.isfinite().all()):
-            self.values.add(inputs)
-
-
-def observer(config: Config, features: int) -> Gram:
-    """What to remember of a layer's inputs: their distribution where their range is to be chosen."""
-    return Distribution(features) if config.static else Gram(features)
-
-
-def apply(config: Config, layer: Layer, seen: Gram | None = None) -> Outcome:
-    """Quantize one weight (out, in); needs inputs only for a fixed range of theirs.
-
-    Raises `UnsupportedError` where inputs cannot become int8, `DataError` where no calibration input was seen.
-    """
-    return apply_groups(config, layer, () if seen is None else (seen,))
+    def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
+        """Quantize the weight (out, in) of a convolution; one range serves the inputs of all its groups."""
+        format = self.format
+        if format.activations != "none":
+            _check_inputs(self, layer)
+        if self.range == "least_squares":
+            low, high = clipped_range(layer.weight, None, format, layer.dtype, SHRINKS)
+        else:
+            low, high = extremes(layer.weight, format)
+        made = encode(layer.weight, low, high, replace(format, activations="none"), layer.dtype)
+        if not self.static:
+            return Outcome(replace(made, format=format))
+        chosen = chosen_range(self, layer, seen)
+        scale, zero = tensor_parameters(*chosen, layer.dtype)
+        weight = replace(made, format=format, activation_scale=scale, activation_zero=zero)
+        # As many digits as a step of the range is worth.
+        shown = [float(f"{end:.4g}") for end in chosen]
+        return Outcome(weight, {"activation_range": shown, "observer": self.activation_range})
 
 
-def apply_groups(config: Config, layer: Layer, seen: Sequence[Gram]) -> Outcome:
-    """Quantize the weight (out, in) of a convolution; one range serves the inputs of all its groups."""
-    format = config.format
-    if format.activations != "none":
-        _check_inputs(config, layer)
-    if config.range == "least_squares":
-        low, high = clipped_range(layer.weight, None, format, layer.dtype, SHRINKS)
-    else:
-        low, high = extremes(layer.weight, format)
-    made = encode(layer.weight, low, high, replace(format, activations="none"), layer.dtype)
-    if not config.static:
-        return Outcome(replace(made, format=format))
-    chosen = chosen_range(config, layer, seen)
-    scale, zero = tensor_parameters(*chosen, layer.dtype)
-    weight = replace(made, format=format, activation_scale=scale, activation_zero=zero)
-    # As many digits as a step of the range is worth.
-    shown = [float(f"{end:.4g}") for end in chosen]
-    return Outcome(weight, {"activation_range": shown, "observer": config.activation_range})
-
-
-def chosen_range(config: Config, layer: Layer, seen: Sequence[Gram]) -> Range:
+def chosen_range(config: Linear, layer: Layer, seen: Sequence[Statistics]) -> Range:
     """(low, high) of the inputs of `layer`, low ≤ 0 ≤ high. `DataError` when none was seen."""
-    distribution = seen[0] if seen else None
-    if not isinstance(distribution, Distribution) or not distribution.tokens:
+    if not seen[0].tokens:
         raise DataError(
             f"no calibration input reached {layer.name}, so that its int8 activations have no range",
             "give more calibration data, or set activation_range: dynamic for this layer under `layers`",
         )
     method = config.activation_range
     assert method != "dynamic"
-    return distribution.values.range_of(method, config.percentile)
+    return seen[0].values.range_of(method, config.percentile)
 
 
-def _check_inputs(config: Config, layer: Layer) -> None:
+def _check_inputs(config: Linear, layer: Layer) -> None:
     """Raise `UnsupportedError` where the inputs of `layer` cannot become int8 as `config` says."""
     if layer.kind == "expert":
         raise UnsupportedError(

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Gram, Layer, Outcome, PassConfig
+from effcli.contract import UNSEEN, Layer, LayerPass, Outcome, Statistics
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map, fixed_table
 
@@ -31,8 +31,8 @@ _STEP = 1 << 20
 _CELLS = 1 << 16
 
 
-class Config(PassConfig):
-    """Options of an `nf4` step."""
+class NF4(LayerPass):
+    """An `nf4` step."""
 
     block_size: int = Field(
         64,
@@ -45,15 +45,14 @@ class Config(PassConfig):
     def format(self) -> Codebook:
         return Codebook("nf4", 4, "group", self.block_size, self.double)
 
-
-def apply(config: Config, layer: Layer, seen: Gram | None = None) -> Outcome:
-    """Quantize one weight (out, in); needs no inputs."""
-    format = dataclasses.replace(config.format, dtype=layer.dtype)
-    codes, largest = encode(layer.weight, config.block_size)
-    scale = double_quantize(largest) if config.double else largest
-    bits = 8 * len(largest) + 32 * math.ceil(len(largest) / DOUBLE_BLOCK) if config.double else 32 * len(largest)
-    weight = CodebookWeight(format, codes, fixed_table("nf4").to(codes.device), scale)
-    return Outcome(weight, {"constant_bits": round(bits / max(1, codes.numel()), 4)})
+    def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
+        """Quantize one weight (out, in); needs no inputs."""
+        format = dataclasses.replace(self.format, dtype=layer.dtype)
+        codes, largest = encode(layer.weight, self.block_size)
+        scale = double_quantize(largest) if self.double else largest
+        bits = 8 * len(largest) + 32 * math.ceil(len(largest) / DOUBLE_BLOCK) if self.double else 32 * len(largest)
+        weight = CodebookWeight(format, codes, fixed_table("nf4").to(codes.device), scale)
+        return Outcome(weight, {"constant_bits": round(bits / max(1, codes.numel()), 4)})
 
 
 def encode(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

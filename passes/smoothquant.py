@@ -11,34 +11,31 @@ that of the outputs, ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖², with inputs and wei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from effcli.activations import round_tensor, round_tokens, tensor_parameters
-from effcli.contract import Group, Layer, Needs, Outcome, PassConfig, Scope
+from effcli.contract import Group, Layer, Needs, Outcome, ScalingPass, Statistics
 from effcli.errors import SelectionError
 from effcli.formats import Affine
-from effcli.observers import Gram
 from effcli.passes._affine import nearest
 
-# Rows of inputs that are kept, and rows of each layer's weight, evenly spaced, whose outputs are compared.
-_KEPT = 128
+# Rows of each layer's weight, evenly spaced, whose outputs are compared.
 _SAMPLED_ROWS = 256
 # Candidates for α, evenly spaced over [0, 1].
 _STEPS = 20
 _WEIGHTS = Affine(8, "channel", symmetric=True)
 
 
-class Config(PassConfig):
-    """Options of a `smoothquant` step. It leaves the weights floating: a step that rounds them follows."""
+class SmoothQuant(ScalingPass):
+    """A `smoothquant` step. It leaves the weights floating: a step that rounds them follows.
 
-    needs: ClassVar[Needs] = Needs.INPUTS
-    scope: ClassVar[Scope] = Scope.GROUP
-    # A scale that stays on the input would cancel against the floating weight.
-    without_pair: ClassVar[Literal["unscaled"]] = "unscaled"
+    A scale that stayed on the input would cancel against the floating weight: without a module that takes it in there
+    is none.
+    """
 
     alpha: float | Literal["search"] = Field(
         0.5,
@@ -49,6 +46,10 @@ class Config(PassConfig):
         description="How the search supposes the inputs to be rounded: one scale per token, or one for all.",
     )
 
+    @property
+    def needs(self) -> Needs:
+        return Needs.GRAM | Needs.EXTREMES | Needs.SAMPLE
+
     @field_validator("alpha")
     @classmethod
     def _within(cls, alpha: float | str) -> float | str:
@@ -56,77 +57,33 @@ class Config(PassConfig):
             raise ValueError(f"alpha must be 0 to 1, or search, not {alpha:g}")
         return alpha
 
+    def scale(self, group: Group, seen: Statistics) -> tuple[Tensor, dict[str, float]]:
+        """Factor per input channel, float32 (in,), for the layers of `group`, and notes.
 
-class Peaks(Gram):
-    """The Gram matrix of a layer's inputs, the extremes of each channel, and some of the inputs themselves.
+        With a search it is never worse than no scale, nor than another α of the grid, on the rows that were kept.
+        `SelectionError` when the layers of a group are to have different factors.
+        """
+        for other, layer in zip(group.options, group.layers, strict=True):
+            if (other.alpha, other.activations) != (self.alpha, self.activations):
+                raise SelectionError(
+                    f"{group.layers[0].name} and {layer.name} read one input, which has one scale",
+                    "give them the same alpha and activations under `layers`",
+                )
+        inputs = _shared(seen.peak, group.channel)
+        weights = _shared(torch.stack([layer.weight.abs().amax(0) for layer in group.layers]).amax(0), group.channel)
+        if self.alpha != "search":
+            return factors(inputs, weights, self.alpha), {"alpha": self.alpha}
+        objective = Objective(self.activations, group.layers, seen)
+        none = objective(torch.ones_like(inputs))
+        errors = {k / _STEPS: objective(factors(inputs, weights, k / _STEPS)) for k in range(_STEPS + 1)}
+        alpha = min(errors, key=errors.__getitem__)
+        if not errors[alpha] < none:
+            return torch.ones_like(inputs), {"scale_gain": 0.0}
+        return factors(inputs, weights, alpha), {"alpha": alpha, "scale_gain": round(1 - errors[alpha] / none, 4)}
 
-    low, high: float32 (in,), 0 before the first token.
-    """
-
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self.low = torch.zeros(features)
-        self.high = torch.zeros(features)
-        self._kept: list[Tensor] = []
-        self._stride = 1
-
-    def add(self, inputs: Tensor) -> None:
-        """Take in inputs (..., in)."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if len(rows):
-            # Along the rows torch finds both at once many times slower.
-            self.low = torch.minimum(self.low, rows.amin(0).float())
-            self.high = torch.maximum(self.high, rows.amax(0).float())
-            self._keep(rows)
-        super().add(inputs)
-
-    @property
-    def peak(self) -> Tensor:
-        """max|x| of each channel, float32 (in,)."""
-        return torch.maximum(-self.low, self.high)
-
-    @property
-    def sample(self) -> Tensor:
-        """Every k-th of all rows from the first on, float32 (n, in), k the least power of two that leaves n ≤ 128."""
-        return torch.cat(self._kept) if self._kept else self.low.new_zeros(0, len(self.low))
-
-    def _keep(self, rows: Tensor) -> None:
-        while self.tokens + len(rows) > _KEPT * self._stride:
-            self._stride *= 2
-            self._kept = [self.sample[::2].clone()]
-        self._kept.append(rows[-self.tokens % self._stride :: self._stride].float())
-
-
-def observer(config: Config, features: int) -> Gram:
-    """What to remember of the inputs that some layers share."""
-    return Peaks(features)
-
-
-def scale(configs: tuple[Config, ...], group: Group, seen: Gram) -> tuple[Tensor, dict[str, float]]:
-    """Factor per input channel, float32 (in,), for the layers of `group`, and notes.
-
-    With a search it is never worse than no scale, nor than another α of the grid, on the rows that were kept.
-    `SelectionError` when the layers of a group are to have different factors.
-    """
-    assert isinstance(seen, Peaks)
-    config = configs[0]
-    for other, layer in zip(configs, group.layers, strict=True):
-        if (other.alpha, other.activations) != (config.alpha, config.activations):
-            raise SelectionError(
-                f"{group.layers[0].name} and {layer.name} read one input, which has one scale",
-                "give them the same alpha and activations under `layers`",
-            )
-    inputs = _shared(seen.peak, group.channel)
-    weights = _shared(torch.stack([layer.weight.abs().amax(0) for layer in group.layers]).amax(0), group.channel)
-    if config.alpha != "search":
-        return factors(inputs, weights, config.alpha), {"alpha": config.alpha}
-    objective = Objective(config.activations, group.layers, seen)
-    none = objective(torch.ones_like(inputs))
-    errors = {k / _STEPS: objective(factors(inputs, weights, k / _STEPS)) for k in range(_STEPS + 1)}
-    alpha = min(errors, key=errors.__getitem__)
-    if not errors[alpha] < none:
-        return torch.ones_like(inputs), {"scale_gain": 0.0}
-    return factors(inputs, weights, alpha), {"alpha": alpha, "scale_gain": round(1 - errors[alpha] / none, 4)}
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        """The weight (out, in) as the engine has scaled it."""
+        return Outcome(layer.weight)
 
 
 def factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -138,7 +95,7 @@ def factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
 class Objective:
     """The error of the outputs of layers that share an input, over its kept rows: a function of the factor (in,)."""
 
-    def __init__(self, activations: Literal["token", "tensor"], layers: Sequence[Layer], seen: Peaks) -> None:
+    def __init__(self, activations: Literal["token", "tensor"], layers: Sequence[Layer], seen: Statistics) -> None:
         self.activations = activations
         self.seen = seen
         self.inputs = seen.sample
@@ -165,11 +122,6 @@ class Objective:
         low, high = float((self.seen.low / factor).min()), float((self.seen.high / factor).max())
         scale, zero = tensor_parameters(low, high)
         return round_tensor(inputs, float(scale), int(zero))
-
-
-def apply(config: Config, layer: Layer, seen: Gram) -> Outcome:
-    """The weight (out, in) as the runner has scaled it."""
-    return Outcome(layer.weight)
 
 
 def _shared(peaks: Tensor, channel: Tensor | None) -> Tensor:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from effcli.contract import Layer, Outcome
+from effcli.contract import UNSEEN, Layer, Outcome, Statistics
 from effcli.formats import Codebook
 from effcli.passes._tables import Shared, by_block, scaled
 
 _THRESHOLD = 0.7
 
 
-class Config(Shared):
-    """Options of a `ternary` step."""
+class Ternary(Shared):
+    """A `ternary` step."""
 
     huffman: bool = Field(False, description="Huffman-code the codes in the file, instead of 2 bits for each.")
 
@@ -24,12 +24,11 @@ class Config(Shared):
     def format(self) -> Codebook:
         return Codebook("ternary", 2, self.granularity, self.group_size or 0, huffman=self.huffman)
 
-
-def apply(config: Config, layer: Layer, seen: None = None) -> Outcome:
-    """Quantize one weight (out, in); needs no inputs."""
-    magnitude = by_block(layer.weight, config.format).abs()
-    large = magnitude > _THRESHOLD * magnitude.mean(1, keepdim=True, dtype=torch.float64)
-    count = large.sum(1).clamp_(min=1)
-    scale = (magnitude * large).sum(1, dtype=torch.float64) / count
-    signs = layer.weight.sign() * large.view_as(layer.weight)
-    return scaled(config.format, (signs + 1).to(torch.uint8), scale, layer)
+    def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
+        """Quantize one weight (out, in); needs no inputs."""
+        magnitude = by_block(layer.weight, self.format).abs()
+        large = magnitude > _THRESHOLD * magnitude.mean(1, keepdim=True, dtype=torch.float64)
+        count = large.sum(1).clamp_(min=1)
+        scale = (magnitude * large).sum(1, dtype=torch.float64) / count
+        signs = layer.weight.sign() * large.view_as(layer.weight)
+        return scaled(self.format, (signs + 1).to(torch.uint8), scale, layer)

@@ -481,7 +481,7 @@ def change_recipe(data: dict[str, Any], rng: random.Random) -> dict[str, Any]:
             if rng.random() < 0.3:
                 steps.append({rng.choice(list(passes.PASSES)): {}})
             ((name, options),) = rng.choice(steps).items()
-            fields = passes.load(name).Config.model_fields
+            fields = passes.load(name).model_fields
         elif part == "export":
             name = rng.choice(("onnx", "c", "pt2", "safetensors"))
             data["export"] = [{name: {}}]
@@ -876,7 +876,7 @@ def spec_case(case: Case) -> Words:
             f"--set=preprocess.{spec.partition(':')[2]}",
         ]
     name = rng.choice(list(passes.PASSES))
-    spec = change_spec(rng, name, list(passes.load(name).Config.model_fields))
+    spec = change_spec(rng, name, list(passes.load(name).model_fields))
     if way == 2:
         key = rng.choice(("seed", "passes.0.linear", "calibration", "shape", "x.y", "", "threads", "passes.0.bits"))
         return ["plan", network, "--pass", "linear", f"--set={key}={spec.partition('=')[2]}"]

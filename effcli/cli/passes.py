@@ -34,10 +34,10 @@ def passes_show(
     debug: Debug = False,
 ) -> None:
     """Show the options of a pass."""
-    module = pass_table.load(name)
+    found = pass_table.load(name)
     if json:
-        print_json(module.Config.model_json_schema())
+        print_json(found.model_json_schema())
         return
     from effcli.reports import screen
 
-    show(screen.options_table(name, pass_table.PASSES[name].summary, module.Config))
+    show(screen.options_table(name, pass_table.PASSES[name].summary, found))

@@ -24,12 +24,12 @@ from torch import Tensor, fx, nn
 
 from effcli.activations import round_inputs
 from effcli.checkpoint import Checkpoint, read_config, write_shard, write_text
-from effcli.contract import Options
 from effcli.documents import check_model, read_model
 from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line
 from effcli.formats import AffineWeight, Quantized, unpack
 from effcli.graphs.trial import largest
 from effcli.inputs.preprocess import Preprocess
+from effcli.options import Options
 from effcli.sites import LayerSite
 from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
 

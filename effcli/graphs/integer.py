@@ -22,7 +22,6 @@ from pydantic import Field, model_validator
 from safetensors.numpy import load_file, save_file
 
 from effcli.checkpoint import read_config, umask, write_text
-from effcli.contract import Options
 from effcli.documents import check_model, read_model
 from effcli.errors import CheckpointError, first_line, writing
 from effcli.formats import pack_bits, unpack_bits
@@ -62,6 +61,7 @@ from effcli.graphs.operations import (
 )
 from effcli.graphs.rows import look_up, numbers_in
 from effcli.graphs.soundness import check
+from effcli.options import Options
 from effcli.storage import LAYOUT_VERSION, OWN_TYPE, holds, own_part
 
 FILE_NAME = "integer.json"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from effcli import importers, samples
-from effcli.contract import Needs
 from effcli.digest import of_file
 from effcli.errors import CheckpointError, DataError, writing
 from effcli.graphs import executor, timing
@@ -74,7 +73,7 @@ class GraphNetwork:
         return graphplan.make(self.recipe, self.graph)
 
     def calibrate(self) -> tuple[str, ...]:
-        if all(step.config.needed is Needs.NOTHING for step in self.recipe.passes):
+        if not any(step.config.needs for step in self.recipe.passes):
             return ()
         self._calibration = calibration_inputs(self.recipe, self.source, self.graph.facts)
         return self._calibration.remarks
@@ -111,7 +110,7 @@ class GraphNetwork:
             raise CheckpointError(
                 f"{step.name} follows a pass that made the network integer", "make that pass the last one"
             )
-        batches = self._batches if step.config.needed is not Needs.NOTHING else None
+        batches = self._batches if step.config.needs else None
         return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress)
 
     def _batches(self) -> Iterator[Tensor]:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from effcli.contract import Options
 from effcli.errors import NumericsError
+from effcli.options import Options
 
 LOWEST, HIGHEST = -128, 127
 

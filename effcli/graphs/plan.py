@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effcli import importers
-from effcli.contract import Needs, Scope
+from effcli.contract import Change, Needs, NetworkPass, Pass
 from effcli.formats import Packing
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
@@ -40,16 +40,16 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
             format = None if choice.config is None else choice.config.result
             if format is not None:
                 formats[choice.site.name] = format
-            if not step.config.last:
+            if Change.INTEGER not in step.config.changes:
                 rows.append(_row(choice.site, formats, name, choice.planned, choice.reason))
             if choice.reason:
                 kept.setdefault(choice.reason, []).append(choice.site.name)
-        if not step.config.last:
+        if Change.INTEGER not in step.config.changes:
             rows += [_table(row, name) for row in table_rows(graph)]
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
-        if step.config.last:
+        if isinstance(step.config, NetworkPass) and Change.INTEGER in step.config.changes:
             folded = any(before.name == "fold" for before in recipe.passes[:number])
             # Whether a batch norm stays depends on which layers are compressed by then, whatever their weights.
             known: dict[str, Any] = {} if folded else dict.fromkeys(formats)
@@ -57,8 +57,8 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
             if prepared is not None:
                 found, integers = plan_integer(graph, prepared, formats, name)
                 rows += found
-        if step.config.needed is not Needs.NOTHING:
-            operations += 2.0 * recipe.calibration.samples * _forward_and_gram(choices, work, step.config.scope)
+        if step.config.needs:
+            operations += 2.0 * recipe.calibration.samples * _forward_and_gram(choices, work, step.config)
     after = _total(graph, formats) if integers is None else integers
     memory = _memory(graph, recipe)
     first = [
@@ -169,10 +169,10 @@ def _total(graph: Graph, formats: Mapping[str, Packing]) -> int:
     return others + sum(_nbytes(site, formats.get(site.name)) for site in sites.values())
 
 
-def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], scope: Scope) -> float:
+def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], options: Pass) -> float:
     """Multiplications of one input's forward, and of the Gram matrices of its patches for passes over layers."""
     total = float(sum(work.values()))
-    if scope is not Scope.GRAPH:
+    if Needs.GRAM in options.needs:
         for choice in choices.values():
             site = choice.site
             # As many patches as the layer computes outputs of one channel.
@@ -184,10 +184,10 @@ def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], sc
 def _memory(graph: Graph, recipe: Recipe) -> int:
     """Twice the weights, and for a batch the tensors alive at the busiest node, with a copy of the largest."""
     live, peak = _live_numbers(graph)
-    whole = any(step.config.needed is Needs.REFERENCE for step in recipe.passes)
+    whole = any(Needs.DENSE in step.config.needs for step in recipe.passes)
     whole |= recipe.calibration.inputs == "compressed"
     count = recipe.calibration.samples if whole else recipe.calibration.batch_size
-    needed = any(step.config.needed is not Needs.NOTHING for step in recipe.passes)
+    needed = any(step.config.needs for step in recipe.passes)
     activations = count * (2 * live + peak) * _FLOAT if needed else 0
     return BASE_MEMORY + 2 * graph.weights() * _FLOAT + activations
 

@@ -17,18 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Scope
+from effcli.contract import Needs
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sweep import GraphWork
 from effcli.probe import Cost, Probe, Trial, steadied
 from effcli.reports.sensitivity import Way
-from effcli.selection import Choice, fitted_to_inputs
+from effcli.selection import Choice, needs_of
 from effcli.swept import Progress, check_tensor
 
 Batches = Callable[[], Iterator[Tensor]]
@@ -37,7 +36,6 @@ _SEED = 0
 
 def layer_costs(
     source: Path,
-    module: ModuleType,
     variants: Sequence[Mapping[str, Choice]],
     batches: Batches,
     way: Way,
@@ -45,20 +43,20 @@ def layer_costs(
 ) -> list[dict[str, Cost]]:
     """The cost of each layer that `variants` choose, one mapping by name for each variant.
 
-    module: the pass; variants: every layer with its options; batches: the calibration inputs, float32 (n, *shape), anew
+    variants: every layer with its options; batches: the calibration inputs, float32 (n, *shape), anew
     on each call.
     """
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
     given = measured = batches
-    if way != "gram" and fitted_to_inputs(variants) and _several(batches):
+    if way != "gram" and needs_of(variants) and _several(batches):
         given, measured = (partial(_every_second, batches, first) for first in (0, 1))
 
     def tried() -> Iterator[dict[str, Trial]]:
         for number, choices in enumerate(variants):
             progress(number, len(variants))
-            yield _trials(Graph.read(source), module, choices, given)
+            yield _trials(Graph.read(source), choices, given)
         progress(len(variants), len(variants))
 
     if way == "gram":
@@ -90,15 +88,14 @@ def _every_second(batches: Batches, first: int) -> Iterator[Tensor]:
             yield part
 
 
-def _trials(graph: Graph, module: ModuleType, choices: Mapping[str, Choice], batches: Batches) -> dict[str, Trial]:
+def _trials(graph: Graph, choices: Mapping[str, Choice], batches: Batches) -> dict[str, Trial]:
     """What becomes of every layer, with the options of one variant."""
-    probe = Probe(module, keep_weights=True)
-    work = GraphWork(graph, cast(ModuleType, probe), choices)
+    probe = Probe(keep_weights=True)
+    work = GraphWork(graph, choices, needs_of([choices]) | Needs.GRAM, probe.apply)
     probe.factors = lambda name: (work.divided.get(name), work.multiplied.get(name))
     with torch.no_grad():
         seen = work.observe(batches())
-        if module.Config.scope is Scope.GROUP:
-            seen = work.scale(seen)
+        seen = work.scale(seen)
         for name in work.taken:
             work.compress(name, seen.pop(name))
     return probe.trials

@@ -9,33 +9,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from effcli import passes
-from effcli.contract import Group, Layer, Needs, Observed, Outcome, PassConfig, Scope, observer
+from effcli.contract import Group, Layer, LayerPass, Needs, NetworkPass, Observed, Outcome, ScalingPass, carry_out
 from effcli.errors import DataError
-from effcli.formats import Quantized, join_rows, with_input_scale
+from effcli.formats import Quantized, with_input_scale
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
 from effcli.graphs.graph import Graph, calls, where
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, stored, table_rows
 from effcli.graphs.patches import geometry, patches
 from effcli.graphs.walk import Walk, stream
-from effcli.observers import Gram, GroupedGram, Observers
 from effcli.reports.report import LedgerRow
 from effcli.selection import Choice, choose_graph
+from effcli.statistics import GroupedStatistics, Statistics
 from effcli.swept import Progress, Swept, check_tensor, histogram, layer_row, ratio, worst
 
 if TYPE_CHECKING:
     from effcli.recipe import PassStep
 
 Batches = Callable[[], Iterator[Tensor]]
-# The Gram matrices of a layer's inputs, one for each group of a convolution.
-Seen = tuple[Gram, ...]
+# The statistics of a layer's inputs, one for each group of a convolution.
+Seen = tuple[Statistics, ...]
+Apply = Callable[[LayerPass, Layer, Sequence[Statistics]], Outcome]
 
 
 def graph_sweep(
@@ -54,27 +53,28 @@ def graph_sweep(
     reference: the checkpoint before weights were first compressed, for passes that compare with it; `source` itself
     where none were. The target is a graph, or an integer network where the pass makes one.
     """
-    module = passes.load(step.name)
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
     choices = choose_graph(graph, step)
-    if step.config.needed is Needs.NOTHING:
+    if not step.config.needs:
         batches = None
     elif batches is None:
         raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
-    if step.config.scope is Scope.GRAPH:
+    if isinstance(step.config, NetworkPass):
         progress(0, len(choices))
-        swept = _transform(graph, target, step, module, choices, batches, reference if reference != source else None)
+        dense = reference if Needs.DENSE in step.config.needs and reference != source else None
+        swept = _transform(graph, target, step.name, step.config, choices, batches, dense)
         progress(len(choices), len(choices))
         return swept
-    work = GraphWork(graph, module, choices, progress)
+    work = GraphWork(graph, choices, step.config.needs, progress=progress)
     if batches is None:
         for name in work.taken:
-            work.compress(name, None)
+            work.compress(name, ())
     else:
-        seen = work.observe(batches()) if inputs == "original" or step.config.scope is Scope.GROUP else {}
-        if step.config.scope is Scope.GROUP:
+        scales = isinstance(step.config, ScalingPass)
+        seen = work.observe(batches()) if inputs == "original" or scales else {}
+        if scales:
             seen = work.scale(seen)
         if inputs == "original":
             for name in work.taken:
@@ -90,10 +90,17 @@ class GraphWork:
     """Compresses the layers of one graph, in place, and writes the ledger."""
 
     def __init__(
-        self, graph: Graph, module: ModuleType, choices: Mapping[str, Choice], progress: Progress = lambda *_: None
+        self,
+        graph: Graph,
+        choices: Mapping[str, Choice],
+        needs: Needs,
+        apply: Apply = carry_out,
+        progress: Progress = lambda *_: None,
     ) -> None:
+        """needs: what is gathered of the inputs; apply: hands a layer to its pass."""
         self.graph = graph
-        self.module = module
+        self.needs = needs
+        self.apply = apply
         self.choices = choices
         self.progress = progress
         self.costs = Costs(graph)
@@ -119,25 +126,11 @@ class GraphWork:
         nodes = list(calls(self.graph, name))
         return (nodes[0].args[0], *geometry(self.graph.layer(name))) if len(nodes) == 1 else (name,)
 
-    def _alike(self, names: Sequence[str]) -> list[list[str]]:
-        """Layers that see the same patches, parted where a pass's own observer may depend on different options."""
-        if not hasattr(self.module, "observer"):
-            return [list(names)] if names else []
-        parts: list[list[str]] = []
-        for name in names:
-            part = next((p for p in parts if self.choices[p[0]].config == self.choices[name].config), None)
-            if part is None:
-                parts.append([name])
-            else:
-                part.append(name)
-        return parts
-
     def observe(self, batches: Iterable[Tensor]) -> dict[str, Seen]:
         """Sum up the inputs of every chosen layer in one forward over the batches."""
         taken = set(self.taken)
-        members = [
-            part for names in self.sharing.values() for part in self._alike([name for name in names if name in taken])
-        ]
+        shared = ([name for name in names if name in taken] for names in self.sharing.values())
+        members = [names for names in shared if names]
         sums = {names[0]: self._sums(names[0]) for names in members}
 
         def look(node: fx.Node, inputs: Any, value: Any) -> None:
@@ -152,7 +145,6 @@ class GraphWork:
     def walk(self, batches: Iterable[Tensor]) -> None:
         """Compress each layer with the inputs that the compressed layers before it lead to."""
         latest: tuple[object, Seen] | None = None
-        own = hasattr(self.module, "observer")
         done: set[str] = set()
         taken = set(self.taken)
         walk = Walk(self.graph, batches)
@@ -160,7 +152,7 @@ class GraphWork:
             name = str(node.target)
             if node.op != "call_module" or name not in taken or name in done:
                 continue
-            view = self._view(name), self.choices[name].config if own else None
+            view = self._view(name)
             if latest is None or latest[0] != view:
                 sums = self._sums(name)
                 for value in walk.inputs(node):
@@ -171,21 +163,16 @@ class GraphWork:
             self.compress(name, latest[1])
             done.add(name)
 
-    def _sums(self, name: str) -> GroupedGram | Observers:
-        """What sums up the inputs of a layer: of its own kind where the pass has one."""
+    def _sums(self, name: str) -> GroupedStatistics:
         site = self.choices[name].site
-        if not hasattr(self.module, "observer"):
-            return GroupedGram(site.groups, site.columns)
-        config = self.choices[name].config
-        return Observers([observer(self.module, config, site.columns) for _ in range(site.groups)])
+        return GroupedStatistics(site.groups, site.columns, self.needs)
 
-    def _add(self, sums: GroupedGram | Observers, name: str, inputs: Tensor) -> None:
-        if isinstance(sums, Observers):
-            sums.see(inputs)
+    def _add(self, sums: GroupedStatistics, name: str, inputs: Tensor) -> None:
+        sums.see(inputs)
         for part in patches(self.graph.layer(name), inputs):
             sums.add(part)
 
-    def _checked(self, sums: GroupedGram | Observers, name: str) -> Seen:
+    def _checked(self, sums: GroupedStatistics, name: str) -> Seen:
         if not sums.tokens:
             raise DataError(f"no calibration input reached {name}", "give calibration data that is not empty")
         found = sums.each()
@@ -198,24 +185,24 @@ class GraphWork:
         behind = {name: link for link in links(self.graph) for name in link.consumers}
         scaled = dict(seen)
         for members in self.sharing.values():
-            chosen = [name for name in members if name in seen]
+            chosen = [n for n in members if n in seen and isinstance(self.choices[n].config, ScalingPass)]
             if chosen:
                 self._scale_group(chosen, members, behind.get(chosen[0]), scaled)
         return scaled
 
     def _scale_group(self, chosen: list[str], members: list[str], link: Link | None, seen: dict[str, Seen]) -> None:
-        configs: tuple[Any, ...] = tuple(self.choices[name].config for name in chosen)
+        options: tuple[Any, ...] = tuple(self.choices[name].config for name in chosen)
         reason = self._obstacle(chosen, members, link)
         grouped = any(self.choices[name].site.groups > 1 for name in chosen)
-        explicit = bool(reason) and not grouped and any(config.without_pair == "explicit" for config in configs)
+        explicit = bool(reason) and not grouped and any(own.without_scale == "explicit" for own in options)
         if reason and not explicit:
             self._explain(chosen, f"unscaled: {reason}")
             return
         layers = tuple(self._layer(name) for name in chosen)
         channel = None if reason or link is None else link.consumers[chosen[0]]
         channel = torch.arange(self._inputs(chosen[0])) if channel is None else channel
-        group = Group(layers, column_factors(self.graph, chosen[0], channel)[0])
-        scale, notes = self.module.scale(configs, group, seen[chosen[0]][0])
+        group = Group(layers, options, column_factors(self.graph, chosen[0], channel)[0])
+        scale, notes = options[0].scale(group, seen[chosen[0]][0])
         if bool((scale == 1).all()):
             self._note(chosen, notes)
             return
@@ -272,13 +259,13 @@ class GraphWork:
         weight: Tensor = self.graph.layer(name).weight  # type: ignore[assignment]
         return Layer(name, site.kind, site.view(weight.detach()).clone(), torch.float32)
 
-    def compress(self, name: str, seen: Seen | None) -> None:
+    def compress(self, name: str, seen: Seen) -> None:
         """Hand one layer to the pass and put the outcome into the graph and the ledger."""
         self.progress(len(self.rows), len(self.taken))
         config = self.choices[name].config
-        assert config is not None
+        assert isinstance(config, LayerPass)
         layer = self._layer(name)
-        outcome = _apply(self.module, config, layer, seen)
+        outcome = self.apply(config, layer, seen)
         weight = outcome.weight
         restored = weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight.float()
         if name in self.explicit:
@@ -300,7 +287,9 @@ class GraphWork:
             weight_error=ratio(
                 float((difference / columns).square().sum()), float((original / columns).square().sum())
             ),
-            output_error=None if seen is None else ratio(_energy(seen, difference), _energy(seen, original)),
+            output_error=None
+            if not seen or Needs.GRAM not in self.needs
+            else ratio(_energy(seen, difference), _energy(seen, original)),
             macs=self.costs.macs[name],
             parameters=self.costs.parameters(name),
             notes={**self.notes.get(name, {}), **outcome.notes},
@@ -320,61 +309,24 @@ class GraphWork:
         return self.swept
 
 
-def _apply(module: ModuleType, config: PassConfig, layer: Layer, seen: Seen | None) -> Outcome:
-    """The outcome for one layer; of a grouped convolution whose inputs were seen, group by group."""
-    outcome: Outcome
-    if seen is None or len(seen) == 1:
-        outcome = module.apply(config, layer, None if seen is None else seen[0])
-    elif hasattr(module, "apply_groups"):
-        outcome = module.apply_groups(config, layer, seen)
-    else:
-        parts = layer.weight.chunk(len(seen))
-        layers = [dataclasses.replace(layer, weight=part) for part in parts]
-        outcome = join([module.apply(config, part, gram) for part, gram in zip(layers, seen, strict=True)])
-    return outcome
-
-
-def join(outcomes: Sequence[Outcome]) -> Outcome:
-    """One outcome of the groups of a convolution, whose rows follow one another.
-
-    A scale per tensor becomes one per channel, since each group has its own. Notes that are numbers are averaged, of
-    the others those are kept that all groups agree on.
-    """
-    notes: dict[str, Any] = {}
-    for key in outcomes[0].notes:
-        values = [outcome.notes.get(key) for outcome in outcomes]
-        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        if len(numbers) == len(values):
-            notes[key] = sum(numbers) / len(numbers)
-        elif all(value == values[0] for value in values):
-            notes[key] = values[0]
-    weights = [outcome.weight for outcome in outcomes]
-    packed = [weight for weight in weights if isinstance(weight, Quantized)]
-    if len(packed) < len(weights):
-        dense = [weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight for weight in weights]
-        return Outcome(torch.cat(dense), notes)
-    return Outcome(join_rows(packed), notes)
-
-
 def _transform(
     graph: Graph,
     target: Path,
-    step: PassStep,
-    module: ModuleType,
+    name: str,
+    options: NetworkPass,
     choices: Mapping[str, Choice],
     batches: Batches | None,
-    reference: Path | None,
+    original: Path | None,
 ) -> Swept:
     """Carry out a pass that takes the graph as a whole."""
     before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}
     chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
-    compared = Graph.read(reference) if reference is not None and step.config.needed is Needs.REFERENCE else None
-    observed = Observed(reference=compared, chosen=chosen)
+    observed = Observed(dense=None if original is None else Graph.read(original), chosen=chosen)
     if batches is not None:
         observed = dataclasses.replace(observed, batches=batches)
     costs = Costs(graph)
     normed = {name for name in choices if beside_batch_norm(graph, name)}
-    made = module.transform(step.config, graph, observed)
+    made = options.transform(graph, observed)
     network: Graph | IntegerNetwork = made.network
     network.save(target)
     swept = Swept(remarks=list(made.remarks), activations=list(made.activations))
@@ -384,7 +336,7 @@ def _transform(
     else:
         costs = Costs(network)
         for name, choice in choices.items():
-            reason = choice.reason or f"{step.name} had nothing to change here"
+            reason = choice.reason or f"{name} had nothing to change here"
             row = kept_row(network, choice.site, costs, reason)
             if name in made.notes:
                 row = row.model_copy(update={"status": "changed", "reason": "", "notes": dict(made.notes[name])})
@@ -405,4 +357,4 @@ def _energy(seen: Seen, difference: Tensor) -> float:
     return sum(gram.output_energy(part) for gram, part in zip(seen, difference.chunk(len(seen)), strict=True))
 
 
-__all__ = ["GraphWork", "graph_sweep", "join"]
+__all__ = ["GraphWork", "graph_sweep"]

@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 
 from effcli import exporters, onnx_session
-from effcli.contract import Options
 from effcli.errors import EffcliError, MachineError, UnsupportedError
 from effcli.exporters.firmware import targets
 from effcli.graphs import executor
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork, is_integer
+from effcli.options import Options
 from effcli.reports.human import count
 from effcli.stock import restoring_verbosity
 

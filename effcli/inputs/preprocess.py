@@ -17,8 +17,8 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from effcli.contract import Options
 from effcli.errors import CheckpointError, DataError, UnsupportedError, first_line
+from effcli.options import Options
 
 FILE_NAME = "preprocessor_config.json"
 Pixels = NDArray[Any]

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Options
 from effcli.errors import EffcliError
 from effcli.language.weights import Weights, open_weights
+from effcli.options import Options
 from effcli.reports.report import Stage
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Group, Layer, Scope
+from effcli.contract import Group, Layer, LayerPass, Needs, Outcome, ScalingPass, Statistics, carry_out
 from effcli.formats import Dense, Quantized, with_input_scale
 from effcli.language.pairs import (
     SharedInput,
@@ -21,7 +20,6 @@ from effcli.language.pairs import (
     weights_with_inputs,
 )
 from effcli.language.weights import Weights
-from effcli.observers import Gram
 from effcli.reports.report import Histogram, LedgerRow, Record
 from effcli.selection import Choice
 from effcli.sites import LayerSite
@@ -90,6 +88,9 @@ class PartRecord(Record):
         return Part({}, stored, list(self.ledger), list(self.histograms), list(self.remarks))
 
 
+Apply = Callable[[LayerPass, Layer, Sequence[Statistics]], Outcome]
+
+
 class BlockWork:
     """Compresses the layers of one open block.
 
@@ -100,14 +101,15 @@ class BlockWork:
     def __init__(
         self,
         weights: Weights,
-        module: ModuleType,
         block: nn.Module,
         name: str,
         sites: Sequence[LayerSite],
         choices: Mapping[str, Choice],
+        apply: Apply = carry_out,
     ) -> None:
+        """apply: hands a layer to its pass, by default `carry_out`."""
         self.weights = weights
-        self.module = module
+        self.apply = apply
         self.block = block
         self.prefix = name + "." if name else ""
         self.sites = {site.name: site for site in sites}
@@ -119,7 +121,7 @@ class BlockWork:
         self.reasons: dict[str, str] = {}
         self.changed: set[str] = set()
 
-    def compress(self, shared: Sequence[SharedInput], grams: Mapping[str, Gram]) -> Part:
+    def compress(self, shared: Sequence[SharedInput], grams: Mapping[str, Statistics]) -> Part:
         """Fold what is to be folded, then compress every chosen layer."""
         for name, gram in grams.items():
             if gram.tokens == 0:
@@ -154,12 +156,10 @@ class BlockWork:
         choice = self.choices.get(name)
         return None if choice is None else choice.config
 
-    def _scale(self, item: SharedInput, grams: Mapping[str, Gram]) -> None:
+    def _scale(self, item: SharedInput, grams: Mapping[str, Statistics]) -> None:
         """Find the scale of one shared input and fold it, or say why not."""
-        if self.module.Config.scope is not Scope.GROUP:
-            return
         members = [self.sites[self.prefix + n] for n in item.consumers if self.prefix + n in self.sites]
-        chosen = [site for site in members if self._config(site.name) is not None and site.name in grams]
+        chosen = [s for s in members if isinstance(self._config(s.name), ScalingPass) and s.name in grams]
         if not chosen:
             return
         gram = grams[chosen[0].name]
@@ -168,14 +168,14 @@ class BlockWork:
         producer, reason = item.producer, item.reason
         if producer is not None:
             reason = self._obstacle(item, members, chosen)
-        configs = tuple(self._config(site.name) for site in chosen)
-        explicit = bool(reason) and any(config.without_pair == "explicit" for config in configs)
+        options = tuple(self._config(site.name) for site in chosen)
+        explicit = bool(reason) and any(own.without_scale == "explicit" for own in options)
         if reason and not explicit:
             self._explain(chosen, f"unscaled: {reason}")
             return
         layers = tuple(self._layer(site, site.view(self._tensor(site))) for site in chosen)
-        group = Group(layers, None if explicit or producer is None else producer.channel)
-        scale, notes = self.module.scale(configs, group, gram)
+        group = Group(layers, options, None if explicit or producer is None else producer.channel)
+        scale, notes = options[0].scale(group, gram)
         if bool((scale == 1).all()):
             self._note(chosen, notes)
             return
@@ -236,12 +236,12 @@ class BlockWork:
         for site in sites:
             self.notes.setdefault(site.name, {}).update(notes)
 
-    def _rescaled(self, gram: Gram, columns: Tensor) -> Gram:
+    def _rescaled(self, gram: Statistics, columns: Tensor) -> Statistics:
         """The Gram matrix of the scaled input, one object for all layers that read it."""
         scaled = gram.remember("rescaled", lambda: (columns, gram.rescaled(columns)))
         return scaled[1] if scaled[0] is columns else gram.rescaled(columns)
 
-    def quantize(self, part: Part, site: LayerSite, parameter: Tensor, gram: Gram | None) -> None:
+    def quantize(self, part: Part, site: LayerSite, parameter: Tensor, gram: Statistics | None) -> None:
         """Hand one layer to the pass, store the outcome in `part` and in `parameter`."""
         config = self._config(site.name)
         original = site.view(parameter).float()
@@ -251,7 +251,7 @@ class BlockWork:
         scaled = scaled if rows is None else scaled / rows.unsqueeze(1)
         layer = Layer(site.name, site.kind, scaled.contiguous(), self._scale_dtype(site))
         seen = gram if gram is None or columns is None else self._rescaled(gram, columns)
-        outcome = self.module.apply(config, layer, seen)
+        outcome = self.apply(config, layer, () if seen is None else (seen,))
         weight = outcome.weight
         if isinstance(weight, Quantized):
             if explicit is not None:
@@ -280,7 +280,7 @@ class BlockWork:
                 reason=self.reasons.get(site.name, ""),
                 weight_error=ratio(float(difference.square().sum()), float(original.square().sum())),
                 output_error=None
-                if gram is None or gram.tokens == 0
+                if gram is None or gram.tokens == 0 or Needs.GRAM not in gram.needs
                 else ratio(gram.output_energy(difference), gram.output_energy(original, quick=True)),
                 notes={**self.notes.get(site.name, {}), **outcome.notes},
             )

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import Field
 
 from effcli.checkpoint import write_text
-from effcli.contract import Options
 from effcli.documents import read_model
 from effcli.errors import UnfinishedError, writing
+from effcli.options import Options
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

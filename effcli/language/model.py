@@ -8,7 +8,6 @@ from typing import Any
 
 from effcli import digest, exporters
 from effcli.checkpoint import read_config, weight_files
-from effcli.contract import Needs
 from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.language import latency, verify
@@ -58,7 +57,7 @@ class LanguageModel:
         return make(self.recipe)
 
     def calibrate(self) -> tuple[str, ...]:
-        if all(step.config.needed is Needs.NOTHING for step in self.recipe.passes):
+        if not any(step.config.needs for step in self.recipe.passes):
             return ()
         self._windows, remarks = text.calibration_windows(self.recipe, self.source)
         return tuple(remarks)
@@ -90,7 +89,7 @@ class LanguageModel:
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
     ) -> Swept:
-        windows = self._windows if step.config.needed is not Needs.NOTHING else None
+        windows = self._windows if step.config.needs else None
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code)
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:

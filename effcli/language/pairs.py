@@ -13,17 +13,18 @@ divides its output channels by s. Two experiments on one block in float32 decide
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Group, Options
+from effcli.contract import Group
 from effcli.language.calls import Call, hidden_of
 from effcli.language.skeleton import find_layers
 from effcli.language.stream import Stream, WatchLayers
+from effcli.options import Options
 from effcli.sites import LayerSite
 
 TOLERANCE = 2e-5
@@ -190,19 +191,16 @@ def probe_pairs(stream: Stream, k: int) -> list[SharedInput]:
         return find_pairs(stream.skeleton.blocks[k], probes[0], probes[1])
 
 
-def leaders(
-    configs: Mapping[str, Any], prefix: str, shared: Sequence[SharedInput], own_observer: bool
-) -> dict[str, str]:
-    """For every layer to compress the one whose observer it shares: the first that reads the same input.
+def leaders(taken: Iterable[str], prefix: str, shared: Sequence[SharedInput]) -> dict[str, str]:
+    """For every layer that is taken the one whose statistics it shares: the first that reads the same input.
 
-    configs: options by layer, None for one that is left alone; prefix: of the block that `shared` is of; own_observer:
-    whether the pass has one of its own, which may depend on the options.
+    prefix: of the block that `shared` is of.
     """
-    found = {name: name for name, config in configs.items() if config is not None}
+    found = {name: name for name in taken}
     for item in shared:
         members = [prefix + name for name in item.consumers if prefix + name in found]
         for name in members:
-            found[name] = next(other for other in members if not own_observer or configs[other] == configs[name])
+            found[name] = members[0]
     return found
 
 
@@ -299,7 +297,7 @@ def _equivalence(
     """
     generator = torch.Generator().manual_seed(2)
     scale = torch.rand(producer.channel.shape[0], generator=generator) * 1.5 + 0.5
-    scale = Group((), producer.channel).tied(scale)
+    scale = Group((), (), producer.channel).tied(scale)
     touched = {sites[name].parameter for name in names}
     touched |= {key for key, _ in trial.named_parameters() if key.startswith(f"{producer.name}.")}
     if producer.how == "rows":

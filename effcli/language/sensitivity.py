@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ _SAMPLES = 64
 
 def layer_costs(
     path: Path,
-    module: ModuleType,
     variants: Sequence[Mapping[str, Choice]],
     windows: Windows,
     work: Path,
@@ -46,7 +44,7 @@ def layer_costs(
 ) -> list[dict[str, Cost]]:
     """The cost of each layer that `variants` choose, one mapping by name for each variant.
 
-    module: the pass; variants: every layer with its options, such as other bits in each variant; work: a folder for
+    variants: every layer with its options, such as other bits in each variant; work: a folder for
     hidden states, those behind every block at once unless `way` is gram. Calibration windows always see the original
     network.
     """
@@ -57,7 +55,7 @@ def layer_costs(
         weights.skeleton.dtype = torch.float32
     with WayOut(weights, with_head=True) as stream:
         check_finite(weights.skeleton.model, "")
-        return _WAYS[way](stream, module, variants, windows, work, progress).carry_out()
+        return _WAYS[way](stream, variants, windows, work, progress).carry_out()
 
 
 class _OutputError(Trials):

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from effcli import memory, passes
+from effcli import memory
 from effcli.checkpoint import (
     DTYPES,
     OWN_STEM,
@@ -28,7 +27,7 @@ from effcli.checkpoint import (
     write_shard,
     write_text,
 )
-from effcli.contract import Needs, Scope, observer
+from effcli.contract import Needs, ScalingPass, Statistics
 from effcli.errors import UnfinishedError
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part, PartRecord
@@ -39,7 +38,6 @@ from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights
-from effcli.observers import Gram
 from effcli.reports.report import LedgerRow
 from effcli.selection import choose
 from effcli.sites import LayerSite
@@ -106,11 +104,10 @@ class _Sweep:
         self.weights = weights
         self.skeleton: Skeleton = weights.skeleton
         self.step = step
-        self.module: ModuleType = passes.load(step.name)
         # Before any work: it may refuse.
         self.carried = weights.carried()
         self.choices = choose(self.skeleton, step)
-        self.windows = windows if step.config.needed is Needs.INPUTS else None
+        self.windows = windows if step.config.needs.observes else None
         self.journal = journal
         self.progress = progress
         self.shapes: list[tuple[int, ...]] = []
@@ -142,11 +139,12 @@ class _Sweep:
         with self.weights.opened(block, name + ".", parameters), torch.inference_mode():
             check_finite(block, name)
             shared: list[SharedInput] = []
-            grams: dict[str, Gram] = {}
+            grams: dict[str, Statistics] = {}
             if flow is not None and stream is not None:
                 shared = self._shared_inputs(k, stream)
-                grams = flow.observe(stream, k, sites, self._leaders(k, sites, shared), self._observer, flow.original)
-            work = BlockWork(self.weights, self.module, block, name, sites, self.choices)
+                leading = self._leaders(k, sites, shared)
+                grams = flow.observe(stream, k, sites, leading, self.step.config.needs, flow.original)
+            work = BlockWork(self.weights, block, name, sites, self.choices)
             part = work.compress(shared, grams)
             del grams
             if flow is not None and stream is not None and not flow.original:
@@ -156,12 +154,9 @@ class _Sweep:
         del part
         memory.trim()
 
-    def _observer(self, site: LayerSite) -> Gram:
-        return observer(self.module, self.choices[site.name].config, site.columns)
-
     def _leaders(self, k: int, sites: Sequence[LayerSite], shared: Sequence[SharedInput]) -> dict[str, str]:
-        configs = {site.name: self.choices[site.name].config for site in sites}
-        return leaders(configs, self.skeleton.block_names[k] + ".", shared, hasattr(self.module, "observer"))
+        taken = [site.name for site in sites if self.choices[site.name].config is not None]
+        return leaders(taken, self.skeleton.block_names[k] + ".", shared)
 
     def _shared_inputs(self, k: int, stream: Stream) -> list[SharedInput]:
         """The shared inputs of block k; blocks of one kind have them in common, so one of each is tried."""
@@ -179,7 +174,7 @@ class _Sweep:
         sites = {site.name: site for site in self.skeleton.outer_layers()}
         taken = head is not None and head in sites and self.choices[head].config is not None
         part = Part()
-        gram: Gram | None = None
+        gram: Statistics | None = None
         with torch.inference_mode():
             if taken and head is not None and self.windows is not None:
                 gram = self._head_gram(sites[head])
@@ -195,8 +190,8 @@ class _Sweep:
                 tied = self.skeleton.tied
                 embedding = self.weights.parameter(self.skeleton.embedding if tied else sites[head].parameter)
                 check_tensor(embedding, f"{head}.weight")
-                work = BlockWork(self.weights, self.module, nn.Module(), "", [], self.choices)
-                if self.module.Config.scope is Scope.GROUP:
+                work = BlockWork(self.weights, nn.Module(), "", [], self.choices)
+                if isinstance(self.step.config, ScalingPass):
                     work.reasons[head] = "unscaled: it stands outside the blocks"
                 work.quantize(part, sites[head], embedding, gram)
                 if tied:
@@ -205,10 +200,10 @@ class _Sweep:
                     )
         self._write("outside", part)
 
-    def _head_gram(self, site: LayerSite) -> Gram:
+    def _head_gram(self, site: LayerSite) -> Statistics:
         """The Gram matrix of the output head's inputs, from the hidden states behind the last block."""
         assert self.windows is not None
-        gram = self._observer(site)
+        gram = Statistics(site.columns, self.step.config.needs)
         with Stream(self.weights, with_head=True) as stream:
             spool = Spool(self.journal.spool(len(self.skeleton.blocks)), self.shapes, self.skeleton.dtype)
             watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
@@ -313,16 +308,13 @@ class _Flow:
         k: int,
         sites: Sequence[LayerSite],
         leaders: Mapping[str, str],
-        make: Callable[[LayerSite], Gram],
+        needs: Needs,
         propagate: bool,
-    ) -> dict[str, Gram]:
-        """Run all windows through block k and sum up the inputs of its layers, once for all with the same leader.
-
-        make: what is to sum up the inputs of a layer.
-        """
+    ) -> dict[str, Statistics]:
+        """Run all windows through block k and sum up the inputs of its layers, once for all with the same leader."""
         prefix = stream.skeleton.block_names[k] + "."
         by_name = {site.name: site for site in sites}
-        grams = {leader: make(by_name[leader]) for leader in dict.fromkeys(leaders.values())}
+        grams = {leader: Statistics(by_name[leader].columns, needs) for leader in dict.fromkeys(leaders.values())}
 
         def add(name: str, inputs: Tensor, output: Tensor) -> None:
             grams[name].add(inputs)

@@ -13,15 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from effcli import memory
-from effcli.contract import Scope, observer
+from effcli.contract import Needs, Statistics
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
 from effcli.language.calls import Call, kind_of
@@ -31,9 +30,8 @@ from effcli.language.pairs import SharedInput, leaders, probe_pairs
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights
-from effcli.observers import Gram
 from effcli.probe import Cost, Probe, Trial
-from effcli.selection import Choice, fitted_to_inputs
+from effcli.selection import Choice, needs_of
 from effcli.sites import LayerSite
 from effcli.swept import Progress
 
@@ -54,10 +52,10 @@ class _Seen:
 
     shared: list[SharedInput]
     leaders: dict[str, str]
-    grams: dict[str, Gram]
+    grams: dict[str, Statistics]
 
     @property
-    def by_layer(self) -> dict[str, Gram]:
+    def by_layer(self) -> dict[str, Statistics]:
         return {name: self.grams[leader] for name, leader in self.leaders.items()}
 
 
@@ -76,7 +74,6 @@ class Trials(ABC):
     def __init__(
         self,
         stream: WayOut,
-        module: ModuleType,
         variants: Sequence[Mapping[str, Choice]],
         windows: Windows,
         work: Path,
@@ -85,9 +82,11 @@ class Trials(ABC):
         self.stream = stream
         self.weights: Weights = stream.weights
         self.skeleton = stream.skeleton
-        self.module = module
         self.variants = variants
-        halved = self.measures and fitted_to_inputs(variants)
+        needs = needs_of(variants)
+        # Errors of outputs are told by the Gram matrix, whatever the pass reads.
+        self.needs = needs | Needs.GRAM
+        halved = self.measures and bool(needs)
         single = self.single or (halved and len(windows.batches) == 1)
         self.batches = [part for batch in windows.batches for part in (torch.split(batch, 1) if single else [batch])]
         # The numbers of the batches that the pass is given, and of those on which its cost is measured.
@@ -175,12 +174,9 @@ class Trials(ABC):
 
     def _start(self, k: int) -> _Seen:
         sites = {site.name: site for site in self._taken(self.skeleton.block_layers(k))}
-        configs = {name: self.variants[0][name].config for name in sites}
         shared, prefix = self._shared_inputs(k), self.skeleton.block_names[k] + "."
-        leading = leaders(configs, prefix, shared, hasattr(self.module, "observer"))
-        grams = {
-            name: observer(self.module, configs[name], sites[name].columns) for name in dict.fromkeys(leading.values())
-        }
+        leading = leaders(sites, prefix, shared)
+        grams = {name: Statistics(sites[name].columns, self.needs) for name in dict.fromkeys(leading.values())}
         return _Seen(shared, leading, grams)
 
     def watch(self, k: int, look: Callable[[str, Tensor, Tensor], None]) -> WatchLayers:
@@ -208,11 +204,10 @@ class Trials(ABC):
         trials = []
         for choices in self.variants:
             with self.opened(k), torch.inference_mode():
-                probe = Probe(self.module, keep_weights=self.measures)
-                made = cast(ModuleType, probe)
-                work = BlockWork(self.weights, made, self.skeleton.blocks[k], name, sites, choices)
+                probe = Probe(keep_weights=self.measures)
+                work = BlockWork(self.weights, self.skeleton.blocks[k], name, sites, choices, probe.apply)
                 probe.factors = _factors(work)
-                work.compress(seen.shared if self.module.Config.scope is Scope.GROUP else [], seen.by_layer)
+                work.compress(seen.shared, seen.by_layer)
             trials.append(probe.trials)
         return trials
 
@@ -241,7 +236,7 @@ class Trials(ABC):
         site = self._head_site()
         if site is None:
             return
-        gram = observer(self.module, self.variants[0][site.name].config, site.columns)
+        gram = Statistics(site.columns, self.needs)
         watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
         incoming = self.hidden(self.count)
         with torch.inference_mode():
@@ -251,8 +246,8 @@ class Trials(ABC):
         gram.check_finite(site.name)
         parameter = self.weights.parameter(self.skeleton.embedding if self.skeleton.tied else site.parameter)
         for found, choices in zip(self.costs, self.variants, strict=True):
-            probe = Probe(self.module, keep_weights=self.measures)
-            work = BlockWork(self.weights, cast(ModuleType, probe), nn.Module(), "", [], choices)
+            probe = Probe(keep_weights=self.measures)
+            work = BlockWork(self.weights, nn.Module(), "", [], choices, probe.apply)
             with torch.inference_mode():
                 work.quantize(Part(), site, parameter.clone(), gram)
             trial = probe.trials[site.name]

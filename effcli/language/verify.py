@@ -22,12 +22,12 @@ from torch import Tensor
 from effcli import runtime, samples
 from effcli.activations import keep_inputs
 from effcli.checkpoint import Checkpoint, read_config
-from effcli.contract import Options
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.inputs import text
 from effcli.language.against import Against, Moved, compare
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
+from effcli.options import Options
 from effcli.reports.report import FILE_NAME, Report, Stage
 from effcli.stock import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.storage import is_own, network_config, rounds_inputs

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from effcli.contract import Options
 from effcli.documents import check_model, read_object
 from effcli.errors import CheckpointError, writing
+from effcli.options import Options
 
 SCHEMA_VERSION = 1
 FILE_NAME = "report.json"

@@ -140,9 +140,9 @@ def passes_table(summaries: Mapping[str, str]) -> Table:
 
 def options_table(name: str, summary: str, options: type[BaseModel]) -> RenderableType:
     """The options of the pass `name` with their values and defaults, its own before those that every pass has."""
-    from effcli.contract import PassConfig
+    from effcli.contract import Pass
 
-    fields = sorted(options.model_fields.items(), key=lambda item: item[0] in PassConfig.model_fields)
+    fields = sorted(options.model_fields.items(), key=lambda item: item[0] in Pass.model_fields)
     rows = [(key, _values(field), _default(field), field.description or "") for key, field in fields]
     return Group(Text(f"{name}: {summary}"), Text(), _table(rows, ("option", "values", "default", "")))
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from effcli.contract import Options
 from effcli.exporters.firmware.arena import Plan
 from effcli.exporters.firmware.program import Program
 from effcli.exporters.firmware.requantize import Requantized
+from effcli.options import Options
 
 # Bytes of a function, by its stem, and of what they call.
 _FUNCTIONS = {

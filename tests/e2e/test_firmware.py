@@ -34,7 +34,7 @@ def integer_network(graph: Graph, count: int = 8) -> IntegerNetwork:
         yield inputs
 
     prepared, _ = int8.prepare(graph)
-    network = int8.quantize(int8.Config(), prepared, int8.observe(prepared, batches())).network
+    network = int8.quantize(int8.Int8(), prepared, int8.observe(prepared, batches())).network
     assert isinstance(network, IntegerNetwork)
     return network
 

@@ -140,7 +140,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_passes_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes", "show", name]) == 0
     text = capsys.readouterr().out
-    options = passes.load(name).Config.model_fields
+    options = passes.load(name).model_fields
     assert [option for option in options if option not in text] == []
     assert main(["passes", "show", name, "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["properties"]) == set(options)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from effcli.contract import Options
 from effcli.documents import check_model, parse_json, read_json, read_model, read_object
 from effcli.errors import CheckpointError, DataError
+from effcli.options import Options
 
 
 class Shape(Options):

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 
-from effcli.contract import Gram, Layer, Needs, Outcome, PassConfig
+from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.probe import Cost, Probe, Slopes, energies, steadied
 from effcli.recipe import PassStep
 
 
-def gram(inputs: Tensor) -> Gram:
-    found = Gram(inputs.shape[1])
+def gram(inputs: Tensor) -> Statistics:
+    found = Statistics(inputs.shape[1])
     found.add(inputs)
     return found
 
 
-def halving(needs: Needs = Needs.INPUTS, **more: Any) -> Any:
+class Halving(LayerPass):
     """A pass that halves every weight, and remembers what it was given."""
-    given: list[Any] = []
 
-    class Config(PassConfig):
-        pass
+    asks: Needs = Needs.GRAM
+    _given: list[Statistics] = PrivateAttr(default_factory=list)
 
-    Config.needs = needs
+    @property
+    def needs(self) -> Needs:
+        return self.asks
 
-    def apply(config: PassConfig, layer: Layer, seen: Any) -> Outcome:
-        given.append(seen)
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        self._given.append(seen)
         return Outcome(layer.weight / 2)
-
-    return SimpleNamespace(Config=Config, apply=apply, given=given, **more)
 
 
 def layer(weight: Tensor, name: str = "a") -> Layer:
@@ -57,11 +56,9 @@ def test_slopes_by_hand() -> None:
 
 def test_costs_by_hand() -> None:
     # Halved, the rows [2, 0] and [0, 4] leave errors of 1 and 2 per unit of input, over inputs (1, 1) and (3, 0).
-    module = halving()
-    probe = Probe(module, keep_weights=True)
-    probe.apply(
-        module.Config(), layer(torch.tensor([[2.0, 0.0], [0.0, 4.0]])), gram(torch.tensor([[1.0, 1.0], [3.0, 0.0]]))
-    )
+    probe = Probe(keep_weights=True)
+    seen = gram(torch.tensor([[1.0, 1.0], [3.0, 0.0]]))
+    probe.apply(Halving(), layer(torch.tensor([[2.0, 0.0], [0.0, 4.0]])), (seen,))
     trial = probe.trials["a"]
 
     assert trial.energy is not None and trial.whole is not None and trial.weight is not None
@@ -91,50 +88,44 @@ def test_a_scaled_layer_is_told_of_as_it_was() -> None:
     generator = torch.Generator().manual_seed(1)
     weight, inputs = torch.randn(4, 3, generator=generator), torch.randn(9, 3, generator=generator)
     rows, columns = torch.tensor([1.0, 2.0, 0.5, 4.0]), torch.tensor([0.5, 2.0, 3.0])
-    module = halving()
-    plain, scaled = Probe(module, keep_weights=True), Probe(module, keep_weights=True)
+    plain, scaled = Probe(keep_weights=True), Probe(keep_weights=True)
     scaled.factors = lambda name: (rows, columns)
-    plain.apply(module.Config(), layer(weight), gram(inputs))
-    scaled.apply(module.Config(), layer(weight * columns / rows.unsqueeze(1)), gram(inputs).rescaled(columns))
+    plain.apply(Halving(), layer(weight), (gram(inputs),))
+    scaled.apply(Halving(), layer(weight * columns / rows.unsqueeze(1)), (gram(inputs).rescaled(columns),))
 
     for key in ("energy", "whole", "weight"):
         torch.testing.assert_close(getattr(scaled.trials["a"], key), getattr(plain.trials["a"], key))
 
 
 def test_inputs_that_a_pass_does_not_ask_for_are_kept_from_it() -> None:
-    module = halving(Needs.NOTHING)
+    halving = Halving(asks=Needs.NOTHING)
     seen = gram(torch.ones(2, 3))
-    probe = Probe(module)
-    probe.apply(module.Config(), layer(torch.ones(2, 3)), seen)
+    probe = Probe()
+    probe.apply(halving, layer(torch.ones(2, 3)), (seen,))
     # A layer of two groups is given whole.
-    probe.apply_groups(module.Config(), layer(torch.ones(4, 3), "b"), (seen, seen))
+    probe.apply(halving, layer(torch.ones(4, 3), "b"), (seen, seen))
 
-    assert module.given == [None, None]
+    assert halving._given == [UNSEEN, UNSEEN]
     assert probe.trials["a"].output_error == probe.trials["b"].output_error == 0.25
     assert probe.trials["a"].weight is None
 
 
 def test_groups_seen_one_by_one_become_one_layer() -> None:
-    module = halving()
-    probe = Probe(module, keep_weights=True)
+    halving, probe = Halving(), Probe(keep_weights=True)
     parts = torch.arange(12.0).view(2, 2, 3)
-    for part in parts:
-        probe.apply(module.Config(), layer(part), gram(torch.eye(3)))
+    seen = gram(torch.eye(3)), gram(torch.eye(3))
+    probe.apply(halving, layer(parts.view(4, 3)), seen)
+    assert halving._given == list(seen)
     trial = probe.trials["a"]
 
     assert trial.weight is not None
     torch.testing.assert_close(trial.weight, parts.view(4, 3) / 2)
     assert trial.output_error == pytest.approx(0.25)
-    assert not hasattr(probe, "apply_groups")
-    grouped = Probe(halving(apply_groups=lambda config, layer, seen: Outcome(layer.weight / 2)))
-    grouped.apply_groups(module.Config(), layer(parts.view(4, 3)), (gram(torch.eye(3)), gram(torch.eye(3))))
-    assert grouped.trials["a"].output_error == pytest.approx(0.25)
 
 
 def test_an_output_that_is_always_zero() -> None:
-    module = halving()
-    probe = Probe(module)
-    probe.apply(module.Config(), layer(torch.zeros(2, 3)), gram(torch.ones(4, 3)))
+    probe = Probe()
+    probe.apply(Halving(), layer(torch.zeros(2, 3)), (gram(torch.ones(4, 3)),))
     assert probe.trials["a"].output_error == 0.0
 
 
@@ -144,9 +135,9 @@ def test_looking_on_changes_nothing(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(8, 32, generator=generator)
     seen = gram(torch.randn(40, 32, generator=generator))
-    probe = Probe(step.module, keep_weights=True)
-    outcome = probe.apply(step.config, layer(weight), seen)
-    expected = step.module.apply(step.config, layer(weight), seen)
+    probe, options = Probe(keep_weights=True), cast(LayerPass, step.config)
+    outcome = probe.apply(options, layer(weight), (seen,))
+    expected = options.apply(layer(weight), seen)
 
     made, wanted = cast(Any, outcome.weight), cast(Any, expected.weight)
     assert torch.equal(made.dequantize(), wanted.dequantize())

@@ -60,7 +60,7 @@ def test_the_tensors_are_those_that_bitsandbytes_saves(
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     layer = Layer("layer", "linear", weight.float(), dtype)
-    made = nf4.apply(nf4.Config(double=double), layer).weight
+    made = nf4.NF4(double=double).apply(layer).weight
     assert isinstance(made, CodebookWeight)
     found = exporter.pack(made)
     data, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
@@ -74,9 +74,7 @@ def test_the_tensors_are_those_that_bitsandbytes_saves(
 
 def test_by_hand() -> None:
     """Codes 15 and 0 share a byte, the first in the high half; the odd last one stands before the code of zero."""
-    made = nf4.apply(
-        nf4.Config(block_size=32), Layer("layer", "linear", torch.tensor([[2.0, -2.0, 2.0]]), torch.float32)
-    )
+    made = nf4.NF4(block_size=32).apply(Layer("layer", "linear", torch.tensor([[2.0, -2.0, 2.0]]), torch.float32))
     assert isinstance(made.weight, CodebookWeight)
     packed = exporter.pack(made.weight)
     assert packed["weight"].tolist() == [[0xF0], [0xF7]]

@@ -61,7 +61,7 @@ def compressed(folder: Path, kind: str, step: Any, dtype: torch.dtype = torch.fl
 
 
 def quantized(weight: Tensor, dtype: torch.dtype = torch.float16, **options: Any) -> AffineWeight:
-    outcome = linear.apply(linear.Config(**options), Layer("layer", "linear", weight, dtype))
+    outcome = linear.Linear(**options).apply(Layer("layer", "linear", weight, dtype))
     assert isinstance(outcome.weight, AffineWeight)
     return outcome.weight
 

@@ -54,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
                 made[kind].mkdir()
                 graph = residual()
                 if kind == "integer":
-                    network = int8.transform(int8.Config(), graph, Observed(batches=batches(graph))).network
+                    network = int8.Int8().transform(graph, Observed(batches=batches(graph))).network
                     network.save(made[kind])
                 else:
                     graph.save(made[kind])

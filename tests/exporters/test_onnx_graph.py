@@ -40,8 +40,8 @@ FORMATS = [
 def quantized(weight: Tensor, format: Affine, scaled: bool = False) -> AffineWeight:
     """weight (out, in) rounded to the nearest; scaled: with an explicit input scale, made up."""
     options = {"granularity": format.strategy, "group_size": format.group_size or None}
-    config = linear.Config.model_validate({"bits": format.bits, "symmetric": format.symmetric, **options})
-    found = linear.apply(config, linear.Layer("layer", "linear", weight, torch.float32)).weight
+    config = linear.Linear.model_validate({"bits": format.bits, "symmetric": format.symmetric, **options})
+    found = config.apply(linear.Layer("layer", "linear", weight, torch.float32)).weight
     assert isinstance(found, AffineWeight)
     factor = torch.linspace(0.5, 2, weight.shape[1]) if scaled else None
     return AffineWeight(found.format, found.codes, found.scale, found.zero, factor)
@@ -308,7 +308,7 @@ def test_a_file_that_computes_something_else(tmp_path: Path, monkeypatch: pytest
 
 def rounding(graph: Graph, **options: Any) -> Graph:
     """The graph with int8 weights whose inputs are int8 too, their ranges those of random inputs."""
-    config = linear.Config(activations="int8", **options).for_graph()
+    config = linear.Linear(activations="int8", **options).for_graph()
     watched = {str(node.target): [] for node in graph.nodes if node.op == "call_module"}
     for name, seen in watched.items():
         graph.layer(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -321,7 +321,7 @@ def rounding(graph: Graph, **options: Any) -> Graph:
             observer.see(watched[site.name][0])
             observer.tokens = 1
         layer = linear.Layer(site.name, site.kind, weight.reshape(site.shape), torch.float32)
-        graph.set_weight(site.name, linear.apply_groups(config, layer, (observer,)).weight)
+        graph.set_weight(site.name, config.apply_groups(layer, (observer,)).weight)
     return graph
 
 

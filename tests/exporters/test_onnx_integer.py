@@ -534,7 +534,7 @@ def test_a_network_without_steps(tmp_path: Path) -> None:
 
 def quantized(graph: Graph) -> IntegerNetwork:
     calibration = inputs(graph, 48, 1)
-    network = int8.transform(int8.Config(), graph, Observed(batches=lambda: iter(calibration.split(16)))).network
+    network = int8.Int8().transform(graph, Observed(batches=lambda: iter(calibration.split(16)))).network
     assert isinstance(network, IntegerNetwork)
     return network
 

@@ -311,7 +311,7 @@ def test_packed_layers_of_a_graph_have_no_place(tmp_path: Path) -> None:
     for site in graph.sites():
         weight: Any = graph.layer(site.name).weight
         layer = Layer(site.name, site.kind, weight.reshape(site.shape), torch.float32)
-        graph.set_weight(site.name, linear.apply(linear.Config(granularity="channel"), layer).weight)
+        graph.set_weight(site.name, linear.Linear(granularity="channel").apply(layer).weight)
     source = graph_checkpoint(graph, tmp_path)
     with pytest.raises(UnsupportedError) as caught:
         exporter.export(source, tmp_path / "target")

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effcli.contract import Layer, Needs, Outcome, Scope
+from effcli.contract import Layer, LayerPass, Needs, Outcome
 from effcli.formats import Affine, AffineWeight
-from effcli.observers import Gram
 from effcli.passes import adaround
 from effcli.passes._affine import clipped_range, extremes, parameters, rounded
+from effcli.statistics import Statistics
 
 
-def seen(inputs: Tensor) -> Gram:
-    gram = Gram(inputs.shape[-1])
+def seen(inputs: Tensor) -> Statistics:
+    gram = Statistics(inputs.shape[-1])
     gram.add(inputs)
     return gram
 
@@ -42,7 +42,7 @@ def errors(weight: Tensor, restored: Tensor, inputs: Tensor) -> Tensor:
 
 def apply(weight: Tensor, inputs: Tensor, **options: Any) -> Outcome:
     layer = Layer("layer", "linear", weight, torch.float32)
-    return adaround.apply(adaround.Config(**options), layer, seen(inputs))
+    return adaround.AdaRound(**options).apply(layer, seen(inputs))
 
 
 def restored(outcome: Outcome) -> Tensor:
@@ -99,8 +99,10 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     seed: int,
 ) -> None:
     weight, inputs = random(rows, columns, seed=seed), correlated(tokens, columns, seed)
-    config = adaround.Config(bits=bits, group_size=group_size, symmetric=symmetric, range=range, iterations=iterations)
-    outcome = adaround.apply(config, Layer("layer", "linear", weight, torch.float32), seen(inputs))
+    config = adaround.AdaRound(
+        bits=bits, group_size=group_size, symmetric=symmetric, range=range, iterations=iterations
+    )
+    outcome = config.apply(Layer("layer", "linear", weight, torch.float32), seen(inputs))
     format = config.format
     if range == "minmax":
         low, high = extremes(weight, format)
@@ -141,10 +143,10 @@ def test_groups_of_a_convolution_are_independent() -> None:
     """All at once as one by one."""
     weight, inputs = random(12, 9, seed=3), [correlated(50, 9, seed) for seed in range(4)]
     grams = [seen(rows) for rows in inputs]
-    config = adaround.Config(bits=3, iterations=200)
-    whole = adaround.apply_groups(config, Layer("layer", "conv", weight, torch.float32), grams)
+    config = adaround.AdaRound(bits=3, iterations=200)
+    whole = config.apply_groups(Layer("layer", "conv", weight, torch.float32), grams)
     parts = [
-        adaround.apply(config, Layer("layer", "conv", part, torch.float32), gram)
+        config.apply(Layer("layer", "conv", part, torch.float32), gram)
         for part, gram in zip(weight.chunk(4), grams, strict=True)
     ]
     torch.testing.assert_close(restored(whole), torch.cat([restored(part) for part in parts]))
@@ -176,14 +178,14 @@ def test_weights_and_inputs_at_the_ends_of_the_range(case: str) -> None:
 
 def test_scales_have_the_dtype_of_the_checkpoint() -> None:
     layer = Layer("layer", "linear", random(4, 16, seed=0), torch.bfloat16)
-    config = adaround.Config(group_size=8, symmetric=False, iterations=20)
-    packed = adaround.apply(config, layer, seen(correlated(30, 16, 1))).weight
+    config = adaround.AdaRound(group_size=8, symmetric=False, iterations=20)
+    packed = config.apply(layer, seen(correlated(30, 16, 1))).weight
     assert isinstance(packed, AffineWeight)
     assert packed.scale.dtype == torch.bfloat16
     assert packed.zero is not None and packed.zero.shape == (4, 2)
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert (adaround.Config.needs, adaround.Config.scope) == (Needs.INPUTS, Scope.LAYER)
-    assert adaround.Config().format == Affine(4, "channel", 0, True)
-    assert adaround.Config(group_size=32, symmetric=False).format == Affine(4, "group", 32, False)
+    assert isinstance(adaround.AdaRound(), LayerPass) and adaround.AdaRound().needs == Needs.GRAM
+    assert adaround.AdaRound().format == Affine(4, "channel", 0, True)
+    assert adaround.AdaRound(group_size=32, symmetric=False).format == Affine(4, "group", 32, False)

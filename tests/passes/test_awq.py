@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,16 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effcli.contract import Group, Layer, Needs, Scope
+from effcli.contract import Group, Layer, Needs, ScalingPass
 from effcli.formats import Affine, AffineWeight
-from effcli.observers import Gram
 from effcli.passes import awq
 from effcli.passes._affine import nearest
 from effcli.passes._scales import scaled_error, scales
+from effcli.statistics import Statistics
 
 
-def seen(inputs: Tensor) -> Gram:
-    gram = Gram(inputs.shape[-1])
+def factor_of(configs: Any, group: Group, seen: Statistics) -> Any:
+    """The factor for a group whose layers have these options, and the notes."""
+    return configs[0].scale(dataclasses.replace(group, options=tuple(configs)), seen)
+
+
+def seen(inputs: Tensor) -> Statistics:
+    gram = Statistics(inputs.shape[-1])
     gram.add(inputs)
     return gram
 
@@ -35,7 +41,7 @@ def output_error(weight: Tensor, restored: Tensor, inputs: Tensor) -> float:
     return float(((restored.double() - weight.double()) @ inputs.double().t()).square().sum())
 
 
-def scaled_and_back(weight: Tensor, factor: Tensor, config: awq.Config) -> Tensor:
+def scaled_and_back(weight: Tensor, factor: Tensor, config: awq.AWQ) -> Tensor:
     return nearest(weight * factor, config.format, torch.float32) / factor
 
 
@@ -66,7 +72,7 @@ def test_a_case_worked_by_hand() -> None:
     torch.testing.assert_close(factor, torch.tensor([10.0, 0.1]))
     error = scaled_error(weight, factor, gram.matrix, Affine(1, "channel"), torch.float32)
     assert error == pytest.approx(1.0)
-    factor, notes = awq.scale((awq.Config(bits=2, group_size=None),), Group(layers(weight)), gram)
+    factor, notes = factor_of((awq.AWQ(bits=2, group_size=None),), Group(layers(weight), ()), gram)
     assert notes["alpha"] > 0
     assert float(factor[0] / factor[1]) > 1
 
@@ -76,7 +82,7 @@ def test_the_error_is_that_of_the_outputs() -> None:
     inputs = loud_inputs(401, 40, 1)
     weight = torch.randn(41, 40, generator=torch.Generator().manual_seed(2))
     factor = scales(seen(inputs).magnitude, 0.4)
-    config = awq.Config(bits=3, group_size=8)
+    config = awq.AWQ(bits=3, group_size=8)
     restored = scaled_and_back(weight, factor, config)
     actual = scaled_error(weight, factor, seen(inputs).matrix, config.format, torch.float32)
     assert actual == pytest.approx(output_error(weight, restored, inputs), rel=1e-4)
@@ -105,8 +111,8 @@ def test_the_scale_is_never_worse_than_none(
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(5 + k, columns, generator=generator) for k in range(members)]
     inputs = loud_inputs(tokens, columns, seed, loudness)
-    config = awq.Config(bits=bits, group_size=group_size, symmetric=symmetric)
-    factor, notes = awq.scale((config,) * members, Group(layers(*weights)), seen(inputs))
+    config = awq.AWQ(bits=bits, group_size=group_size, symmetric=symmetric)
+    factor, notes = factor_of((config,) * members, Group(layers(*weights), ()), seen(inputs))
     assert factor.shape == (columns,)
     assert bool(torch.isfinite(factor).all()) and bool((factor > 0).all())
     none = sum(output_error(w, scaled_and_back(w, torch.ones(columns), config), inputs) for w in weights)
@@ -125,8 +131,8 @@ def test_the_fine_grid_is_no_worse_than_the_coarse_one(seed: int, coarse: int, f
     inputs = loud_inputs(100, 32, seed)
 
     def error(fine: int) -> float:
-        config = awq.Config(bits=3, group_size=16, coarse=coarse, fine=fine)
-        factor, _ = awq.scale((config,), Group(layers(weight)), seen(inputs))
+        config = awq.AWQ(bits=3, group_size=16, coarse=coarse, fine=fine)
+        factor, _ = factor_of((config,), Group(layers(weight), ()), seen(inputs))
         return output_error(weight, scaled_and_back(weight, factor, config), inputs)
 
     assert error(fine) <= error(1) * 1.02
@@ -137,8 +143,8 @@ def test_channels_of_one_producer_share_their_scale() -> None:
     channel = torch.tensor([0, 0, 1, 1]).repeat_interleave(4)
     inputs = loud_inputs(200, 16, 3) * torch.tensor([1.0, 8.0]).repeat_interleave(8)
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(4))
-    group = Group(layers(weight), channel)
-    factor, notes = awq.scale((awq.Config(bits=3, group_size=16),), group, seen(inputs))
+    group = Group(layers(weight), (), channel)
+    factor, notes = factor_of((awq.AWQ(bits=3, group_size=16),), group, seen(inputs))
     assert notes["alpha"] > 0
     for value in range(2):
         assert factor[channel == value].unique().numel() == 1
@@ -149,8 +155,8 @@ def test_layers_with_options_of_their_own() -> None:
     inputs = loud_inputs(100, 16, 5)
     generator = torch.Generator().manual_seed(6)
     weights = [torch.randn(8, 16, generator=generator) for _ in range(2)]
-    configs = (awq.Config(bits=2, group_size=8), awq.Config(bits=8, group_size=16))
-    factor, _ = awq.scale(configs, Group(layers(*weights)), seen(inputs))
+    configs = (awq.AWQ(bits=2, group_size=8), awq.AWQ(bits=8, group_size=16))
+    factor, _ = factor_of(configs, Group(layers(*weights), ()), seen(inputs))
 
     def total(factor: Tensor) -> float:
         pairs = zip(weights, configs, strict=True)
@@ -165,14 +171,14 @@ def test_channels_at_the_ends_of_the_range(columns: str) -> None:
     inputs = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     inputs[:, 3] *= {"silent": 0.0, "huge": 1e6, "tiny": 1e-12}[columns]
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-    config = awq.Config(bits=3, group_size=8)
-    factor, _ = awq.scale((config,), Group(layers(weight)), seen(inputs))
+    config = awq.AWQ(bits=3, group_size=8)
+    factor, _ = factor_of((config,), Group(layers(weight), ()), seen(inputs))
     assert bool(torch.isfinite(factor).all())
     assert 1e-5 < float(factor.min()) <= float(factor.max()) < 1e5
 
 
-def quantized(weight: Tensor, gram: Gram, **options: Any) -> Tensor:
-    outcome = awq.apply(awq.Config(**options), Layer("layer", "linear", weight, torch.float32), gram)
+def quantized(weight: Tensor, gram: Statistics, **options: Any) -> Tensor:
+    outcome = awq.AWQ(**options).apply(Layer("layer", "linear", weight, torch.float32), gram)
     assert isinstance(outcome.weight, AffineWeight)
     return outcome.weight.dequantize()
 
@@ -195,7 +201,8 @@ def test_clipping_is_never_worse_than_none(bits: int, group_size: int | None, sy
 def test_without_a_token_nothing_is_clipped() -> None:
     weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        quantized(weight, Gram(16), bits=3, group_size=8), quantized(weight, Gram(16), bits=3, group_size=8, clip=False)
+        quantized(weight, Statistics(16), bits=3, group_size=8),
+        quantized(weight, Statistics(16), bits=3, group_size=8, clip=False),
     )
 
 
@@ -203,9 +210,9 @@ def test_the_whole_pays() -> None:
     """Scale and clipping together against rounding to nearest, on loud channels."""
     inputs = loud_inputs(500, 64, 7)
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(8))
-    config = awq.Config(bits=3, group_size=32)
+    config = awq.AWQ(bits=3, group_size=32)
     gram = seen(inputs)
-    factor, _ = awq.scale((config,), Group(layers(weight)), gram)
+    factor, _ = factor_of((config,), Group(layers(weight), ()), gram)
     restored = quantized(weight * factor, gram.rescaled(factor), bits=3, group_size=32) / factor
     rounded = nearest(weight, config.format, torch.float32)
     assert output_error(weight, restored, inputs) < 0.6 * output_error(weight, rounded, inputs)
@@ -215,14 +222,14 @@ def test_without_rounding_the_scaled_weight_is_returned() -> None:
     """The scale is found all the same."""
     inputs = loud_inputs(100, 16, 9)
     (layer,) = layers(torch.randn(8, 16, generator=torch.Generator().manual_seed(10)))
-    rounding, folding = awq.Config(bits=3, group_size=8), awq.Config(bits=3, group_size=8, round=False)
-    factors = [awq.scale((config,), Group((layer,)), seen(inputs))[0] for config in (rounding, folding)]
+    rounding, folding = awq.AWQ(bits=3, group_size=8), awq.AWQ(bits=3, group_size=8, round=False)
+    factors = [factor_of((config,), Group((layer,), ()), seen(inputs))[0] for config in (rounding, folding)]
     assert torch.equal(*factors) and not torch.equal(factors[0], torch.ones(16))
-    outcome = awq.apply(folding, layer, seen(inputs))
+    outcome = folding.apply(layer, seen(inputs))
     assert isinstance(outcome.weight, Tensor) and torch.equal(outcome.weight, layer.weight)
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert (awq.Config.needs, awq.Config.scope) == (Needs.INPUTS, Scope.GROUP)
-    assert awq.Config().format == Affine(4, "group", 64, False)
-    assert awq.Config(group_size=None, bits=3).format == Affine(3, "channel")
+    assert isinstance(awq.AWQ(), ScalingPass) and awq.AWQ().needs == Needs.GRAM
+    assert awq.AWQ().format == Affine(4, "group", 64, False)
+    assert awq.AWQ(group_size=None, bits=3).format == Affine(3, "channel")

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from small_graphs import chain
 from torch import Tensor, fx, nn
 
-from effcli.contract import Needs, Observed, PassConfig, Scope, Transformed
+from effcli.contract import Needs, NetworkPass, Observed, Pass, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.graphs.channels import divide_outputs, multiply_inputs
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.walk import stream
 from effcli.passes import bias_correction
 from effcli.passes._affine import nearest
-from effcli.passes.linear import Config as Linear
+from effcli.passes.linear import Linear
 
 
 def rounded(graph: Graph, bits: Any = 2) -> Graph:
@@ -34,11 +34,11 @@ def rounded(graph: Graph, bits: Any = 2) -> Graph:
 
 
 def corrected(graph: Graph, reference: Graph | None, *ignored: str, count: int = 12) -> Transformed:
-    chosen: dict[str, PassConfig] = {
-        site.name: bias_correction.Config() for site in graph.sites() if site.name not in ignored
+    chosen: dict[str, Pass] = {
+        site.name: bias_correction.BiasCorrection() for site in graph.sites() if site.name not in ignored
     }
     seen = Observed(small_graphs.batches(graph, count), reference, chosen)
-    return bias_correction.transform(bias_correction.Config(), graph, seen)
+    return bias_correction.BiasCorrection().transform(graph, seen)
 
 
 def means(graph: Graph) -> dict[str, Tensor]:
@@ -61,8 +61,10 @@ def test_by_hand() -> None:
     reference.set_bias("layer0", torch.tensor([0.5]))
     graph = Graph(copy.deepcopy(reference.module), reference.facts)
     graph.set_weight("layer0", torch.tensor([[1.5]]))
-    seen = Observed(lambda: iter([torch.tensor([[1.0], [3.0]])]), reference, {"layer0": bias_correction.Config()})
-    made = bias_correction.transform(bias_correction.Config(), graph, seen)
+    seen = Observed(
+        lambda: iter([torch.tensor([[1.0], [3.0]])]), reference, {"layer0": bias_correction.BiasCorrection()}
+    )
+    made = bias_correction.BiasCorrection().transform(graph, seen)
     bias: Any = graph.layer("layer0").bias
     assert bias.tolist() == [1.5]
     assert made.notes == {"layer0": {"largest_shift": 1.0}}
@@ -159,4 +161,5 @@ def test_outputs_that_are_no_numbers_name_the_layer() -> None:
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert (bias_correction.Config.needs, bias_correction.Config.scope) == (Needs.REFERENCE, Scope.GRAPH)
+    assert isinstance(bias_correction.BiasCorrection(), NetworkPass)
+    assert bias_correction.BiasCorrection().needs == Needs.INPUTS | Needs.DENSE

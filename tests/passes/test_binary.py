@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from effcli.contract import Layer, Needs, Scope
+from effcli.contract import Layer, LayerPass, Needs
 from effcli.formats import Codebook, CodebookWeight, Strategy
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def quantized(weight: Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> CodebookWeight:
-    outcome = binary.apply(binary.Config(**options), Layer("layer", "linear", weight, dtype))
+    outcome = binary.Binary(**options).apply(Layer("layer", "linear", weight, dtype))
     assert isinstance(outcome.weight, CodebookWeight)
     return outcome.weight
 
@@ -88,11 +88,11 @@ def test_convolutions(tmp_path: Path) -> None:
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert binary.Config().format == binary.Config().for_graph().format == Codebook("binary", 1, "channel")
-    assert (binary.Config().needed, binary.Config.scope) == (Needs.NOTHING, Scope.LAYER)
+    assert binary.Binary().format == binary.Binary().for_graph().format == Codebook("binary", 1, "channel")
+    assert isinstance(binary.Binary(), LayerPass) and binary.Binary().needs == Needs.NOTHING
 
 
 @pytest.mark.parametrize("options", [{"bits": 2}, {"granularity": "group"}, {"group_size": 8}, {"granularity": "row"}])
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        binary.Config(**options)
+        binary.Binary(**options)

@@ -12,7 +12,7 @@ import torch
 from small_graphs import chain
 from torch import Tensor, nn
 
-from effcli.contract import Layer, Needs, Observed, PassConfig, Scope, Transformed
+from effcli.contract import Layer, Needs, NetworkPass, Observed, Pass, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.formats import Codebook, CodebookWeight, with_input_scale
 from effcli.graphs.graph import Graph
@@ -24,11 +24,11 @@ from effcli.recipe import PassStep
 def shared(graph: Graph, *ignored: str, bits: int = 2) -> Graph:
     """A copy whose weights share tables."""
     other = Graph(copy.deepcopy(graph.module), graph.facts)
-    config = kmeans.Config(granularity="tensor", bits=bits)
+    config = kmeans.KMeans(granularity="tensor", bits=bits)
     for site in other.sites():
         if site.name not in ignored:
             weight: Any = other.layer(site.name).weight
-            outcome = kmeans.apply(config, Layer(site.name, site.kind, weight.flatten(1).clone(), torch.float32))
+            outcome = config.apply(Layer(site.name, site.kind, weight.flatten(1).clone(), torch.float32))
             other.set_weight(site.name, outcome.weight)
     return other
 
@@ -36,11 +36,9 @@ def shared(graph: Graph, *ignored: str, bits: int = 2) -> Graph:
 def tuned(
     graph: Graph, reference: Graph | None, *ignored: str, count: int = 60, size: int = 20, **options: Any
 ) -> Transformed:
-    chosen: dict[str, PassConfig] = {
-        site.name: centroids.Config() for site in graph.sites() if site.name not in ignored
-    }
+    chosen: dict[str, Pass] = {site.name: centroids.Centroids() for site in graph.sites() if site.name not in ignored}
     seen = Observed(small_graphs.batches(graph, count, size), reference, chosen)
-    return centroids.transform(centroids.Config(**options), graph, seen)
+    return centroids.Centroids(**options).transform(graph, seen)
 
 
 def error(graph: Graph, reference: Graph) -> float:
@@ -62,8 +60,8 @@ def test_by_hand() -> None:
     codes = torch.tensor([[0, 0, 1]], dtype=torch.uint8)
     weight = CodebookWeight(Codebook("kmeans", 1, "tensor"), codes, torch.tensor([[2.0, 9.0]]))
     graph.set_weight("layer0", weight)
-    seen = Observed(lambda: iter([torch.tensor([[0.0, 1.0, 0.0]])]), reference, {"layer0": centroids.Config()})
-    made = centroids.transform(centroids.Config(epochs=600, learning_rate=0.01), graph, seen)
+    seen = Observed(lambda: iter([torch.tensor([[0.0, 1.0, 0.0]])]), reference, {"layer0": centroids.Centroids()})
+    made = centroids.Centroids(epochs=600, learning_rate=0.01).transform(graph, seen)
     torch.testing.assert_close(table(graph), torch.tensor([[3.0, 9.0]]), rtol=1e-4, atol=0)
     parameter: Any = graph.layer("layer0").weight
     torch.testing.assert_close(parameter, torch.tensor([[3.0, 3.0, 9.0]]), rtol=1e-4, atol=0)
@@ -131,10 +129,10 @@ def test_pruned_weights_stay_pruned() -> None:
 def test_a_table_for_each_channel_and_an_explicit_scale() -> None:
     reference = chain((6,), nn.Linear(6, 5), "relu.default", nn.Linear(5, 3))
     graph = Graph(copy.deepcopy(reference.module), reference.facts)
-    config = kmeans.Config(bits=1)
+    config = kmeans.KMeans(bits=1)
     scale = torch.rand(6, generator=torch.Generator().manual_seed(0)) + 0.5
     first: Any = graph.layer("layer0").weight
-    outcome = kmeans.apply(config, Layer("layer0", "linear", first * scale, torch.float32)).weight
+    outcome = config.apply(Layer("layer0", "linear", first * scale, torch.float32)).weight
     assert isinstance(outcome, CodebookWeight)
     graph.set_weight("layer0", with_input_scale(outcome, scale))
     before = error(graph, reference)
@@ -203,4 +201,4 @@ def test_after_kmeans_in_a_run(tmp_path: Path) -> None:
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert (centroids.Config.needs, centroids.Config.scope) == (Needs.REFERENCE, Scope.GRAPH)
+    assert isinstance(centroids.Centroids(), NetworkPass) and centroids.Centroids().needs == Needs.INPUTS | Needs.DENSE

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_graphs import chain
 from torch import Tensor, nn
 
-from effcli.contract import Observed, PassConfig, Transformed
+from effcli.contract import Observed, Pass, Transformed
 from effcli.errors import UserError
 from effcli.formats import Affine
 from effcli.graphs.channels import links
@@ -23,12 +23,12 @@ from effcli.passes._affine import encode, extremes
 
 
 def observed(graph: Graph, *ignored: str) -> Observed:
-    chosen: dict[str, PassConfig] = {site.name: equalize.Config() for site in graph.sites() if site.name not in ignored}
+    chosen: dict[str, Pass] = {site.name: equalize.Equalize() for site in graph.sites() if site.name not in ignored}
     return Observed(chosen=chosen)
 
 
 def equalized(graph: Graph, *ignored: str, **options: Any) -> Transformed:
-    return equalize.transform(equalize.Config(**options), graph, observed(graph, *ignored))
+    return equalize.Equalize(**options).transform(graph, observed(graph, *ignored))
 
 
 def uneven(graph: Graph, seed: int = 0) -> Graph:
@@ -110,7 +110,7 @@ def test_a_batch_norm_must_be_folded_first() -> None:
     with pytest.raises(UserError, match="stem_norm is not folded into its layer") as caught:
         equalized(graph)
     assert caught.value.remedy == "put a `fold` step before it"
-    fold.transform(fold.Config(), graph, observed(graph))
+    fold.Fold().transform(graph, observed(graph))
     assert set(equalized(graph).notes) == {"block.a", "block.b"}
 
 

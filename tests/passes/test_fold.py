@@ -15,7 +15,7 @@ from small_graphs import chain
 from torch import Tensor, nn
 
 from effcli import importers
-from effcli.contract import Observed, PassConfig, Transformed
+from effcli.contract import Observed, Pass, Transformed
 from effcli.formats import Affine
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.passes import fold
@@ -23,8 +23,8 @@ from effcli.passes._affine import encode, extremes
 
 
 def folded(graph: Graph, *ignored: str) -> Transformed:
-    chosen: dict[str, PassConfig] = {site.name: fold.Config() for site in graph.sites() if site.name not in ignored}
-    return fold.transform(fold.Config(), graph, Observed(chosen=chosen))
+    chosen: dict[str, Pass] = {site.name: fold.Fold() for site in graph.sites() if site.name not in ignored}
+    return fold.Fold().transform(graph, Observed(chosen=chosen))
 
 
 def norms(graph: Graph) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,19 +12,24 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from effcli.contract import Group, Layer, Needs, Outcome, Scope
+from effcli.contract import Group, Layer, Needs, Outcome, ScalingPass
 from effcli.errors import NumericsError
 from effcli.formats import Affine, AffineWeight
-from effcli.observers import Gram
 from effcli.passes import awq, gptq
 from effcli.passes._affine import encode, extremes, parameters
 from effcli.passes._gptq import Feedback, Grid, factorize, fed_back, quantize, refine, row_errors, weighted_range
+from effcli.statistics import Statistics
 
 PLAIN: dict[str, Any] = {"act_order": False, "range": "minmax", "scales": False, "sweeps": 0, "damping": 0.01}
 
 
-def seen(inputs: Tensor) -> Gram:
-    gram = Gram(inputs.shape[-1])
+def factor_of(configs: Any, group: Group, seen: Statistics) -> Any:
+    """The factor for a group whose layers have these options, and the notes."""
+    return configs[0].scale(dataclasses.replace(group, options=tuple(configs)), seen)
+
+
+def seen(inputs: Tensor) -> Statistics:
+    gram = Statistics(inputs.shape[-1])
     gram.add(inputs)
     return gram
 
@@ -41,8 +47,8 @@ def matrix(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def applied(weight: Tensor, gram: Gram, dtype: torch.dtype = torch.float32, **options: Any) -> Outcome:
-    return gptq.apply(gptq.Config(**options), Layer("layer", "linear", weight, dtype), gram)
+def applied(weight: Tensor, gram: Statistics, dtype: torch.dtype = torch.float32, **options: Any) -> Outcome:
+    return gptq.GPTQ(**options).apply(Layer("layer", "linear", weight, dtype), gram)
 
 
 def packed(outcome: Outcome) -> AffineWeight:
@@ -50,7 +56,7 @@ def packed(outcome: Outcome) -> AffineWeight:
     return outcome.weight
 
 
-def errors(weight: Tensor, restored: Tensor, gram: Gram) -> Tensor:
+def errors(weight: Tensor, restored: Tensor, gram: Statistics) -> Tensor:
     """d G dᵀ of every row in float64."""
     difference = restored.double() - weight.double()
     return ((difference @ gram.matrix.double()) * difference).sum(1)
@@ -155,9 +161,9 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     """On the same ranges, with any inputs: fewer tokens than channels, loud channels, few bits."""
     weight, gram = matrix(7, columns, seed), seen(related_inputs(tokens, columns, seed, loudness))
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "range": range}
-    config = gptq.Config(act_order=act_order, sweeps=sweeps, **options)
+    config = gptq.GPTQ(act_order=act_order, sweeps=sweeps, **options)
     layer = Layer("layer", "linear", weight, dtype)
-    outcome = gptq.apply(config, layer, gram)
+    outcome = config.apply(layer, gram)
     found = factorize(gram.matrix, config.damping, act_order, "layer")
     low, high = gptq._range(config, layer, gram, found)
     nearest = encode(weight, low, high, config.format, dtype).dequantize(torch.float32)
@@ -165,7 +171,7 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     whole = errors(weight, torch.zeros_like(weight), gram)
     assert bool((made <= bound + 1e-5 * whole).all())
     assert 0 <= outcome.notes["error_over_nearest"] <= 1
-    again = packed(gptq.apply(config, layer, seen(related_inputs(tokens, columns, seed, loudness))))
+    again = packed(config.apply(layer, seen(related_inputs(tokens, columns, seed, loudness))))
     assert torch.equal(again.codes, packed(outcome).codes) and torch.equal(again.scale, packed(outcome).scale)
 
 
@@ -313,10 +319,10 @@ def test_damping_is_raised_and_told() -> None:
 
 def test_a_matrix_without_a_factor_is_refused() -> None:
     """Not positive definite with any damping, which no sum of squares is: the error names the layer."""
-    broken = Gram.of(torch.full((8, 8), torch.nan), torch.ones(8), 5)
+    broken = Statistics.of(torch.full((8, 8), torch.nan), torch.ones(8), 5)
     with pytest.raises(NumericsError, match="layer"):
         applied(matrix(4, 8, 0), broken, group_size=8)
-    negative = Gram.of(torch.eye(8) - 3, torch.ones(8), 5)
+    negative = Statistics.of(torch.eye(8) - 3, torch.ones(8), 5)
     with pytest.raises(NumericsError):
         applied(matrix(4, 8, 0), negative, group_size=8)
 
@@ -337,7 +343,7 @@ def test_a_dead_channel_gets_its_nearest_codes(act_order: bool) -> None:
 
 def test_without_tokens_it_rounds_and_says_so() -> None:
     weight = matrix(4, 16, 0)
-    outcome = applied(weight, Gram(16), bits=3, group_size=8)
+    outcome = applied(weight, Statistics(16), bits=3, group_size=8)
     made = packed(outcome)
     assert torch.equal(made.codes, encode(weight, *extremes(weight, made.format), made.format, torch.float32).codes)
     assert "no calibration token" in outcome.notes["rounded"]
@@ -358,18 +364,18 @@ def test_a_weight_without_rows() -> None:
 
 
 def group(*weights: Tensor) -> Group:
-    return Group(tuple(Layer(f"layer{k}", "linear", weight, torch.float32) for k, weight in enumerate(weights)))
+    return Group(tuple(Layer(f"layer{k}", "linear", weight, torch.float32) for k, weight in enumerate(weights)), ())
 
 
 def test_the_scale_is_that_of_awq() -> None:
     weights, gram = [matrix(8, 32, k) for k in range(2)], seen(related_inputs(200, 32, 18, 2.0))
-    on, off = gptq.Config(bits=3, group_size=16), gptq.Config(bits=3, group_size=16, scales=False)
-    expected, notes = awq.scale((awq.Config(bits=3, group_size=16),) * 2, group(*weights), gram)
-    found, told = gptq.scale((on, on), group(*weights), gram)
+    on, off = gptq.GPTQ(bits=3, group_size=16), gptq.GPTQ(bits=3, group_size=16, scales=False)
+    expected, notes = factor_of((awq.AWQ(bits=3, group_size=16),) * 2, group(*weights), gram)
+    found, told = factor_of((on, on), group(*weights), gram)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert told == notes and told["alpha"] > 0
     for configs, said in (((off, off), {}), ((on, off), {"unscaled": "a layer with the same input has scales off"})):
-        found, told = gptq.scale(configs, group(*weights), gram)
+        found, told = factor_of(configs, group(*weights), gram)
         assert torch.equal(found, torch.ones(32))
         assert told == said
 
@@ -379,9 +385,9 @@ def test_in_one_step_or_in_two(seed: int, bits: int) -> None:
     """`awq` without rounding folds the scales in; `gptq` without scales then sees scaled weights and scaled inputs."""
     weight, inputs = matrix(16, 32, seed), related_inputs(200, 32, seed, 2.0)
     options: dict[str, Any] = {"bits": bits, "group_size": 16}
-    factor, _ = gptq.scale((gptq.Config(**options),), group(weight), seen(inputs))
+    factor, _ = factor_of((gptq.GPTQ(**options),), group(weight), seen(inputs))
     one = packed(applied(weight * factor, seen(inputs).rescaled(factor), **options))
-    dense = awq.apply(awq.Config(round=False, **options), group(weight * factor).layers[0], seen(inputs)).weight
+    dense = awq.AWQ(round=False, **options).apply(group(weight * factor).layers[0], seen(inputs)).weight
     assert isinstance(dense, Tensor)
     two = packed(applied(dense, seen(inputs / factor), scales=False, **options))
     # A tie that falls the other way moves the rest of its row.
@@ -397,13 +403,13 @@ def test_in_one_step_or_in_two(seed: int, bits: int) -> None:
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        gptq.Config(**options)
+        gptq.GPTQ(**options)
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert (gptq.Config.needs, gptq.Config.scope) == (Needs.INPUTS, Scope.GROUP)
-    assert gptq.Config().format == Affine(4, "group", 64, False)
-    assert gptq.Config().for_graph().format == Affine(4, "channel")
+    assert isinstance(gptq.GPTQ(), ScalingPass) and gptq.GPTQ().needs == Needs.GRAM
+    assert gptq.GPTQ().format == Affine(4, "group", 64, False)
+    assert gptq.GPTQ().for_graph().format == Affine(4, "channel")
 
 
 def test_quantize_counts_rows_it_rounds_to_nearest() -> None:

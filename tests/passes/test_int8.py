@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, fx, nn
 
-from effcli.contract import Needs, Observed, Scope, Transformed
+from effcli.contract import Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError, NumericsError, UnsupportedError
 from effcli.formats import Affine, AffineWeight
 from effcli.graphs import executor
@@ -57,7 +57,7 @@ def inputs_of(graph: Graph, count: int, seed: int = 1) -> Tensor:
 
 
 def transformed(graph: Graph, inputs: Tensor, **options: Any) -> Transformed:
-    return int8.transform(int8.Config(**options), graph, Observed(batches=lambda: iter(inputs.split(16))))
+    return int8.Int8(**options).transform(graph, Observed(batches=lambda: iter(inputs.split(16))))
 
 
 def network_of(made: Transformed) -> IntegerNetwork:
@@ -72,10 +72,10 @@ def decibels(graph: Graph, network: IntegerNetwork, inputs: Tensor) -> float:
 
 
 def test_what_it_needs_and_what_has_no_meaning() -> None:
-    assert (int8.Config.needs, int8.Config.scope) == (Needs.INPUTS, Scope.GRAPH)
+    assert isinstance(int8.Int8(), NetworkPass) and int8.Int8().needs == Needs.INPUTS
     for options in ({"ignore": ("fc",)}, {"layers": {"fc": {"observer": "kl"}}}):
         with pytest.raises(ValidationError, match="has no meaning here"):
-            int8.Config(**options)  # type: ignore[arg-type]
+            int8.Int8(**options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("observer", get_args(Method))
@@ -120,7 +120,7 @@ def test_bias_correction_restores_the_means() -> None:
     torch.testing.assert_close(statistics.inputs, inputs)
     errors = {}
     for corrected in (False, True):
-        network = network_of(int8.quantize(int8.Config(bias_correction=corrected), graph, statistics))
+        network = network_of(int8.quantize(int8.Int8(bias_correction=corrected), graph, statistics))
         values = executor.run(network, network.quantize(inputs.numpy()), keep=True)
         errors[corrected] = []
         for step in network.program.steps:
@@ -157,7 +157,7 @@ def test_only_the_first_inputs_correct_biases(monkeypatch: pytest.MonkeyPatch) -
 def test_the_first_inputs_go_along_as_codes(count: int, kept: int) -> None:
     graph = residual()
     inputs = inputs_of(graph, count)
-    made = int8.transform(int8.Config(), graph, Observed(batches=lambda: iter(inputs.split(7))))
+    made = int8.Int8().transform(graph, Observed(batches=lambda: iter(inputs.split(7))))
     network = network_of(made)
     assert network.probe is not None and network.probe.dtype == np.int8
     np.testing.assert_array_equal(network.probe, network.quantize(inputs[:kept].numpy()))
@@ -197,7 +197,7 @@ def test_what_is_unsupported_is_said_before_calibration() -> None:
         raise AssertionError("read too early")
 
     with pytest.raises(UnsupportedError, match=r"norm \(GroupNorm, net\.py:3 in forward\)"):
-        int8.transform(int8.Config(), graph, Observed(batches=batches))
+        int8.Int8().transform(graph, Observed(batches=batches))
 
 
 def built(shape: tuple[int, ...], build: Callable[[Builder, fx.Node], fx.Node]) -> Graph:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from effcli.contract import Gram, Layer, Needs, Scope
+from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.errors import NumericsError, SelectionError
 from effcli.formats import Codebook, CodebookWeight, Strategy
 from effcli.graphs.graph import Graph
@@ -29,9 +29,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def quantized(
-    weight: Tensor, dtype: torch.dtype = torch.float32, seen: Gram | None = None, **options: Any
+    weight: Tensor, dtype: torch.dtype = torch.float32, seen: Statistics = UNSEEN, **options: Any
 ) -> CodebookWeight:
-    outcome = kmeans.apply(kmeans.Config(**options), Layer("layer", "linear", weight, dtype), seen)
+    outcome = kmeans.KMeans(**options).apply(Layer("layer", "linear", weight, dtype), seen)
     assert isinstance(outcome.weight, CodebookWeight)
     return outcome.weight
 
@@ -48,10 +48,10 @@ def random(rows: int, columns: int, seed: int = 0, tail: int = 0) -> Tensor:
     )
 
 
-def observed(columns: int, seed: int = 0) -> Gram:
+def observed(columns: int, seed: int = 0) -> Statistics:
     """Correlated inputs of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
-    gram = Gram(columns)
+    gram = Statistics(columns)
     mixing = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator) * 2
     gram.add(torch.randn(4 * columns, columns, generator=generator) @ mixing)
     return gram
@@ -88,7 +88,7 @@ def test_by_hand(init: Start) -> None:
 
 def test_weights_of_large_inputs_count_more() -> None:
     """One entry for 0 and 1, whose inputs have the mean squares 3 and 1: 0.25 in place of 0.5."""
-    gram = Gram(4)
+    gram = Statistics(4)
     gram.add(torch.tensor([[3.0, 1.0, 2.0, 2.0]]).sqrt())
     weight = torch.tensor([[-1.0, 0.0, 50.0, 50.0]]) + 1
     made = quantized(weight, seen=gram, bits=1, weighted=True, keep_zeros=False)
@@ -155,8 +155,8 @@ def test_error_is_never_above_that_of_linear(
         weight = weight * (weight.abs() > weight.abs().median())
     size = 8 if granularity == "group" else None
     made = quantized(weight, bits=bits, granularity=granularity, group_size=size, init=init)
-    options = linear.Config(bits=bits, granularity=granularity, group_size=size, symmetric=symmetric)
-    other = linear.apply(options, Layer("layer", "linear", weight, torch.float32)).weight
+    options = linear.Linear(bits=bits, granularity=granularity, group_size=size, symmetric=symmetric)
+    other = options.apply(Layer("layer", "linear", weight, torch.float32)).weight
     assert not isinstance(other, Tensor)
     errors = [float((found.dequantize().double() - weight).square().sum()) for found in (made, other)]
     assert errors[0] <= errors[1] * (1 + 1e-5) + 1e-12 * float(weight.square().sum())
@@ -286,7 +286,7 @@ def test_refitting_never_raises_the_error_of_the_outputs(
         assert bool((energies[1] <= energies[0] * (1 + 1e-6)).all())
 
 
-def output_error(made: CodebookWeight, weight: Tensor, gram: Gram) -> Tensor:
+def output_error(made: CodebookWeight, weight: Tensor, gram: Statistics) -> Tensor:
     """(ŵ - w) G (ŵ - w)ᵀ of each row, float64 (out,)."""
     difference = made.dequantize(torch.float64) - weight.double()
     return (difference @ gram.matrix.double() * difference).sum(1)
@@ -319,7 +319,7 @@ def test_weighted_clusters_err_less_where_inputs_are_large() -> None:
 
 def test_inputs_that_are_never_there() -> None:
     """Channels without inputs and layers without tokens lead to tables of finite numbers."""
-    gram = Gram(8)
+    gram = Statistics(8)
     weight = random(4, 8)
     unseen = quantized(weight, seen=gram, bits=2, weighted=True, refit=1)
     assert torch.equal(unseen.dequantize(), quantized(weight, bits=2).dequantize())
@@ -331,9 +331,9 @@ def test_groups_of_a_convolution_share_one_table() -> None:
     weight = random(6, 9)
     grams = [observed(9, seed) for seed in range(3)]
     layer = Layer("layer", "conv", weight, torch.float32)
-    options = kmeans.Config(bits=2, granularity="tensor", weighted=True, refit=2)
-    made = kmeans.apply_groups(options, layer, grams).weight
-    plain = kmeans.apply(kmeans.Config(bits=2, granularity="tensor"), layer).weight
+    options = kmeans.KMeans(bits=2, granularity="tensor", weighted=True, refit=2)
+    made = options.apply_groups(layer, grams).weight
+    plain = kmeans.KMeans(bits=2, granularity="tensor").apply(layer).weight
     assert isinstance(made, CodebookWeight) and made.table.shape == (1, 4)
     assert isinstance(plain, CodebookWeight)
 
@@ -348,31 +348,31 @@ def test_the_notes_are_what_the_file_holds() -> None:
     """A quarter of the weights in each of four clusters takes 2 bits; half, a quarter and two eighths 1.75."""
     even = torch.tensor([0.0, 1.0, 2.0, 3.0]).repeat(100).view(20, 20)
     layer = Layer("layer", "linear", even, torch.float32)
-    notes = kmeans.apply(kmeans.Config(bits=2, granularity="tensor"), layer).notes
+    notes = kmeans.KMeans(bits=2, granularity="tensor").apply(layer).notes
     assert notes["entropy"] == 2 and notes["coded_bits"] == 2
     skewed = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 2.0, 3.0]).repeat(50).view(20, 20)
     layer = Layer("layer", "linear", skewed, torch.float32)
-    outcome = kmeans.apply(kmeans.Config(bits=2, granularity="tensor"), layer)
+    outcome = kmeans.KMeans(bits=2, granularity="tensor").apply(layer)
     assert outcome.notes["entropy"] == 1.75 and outcome.notes["coded_bits"] == 1.75
     assert isinstance(outcome.weight, CodebookWeight)
     packed = outcome.weight.pack()
     assert packed["weight_packed"].nbytes == math.ceil(400 * 1.75 / 8)
     held = sum(tensor.nbytes for tensor in packed.values())
     assert outcome.notes["ratio"] == round(1600 / held, 2)
-    plain = kmeans.apply(kmeans.Config(bits=2, granularity="tensor", huffman=False), layer)
+    plain = kmeans.KMeans(bits=2, granularity="tensor", huffman=False).apply(layer)
     assert "coded_bits" not in plain.notes
     assert isinstance(plain.weight, CodebookWeight)
     assert plain.notes["ratio"] == round(1600 / sum(tensor.nbytes for tensor in plain.weight.pack().values()), 2)
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert kmeans.Config().format == Codebook("kmeans", 4, "channel", huffman=True)
-    assert kmeans.Config().for_graph().format == Codebook("kmeans", 4, "tensor", huffman=True)
-    assert kmeans.Config(granularity="group", group_size=8, huffman=False).for_graph().format == Codebook(
+    assert kmeans.KMeans().format == Codebook("kmeans", 4, "channel", huffman=True)
+    assert kmeans.KMeans().for_graph().format == Codebook("kmeans", 4, "tensor", huffman=True)
+    assert kmeans.KMeans(granularity="group", group_size=8, huffman=False).for_graph().format == Codebook(
         "kmeans", 4, "group", 8
     )
-    assert (kmeans.Config().needed, kmeans.Config.scope) == (Needs.NOTHING, Scope.LAYER)
-    assert kmeans.Config(weighted=True).needed is kmeans.Config(refit=1).needed is Needs.INPUTS
+    assert isinstance(kmeans.KMeans(), LayerPass) and kmeans.KMeans().needs == Needs.NOTHING
+    assert kmeans.KMeans(weighted=True).needs is kmeans.KMeans(refit=1).needs is Needs.GRAM
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_what_the_pass_asks_for() -> None:
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        kmeans.Config(**options)
+        kmeans.KMeans(**options)
 
 
 def swept(graph: Graph, folder: Path, options: dict[str, Any], count: int = 12) -> Graph:

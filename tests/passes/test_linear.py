@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import effcli
-from effcli.contract import Layer, Needs, Scope
+from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.errors import DataError, NumericsError, UnsupportedError
 from effcli.formats import Affine, AffineWeight
 from effcli.graphs.graph import Graph
@@ -27,7 +27,6 @@ from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
 from effcli.language.verify import verify
 from effcli.language.weights import open_weights
-from effcli.observers import Gram
 from effcli.passes import linear
 from effcli.passes._affine import nearest
 from effcli.ranges import Method, Observer
@@ -38,7 +37,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def quantized(weight: Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> AffineWeight:
-    outcome = linear.apply(linear.Config(**options), Layer("layer", "linear", weight, dtype))
+    outcome = linear.Linear(**options).apply(Layer("layer", "linear", weight, dtype))
     assert isinstance(outcome.weight, AffineWeight)
     return outcome.weight
 
@@ -55,18 +54,18 @@ def test_by_hand() -> None:
 
 
 def test_the_options_say_the_format() -> None:
-    assert linear.Config().format == Affine(8, "group", 64, False)
-    assert linear.Config(granularity="channel").format == Affine(8, "channel")
-    assert linear.Config(granularity="tensor", group_size=None, bits=2, symmetric=True).format == Affine(
+    assert linear.Linear().format == Affine(8, "group", 64, False)
+    assert linear.Linear(granularity="channel").format == Affine(8, "channel")
+    assert linear.Linear(granularity="tensor", group_size=None, bits=2, symmetric=True).format == Affine(
         2, "tensor", 0, True
     )
-    assert (linear.Config.needs, linear.Config.scope) == (Needs.NOTHING, Scope.LAYER)
+    assert isinstance(linear.Linear(), LayerPass) and linear.Linear().needs == Needs.NOTHING
 
 
 @pytest.mark.parametrize("options", [{"bits": 7}, {"bits": 1}, {"group_size": 0}, {"group_size": None}, {"bit": 4}])
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        linear.Config(**options)
+        linear.Linear(**options)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
@@ -116,8 +115,8 @@ def layer_of(weight: Tensor, kind: Any = "linear", dtype: torch.dtype = torch.fl
     return Layer("layer", kind, weight, dtype)
 
 
-def watched(config: linear.Config, *batches: Tensor) -> Gram:
-    seen = linear.observer(config, batches[0].shape[-1])
+def watched(config: linear.Linear, *batches: Tensor) -> Statistics:
+    seen = Statistics(batches[0].shape[-1], config.needs)
     for batch in batches:
         seen.add(batch)
     return seen
@@ -125,9 +124,9 @@ def watched(config: linear.Config, *batches: Tensor) -> Gram:
 
 def test_a_fixed_range_by_hand() -> None:
     """Inputs from -1 to 50 have the step 0.2 and the zero point -123; weights up to 127.5 the step 1."""
-    config = linear.Config(activations="int8", activation_range="minmax")
+    config = linear.Linear(activations="int8", activation_range="minmax")
     weight = torch.tensor([[127.5, -3.0], [2.0, 127.5]])
-    outcome = linear.apply(config, layer_of(weight), watched(config, torch.tensor([[50.0, 3.0], [-1.0, 0.0]])))
+    outcome = config.apply(layer_of(weight), watched(config, torch.tensor([[50.0, 3.0], [-1.0, 0.0]])))
     made = outcome.weight
     assert isinstance(made, AffineWeight)
     assert made.format == Affine(8, "channel", 0, True, "tensor")
@@ -141,23 +140,26 @@ def test_a_fixed_range_by_hand() -> None:
 
 def test_int8_activations_say_the_format() -> None:
     """What was not set is as integers need it; a scale per token needs no calibration."""
-    dynamic = linear.Config(activations="int8")
+    dynamic = linear.Linear(activations="int8")
     assert dynamic.format == Affine(8, "channel", 0, True, "token")
     assert dynamic.for_graph().format == dynamic.format
-    assert dynamic.needed is Needs.NOTHING
-    static = linear.Config(activations="int8", activation_range="kl", granularity="tensor")
+    assert dynamic.needs is Needs.NOTHING
+    static = linear.Linear(activations="int8", activation_range="kl", granularity="tensor")
     assert static.format == Affine(8, "tensor", 0, True, "tensor")
-    assert static.needed is Needs.INPUTS
+    assert static.needs == Needs.GRAM | Needs.VALUES
     # The resolved options, written out, mean the same.
-    assert linear.Config.model_validate(dynamic.model_dump()).format == dynamic.format
-    assert linear.Config().model_dump()["granularity"] == "group"
+    assert linear.Linear.model_validate(dynamic.model_dump()).format == dynamic.format
+    assert linear.Linear().model_dump()["granularity"] == "group"
 
 
 def test_ranges_of_some_layers_need_calibration() -> None:
     own = {"activations": "int8", "activation_range": "minmax", "granularity": "channel", "symmetric": True}
-    assert linear.Config(layers={"*.down_proj": own}).needed is Needs.INPUTS
-    assert linear.Config(activations="int8", layers={"*.up_proj": {"activation_range": "kl"}}).needed is Needs.INPUTS
-    assert linear.Config(activations="int8", layers={"*.up_proj": {"granularity": "tensor"}}).needed is Needs.NOTHING
+    assert linear.Linear(layers={"*.down_proj": own}).needs == Needs.GRAM | Needs.VALUES
+    assert (
+        linear.Linear(activations="int8", layers={"*.up_proj": {"activation_range": "kl"}}).needs
+        == Needs.GRAM | Needs.VALUES
+    )
+    assert linear.Linear(activations="int8", layers={"*.up_proj": {"granularity": "tensor"}}).needs is Needs.NOTHING
     step = PassStep.model_validate({"linear": {"activations": "int8"}})
     assert step.for_layer({"activations": "none", "bits": 4}).format == Affine(4, "channel", 0, True)  # type: ignore[attr-defined]
 
@@ -177,7 +179,7 @@ def test_ranges_of_some_layers_need_calibration() -> None:
 )
 def test_what_int8_activations_cannot_have(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        linear.Config(**options)
+        linear.Linear(**options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -186,13 +188,13 @@ def test_every_range_is_the_observers(method: Method, dtype: torch.dtype) -> Non
     """Over batches and a weird shape; the file holds what the pass chose."""
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(3, 7, 41, generator=generator) + 0.3).exp().to(dtype) for _ in range(4)]
-    config = linear.Config(activations="int8", activation_range=method, percentile=99)
+    config = linear.Linear(activations="int8", activation_range=method, percentile=99)
     reference = Observer("inputs")
     for batch in batches:
         reference.add(batch)
     low, high = reference.range_of(method, 99)
     weight = torch.randn(5, 41, generator=generator)
-    made = linear.apply(config, layer_of(weight, dtype=dtype), watched(config, *batches)).weight
+    made = config.apply(layer_of(weight, dtype=dtype), watched(config, *batches)).weight
     assert isinstance(made, AffineWeight) and made.activation_scale is not None and made.activation_zero is not None
     assert made.activation_scale.dtype == dtype
     torch.testing.assert_close(made.activation_scale.float(), torch.tensor([(high - low) / 255]), rtol=1e-2, atol=0)
@@ -207,15 +209,15 @@ def test_every_range_is_the_observers(method: Method, dtype: torch.dtype) -> Non
 
 
 def test_without_an_input_there_is_no_range() -> None:
-    config = linear.Config(activations="int8", activation_range="minmax")
-    for seen in (None, linear.observer(config, 3), watched(config, torch.zeros(0, 3))):
+    config = linear.Linear(activations="int8", activation_range="minmax")
+    for seen in (UNSEEN, Statistics(3, config.needs), watched(config, torch.zeros(0, 3))):
         with pytest.raises(DataError, match="no calibration input reached layer"):
-            linear.apply(config, layer_of(torch.ones(2, 3)), seen)
+            config.apply(layer_of(torch.ones(2, 3)), seen)
 
 
 def test_inputs_that_are_always_zero() -> None:
-    config = linear.Config(activations="int8", activation_range="least_squares")
-    made = linear.apply(config, layer_of(torch.zeros(2, 3)), watched(config, torch.zeros(5, 3))).weight
+    config = linear.Linear(activations="int8", activation_range="least_squares")
+    made = config.apply(layer_of(torch.zeros(2, 3)), watched(config, torch.zeros(5, 3))).weight
     assert isinstance(made, AffineWeight) and made.activation_scale is not None
     assert made.activation_scale.tolist() == [1]
     assert made.dequantize().tolist() == [[0] * 3] * 2
@@ -224,7 +226,7 @@ def test_inputs_that_are_always_zero() -> None:
 @pytest.mark.parametrize("kind", ["expert", "conv"])
 def test_layers_whose_inputs_are_no_tokens(kind: str) -> None:
     with pytest.raises(UnsupportedError, match="layer is a"):
-        linear.apply(linear.Config(activations="int8"), layer_of(torch.ones(2, 3), kind))
+        linear.Linear(activations="int8").apply(layer_of(torch.ones(2, 3), kind))
 
 
 def of_graph(graph: Graph, folder: Path, **options: Any) -> tuple[Graph, Swept]:

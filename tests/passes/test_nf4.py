@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from small_graphs import inputs, residual
 from torch import Tensor
 
-from effcli.contract import Layer, Needs, Scope
+from effcli.contract import Layer, LayerPass, Needs
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import NF4_LEVELS, dynamic_map
 from effcli.graphs.graph import Graph
@@ -28,7 +28,7 @@ WORST = float(LEVELS.diff().max()) / 2
 
 
 def quantized(weight: Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> CodebookWeight:
-    outcome = nf4.apply(nf4.Config(**options), Layer("layer", "linear", weight.float(), dtype))
+    outcome = nf4.NF4(**options).apply(Layer("layer", "linear", weight.float(), dtype))
     assert isinstance(outcome.weight, CodebookWeight)
     return outcome.weight
 
@@ -142,7 +142,7 @@ def test_double_quantization_is_nearest(count: int) -> None:
 def test_bits_of_the_constants(double: bool, bits: float) -> None:
     """0.5 bits per weight, or 8/64 + 32/(64·256) = 0.127, in the notes and in the file."""
     weight = sample(256, 1024)
-    outcome = nf4.apply(nf4.Config(double=double), Layer("layer", "linear", weight, torch.bfloat16))
+    outcome = nf4.NF4(double=double).apply(Layer("layer", "linear", weight, torch.bfloat16))
     assert outcome.notes["constant_bits"] == pytest.approx(bits, abs=1e-4)
     assert isinstance(outcome.weight, CodebookWeight)
     stored = sum(t.nbytes for name, t in outcome.weight.pack().items() if name.startswith("weight_scale"))
@@ -190,14 +190,14 @@ def test_no_weights(shape: tuple[int, int], double: bool) -> None:
 
 
 def test_the_options() -> None:
-    assert nf4.Config(block_size=128, double=True).format == Codebook("nf4", 4, "group", 128, True)
-    assert (nf4.Config.needs, nf4.Config.scope) == (Needs.NOTHING, Scope.LAYER)
+    assert nf4.NF4(block_size=128, double=True).format == Codebook("nf4", 4, "group", 128, True)
+    assert isinstance(nf4.NF4(), LayerPass) and nf4.NF4().needs == Needs.NOTHING
 
 
 @pytest.mark.parametrize("options", [{"block_size": 0}, {"block_size": None}, {"group_size": 64}, {"bits": 4}])
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        nf4.Config(**options)
+        nf4.NF4(**options)
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,26 @@ from small_graphs import chain
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from effcli.contract import Group, Layer, Needs, Scope
+from effcli.contract import Group, Layer, Needs, ScalingPass, Statistics
 from effcli.errors import NumericsError, SelectionError
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
-from effcli.passes import smoothquant
-from effcli.passes.smoothquant import Config, Objective, Peaks, factors
+from effcli.passes.smoothquant import Objective, SmoothQuant, factors
 from effcli.recipe import PassStep
 from effcli.swept import Swept
 
 SMOOTH: dict[str, Any] = {"smoothquant": {}}
 
 
-def seen(*batches: Tensor) -> Peaks:
-    peaks = Peaks(batches[0].shape[-1])
+def factor_of(configs: Any, group: Group, seen: Statistics) -> Any:
+    """The factor for a group whose layers have these options, and the notes."""
+    return configs[0].scale(dataclasses.replace(group, options=tuple(configs)), seen)
+
+
+def seen(*batches: Tensor) -> Statistics:
+    peaks = Statistics(batches[0].shape[-1], SmoothQuant().needs)
     for batch in batches:
         peaks.add(batch)
     return peaks
@@ -47,17 +52,17 @@ def loud_inputs(tokens: int, columns: int, seed: int, loudness: float = 1.5) -> 
 
 
 def group(*weights: Tensor, channel: Tensor | None = None) -> Group:
-    return Group(tuple(Layer(f"layer{k}", "linear", w, torch.float32) for k, w in enumerate(weights)), channel)
+    return Group(tuple(Layer(f"layer{k}", "linear", w, torch.float32) for k, w in enumerate(weights)), (), channel)
 
 
 def test_a_case_worked_by_hand() -> None:
-    """Peaks (16, 1, 4) of inputs and (1, 4, 0.25) of weights; with α = ½ the factors are √16, √¼ and √16.
+    """Statistics (16, 1, 4) of inputs and (1, 4, 0.25) of weights; with α = ½ the factors are √16, √¼ and √16.
 
     Divided by them the peaks of the inputs are (4, 2, 1), those of the weights (4, 2, 1) too.
     """
     inputs = torch.tensor([[-16.0, 0.5, 4.0], [3.0, -1.0, 0.0]])
     weights = torch.tensor([[1.0, -4.0, 0.125]]), torch.tensor([[0.5, 1.0, -0.25]])
-    factor, notes = smoothquant.scale((Config(), Config()), group(*weights), seen(inputs))
+    factor, notes = factor_of((SmoothQuant(), SmoothQuant()), group(*weights), seen(inputs))
     assert factor.tolist() == [4, 0.5, 4]
     assert notes == {"alpha": 0.5}
     assert (inputs / factor).abs().amax(0).tolist() == [4, 2, 1]
@@ -76,7 +81,7 @@ def test_against_float64(alpha: float, seed: int, columns: int) -> None:
     inputs = loud_inputs(11, columns, seed)
     weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(seed))
     expected = inputs.double().abs().amax(0) ** alpha / weight.double().abs().amax(0) ** (1 - alpha)
-    factor, _ = smoothquant.scale((Config(alpha=alpha),), group(weight), seen(inputs))
+    factor, _ = factor_of((SmoothQuant(alpha=alpha),), group(weight), seen(inputs))
     torch.testing.assert_close(factor, expected.float())
 
 
@@ -84,7 +89,7 @@ def test_channels_of_one_producer_share_their_scale() -> None:
     """The repeated heads of grouped attention: the peaks are those over all inputs behind a channel."""
     channel = torch.tensor([0, 1, 0, 1])
     inputs, weight = torch.tensor([[4.0, 1.0, 9.0, 16.0]]), torch.tensor([[1.0, 0.5, 0.25, 4.0]])
-    factor, _ = smoothquant.scale((Config(),), group(weight, channel=channel), seen(inputs))
+    factor, _ = factor_of((SmoothQuant(),), group(weight, channel=channel), seen(inputs))
     assert factor.tolist() == [3, 2, 3, 2]
 
 
@@ -95,7 +100,7 @@ def test_silent_and_unread_channels_keep_their_scale(alpha: Any) -> None:
     weight[:, 2] = 0
     inputs[:, 3] *= 1e-30
     weight[:, 4] *= 1e30
-    factor, _ = smoothquant.scale((Config(alpha=alpha),), group(weight), seen(inputs))
+    factor, _ = factor_of((SmoothQuant(alpha=alpha),), group(weight), seen(inputs))
     assert factor[1] == factor[2] == 1
     assert bool(factor.isfinite().all()) and bool((factor > 0).all())
 
@@ -115,8 +120,8 @@ def test_the_search_never_loses_on_its_sample(
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(5 + k, columns, generator=generator) for k in range(members)]
     peaks = seen(*loud_inputs(tokens, columns, seed, loudness).split(64))
-    config = Config(alpha="search", activations=activations)
-    factor, notes = smoothquant.scale((config,) * members, group(*weights), peaks)
+    config = SmoothQuant(alpha="search", activations=activations)
+    factor, notes = factor_of((config,) * members, group(*weights), peaks)
     low, high = peaks.low, peaks.high
 
     def levels(values: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ def test_the_search_never_loses_on_its_sample(
         )
 
     rivals = [torch.ones(columns)]
-    rivals += [smoothquant.scale((Config(alpha=k / 20),) * members, group(*weights), peaks)[0] for k in range(21)]
+    rivals += [factor_of((SmoothQuant(alpha=k / 20),) * members, group(*weights), peaks)[0] for k in range(21)]
     least = min(map(error, rivals))
     assert error(factor) <= least * (1 + 1e-3)
     assert 0 <= notes["scale_gain"] <= 1
@@ -159,7 +164,7 @@ def test_the_objective_counts_a_layer_with_all_its_rows() -> None:
 def test_the_sample_does_not_depend_on_the_batches(cuts: list[int], tokens: int) -> None:
     rows = torch.arange(tokens, dtype=torch.float32).unsqueeze(1).expand(tokens, 3)
     ends = [0, *sorted(min(cut, tokens) for cut in cuts), tokens]
-    peaks = Peaks(3)
+    peaks = Statistics(3, SmoothQuant().needs)
     for first, last in itertools.pairwise(ends):
         peaks.add(rows[first:last])
     stride = next(2**k for k in range(20) if tokens <= 128 * 2**k)
@@ -180,19 +185,20 @@ def test_the_sample_is_a_copy_in_float32(dtype: torch.dtype) -> None:
 
 def test_options_of_one_input_must_agree() -> None:
     with pytest.raises(SelectionError, match="layer0 and layer1 read one input"):
-        smoothquant.scale((Config(), Config(alpha=0.6)), group(torch.ones(2, 3), torch.ones(2, 3)), Peaks(3))
+        factor_of((SmoothQuant(), SmoothQuant(alpha=0.6)), group(torch.ones(2, 3), torch.ones(2, 3)), Statistics(3))
 
 
 @pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"alpha": "best"}, {"activations": "none"}])
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        Config(**options)
+        SmoothQuant(**options)
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert (Config().needed, Config.scope) == (Needs.INPUTS, Scope.GROUP)
+    assert isinstance(SmoothQuant(), ScalingPass)
+    assert SmoothQuant().needs == Needs.GRAM | Needs.EXTREMES | Needs.SAMPLE
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    outcome = smoothquant.apply(Config(), Layer("layer", "linear", weight, torch.float32), Peaks(4))
+    outcome = SmoothQuant().apply(Layer("layer", "linear", weight, torch.float32), Statistics(4))
     assert isinstance(outcome.weight, Tensor)
     torch.testing.assert_close(outcome.weight, weight, rtol=0, atol=0)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from effcli.contract import Layer, Needs, Scope
+from effcli.contract import Layer, LayerPass, Needs
 from effcli.formats import Codebook, CodebookWeight, Strategy
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def quantized(weight: Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> CodebookWeight:
-    outcome = ternary.apply(ternary.Config(**options), Layer("layer", "linear", weight, dtype))
+    outcome = ternary.Ternary(**options).apply(Layer("layer", "linear", weight, dtype))
     assert isinstance(outcome.weight, CodebookWeight)
     return outcome.weight
 
@@ -111,12 +111,12 @@ def test_convolutions(tmp_path: Path) -> None:
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert ternary.Config().format == ternary.Config().for_graph().format == Codebook("ternary", 2, "channel")
-    assert ternary.Config(huffman=True).format == Codebook("ternary", 2, "channel", huffman=True)
-    assert (ternary.Config().needed, ternary.Config.scope) == (Needs.NOTHING, Scope.LAYER)
+    assert ternary.Ternary().format == ternary.Ternary().for_graph().format == Codebook("ternary", 2, "channel")
+    assert ternary.Ternary(huffman=True).format == Codebook("ternary", 2, "channel", huffman=True)
+    assert isinstance(ternary.Ternary(), LayerPass) and ternary.Ternary().needs == Needs.NOTHING
 
 
 @pytest.mark.parametrize("options", [{"bits": 2}, {"granularity": "group"}, {"group_size": 8}, {"threshold": 0.5}])
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        ternary.Config(**options)
+        ternary.Ternary(**options)

@@ -255,7 +255,7 @@ def test_a_graph_with_tables_becomes_integers_that_keep_its_codes(strategy: Any,
         stored[site.name] = CodebookWeight(format, torch.randint(0, 16, shape).to(torch.uint8), table)
         graph.set_weight(site.name, stored[site.name])
     inputs = torch.randn(64, 8, 9, 9)
-    made = int8.transform(int8.Config(), graph, Observed(batches=lambda: iter(inputs.split(16))))
+    made = int8.Int8().transform(graph, Observed(batches=lambda: iter(inputs.split(16))))
     network = made.network
     assert isinstance(network, IntegerNetwork) and made.remarks == ()
     steps = {step.layer: step for step in network.program.steps if isinstance(step, Weighted)}

@@ -10,7 +10,7 @@ import small_graphs
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Gram, Layer
+from effcli.contract import Layer, Statistics, carry_out
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sensitivity import layer_costs
@@ -28,7 +28,7 @@ def costs(graph: Graph, folder: Path, way: Way, *steps: PassStep) -> list[dict[s
     folder.mkdir(exist_ok=True)
     graph.save(folder)
     variants = [choose_graph(graph, each) for each in steps]
-    return layer_costs(folder, steps[0].module, variants, small_graphs.batches(graph), way)
+    return layer_costs(folder, variants, small_graphs.batches(graph), way)
 
 
 def changed(graph: Graph, folder: Path, name: str, given: PassStep) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def changed(graph: Graph, folder: Path, name: str, given: PassStep) -> tuple[Ten
     copy = Graph.read(folder)
     weight: Tensor = copy.layer(name).weight  # type: ignore[assignment]
     flat = weight.detach().flatten(1).clone()
-    outcome = given.module.apply(given.config, Layer(name, "conv", flat, torch.float32), None).weight
+    outcome = carry_out(given.config, Layer(name, "conv", flat, torch.float32)).weight
     assert isinstance(outcome, AffineWeight)
     copy.set_weight(name, outcome)
     return before, copy.run(inputs).double()
@@ -71,7 +71,7 @@ def test_of_a_network_that_is_no_classifier(tmp_path: Path) -> None:
     variants = [choose_graph(graph, given)]
     inputs = torch.randn(4000, 6, generator=torch.Generator().manual_seed(1))
     predicted, measured = (
-        layer_costs(tmp_path / "work", given.module, variants, lambda: iter(inputs.split(500)), way)[0]["layer0"].cost
+        layer_costs(tmp_path / "work", variants, lambda: iter(inputs.split(500)), way)[0]["layer0"].cost
         for way in ("fisher", "loss")
     )
     assert predicted == pytest.approx(measured, rel=0.1)
@@ -85,16 +85,16 @@ def test_what_is_fitted_to_inputs_is_measured_on_others(tmp_path: Path, size: in
     given = step("gptq", 2, scales=False)
     inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
     fitted, others = inputs[::2], inputs[1::2]
-    gram = Gram(6)
+    gram = Statistics(6)
     gram.add(fitted)
     weight = cast(Tensor, graph.layer("layer0").weight).detach()
-    outcome = given.module.apply(given.config, Layer("layer0", "linear", weight.clone(), torch.float32), gram).weight
+    outcome = carry_out(given.config, Layer("layer0", "linear", weight.clone(), torch.float32), (gram,)).weight
     assert isinstance(outcome, AffineWeight)
     before, after = graph.run(others), others @ outcome.dequantize(torch.float32).t() + graph.layer("layer0").bias
     before, after = before.log_softmax(1), after.log_softmax(1)
 
     variants = [choose_graph(graph, given)]
-    (found,) = layer_costs(tmp_path, given.module, variants, lambda: iter(inputs.split(size)), "loss")
+    (found,) = layer_costs(tmp_path, variants, lambda: iter(inputs.split(size)), "loss")
     assert class_count(graph) is not None
     assert found["layer0"].cost == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-3)
 
@@ -104,7 +104,7 @@ def test_a_single_input_serves_for_both(tmp_path: Path) -> None:
     graph.save(tmp_path)
     given = step("gptq", 2)
     inputs = torch.randn(1, 6, generator=torch.Generator().manual_seed(1))
-    (found,) = layer_costs(tmp_path, given.module, [choose_graph(graph, given)], lambda: iter([inputs]), "fisher")
+    (found,) = layer_costs(tmp_path, [choose_graph(graph, given)], lambda: iter([inputs]), "fisher")
     assert found["layer0"].cost > 0
 
 

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,18 @@ from small_graphs import chain
 from torch import Tensor, nn
 from torch.nn import functional
 
-from effcli import importers, passes
-from effcli.contract import Group, Layer, Needs, Outcome
+from effcli import importers
+from effcli.contract import Group, Layer, LayerPass, Needs, Outcome
 from effcli.errors import DataError, NumericsError, SelectionError, UserError
 from effcli.formats import Affine, AffineWeight
 from effcli.graphs.graph import Builder, Facts, Graph
-from effcli.graphs.sweep import graph_sweep, join
+from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.walk import Walk
-from effcli.observers import Gram
 from effcli.passes import awq
 from effcli.passes._affine import encode, extremes, nearest
+from effcli.passes.adaround import AdaRound
 from effcli.recipe import PassStep
+from effcli.statistics import Statistics
 from effcli.swept import Swept
 
 LINEAR = {"linear": {"bits": 4}}
@@ -58,23 +58,16 @@ def weight_of(graph: Graph, name: str) -> Tensor:
     return weight.detach()
 
 
-def pass_of(config: type[Any], **functions: Any) -> SimpleNamespace:
-    return SimpleNamespace(Config=config, **functions)
+def grams_by_name(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Statistics]]:
+    """Let `adaround` keep every weight, and note what it is shown, group by group."""
+    found: dict[str, list[Statistics]] = {}
 
-
-def use(module: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "load", lambda name: module)
-
-
-def grams_by_name(config: type[Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Gram]]:
-    """A pass that keeps every weight and notes what it was shown."""
-    found: dict[str, list[Gram]] = {}
-
-    def apply(config: Any, layer: Layer, seen: Gram) -> Outcome:
+    def apply(config: Any, layer: Layer, seen: Statistics) -> Outcome:
         found.setdefault(layer.name, []).append(seen)
         return Outcome(layer.weight)
 
-    use(pass_of(config, apply=apply), monkeypatch)
+    monkeypatch.setattr(AdaRound, "apply", apply)
+    monkeypatch.setattr(AdaRound, "apply_groups", LayerPass.apply_groups)
     return found
 
 
@@ -112,7 +105,7 @@ def test_options_of_single_layers_and_layers_that_are_ignored(tmp_path: Path) ->
 def test_the_inputs_of_every_layer_are_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's own unfolding of all inputs at once in float64; a grouped convolution group by group."""
     graph = small_graphs.separable()
-    found = grams_by_name(passes.load("adaround").Config, monkeypatch)
+    found = grams_by_name(monkeypatch)
     sweep(graph, tmp_path, ADAROUND)
     values: dict[str, Tensor] = {}
     walk = Walk(graph, [small_graphs.inputs(graph)])
@@ -158,13 +151,13 @@ def test_the_output_error_is_that_of_the_outputs(inputs: Any, tmp_path: Path) ->
 def test_compressed_inputs_are_those_of_the_layers_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that doubles every weight: the second layer sees inputs twice as large, its Gram matrix four times."""
     graph = chain((3,), nn.Linear(3, 4, bias=False), "relu.default", nn.Linear(4, 2, bias=False))
-    found: dict[str, Gram] = {}
+    found: dict[str, Statistics] = {}
 
-    def apply(config: Any, layer: Layer, seen: Gram) -> Outcome:
+    def apply(config: Any, layer: Layer, seen: Statistics) -> Outcome:
         found[layer.name] = seen
         return Outcome(2 * layer.weight)
 
-    use(pass_of(passes.load("adaround").Config, apply=apply), monkeypatch)
+    monkeypatch.setattr(AdaRound, "apply", apply)
     sweep(graph, tmp_path, ADAROUND, inputs="original")
     first = dict(found)
     made, swept = sweep(graph, tmp_path, ADAROUND, inputs="compressed")
@@ -186,7 +179,7 @@ def test_layers_that_see_the_same_share_one_gram(tmp_path: Path, monkeypatch: py
     ]
     total = builder.call("aten.add.Tensor", builder.call("aten.add.Tensor", *branches[:2]), branches[2])
     graph = builder.finish(total, Facts(origin="test", shape=(2, 5, 5)))
-    found = grams_by_name(passes.load("adaround").Config, monkeypatch)
+    found = grams_by_name(monkeypatch)
     for inputs in ("original", "compressed"):
         found.clear()
         sweep(graph, tmp_path, ADAROUND, inputs=inputs)
@@ -202,7 +195,7 @@ def test_a_layer_that_runs_twice(inputs: Any, tmp_path: Path, monkeypatch: pytes
     graph = builder.finish(
         builder.module("a", shared, builder.module("a", shared, builder.input())), Facts(origin="test", shape=(3,))
     )
-    found = grams_by_name(passes.load("adaround").Config, monkeypatch)
+    found = grams_by_name(monkeypatch)
     _, swept = sweep(graph, tmp_path, ADAROUND, inputs=inputs)
     (row,) = swept.ledger
     assert found["a"][0].tokens == (24 if inputs == "original" else 12)
@@ -215,12 +208,13 @@ class Untouched:
 
     @staticmethod
     def use(monkeypatch: pytest.MonkeyPatch) -> None:
-        def scale(configs: Any, group: Group, seen: Gram) -> tuple[Tensor, dict[str, Any]]:
+        def scale(config: Any, group: Group, seen: Statistics) -> tuple[Tensor, dict[str, Any]]:
             generator = torch.Generator().manual_seed(len(group.layers[0].name))
             values = torch.rand(seen.magnitude.shape, generator=generator) * 3 + 0.3
             return group.tied(values), {"alpha": 0.5}
 
-        use(pass_of(awq.Config, scale=scale, apply=lambda config, layer, seen: Outcome(layer.weight)), monkeypatch)
+        monkeypatch.setattr(awq.AWQ, "scale", scale)
+        monkeypatch.setattr(awq.AWQ, "apply", lambda config, layer, seen: Outcome(layer.weight))
 
 
 SCALED: dict[str, tuple[Callable[[], Graph], set[str]]] = {
@@ -263,10 +257,10 @@ def test_the_error_of_scaled_layers_is_that_of_the_weights_as_they_were(
     graph = chain((6,), nn.Linear(6, 8), "relu.default", nn.Linear(8, 5))
     factor = torch.tensor([1.0, 2, 4, 8, 0.5, 0.25, 3, 1])
 
-    def scale(configs: Any, group: Group, seen: Gram) -> tuple[Tensor, dict[str, Any]]:
+    def scale(config: Any, group: Group, seen: Statistics) -> tuple[Tensor, dict[str, Any]]:
         return (factor if len(seen.magnitude) == 8 else torch.ones(6)), {}
 
-    use(pass_of(awq.Config, scale=scale, apply=awq.apply), monkeypatch)
+    monkeypatch.setattr(awq.AWQ, "scale", scale)
     made, swept = sweep(graph, tmp_path, {"awq": {"bits": 3}}, count=50)
     inputs = small_graphs.inputs(graph, 50)
     first: Any = graph.layer("layer0")
@@ -339,11 +333,11 @@ def test_a_scale_that_no_layer_can_take_in_stays_explicit(tmp_path: Path, monkey
     graph = chain((3, 6, 6), nn.Conv2d(3, 4, 3), "sigmoid.default", nn.Conv2d(4, 5, 2))
     scales = {3: torch.tensor([1.0, 4, 0.5]), 4: torch.tensor([2.0, 1, 3, 0.25])}
 
-    def scale(configs: Any, group: Group, seen: Gram) -> tuple[Tensor, dict[str, Any]]:
+    def scale(config: Any, group: Group, seen: Statistics) -> tuple[Tensor, dict[str, Any]]:
         assert group.channel is not None
         return scales[int(group.channel.max()) + 1][group.channel], {}
 
-    use(pass_of(awq.Config, scale=scale, apply=awq.apply), monkeypatch)
+    monkeypatch.setattr(awq.AWQ, "scale", scale)
     made, swept = sweep(graph, tmp_path, {"awq": {"bits": 8, "without_pair": "explicit"}})
     stored = made.stored["layer2"]
     assert stored.input_scale is not None
@@ -506,14 +500,14 @@ def test_outcomes_of_groups_are_joined(format: Affine) -> None:
     parts = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
     packed = [encode(part, *extremes(part, format), format, torch.float32) for part in parts]
     outcomes = [Outcome(weight, {"gain": k, "name": "x", "own": str(k)}) for k, weight in enumerate(packed)]
-    joined = join(outcomes)
+    joined = Outcome.joined(outcomes)
     assert isinstance(joined.weight, AffineWeight)
     torch.testing.assert_close(joined.weight.dequantize(), torch.cat([weight.dequantize() for weight in packed]))
     assert joined.weight.format.strategy == ("channel" if format.strategy == "tensor" else format.strategy)
     assert joined.notes == {"gain": 1, "name": "x"}
     again = AffineWeight.unpack(joined.weight.format, joined.weight.pack())
     torch.testing.assert_close(again.dequantize(), joined.weight.dequantize())
-    dense = join([Outcome(parts[0]), Outcome(packed[1])])
+    dense = Outcome.joined([Outcome(parts[0]), Outcome(packed[1])])
     assert isinstance(dense.weight, Tensor) and dense.weight.shape == (4, 8)
 
 

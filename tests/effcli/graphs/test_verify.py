@@ -27,8 +27,8 @@ from effcli.passes import int8
 def integer(folder: Path) -> Path:
     folder.mkdir()
     graph = chain((6,), nn.Linear(6, 5), "relu.default", nn.Linear(5, 3))
-    chosen = {site.name: int8.Config() for site in graph.sites()}
-    made = int8.transform(int8.Config(), graph, Observed(batches(graph), None, chosen)).network
+    chosen = {site.name: int8.Int8() for site in graph.sites()}
+    made = int8.Int8().transform(graph, Observed(batches(graph), None, chosen)).network
     assert isinstance(made, IntegerNetwork)
     made.save(folder)
     return folder

@@ -39,16 +39,16 @@ def costs(
     skeleton = open_weights(source).skeleton
     folder.mkdir(exist_ok=True)
     variants = [choose(skeleton, each) for each in steps]
-    return layer_costs(source, steps[0].module, variants, given or windows(), folder, way)
+    return layer_costs(source, variants, given or windows(), folder, way)
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """The pass `linear` in float64, groups of 32."""
-    from effcli.contract import Layer
+    from effcli.contract import Layer, carry_out
     from effcli.formats import AffineWeight
 
     made = step("linear", bits)
-    outcome = made.module.apply(made.config, Layer("", "linear", weight, weight.dtype), None).weight
+    outcome = carry_out(made.config, Layer("", "linear", weight, weight.dtype)).weight
     assert isinstance(outcome, AffineWeight)
     return outcome.dequantize(torch.float32)
 
@@ -88,7 +88,7 @@ def test_fisher_is_that_of_the_whole_network(llama: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("way", ["fisher", "loss"])
 def test_what_is_fitted_to_inputs_is_measured_on_others(llama: Path, tmp_path: Path, way: Way) -> None:
     """The first half of the windows decides the weights, the second what they cost."""
-    from effcli.contract import Gram, Layer
+    from effcli.contract import Layer, Statistics, carry_out
     from effcli.formats import AffineWeight
 
     made = step("gptq", 3, scales=False)
@@ -98,11 +98,11 @@ def test_what_is_fitted_to_inputs_is_measured_on_others(llama: Path, tmp_path: P
     layer = model.get_submodule(name)
     fitted, others = torch.cat(windows(6, 6).batches).split(3)
 
-    gram = Gram(layer.weight.shape[1])
+    gram = Statistics(layer.weight.shape[1])
     handle = layer.register_forward_pre_hook(lambda module, args: gram.add(args[0]))
     model(input_ids=fitted)
     handle.remove()
-    outcome = made.module.apply(made.config, Layer(name, "linear", layer.weight.clone(), torch.float32), gram).weight
+    outcome = carry_out(made.config, Layer(name, "linear", layer.weight.clone(), torch.float32), (gram,)).weight
     assert isinstance(outcome, AffineWeight)
     error = outcome.dequantize(torch.float32) - layer.weight
 

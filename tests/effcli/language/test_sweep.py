@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import architectures
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import effcli
-from effcli import passes, runtime
+from effcli import runtime
 from effcli.checkpoint import Checkpoint, read_config
 from effcli.contract import Group, Layer, Outcome
 from effcli.errors import NumericsError
@@ -305,18 +304,19 @@ def test_linear_by_another_computation(symmetric: bool, llama: Path, tmp_path: P
         assert rows[module].weight_error == pytest.approx(float(error), rel=1e-4)
 
 
-def folding_alone(seed: int) -> SimpleNamespace:
-    """A pass that folds random scales and quantizes nothing."""
+def fold_alone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `awq` fold random scales and quantize nothing."""
 
-    def scale(configs: tuple[awq.Config, ...], group: Group, seen: Any) -> tuple[Tensor, dict[str, float]]:
+    def scale(config: awq.AWQ, group: Group, seen: Any) -> tuple[Tensor, dict[str, float]]:
         width = group.layers[0].weight.shape[1]
         values = torch.rand(width, generator=torch.Generator().manual_seed(seed + width)) * 1.5 + 0.5
         return group.tied(values), {"alpha": 0.5}
 
-    def apply(config: awq.Config, layer: Layer, seen: Any) -> Outcome:
+    def apply(config: awq.AWQ, layer: Layer, seen: Any) -> Outcome:
         return Outcome(layer.weight)
 
-    return SimpleNamespace(Config=awq.Config, scale=scale, apply=apply)
+    monkeypatch.setattr(awq.AWQ, "scale", scale)
+    monkeypatch.setattr(awq.AWQ, "apply", apply)
 
 
 @pytest.mark.parametrize("without_pair", ["unscaled", "explicit"])
@@ -326,7 +326,7 @@ def test_folded_scales_leave_the_network_as_it_was(
 ) -> None:
     """In float32, with no quantization to hide behind; the output is a plain checkpoint that transformers loads."""
     source = architectures.make(name, tmp_path / "model")
-    monkeypatch.setattr(passes, "load", lambda _: folding_alone(3))
+    fold_alone(3, monkeypatch)
     swept = carry_out(source, tmp_path / "out", {"awq": {"group_size": 32, "without_pair": without_pair}})
     monkeypatch.undo()
     folded = [row for row in swept.ledger if "folded_into" in row.notes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from effcli.errors import NumericsError
-from effcli.observers import Gram, GroupedGram
+from effcli.statistics import GroupedStatistics, Needs, Statistics
 
 
-def observed(batches: list[Tensor]) -> Gram:
-    gram = Gram(batches[0].shape[-1])
+def observed(batches: list[Tensor]) -> Statistics:
+    gram = Statistics(batches[0].shape[-1])
     for batch in batches:
         gram.add(batch)
     return gram
@@ -50,7 +52,7 @@ def test_sums_are_those_of_the_inputs(columns: int, dtype: torch.dtype) -> None:
 
 def test_looking_between_two_batches_changes_nothing() -> None:
     batches = list(torch.randn(4, 5, 200, generator=torch.Generator().manual_seed(0)))
-    looked = Gram(200)
+    looked = Statistics(200)
     for batch in batches:
         looked.add(batch)
         assert looked.matrix.shape == (200, 200)
@@ -91,7 +93,7 @@ def test_inputs_that_are_no_numbers_name_the_layer(value: float) -> None:
 
 
 def test_nothing_seen() -> None:
-    gram = Gram(3)
+    gram = Statistics(3)
     gram.add(torch.empty(0, 3))
     gram.check_finite("layer")
     assert gram.tokens == 0
@@ -103,7 +105,7 @@ def test_nothing_seen() -> None:
 def test_groups_are_summed_side_by_side(groups: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(groups, tokens, columns, generator=generator) for tokens in (30, 0, 41)]
-    grouped = GroupedGram(groups, columns)
+    grouped = GroupedStatistics(groups, columns)
     for batch in batches:
         grouped.add(batch)
     for k, gram in enumerate(grouped.each()):
@@ -111,3 +113,52 @@ def test_groups_are_summed_side_by_side(groups: int, columns: int) -> None:
         torch.testing.assert_close(gram.matrix, alone.matrix, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(gram.magnitude, alone.magnitude)
         assert gram.tokens == alone.tokens == 71
+
+
+@given(columns=st.integers(1, 40), cuts=st.lists(st.integers(0, 30), max_size=4), seed=st.integers(0, 2**32))
+def test_what_is_asked_for_does_not_depend_on_the_batches(columns: int, cuts: list[int], seed: int) -> None:
+    """Norms, shares of nonzero inputs and extremes against those of all inputs at once in float64."""
+    rows = torch.randn(30, columns, generator=torch.Generator().manual_seed(seed)).relu()
+    needs = Needs.NORMS | Needs.NONZERO | Needs.EXTREMES
+    found = Statistics(columns, needs)
+    ends = [0, *sorted(cuts), 30]
+    for first, last in itertools.pairwise(ends):
+        found.add(rows[first:last].unsqueeze(0))
+    torch.testing.assert_close(found.squares.double(), rows.double().square().sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.nonzero.double(), (rows != 0).double().mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.high, rows.amax(0))
+    assert found.low.tolist() == [0] * columns and found.tokens == 30
+    torch.testing.assert_close(observed([rows]).squares, found.squares)
+
+
+def test_the_histogram_counts_inputs_and_not_patches() -> None:
+    found = Statistics(2, Needs.VALUES)
+    found.see(torch.tensor([1.0, -3.0]))
+    found.add_patches(torch.tensor([[1.0, -3.0], [-3.0, 100.0]]))
+    assert found.values.range_of("minmax") == (-3.0, 1.0) and found.tokens == 2
+
+
+@pytest.mark.parametrize("name", ["matrix", "magnitude", "squares", "nonzero", "low", "peak", "sample", "values"])
+def test_what_was_not_asked_for_is_not_there(name: str) -> None:
+    """No zeros in the place of sums that nobody took: a pass that forgets to ask is told."""
+    with pytest.raises(ValueError, match="does not ask for it in `needs`"):
+        getattr(Statistics(3, Needs.NOTHING), name)
+    assert getattr(Statistics(3, ~Needs.NOTHING), name) is not None
+
+
+@pytest.mark.parametrize("needs", [Needs.NORMS, Needs.EXTREMES, Needs.VALUES, Needs.NORMS | Needs.VALUES])
+def test_nan_is_noticed_whatever_is_gathered(needs: Needs) -> None:
+    found = Statistics(2, needs)
+    found.add(torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(NumericsError, match="the inputs of fc are NaN"):
+        found.check_finite("fc")
+
+
+@pytest.mark.parametrize("needs", [Needs.NORMS, Needs.GRAM | Needs.EXTREMES])
+def test_groups_are_told_apart_whatever_is_gathered(needs: Needs) -> None:
+    patches = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0))
+    grouped = GroupedStatistics(3, 4, needs)
+    grouped.add(patches)
+    for own, rows in zip(grouped.each(), patches, strict=True):
+        torch.testing.assert_close(own.squares, rows.square().sum(0))
+        assert own.tokens == grouped.tokens == 20
