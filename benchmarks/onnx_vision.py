@@ -61,7 +61,7 @@ def exports(model: str, scratch: Path) -> tuple[Path, Path]:
         checkpoint = scratch / kind
         checkpoint.mkdir(parents=True)
         network.save(checkpoint)
-        exporter.export(checkpoint, scratch / f"{kind}-onnx")
+        exporter.ONNX().export(checkpoint, scratch / f"{kind}-onnx")
         folders.append(scratch / f"{kind}-onnx")
     return folders[0], folders[1]
 

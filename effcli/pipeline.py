@@ -374,8 +374,8 @@ class _Run:
         folder = finished / "exports" / step.name
         with writing(self.output):
             folder.parent.mkdir(exist_ok=True)
-        exported: Exported = exporters.load(step.name).export(finished, folder, step.config, overwrite=True)
-        exported = self.subject.time_export(exported, folder)
+        exported = step.config.export(finished, folder, overwrite=True)
+        exported = self.subject.time_export(step.config, exported, folder)
         self.listener.say(f"exported to {step.name}: {exported.checked or size(exported.nbytes)}")
         return exported
 

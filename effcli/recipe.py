@@ -19,6 +19,7 @@ from pydantic import model_serializer as serializer
 from effcli import exporters, passes, yamls
 from effcli.contract import Change, LayerPass, NetworkPass, Pass, SearchPass
 from effcli.errors import EffcliError, RecipeError, did_you_mean
+from effcli.exporter import Exporter
 from effcli.inputs import jsonl, tables
 from effcli.inputs.preprocess import Preprocess
 from effcli.mistakes import Mistakes, join, shown, validated
@@ -209,15 +210,16 @@ class ExportStep(Step):
 
     noun: ClassVar[str] = "an export"
 
+    config: SerializeAsAny[Exporter]
+
     @classmethod
-    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Options | None:
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Exporter | None:
         try:
             exporters.check(name)
         except EffcliError as error:
             mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
             return None
-        config_type: type[Options] = exporters.load(name).Config
-        return validated(config_type, options, path, mistakes, owner=name)
+        return validated(exporters.load(name), options, path, mistakes, owner=name)
 
 
 class Recipe(Options):

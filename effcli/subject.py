@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from effcli.reports.report import Exported, Latency, Quality, Speed, Stage
 
 if TYPE_CHECKING:
+    from effcli.exporter import Exporter
     from effcli.plan import Plan
     from effcli.recipe import PassStep, Recipe
     from effcli.reports.card import Layout
@@ -69,7 +70,7 @@ class Subject(Protocol):
         stages: of the run, whose ledger says what was to be changed.
         """
 
-    def time_export(self, exported: Exported, folder: Path) -> Exported:
+    def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
         """The record of an export in `folder`, with its speed where it can be run here and latency is asked for."""
 
     def layout(self, checkpoint: Path) -> Layout:

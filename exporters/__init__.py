@@ -1,41 +1,45 @@
 """The export targets by name. Explicit, so that listing them imports neither torch nor the exporters themselves.
 
-An exporter `exporters/<target>.py` holds `Config`, its options, and `export(source, target, config, overwrite) ->
-Exported`: it writes the finished checkpoint `source` to the directory `target`, whole or not at all. It may hold
-`table(target)`, records of what it wrote that the command line shows.
+An exporter `exporters/<target>.py` holds one class, an `effcli.exporter.Exporter`: its options and how it writes.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from effcli import onnx_session
 from effcli.errors import UnsupportedError, UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from effcli.exporter import Exporter
+
 
 class Entry(NamedTuple):
-    """Where an exporter lives, and one line about it."""
+    """Where the class of an exporter is, as `module:Class`, and one line about it."""
 
-    module: str
+    place: str
     summary: str
     packages: tuple[str, ...] = ()  # what it needs beside effcli's own dependencies, all in the extra of its name
 
 
 TARGETS: dict[str, Entry] = {
-    "safetensors": Entry("effcli.exporters.safetensors", "Packed weights for transformers and vLLM, or dense ones."),
+    "safetensors": Entry(
+        "effcli.exporters.safetensors:Safetensors", "Packed weights for transformers and vLLM, or dense ones."
+    ),
     "onnx": Entry(
-        "effcli.exporters.onnx",
+        "effcli.exporters.onnx:ONNX",
         "Graphs for onnxruntime: float, int8, language models of packed weights.",
         onnx_session.PACKAGES,
     ),
-    "bitsandbytes": Entry("effcli.exporters.bitsandbytes", "NF4 layers for transformers and PEFT, as in QLoRA."),
-    "gptq": Entry("effcli.exporters.gptq", "Packed weights in the layout of GPTQ, for transformers and vLLM."),
-    "awq": Entry("effcli.exporters.awq", "4-bit weights in the layout of AWQ, for transformers and vLLM."),
-    "c": Entry("effcli.exporters.c", "Firmware for a microcontroller from an integer network."),
-    "pt2": Entry("effcli.exporters.pt2", "A graph that torch.export.load reads, weights dense."),
+    "bitsandbytes": Entry(
+        "effcli.exporters.bitsandbytes:BitsAndBytes", "NF4 layers for transformers and PEFT, as in QLoRA."
+    ),
+    "gptq": Entry("effcli.exporters.gptq:GPTQ", "Packed weights in the layout of GPTQ, for transformers and vLLM."),
+    "awq": Entry("effcli.exporters.awq:AWQ", "4-bit weights in the layout of AWQ, for transformers and vLLM."),
+    "c": Entry("effcli.exporters.c:C", "Firmware for a microcontroller from an integer network."),
+    "pt2": Entry("effcli.exporters.pt2:PT2", "A graph that torch.export.load reads, weights dense."),
 }
 
 
@@ -57,10 +61,12 @@ def require(target: str) -> None:
         )
 
 
-def load(target: str) -> ModuleType:
-    """The module that exports to `target`."""
+def load(target: str) -> type[Exporter]:
+    """The class that exports to `target`."""
     check(target)
-    return import_module(TARGETS[target].module)
+    module, _, own = TARGETS[target].place.partition(":")
+    found: type[Exporter] = getattr(import_module(module), own)
+    return found
 
 
 __all__ = ["TARGETS", "Entry", "check", "load", "require"]

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effcli.exporter import Exporter
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
 from effcli.formats import AffineWeight, pack_bits, unpack_bits
 from effcli.language.weights import Weights
-from effcli.options import Options
 from effcli.reports.report import Exported
 
 BITS = 4
@@ -31,35 +31,34 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _GROUP_SIZES = (16, 32, 64, 128)
 
 
-class Config(Options):
-    """Options of an AWQ export: none."""
+class AWQ(Exporter):
+    """An AWQ export."""
 
+    def export(self, source: Path, target: Path, overwrite: bool = False) -> Exported:
+        """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
 
-def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
-    """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
-
-    Raises `UnsupportedError` when a quantized layer has no place in the layout, `OutputError` when `target` exists
-    (without `overwrite`) or cannot be written.
-    """
-    weights = open_compressed(Path(source), "awq")
-    sites = packed_sites(weights)
-    refuse(
-        affine_obstacles(sites, weights, (BITS,)) or _unpackable(sites),
-        "awq",
-        "compress with `awq`, `gptq` or `linear`: all layers with 4 bits and the same group size; `ignore` what has no "
-        "place, or export to gptq or safetensors",
-    )
-    half = HalfScales()
-    done = export_packed(
-        weights,
-        Path(target),
-        overwrite,
-        _quantization(weights, sites),
-        lambda name, weight: pack(name, weight, half),
-        unpack,
-        TOLERANCE,
-    )
-    return done.model_copy(update={"remarks": half.remarks + kernel_remarks(sites, _GROUP_SIZES, "torch_awq")})
+        Raises `UnsupportedError` when a quantized layer has no place in the layout, `OutputError` when `target` exists
+        (without `overwrite`) or cannot be written.
+        """
+        weights = open_compressed(source, "awq")
+        sites = packed_sites(weights)
+        refuse(
+            affine_obstacles(sites, weights, (BITS,)) or _unpackable(sites),
+            "awq",
+            "compress with `awq`, `gptq` or `linear`: all layers with 4 bits and the same group size; `ignore` what "
+            "has no place, or export to gptq or safetensors",
+        )
+        half = HalfScales()
+        done = export_packed(
+            weights,
+            target,
+            overwrite,
+            _quantization(weights, sites),
+            lambda name, weight: pack(name, weight, half),
+            unpack,
+            TOLERANCE,
+        )
+        return done.model_copy(update={"remarks": half.remarks + kernel_remarks(sites, _GROUP_SIZES, "torch_awq")})
 
 
 def _unpackable(sites: Sites) -> dict[str, str]:

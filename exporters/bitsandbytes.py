@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from effcli.documents import check_model, parse_json
+from effcli.exporter import Exporter
 from effcli.exporters._packed import (
     common_obstacle,
     dense_layers,
@@ -28,7 +29,6 @@ from effcli.exporters._packed import (
 )
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map
-from effcli.options import Options
 from effcli.reports.report import Exported
 from effcli.storage import Stored
 
@@ -38,39 +38,38 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
 _ZERO = 7
 
 
-class Config(Options):
-    """Options of a bitsandbytes export: none."""
+class BitsAndBytes(Exporter):
+    """A bitsandbytes export."""
 
+    def export(self, source: Path, target: Path, overwrite: bool = False) -> Exported:
+        """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
 
-def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
-    """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
-
-    Raises `UnsupportedError` when a quantized layer is not NF4, or not as bitsandbytes has it; `OutputError` when
-    `target` exists (without `overwrite`) or cannot be written.
-    """
-    weights = open_compressed(Path(source), "bitsandbytes")
-    sites = packed_sites(weights)
-    obstacles = {name: common_obstacle(*found) or _obstacle(found[1]) for name, found in sites.items()}
-    refuse(
-        {name: reason for name, reason in obstacles.items() if reason},
-        "bitsandbytes",
-        "compress with `nf4` and a block_size of 32, 64 ... 4096, `ignore` what has no place; safetensors with "
-        "--dequantize holds every layer, dense",
-    )
-    formats = [stored.format for _, stored in sites.values()]
-    dtype = str(weights.skeleton.dtype).removeprefix("torch.")
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_compute_dtype": dtype,
-        # Each layer says for itself; this one is for layers that are yet to be quantized.
-        "bnb_4bit_use_double_quant": any(isinstance(format, Codebook) and format.double for format in formats),
-        "llm_int8_skip_modules": dense_layers(weights),
-    }
-    return export_packed(weights, Path(target), overwrite, quantization, lambda _, weight: pack(weight), unpack, 0.0)
+        Raises `UnsupportedError` when a quantized layer is not NF4, or not as bitsandbytes has it; `OutputError` when
+        `target` exists (without `overwrite`) or cannot be written.
+        """
+        weights = open_compressed(source, "bitsandbytes")
+        sites = packed_sites(weights)
+        obstacles = {name: common_obstacle(*found) or _obstacle(found[1]) for name, found in sites.items()}
+        refuse(
+            {name: reason for name, reason in obstacles.items() if reason},
+            "bitsandbytes",
+            "compress with `nf4` and a block_size of 32, 64 ... 4096, `ignore` what has no place; safetensors with "
+            "--dequantize holds every layer, dense",
+        )
+        formats = [stored.format for _, stored in sites.values()]
+        dtype = str(weights.skeleton.dtype).removeprefix("torch.")
+        quantization = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_compute_dtype": dtype,
+            # Each layer says for itself; this one is for layers that are yet to be quantized.
+            "bnb_4bit_use_double_quant": any(isinstance(format, Codebook) and format.double for format in formats),
+            "llm_int8_skip_modules": dense_layers(weights),
+        }
+        return export_packed(weights, target, overwrite, quantization, lambda _, weight: pack(weight), unpack, 0.0)
 
 
 def _obstacle(stored: Stored) -> str:

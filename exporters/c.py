@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from effcli.documents import read_model
 from effcli.errors import UnsupportedError, writing
+from effcli.exporter import Exporter
 from effcli.exporters._target import nbytes, replacing
 from effcli.exporters.firmware import check, project, targets
 from effcli.exporters.firmware.cost import LayerCost
@@ -42,8 +43,25 @@ def _bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
-class Config(Options):
-    """Options of an export to C."""
+class LayerRow(Options):
+    """A layer as the command line shows it: bytes, and estimated instructions on a Cortex-M4."""
+
+    layer: str
+    kind: str
+    ram: int
+    flash: int
+    macs: int
+    instructions: int
+
+
+class _Plan(BaseModel):
+    """What the command line shows of `plan.json`."""
+
+    layers: tuple[LayerCost, ...]
+
+
+class C(Exporter):
+    """An export to C."""
 
     name: str = Field("network", description="Prefix of files, functions and macros: a lower-case C identifier.")
     target: str = Field("cortex-m4", description=f"What `make qemu` runs on: {', '.join(targets.TARGETS)}.")
@@ -68,39 +86,52 @@ class Config(Options):
             raise ValueError(f"{error.cause}; {error.remedy}") from None
         return value
 
+    def export(self, source: Path, target: Path, overwrite: bool = False) -> Exported:
+        """Write the integer network `source` to the folder `target` as C, whole or not at all.
 
-def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
-    """Write the integer network `source` to the folder `target` as C, whole or not at all.
+        Raises `UnsupportedError` for a checkpoint or an operation that has no C code and for a limit that is not kept,
+        `OutputError` when `target` exists (without `overwrite`) or cannot be written, `MachineError` when the C
+        computes something else than the reference executor.
+        """
+        if not is_integer(source):
+            raise UnsupportedError(
+                f"{source} holds no integer network, which C is made from", "make it one: let `int8` be the last pass"
+            )
+        network = IntegerNetwork.read(source)
+        with replacing(source, target, overwrite) as folder:
+            generated = generate(
+                network,
+                self.name,
+                max_ram=self.max_ram,
+                max_flash=self.max_flash,
+                tests=self.tests,
+                single_header=self.single_header,
+            )
+            texts = project.files(generated, self.name, targets.find(self.target))
+            with writing(target):
+                check.write_texts(folder, texts)
+            checked = _checked(network, generated, self.name)
+        cost = generated.cost
+        remarks = (
+            f"RAM {cost.ram} bytes: {cost.arena} of arena, about {cost.stack} of stack",
+            f"flash about {cost.flash} bytes: {cost.constants} of constants, about {cost.code} of code",
+        )
+        return Exported(target="c", nbytes=nbytes(target), checked=checked, remarks=remarks)
 
-    Raises `UnsupportedError` for a checkpoint or an operation that has no C code and for a limit that is not kept,
-    `OutputError` when `target` exists (without `overwrite`) or cannot be written, `MachineError` when the C computes
-    something else than the reference executor.
-    """
-    source, target, config = Path(source), Path(target), config or Config()
-    if not is_integer(source):
-        raise UnsupportedError(
-            f"{source} holds no integer network, which C is made from", "make it one: let `int8` be the last pass"
-        )
-    network = IntegerNetwork.read(source)
-    with replacing(source, target, overwrite) as folder:
-        generated = generate(
-            network,
-            config.name,
-            max_ram=config.max_ram,
-            max_flash=config.max_flash,
-            tests=config.tests,
-            single_header=config.single_header,
-        )
-        texts = project.files(generated, config.name, targets.find(config.target))
-        with writing(target):
-            check.write_texts(folder, texts)
-        checked = _checked(network, generated, config.name)
-    cost = generated.cost
-    remarks = (
-        f"RAM {cost.ram} bytes: {cost.arena} of arena, about {cost.stack} of stack",
-        f"flash about {cost.flash} bytes: {cost.constants} of constants, about {cost.code} of code",
-    )
-    return Exported(target="c", nbytes=nbytes(target), checked=checked, remarks=remarks)
+    def table(self, folder: Path) -> list[LayerRow]:
+        """What each layer of the export in `folder` costs."""
+        costs = read_model(_Plan, folder / "plan.json", remedy="export it again").layers
+        return [
+            LayerRow(
+                layer=cost.name,
+                kind=cost.kind,
+                ram=cost.ram,
+                flash=cost.weights + cost.requantization,
+                macs=cost.macs,
+                instructions=cost.instructions,
+            )
+            for cost in costs
+        ]
 
 
 def _checked(network: IntegerNetwork, generated: Generated, name: str) -> str:
@@ -115,36 +146,3 @@ def _checked(network: IntegerNetwork, generated: Generated, name: str) -> str:
     kind = "random" if network.probe is None else "calibration"
     layers = count(len(generated.program.tasks), "layer")
     return f"compiled here, {count(len(codes), f'{kind} input')}: every byte of {layers} as in the reference executor"
-
-
-class LayerRow(Options):
-    """A layer as the command line shows it: bytes, and estimated instructions on a Cortex-M4."""
-
-    layer: str
-    kind: str
-    ram: int
-    flash: int
-    macs: int
-    instructions: int
-
-
-class _Plan(BaseModel):
-    """What the command line shows of `plan.json`."""
-
-    layers: tuple[LayerCost, ...]
-
-
-def table(folder: Path) -> list[LayerRow]:
-    """What each layer of the export in `folder` costs."""
-    costs = read_model(_Plan, folder / "plan.json", remedy="export it again").layers
-    return [
-        LayerRow(
-            layer=cost.name,
-            kind=cost.kind,
-            ram=cost.ram,
-            flash=cost.weights + cost.requantization,
-            macs=cost.macs,
-            instructions=cost.instructions,
-        )
-        for cost in costs
-    ]

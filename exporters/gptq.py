@@ -21,11 +21,11 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli.errors import UnsupportedError
+from effcli.exporter import Exporter
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
 from effcli.formats import Affine, AffineWeight, pack_bits, unpack_bits
 from effcli.language.weights import Weights
-from effcli.options import Options
 from effcli.reports.report import Exported
 
 BITS = (2, 3, 4, 8)
@@ -33,41 +33,39 @@ BITS = (2, 3, 4, 8)
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
-class Config(Options):
-    """Options of a GPTQ export."""
+class GPTQ(Exporter):
+    """A GPTQ export."""
 
     checkpoint_format: Literal["gptq", "gptq_v2"] = Field(
         "gptq", description="How zero points stand in the file: less one, as all loaders know it, or as they are."
     )
 
+    def export(self, source: Path, target: Path, overwrite: bool = False) -> Exported:
+        """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
 
-def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
-    """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
-
-    Raises `UnsupportedError` when a quantized layer has no place in the layout, `OutputError` when `target` exists
-    (without `overwrite`) or cannot be written.
-    """
-    config = config or Config()
-    weights = open_compressed(Path(source), "gptq")
-    sites = packed_sites(weights)
-    obstacles = affine_obstacles(sites, weights, BITS) or _unpackable(sites)
-    refuse(
-        obstacles,
-        "gptq",
-        "compress with `gptq`, `awq` or `linear`: all layers with the same 2, 3, 4 or 8 bits and group size; `ignore` "
-        "what has no place, or export to safetensors",
-    )
-    half = HalfScales()
-    done = export_packed(
-        weights,
-        Path(target),
-        overwrite,
-        _quantization(weights, sites, config),
-        lambda name, weight: pack(name, weight, half, config),
-        lambda tensors: unpack(tensors, config),
-        TOLERANCE,
-    )
-    return done.model_copy(update={"remarks": half.remarks + kernel_remarks(sites, _GROUP_SIZES, "gptq_torch")})
+        Raises `UnsupportedError` when a quantized layer has no place in the layout, `OutputError` when `target` exists
+        (without `overwrite`) or cannot be written.
+        """
+        weights = open_compressed(source, "gptq")
+        sites = packed_sites(weights)
+        obstacles = affine_obstacles(sites, weights, BITS) or _unpackable(sites)
+        refuse(
+            obstacles,
+            "gptq",
+            "compress with `gptq`, `awq` or `linear`: all layers with the same 2, 3, 4 or 8 bits and group size; "
+            "`ignore` what has no place, or export to safetensors",
+        )
+        half = HalfScales()
+        done = export_packed(
+            weights,
+            target,
+            overwrite,
+            _quantization(weights, sites, self),
+            lambda name, weight: pack(name, weight, half, self),
+            lambda tensors: unpack(tensors, self),
+            TOLERANCE,
+        )
+        return done.model_copy(update={"remarks": half.remarks + kernel_remarks(sites, _GROUP_SIZES, "gptq_torch")})
 
 
 def _unpackable(sites: Sites) -> dict[str, str]:
@@ -80,7 +78,7 @@ def _unpackable(sites: Sites) -> dict[str, str]:
     return found
 
 
-def _quantization(weights: Weights, sites: Sites, config: Config) -> dict[str, Any]:
+def _quantization(weights: Weights, sites: Sites, config: GPTQ) -> dict[str, Any]:
     formats = [stored.format for _, stored in sites.values()]
     found: dict[str, Any] = {
         "quant_method": "gptq",
@@ -101,7 +99,7 @@ def _quantization(weights: Weights, sites: Sites, config: Config) -> dict[str, A
     return found
 
 
-def pack(name: str, weight: AffineWeight, half: HalfScales, config: Config) -> dict[str, Tensor]:
+def pack(name: str, weight: AffineWeight, half: HalfScales, config: GPTQ) -> dict[str, Tensor]:
     """The tensors of one layer by suffix; `UnsupportedError` when a zero point or scale has no place."""
     bits, codes = weight.format.bits, weight.codes
     scale, zero = expanded(weight)
@@ -134,7 +132,7 @@ def _above_zero(name: str, codes: Tensor, zero: Tensor, levels: int) -> tuple[Te
     return (grouped + raised.unsqueeze(-1).to(torch.uint8)).view(codes.shape), zero
 
 
-def unpack(tensors: dict[str, Tensor], config: Config) -> Tensor:
+def unpack(tensors: dict[str, Tensor], config: GPTQ) -> Tensor:
     """The weight float32 (out, in) that the tensors of one layer, by suffix, stand for."""
     words, scales, groups = tensors["qweight"], tensors["scales"].float(), tensors["g_idx"].long()
     bits = words.shape[0] * 32 // len(groups)

@@ -16,16 +16,16 @@ from pydantic import Field
 from effcli import onnx_session
 from effcli.checkpoint import copy_companions, read_config, write_text
 from effcli.errors import UnsupportedError
+from effcli.exporter import Exporter
 from effcli.exporters._target import nbytes, replacing
 from effcli.graphs.graph import is_graph
 from effcli.graphs.integer import is_integer
-from effcli.options import Options
-from effcli.reports.report import Exported, Speed
+from effcli.reports.report import Exported, Latency, Speed
 from effcli.storage import network_config
 
 
-class Config(Options):
-    """Options of an ONNX export."""
+class ONNX(Exporter):
+    """An ONNX export."""
 
     precision: Literal["float32", "float16"] = Field("float32", description="Of what is not quantized.")
     dequantize: bool = Field(False, description="Write dense weights where they are packed; the file grows.")
@@ -36,41 +36,44 @@ class Config(Options):
         0, description="Of `MatMulNBits`: 0 multiplies in float, 4 in int8, faster and less exact."
     )
 
+    def export(self, source: Path, target: Path, overwrite: bool = False) -> Exported:
+        """Write the finished checkpoint `source` to `target/model.onnx`, whole or not at all.
 
-def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
-    """Write the finished checkpoint `source` to `target/model.onnx`, whole or not at all.
+        Raises `UnsupportedError` for a layer or an operator that has no place in ONNX, `UserError` where the onnx
+        packages are missing, `OutputError` when `target` exists (without `overwrite`) or cannot be written.
+        """
+        onnx_session.require()
+        remarks: tuple[str, ...] = ()
+        with replacing(source, target, overwrite) as folder:
+            if is_integer(source):
+                checked, remarks = _integer(source, folder, self)
+            elif is_graph(source):
+                checked = _graph(source, folder, self)
+            else:
+                checked, remarks = _language(source, folder, self)
+        return Exported(target="onnx", nbytes=nbytes(target), checked=checked, remarks=remarks)
 
-    Raises `UnsupportedError` for a layer or an operator that has no place in ONNX, `UserError` where the onnx
-    packages are missing, `OutputError` when `target` exists (without `overwrite`) or cannot be written.
-    """
-    onnx_session.require()
-    source, target, config = Path(source), Path(target), config or Config()
-    remarks: tuple[str, ...] = ()
-    with replacing(source, target, overwrite) as folder:
-        if is_integer(source):
-            checked, remarks = _integer(source, folder, config)
-        elif is_graph(source):
-            checked = _graph(source, folder, config)
-        else:
-            checked, remarks = _language(source, folder, config)
-    return Exported(target="onnx", nbytes=nbytes(target), checked=checked, remarks=remarks)
+    def speed(self, folder: Path, prefill: int, decode: int, threads: int | None = None) -> Speed:
+        """Time a language model that `export` wrote to `folder` in onnxruntime."""
+        from effcli.exporters._onnx_language import latency
+
+        return latency(folder, prefill, decode, threads)
+
+    def latency(self, folder: Path, threads: int | None = None) -> Latency:
+        """Time a graph that `export` wrote to `folder` in onnxruntime."""
+        from effcli.graphs.timing import of_onnx
+
+        return of_onnx(folder, threads)
 
 
-def latency(folder: Path, prefill: int, decode: int, threads: int | None = None) -> Speed:
-    """Time a language model that `export` wrote to `folder` in onnxruntime."""
-    from effcli.exporters._onnx_language import latency as measure
-
-    return measure(folder, prefill, decode, threads)
-
-
-def _integer(source: Path, folder: Path, config: Config) -> tuple[str, tuple[str, ...]]:
+def _integer(source: Path, folder: Path, config: ONNX) -> tuple[str, tuple[str, ...]]:
     from effcli.exporters._onnx_integer import REMARK, export_integer
 
     _refuse(config, "an integer network", ("precision", "dequantize", "activations", "accuracy_level"))
     return export_integer(source, folder), (REMARK,)
 
 
-def _graph(source: Path, folder: Path, config: Config) -> str:
+def _graph(source: Path, folder: Path, config: ONNX) -> str:
     from effcli.exporters._onnx_graph import export_graph
 
     _refuse(config, "a network read as a graph", ("accuracy_level",))
@@ -79,7 +82,7 @@ def _graph(source: Path, folder: Path, config: Config) -> str:
     )
 
 
-def _language(source: Path, folder: Path, config: Config) -> tuple[str, tuple[str, ...]]:
+def _language(source: Path, folder: Path, config: ONNX) -> tuple[str, tuple[str, ...]]:
     from effcli.exporters._onnx_language import export_language
 
     # Tokenizer and config go along, so that the folder is all that a program needs.
@@ -97,8 +100,8 @@ def _language(source: Path, folder: Path, config: Config) -> tuple[str, tuple[st
     return described.line, described.remarks
 
 
-def _refuse(config: Config, what: str, names: tuple[str, ...]) -> None:
+def _refuse(config: ONNX, what: str, names: tuple[str, ...]) -> None:
     """Raise `UnsupportedError` for an option that says nothing of this kind of checkpoint."""
     for name in names:
-        if getattr(config, name) != Config.model_fields[name].default:
+        if getattr(config, name) != ONNX.model_fields[name].default:
             raise UnsupportedError(f"onnx.{name} says nothing of {what}", "leave the option out")

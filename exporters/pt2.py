@@ -9,10 +9,10 @@ import torch
 from torch.export import ExportedProgram
 
 from effcli.errors import MachineError, OutputError, UnsupportedError, first_line, writing
+from effcli.exporter import Exporter
 from effcli.exporters._target import nbytes, replacing
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
-from effcli.options import Options
 from effcli.reports.report import Exported
 
 FILE_NAME = "model.pt2"
@@ -23,28 +23,28 @@ _BATCHES = 1, 3
 _EXACT = 1e-3
 
 
-class Config(Options):
-    """Options of a `.pt2` export: none."""
+class PT2(Exporter):
+    """A `.pt2` export."""
 
+    def export(self, source: Path, target: Path, overwrite: bool = False) -> Exported:
+        """Write the graph `source` as `target/model.pt2`, its batch free, whole or not at all.
 
-def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
-    """Write the graph `source` as `target/model.pt2`, its batch free, whole or not at all.
-
-    Raises `UnsupportedError` for a checkpoint that is no graph, `OutputError` when `target` exists (without
-    `overwrite`) or cannot be written, `MachineError` when the file computes something else than the checkpoint.
-    """
-    source, target = Path(source), Path(target)
-    if is_integer(source):
-        raise UnsupportedError(f"{source} is an integer network, which a .pt2 has no place for", "export it to onnx")
-    if not is_graph(source):
-        raise UnsupportedError(f"{source} holds no graph that effcli wrote", "export it to safetensors or onnx")
-    graph = Graph.read(source)
-    with replacing(source, target, overwrite) as folder:
-        program = _exported(graph)
-        with writing(target):
-            _save(program, folder / FILE_NAME)
-        checked = _compare(graph, folder / FILE_NAME)
-    return Exported(target="pt2", nbytes=nbytes(target), checked=checked)
+        Raises `UnsupportedError` for a checkpoint that is no graph, `OutputError` when `target` exists (without
+        `overwrite`) or cannot be written, `MachineError` when the file computes something else than the checkpoint.
+        """
+        if is_integer(source):
+            raise UnsupportedError(
+                f"{source} is an integer network, which a .pt2 has no place for", "export it to onnx"
+            )
+        if not is_graph(source):
+            raise UnsupportedError(f"{source} holds no graph that effcli wrote", "export it to safetensors or onnx")
+        graph = Graph.read(source)
+        with replacing(source, target, overwrite) as folder:
+            program = _exported(graph)
+            with writing(target):
+                _save(program, folder / FILE_NAME)
+            checked = _compare(graph, folder / FILE_NAME)
+        return Exported(target="pt2", nbytes=nbytes(target), checked=checked)
 
 
 def _exported(graph: Graph) -> ExportedProgram:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from effcli.checkpoint import STOCK_STEM, Checkpoint, copy_companions, weight_files, write_shard, write_text
 from effcli.errors import UnsupportedError, writing
+from effcli.exporter import Exporter
 from effcli.exporters._classifier import write_classifier
 from effcli.exporters._obstacles import by_reason, some
 from effcli.exporters._packed import write_tensors
@@ -25,43 +26,40 @@ from effcli.exporters._target import replacing
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.weights import open_weights
-from effcli.options import Options
 from effcli.reports.report import Exported
 from effcli.storage import is_own, network_config, stored_layers
 
 
-class Config(Options):
-    """Options of a safetensors export."""
+class Safetensors(Exporter):
+    """A safetensors export."""
 
     dequantize: bool = Field(False, description="Write dense weights that any loader reads; the file grows.")
 
+    def export(self, source: Path, target: Path, overwrite: bool = False) -> Exported:
+        """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
 
-def export(source: Path, target: Path, config: Config | None = None, overwrite: bool = False) -> Exported:
-    """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
-
-    Raises `UnsupportedError` when a layer has no place in the standard format and `dequantize` is not asked for, or a
-    classifier is no longer the one of its config; `OutputError` when `target` exists (without `overwrite`) or cannot be
-    written.
-    """
-    source, target, config = Path(source), Path(target), config or Config()
-    if is_integer(source):
-        raise UnsupportedError(f"{source} is an integer network, which has no float weights", "export it to onnx")
-    if is_graph(source):
-        return _export_graph(source, target, config, overwrite)
-    checkpoint = Checkpoint.open(source)
-    own = is_own(checkpoint.config)
-    if own and not config.dequantize:
-        raise _no_place(checkpoint)
-    with replacing(source, target, overwrite) as folder:
-        copy_companions(source, folder)
-        if config.dequantize and (own or "quantization_config" in checkpoint.config):
-            _write_dense(checkpoint, folder)
-        else:
-            _copy(checkpoint, folder)
-    return Exported(target="safetensors", nbytes=sum(file.stat().st_size for file in weight_files(target)))
+        Raises `UnsupportedError` when a layer has no place in the standard format and `dequantize` is not asked for, or
+        a classifier is no longer the one of its config; `OutputError` when `target` exists (without `overwrite`) or
+        cannot be written.
+        """
+        if is_integer(source):
+            raise UnsupportedError(f"{source} is an integer network, which has no float weights", "export it to onnx")
+        if is_graph(source):
+            return _export_graph(source, target, self, overwrite)
+        checkpoint = Checkpoint.open(source)
+        own = is_own(checkpoint.config)
+        if own and not self.dequantize:
+            raise _no_place(checkpoint)
+        with replacing(source, target, overwrite) as folder:
+            copy_companions(source, folder)
+            if self.dequantize and (own or "quantization_config" in checkpoint.config):
+                _write_dense(checkpoint, folder)
+            else:
+                _copy(checkpoint, folder)
+        return Exported(target="safetensors", nbytes=sum(file.stat().st_size for file in weight_files(target)))
 
 
-def _export_graph(source: Path, target: Path, config: Config, overwrite: bool) -> Exported:
+def _export_graph(source: Path, target: Path, config: Safetensors, overwrite: bool) -> Exported:
     graph = Graph.read(source)
     packed = [site.name for site in graph.sites() if site.name in graph.stored]
     if packed and not config.dequantize:

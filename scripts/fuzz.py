@@ -485,7 +485,7 @@ def change_recipe(data: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         elif part == "export":
             name = rng.choice(("onnx", "c", "pt2", "safetensors"))
             data["export"] = [{name: {}}]
-            options, fields = data["export"][0][name], exporters.load(name).Config.model_fields
+            options, fields = data["export"][0][name], exporters.load(name).model_fields
         elif part:
             kinds: dict[str, Any] = {"calibration": Calibration, "evaluate": Evaluate, "preprocess": Preprocess}
             options, fields = data.setdefault(part, {}), kinds[part].model_fields
@@ -864,7 +864,7 @@ def spec_case(case: Case) -> Words:
     way = rng.randrange(8)
     if way == 0:
         name = rng.choice(("onnx", "c", "pt2", "safetensors", "gptq"))
-        spec = change_spec(rng, name, list(exporters.load(name).Config.model_fields) or ["x"])
+        spec = change_spec(rng, name, list(exporters.load(name).model_fields) or ["x"])
         return ["export", case.base(rng.choice(("g_lin", "g_int"))), "--to", spec, *case.out()]
     if way == 1:
         spec = change_spec(rng, "x", list(Preprocess.model_fields))

@@ -50,15 +50,15 @@ def export(
     step = recipe.check_export(to, _options(context.args))
     exporters.require(step.name)
     target = output if output is not None else source / "exports" / step.name
-    exporter = exporters.load(step.name)
-    done = exporter.export(source, target, step.config, overwrite)
+    done = step.config.export(source, target, overwrite)
     say(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
     for remark in done.remarks:
         say(f"  {remark}")
-    if hasattr(exporter, "table"):
+    rows = step.config.table(target)
+    if rows:
         from effcli.reports import screen
 
-        show(screen.records_table("", exporter.table(target)))
+        show(screen.records_table("", rows))
 
 
 def _options(arguments: Sequence[str]) -> dict[str, Any]:

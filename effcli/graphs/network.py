@@ -13,6 +13,7 @@ from torch import Tensor
 from effcli import importers, samples
 from effcli.digest import of_file
 from effcli.errors import CheckpointError, DataError, writing
+from effcli.exporter import Exporter
 from effcli.graphs import executor, timing
 from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
@@ -120,10 +121,9 @@ class GraphNetwork:
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
         return graphverify.verify(checkpoint).line
 
-    def time_export(self, exported: Exported, folder: Path) -> Exported:
-        if exported.target != "onnx" or not self.recipe.evaluate.latency:
-            return exported
-        return exported.model_copy(update={"latencies": (timing.of_onnx(folder, self.recipe.threads),)})
+    def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
+        found = exporter.latency(folder, self.recipe.threads) if self.recipe.evaluate.latency else None
+        return exported if found is None else exported.model_copy(update={"latencies": (found,)})
 
     def layout(self, checkpoint: Path) -> card.Layout:
         return "graph"

@@ -86,7 +86,7 @@ def _operators(folder: Path) -> set[str]:
 def _in_onnxruntime(path: Path, threads: int | None) -> Latency:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "onnx"
-        exporters.load("onnx").export(path, target)
+        exporters.load("onnx")().export(path, target)
         return of_onnx(target, threads)
 
 

@@ -110,7 +110,7 @@ def verify(path: Path, target: str | None = None) -> GraphVerification:
         return GraphVerification(**found, checked="not run in onnxruntime, which is not installed")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            exported = exporters.load("onnx").export(path, Path(folder) / "onnx")
+            exported = exporters.load("onnx")().export(path, Path(folder) / "onnx")
         except UnsupportedError as error:
             return GraphVerification(**found, checked=f"no ONNX export: {error.cause}")
         except EffcliError as error:

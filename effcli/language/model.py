@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effcli import digest, exporters
+from effcli import digest
 from effcli.checkpoint import read_config, weight_files
+from effcli.exporter import Exporter
 from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.language import latency, verify
@@ -96,11 +97,11 @@ class LanguageModel:
         trust = self.recipe.trust_remote_code
         return verify.verify(checkpoint, against=self.source, stages=stages, trust_remote_code=trust).line
 
-    def time_export(self, exported: Exported, folder: Path) -> Exported:
+    def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
         wanted = self.recipe.evaluate
-        if exported.target != "onnx" or not wanted.latency:
+        if not wanted.latency:
             return exported
-        speed = exporters.load("onnx").latency(folder, wanted.prefill, wanted.decode, self.recipe.threads)
+        speed = exporter.speed(folder, wanted.prefill, wanted.decode, self.recipe.threads)
         return exported.model_copy(update={"speed": speed})
 
     def layout(self, checkpoint: Path) -> card.Layout:

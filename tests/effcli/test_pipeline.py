@@ -103,7 +103,7 @@ def test_killed_while_an_export_is_written(work: Path, monkeypatch: pytest.Monke
 def test_a_finished_export_is_not_made_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed_at(monkeypatch, pipeline._Run, "_describe", lambda: run(work, "out", "c"))
     with monkeypatch.context() as patch:
-        patch.setattr(c, "export", lambda *given, **options: pytest.fail("it is exported again"))
+        patch.setattr(c.C, "export", lambda *given, **options: pytest.fail("it is exported again"))
         assert [made.target for made in run(work, "out", "c").exports] == ["c"]
 
 

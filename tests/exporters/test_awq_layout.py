@@ -133,7 +133,7 @@ CASES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("kind", "step"), CASES)
 def test_a_checkpoint_reads_as_the_layout_says(kind: str, step: Any, tmp_path: Path) -> None:
     source = compressed(tmp_path, kind, step, torch.bfloat16)
-    done = exporter.export(source, tmp_path / "target")
+    done = exporter.AWQ().export(source, tmp_path / "target")
     assert done.target == "awq" and "largest difference 0 of" in done.checked and done.remarks == ()
     tensors = load_file(tmp_path / "target" / "model.safetensors")
     config = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]
@@ -165,7 +165,7 @@ def test_gptqmodel_loads_it(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         source = compressed(folder, kind, step, torch.bfloat16)
-        exporter.export(source, folder / "target")
+        exporter.AWQ().export(source, folder / "target")
         folders.append(str(folder / "target"))
         with torch.inference_mode():
             expected.append(runtime.load(source, packed=False)(input_ids=ids, use_cache=False).logits.float())
@@ -178,7 +178,7 @@ def test_gptqmodel_loads_it(tmp_path: Path) -> None:
 
 
 def test_float32_scales_are_rounded_and_remarked(tmp_path: Path) -> None:
-    done = exporter.export(compressed(tmp_path, "llama", "linear:bits=4,group_size=32"), tmp_path / "target")
+    done = exporter.AWQ().export(compressed(tmp_path, "llama", "linear:bits=4,group_size=32"), tmp_path / "target")
     (remark,) = done.remarks
     assert remark.startswith("scales became float16, which rounds them in 14 layers")
 
@@ -199,7 +199,7 @@ def test_float32_scales_are_rounded_and_remarked(tmp_path: Path) -> None:
 def test_what_has_no_place_is_named(kind: str, step: Any, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     source = compressed(tmp_path, kind, step, **changes)
     with pytest.raises(UnsupportedError) as caught:
-        exporter.export(source, tmp_path / "target")
+        exporter.AWQ().export(source, tmp_path / "target")
     assert reason in caught.value.cause
     assert "gptq or safetensors" in caught.value.remedy
     assert not (tmp_path / "target").exists()
@@ -211,13 +211,13 @@ def test_what_has_no_place_is_named(kind: str, step: Any, changes: dict[str, Any
 )
 def test_what_gptqmodel_does_not_take_is_remarked(step: str, remark: str, tmp_path: Path) -> None:
     source = compressed(tmp_path, "llama", step, torch.bfloat16)
-    assert any(remark in text for text in exporter.export(source, tmp_path / "target").remarks)
+    assert any(remark in text for text in exporter.AWQ().export(source, tmp_path / "target").remarks)
 
 
 def test_no_quantized_language_model(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no quantized layers"):
-        exporter.export(architectures.make("llama", tmp_path / "source"), tmp_path / "target")
+        exporter.AWQ().export(architectures.make("llama", tmp_path / "source"), tmp_path / "target")
     (tmp_path / "graph").mkdir()
     residual().save(tmp_path / "graph")
     with pytest.raises(UnsupportedError, match="no language model"):
-        exporter.export(tmp_path / "graph", tmp_path / "target")
+        exporter.AWQ().export(tmp_path / "graph", tmp_path / "target")

@@ -101,7 +101,7 @@ def test_stock_transformers_loads_it(kind: str, step: Any, dtype: torch.dtype, t
         # Its products on such a processor want rows of whole blocks; this network is 64 wide.
         step = "nf4"
     source = compressed(tmp_path, kind, step, dtype, tie_word_embeddings=True)
-    done = exporter.export(source, tmp_path / "target")
+    done = exporter.BitsAndBytes().export(source, tmp_path / "target")
     assert done.target == "bitsandbytes" and done.remarks == () and "largest difference 0 of" in done.checked
     network = stock(tmp_path / "target")
     reference = runtime.load(source, packed=False)
@@ -120,11 +120,11 @@ def test_stock_transformers_loads_it(kind: str, step: Any, dtype: torch.dtype, t
 def test_the_same_bytes_each_time(tmp_path: Path) -> None:
     source = compressed(tmp_path, "llama", "nf4:double=true")
     for name in ("one", "two"):
-        exporter.export(source, tmp_path / name)
+        exporter.BitsAndBytes().export(source, tmp_path / name)
     first, second = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert first == second and "tokenizer.json" in first
     with pytest.raises(OutputError, match="exists"):
-        exporter.export(source, tmp_path / "one")
+        exporter.BitsAndBytes().export(source, tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -139,18 +139,18 @@ def test_the_same_bytes_each_time(tmp_path: Path) -> None:
 def test_what_has_no_place_is_named(kind: str, step: str, reason: str, tmp_path: Path) -> None:
     source = compressed(tmp_path, kind, step)
     with pytest.raises(UnsupportedError) as caught:
-        exporter.export(source, tmp_path / "target")
+        exporter.BitsAndBytes().export(source, tmp_path / "target")
     assert reason in caught.value.cause and ".layers.0." in caught.value.cause and "nf4" in caught.value.remedy
     assert not (tmp_path / "target").exists()
 
 
 def test_no_quantized_language_model(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no quantized layers"):
-        exporter.export(architectures.make("llama", tmp_path / "source"), tmp_path / "target")
+        exporter.BitsAndBytes().export(architectures.make("llama", tmp_path / "source"), tmp_path / "target")
     (tmp_path / "graph").mkdir()
     residual().save(tmp_path / "graph")
     with pytest.raises(UnsupportedError, match="no language model"):
-        exporter.export(tmp_path / "graph", tmp_path / "target")
+        exporter.BitsAndBytes().export(tmp_path / "graph", tmp_path / "target")
 
 
 def test_a_file_that_says_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_a_file_that_says_something_else_is_not_left(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(exporter, "pack", damaged)
     with pytest.raises(MachineError, match="reads back as something else"):
-        exporter.export(source, tmp_path / "target")
+        exporter.BitsAndBytes().export(source, tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
@@ -171,9 +171,9 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from effcli.exporters import _packed
 
     source = compressed(tmp_path, "llama", "nf4")
-    exporter.export(source, tmp_path / "one")
+    exporter.BitsAndBytes().export(source, tmp_path / "one")
     monkeypatch.setattr(_packed, "SHARD_BYTES", 20_000)
-    exporter.export(source, tmp_path / "many")
+    exporter.BitsAndBytes().export(source, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     one, many = Checkpoint.open(tmp_path / "one"), Checkpoint.open(tmp_path / "many")
     assert one.entries.keys() == many.entries.keys()

@@ -17,7 +17,7 @@ from effcli.cli import main
 from effcli.errors import CheckpointError, MachineError, OutputError, UnsupportedError
 from effcli.exporters import c
 from effcli.exporters._target import MARK
-from effcli.exporters.c import Config, export
+from effcli.exporters.c import C
 from effcli.exporters.firmware import check
 
 
@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_the_folder_of_an_export(source: Path, tmp_path: Path) -> None:
-    done = export(source, tmp_path / "c", Config(name="kws"))
+    done = C(name="kws").export(source, tmp_path / "c")
     found = {str(path.relative_to(tmp_path / "c")) for path in (tmp_path / "c").rglob("*") if path.is_file()}
     assert {
         "src/kws.h",
@@ -59,11 +59,11 @@ def test_the_folder_of_an_export(source: Path, tmp_path: Path) -> None:
     # Nothing is left to be filled in.
     texts = {path: (tmp_path / "c" / path).read_text() for path in found}
     assert not [path for path, text in texts.items() if re.search(r"@\w+@|\bnet_|\bNET_", text)]
-    assert [row.layer for row in c.table(tmp_path / "c")] == ["convolution0", "convolution1", "mean2", "linear3"]
+    assert [row.layer for row in c.C().table(tmp_path / "c")] == ["convolution0", "convolution1", "mean2", "linear3"]
 
 
 def test_macros_of_the_header(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "c", Config(name="kws"))
+    C(name="kws").export(source, tmp_path / "c")
     header = (tmp_path / "c" / "src" / "kws.h").read_text()
     assert "#define KWS_INPUT_SHAPE { 10, 10, 3 }" in header
     assert "#define KWS_INPUT_BYTES 300u" in header and "#define KWS_OUTPUT_BYTES 4u" in header
@@ -74,7 +74,7 @@ def test_macros_of_the_header(source: Path, tmp_path: Path) -> None:
 
 
 def test_one_header(source: Path, tmp_path: Path) -> None:
-    done = export(source, tmp_path / "c", Config(name="kws", single_header=True))
+    done = C(name="kws", single_header=True).export(source, tmp_path / "c")
     names = {path.name for path in (tmp_path / "c").iterdir()}
     assert names == {"arena.svg", "kws.h", "plan.json", MARK}
     assert "every byte of 4 layers" in done.checked
@@ -116,20 +116,20 @@ def test_a_checkpoint_that_is_not_integer(tmp_path: Path) -> None:
     folder.mkdir()
     residual().save(folder)
     with pytest.raises(UnsupportedError, match="int8"):
-        export(folder, tmp_path / "c")
+        C().export(folder, tmp_path / "c")
 
 
 def test_nothing_of_the_users_is_overwritten(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "c")
+    C().export(source, tmp_path / "c")
     with pytest.raises(OutputError, match="exists"):
-        export(source, tmp_path / "c")
-    export(source, tmp_path / "c", overwrite=True)
+        C().export(source, tmp_path / "c")
+    C().export(source, tmp_path / "c", overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "main.c").write_text("int main;")
     with pytest.raises(OutputError, match="holds no export"):
-        export(source, tmp_path / "mine", overwrite=True)
+        C().export(source, tmp_path / "mine", overwrite=True)
     with pytest.raises(OutputError):
-        export(source, source, overwrite=True)
+        C().export(source, source, overwrite=True)
 
 
 def test_wrong_code_is_not_left_behind(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,19 +138,19 @@ def test_wrong_code_is_not_left_behind(source: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(check, "compare", wrong)
     with pytest.raises(MachineError):
-        export(source, tmp_path / "c")
+        C().export(source, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
 def test_without_a_compiler_the_export_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert export(source, tmp_path / "c").checked == "not compiled: there is no C compiler here"
+    assert C().export(source, tmp_path / "c").checked == "not compiled: there is no C compiler here"
 
 
 def test_options_in_a_recipe_are_the_same_models() -> None:
-    assert Config(max_ram="64k", max_flash="1M") == Config(max_ram=65536, max_flash=1048576)  # type: ignore[arg-type]
+    assert C(max_ram="64k", max_flash="1M") == C(max_ram=65536, max_flash=1048576)  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
-        Config(max_rom=1)  # type: ignore[call-arg]
+        C(max_rom=1)  # type: ignore[call-arg]
 
 
 def test_a_network_without_probe_is_compared_on_random_inputs(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_network_without_probe_is_compared_on_random_inputs(tmp_path: Path) ->
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     network.save(folder)
-    assert "16 random inputs" in export(folder, tmp_path / "c").checked
+    assert "16 random inputs" in C().export(folder, tmp_path / "c").checked
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -174,7 +174,7 @@ def test_names_of_layers_stay_names(tmp_path: Path) -> None:
         net.steps[-1] = step.model_copy(update={"name": name, "source": name})
     (tmp_path / "checkpoint").mkdir()
     net.finish().save(tmp_path / "checkpoint")
-    export(tmp_path / "checkpoint", tmp_path / "c")
+    C().export(tmp_path / "checkpoint", tmp_path / "c")
     code = '#include <stdio.h>\n#include "network.h"\nstatic const char *const names[] = NETWORK_LAYER_NAMES;\n'
     code += "int main(void) { int i; for (i = 0; i < 3; ++i) { fputs(names[i], stdout); putchar(0); } return 0; }\n"
     (tmp_path / "names.c").write_text(code, encoding="utf-8")

@@ -67,7 +67,7 @@ def quantized(weight: Tensor, dtype: torch.dtype = torch.float16, **options: Any
 
 
 def packed(weight: AffineWeight, checkpoint_format: Any = "gptq") -> dict[str, Tensor]:
-    config = exporter.Config(checkpoint_format=checkpoint_format)
+    config = exporter.GPTQ(checkpoint_format=checkpoint_format)
     return exporter.pack("layer", weight, HalfScales(), config)
 
 
@@ -126,7 +126,7 @@ def test_every_width_reads_as_the_layout_says(
     assert shapes == {"qweight": (3 * bits, 32), "qzeros": (groups, bits), "scales": (groups, 32), "g_idx": (96,)}
     expected = made.dequantize(torch.float32)
     torch.testing.assert_close(read(found, bits, checkpoint_format == "gptq"), expected, rtol=0, atol=0)
-    unpacked = exporter.unpack(found, exporter.Config(checkpoint_format=checkpoint_format))
+    unpacked = exporter.unpack(found, exporter.GPTQ(checkpoint_format=checkpoint_format))
     torch.testing.assert_close(unpacked, expected, rtol=0, atol=0)
 
 
@@ -145,16 +145,16 @@ def test_zero_points_never_wrap(seed: int, bits: int) -> None:
             packed(weight)
         assert "layer" in caught.value.cause and "--checkpoint-format gptq_v2" in caught.value.remedy
         weight = AffineWeight(weight.format, codes, scale, torch.where(full, 1, zero).to(torch.uint8))
-    assert torch.equal(exporter.unpack(packed(weight), exporter.Config()), weight.dequantize(torch.float32))
+    assert torch.equal(exporter.unpack(packed(weight), exporter.GPTQ()), weight.dequantize(torch.float32))
     kept = packed(weight, "gptq_v2")
-    v2 = exporter.Config(checkpoint_format="gptq_v2")
+    v2 = exporter.GPTQ(checkpoint_format="gptq_v2")
     assert torch.equal(exporter.unpack(kept, v2), weight.dequantize(torch.float32))
 
 
 def test_scales_that_float16_rounds_are_remarked() -> None:
     half = HalfScales()
     made = quantized(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), torch.float32, bits=4)
-    found = exporter.unpack(exporter.pack("layer", made, half, exporter.Config()), exporter.Config())
+    found = exporter.unpack(exporter.pack("layer", made, half, exporter.GPTQ()), exporter.GPTQ())
     before = made.dequantize(torch.float32)
     change = float((found - before).norm() / before.norm())
     assert 0 < change < 2**-11
@@ -163,7 +163,7 @@ def test_scales_that_float16_rounds_are_remarked() -> None:
     assert f"{change:.1e}" in remark and "layer" in remark
     exact = HalfScales()
     bf16 = quantized(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), torch.bfloat16, bits=4)
-    exporter.pack("layer", bf16, exact, exporter.Config())
+    exporter.pack("layer", bf16, exact, exporter.GPTQ())
     assert exact.remarks == ()
 
 
@@ -193,7 +193,7 @@ CASES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("kind", "step"), CASES)
 def test_a_checkpoint_reads_as_the_layout_says(kind: str, step: Any, tmp_path: Path) -> None:
     source = compressed(tmp_path, kind, step, torch.bfloat16)
-    done = exporter.export(source, tmp_path / "target")
+    done = exporter.GPTQ().export(source, tmp_path / "target")
     assert done.target == "gptq" and "largest difference 0 of" in done.checked and done.remarks == ()
     tensors = load_file(tmp_path / "target" / "model.safetensors")
     config = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]
@@ -230,7 +230,7 @@ def test_gptqmodel_loads_it(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         source = compressed(folder, kind, step, torch.bfloat16)
-        exporter.export(source, folder / "target")
+        exporter.GPTQ().export(source, folder / "target")
         folders.append(str(folder / "target"))
         with torch.inference_mode():
             expected.append(runtime.load(source, packed=False)(input_ids=ids, use_cache=False).logits.float())
@@ -262,7 +262,7 @@ def test_gptqmodel_loads_it(tmp_path: Path) -> None:
 def test_what_has_no_place_is_named(kind: str, step: Any, reason: str, tmp_path: Path) -> None:
     source = compressed(tmp_path, kind, step)
     with pytest.raises(UnsupportedError) as caught:
-        exporter.export(source, tmp_path / "target")
+        exporter.GPTQ().export(source, tmp_path / "target")
     assert reason in caught.value.cause and "safetensors" in caught.value.remedy
     assert not (tmp_path / "target").exists()
 
@@ -278,7 +278,7 @@ def test_an_explicit_input_scale_has_no_place(tmp_path: Path) -> None:
     del config["quantization_config"]
     file.write_text(json.dumps({"model_type": "effcli", "effcli": {"version": 1, "config": config, "layers": layers}}))
     with pytest.raises(UnsupportedError, match=r"o_proj.* \(its input scale is explicit\)"):
-        exporter.export(source, tmp_path / "target")
+        exporter.GPTQ().export(source, tmp_path / "target")
 
 
 def test_widths_that_do_not_fill_words_have_no_place(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_widths_that_do_not_fill_words_have_no_place(tmp_path: Path) -> None:
     step = PassStep.model_validate(parse_pass("linear:bits=4,granularity=channel"))
     sweep(tmp_path / "source", tmp_path / "out", step, None, tmp_path / "work")
     with pytest.raises(UnsupportedError, match="100 output channels of 4 bits do not fill whole 32-bit words"):
-        exporter.export(tmp_path / "out", tmp_path / "target")
+        exporter.GPTQ().export(tmp_path / "out", tmp_path / "target")
 
 
 @pytest.mark.parametrize(
@@ -299,14 +299,14 @@ def test_widths_that_do_not_fill_words_have_no_place(tmp_path: Path) -> None:
 )
 def test_what_gptqmodel_does_not_take_is_remarked(step: str, remark: str, tmp_path: Path) -> None:
     source = compressed(tmp_path, "llama", step, torch.bfloat16)
-    remarks = exporter.export(source, tmp_path / "target").remarks
+    remarks = exporter.GPTQ().export(source, tmp_path / "target").remarks
     assert any(remark in text for text in remarks)
 
 
 def test_no_quantized_language_model(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no quantized layers"):
-        exporter.export(architectures.make("llama", tmp_path / "source"), tmp_path / "target")
+        exporter.GPTQ().export(architectures.make("llama", tmp_path / "source"), tmp_path / "target")
     (tmp_path / "graph").mkdir()
     residual().save(tmp_path / "graph")
     with pytest.raises(UnsupportedError, match="no language model"):
-        exporter.export(tmp_path / "graph", tmp_path / "target")
+        exporter.GPTQ().export(tmp_path / "graph", tmp_path / "target")

@@ -76,7 +76,7 @@ def ports(folder: Path) -> list[str]:
 
 
 def test_a_graph_stays_floating(source: Source, tmp_path: Path) -> None:
-    found = exporter.export(source("graph"), tmp_path / "new" / "target")
+    found = exporter.ONNX().export(source("graph"), tmp_path / "new" / "target")
     assert found.target == "onnx" and "largest difference" in found.checked and found.remarks == ()
     assert ports(tmp_path / "new" / "target") == ["input"]
     assert not operators(tmp_path / "new" / "target") & {"QuantizeLinear", "DequantizeLinear"}
@@ -84,7 +84,7 @@ def test_a_graph_stays_floating(source: Source, tmp_path: Path) -> None:
 
 
 def test_an_integer_network_becomes_int8(source: Source, tmp_path: Path) -> None:
-    found = exporter.export(source("integer"), tmp_path / "target")
+    found = exporter.ONNX().export(source("integer"), tmp_path / "target")
     assert "on 12 calibration inputs: top-1 agreement" in found.checked
     # What the user must know where the file runs, and cannot see in it.
     assert found.remarks == (_onnx_integer.REMARK,) and "session.x64quantprecision" in found.remarks[0]
@@ -97,7 +97,7 @@ def test_a_language_model_brings_its_companions(source: Source, tmp_path: Path) 
     from transformers import AutoConfig, AutoTokenizer
 
     target = tmp_path / "target"
-    found = exporter.export(source("language"), target)
+    found = exporter.ONNX().export(source("language"), target)
     assert "input_ids" in ports(target) and "MatMulNBits" in operators(target)
     given, written = files(source("language")), files(target)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -117,13 +117,13 @@ def test_the_source_is_never_touched(kind: str, source: Source, tmp_path: Path) 
     folder = tmp_path / "run" / "out"
     shutil.copytree(source(kind), folder)
     before = files(folder)
-    exporter.export(folder, tmp_path / "target")
+    exporter.ONNX().export(folder, tmp_path / "target")
     for target in (folder, folder.parent):
         with pytest.raises(OutputError, match="holds the checkpoint"):
-            exporter.export(folder, target, overwrite=True)
+            exporter.ONNX().export(folder, target, overwrite=True)
     # Inside the checkpoint is where a run puts it.
-    exporter.export(folder, folder / "exports" / "onnx")
-    exporter.export(folder, folder / "exports" / "onnx", overwrite=True)
+    exporter.ONNX().export(folder, folder / "exports" / "onnx")
+    exporter.ONNX().export(folder, folder / "exports" / "onnx", overwrite=True)
     after = {name: content for name, content in files(folder).items() if not name.startswith("exports")}
     assert after == before and list(folder.parent.iterdir()) == [folder]
     assert list((folder / "exports").iterdir()) == [folder / "exports" / "onnx"]
@@ -135,25 +135,25 @@ OTHER: dict[str, Any] = {"precision": "float16", "dequantize": True, "activation
 @pytest.mark.parametrize(("kind", "option"), [*(("integer", name) for name in OTHER), ("graph", "accuracy_level")])
 def test_options_without_a_meaning_are_named(kind: str, option: str, source: Source, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=rf"onnx\.{option} says nothing of a") as caught:
-        exporter.export(source(kind), tmp_path / "target", exporter.Config(**{option: OTHER[option]}))
+        exporter.ONNX(**{option: OTHER[option]}).export(source(kind), tmp_path / "target")
     assert caught.value.remedy == "leave the option out"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_option_is_tried_above() -> None:
-    assert OTHER.keys() == exporter.Config.model_fields.keys()
-    defaults = exporter.Config().model_dump()
+    assert OTHER.keys() == exporter.ONNX.model_fields.keys()
+    defaults = exporter.ONNX().model_dump()
     assert all(defaults[name] != value for name, value in OTHER.items())
 
 
 @pytest.mark.parametrize("options", [{"precison": "float16"}, {"precision": "int8"}, {"accuracy_level": 1}])
 def test_options_that_do_not_exist(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        exporter.Config(**options)
+        exporter.ONNX(**options)
 
 
 def test_half_precision_reaches_the_graph(source: Source, tmp_path: Path) -> None:
-    exporter.export(source("graph"), tmp_path / "target", exporter.Config(precision="float16"))
+    exporter.ONNX(precision="float16").export(source("graph"), tmp_path / "target")
     session = onnx_session.open_session(tmp_path / "target", entries=onnx_session.EXACT)
     assert [port.type for port in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float16)"] * 2
 
@@ -161,26 +161,26 @@ def test_half_precision_reaches_the_graph(source: Source, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["graph", "language"])
 def test_activations_and_dense_weights_exclude_each_other(kind: str, source: Source, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="layers, which dequantize removes"):
-        exporter.export(source(kind), tmp_path / "target", exporter.Config(activations="int8", dequantize=True))
+        exporter.ONNX(activations="int8", dequantize=True).export(source(kind), tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_exists(source: Source, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    exporter.export(source("integer"), target)
+    exporter.ONNX().export(source("integer"), target)
     before = files(target)
     (target / "note.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
-        exporter.export(source("integer"), target)
+        exporter.ONNX().export(source("integer"), target)
     assert (target / "note.txt").read_text() == "mine"
-    exporter.export(source("integer"), target, overwrite=True)
+    exporter.ONNX().export(source("integer"), target, overwrite=True)
     assert files(target) == before and list(tmp_path.iterdir()) == [target]
 
 
 def test_overwrite_spares_what_is_no_export(source: Source, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="holds no export"):
-        exporter.export(source("integer"), tmp_path, overwrite=True)
+        exporter.ONNX().export(source("integer"), tmp_path, overwrite=True)
     assert files(tmp_path).keys() == {"thesis.tex"}
 
 
@@ -190,7 +190,7 @@ def test_missing_packages(
 ) -> None:
     monkeypatch.setattr(onnx_session, "find_spec", lambda name: None if name in missing else find_spec(name))
     with pytest.raises(UserError, match=rf"^ONNX needs {' and '.join(missing)}, not installed here") as caught:
-        exporter.export(source("integer"), tmp_path / "target")
+        exporter.ONNX().export(source("integer"), tmp_path / "target")
     assert "effcli[onnx]" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
@@ -205,7 +205,7 @@ def test_a_failed_export_leaves_nothing(
 ) -> None:
     """Not even when the file is written already, and what was there before stays."""
     folder, target = source(kind), tmp_path / "target"
-    exporter.export(source("integer"), target)
+    exporter.ONNX().export(source("integer"), target)
     before = files(target)
     written = []
 
@@ -216,9 +216,9 @@ def test_a_failed_export_leaves_nothing(
     monkeypatch.setattr(onnx_session, "open_session", fail)
     for overwrite in (False, True):
         with pytest.raises(CheckpointError if overwrite else OutputError):
-            exporter.export(folder, target, overwrite=overwrite)
+            exporter.ONNX().export(folder, target, overwrite=overwrite)
     with pytest.raises(CheckpointError):
-        exporter.export(folder, tmp_path / "other")
+        exporter.ONNX().export(folder, tmp_path / "other")
     assert len(written) == 2 and not any(file.exists() for file in written)
     assert files(target) == before and list(tmp_path.iterdir()) == [target]
 
@@ -232,12 +232,12 @@ def test_a_disk_that_fails(
 
     monkeypatch.setattr(_onnx_integer.onnx, "save", fail)
     with pytest.raises(OutputError, match=message):
-        exporter.export(source("integer"), tmp_path / "target")
+        exporter.ONNX().export(source("integer"), tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError):
-        exporter.export(tmp_path / "empty", tmp_path / "target")
+        exporter.ONNX().export(tmp_path / "empty", tmp_path / "target")
     assert list(tmp_path.iterdir()) == [tmp_path / "empty"]

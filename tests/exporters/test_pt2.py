@@ -27,7 +27,7 @@ def saved(graph: Graph, folder: Path) -> Path:
 @pytest.mark.parametrize("name", ["residual", "vit"])
 def test_round_trip(name: str, tmp_path: Path) -> None:
     graph = residual() if name == "residual" else read(vision_architectures.make(name, tmp_path / "source"))
-    done = pt2.export(saved(graph, tmp_path), tmp_path / "out")
+    done = pt2.PT2().export(saved(graph, tmp_path), tmp_path / "out")
     path = tmp_path / "out" / "model.pt2"
     assert done.target == "pt2" and done.nbytes == path.stat().st_size
     assert done.checked.startswith("loaded by torch.export") and "largest difference" in done.checked
@@ -43,7 +43,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 
 def test_nothing_of_the_machine_is_in_the_file(tmp_path: Path) -> None:
-    pt2.export(saved(residual(), tmp_path), tmp_path / "out")
+    pt2.PT2().export(saved(residual(), tmp_path), tmp_path / "out")
     with zipfile.ZipFile(tmp_path / "out" / "model.pt2") as file:
         contents = [file.read(name) for name in file.namelist()]
     assert not any(part in content for content in contents for part in MACHINE)
@@ -51,15 +51,15 @@ def test_nothing_of_the_machine_is_in_the_file(tmp_path: Path) -> None:
 
 def test_what_is_no_graph(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="holds no graph"):
-        pt2.export(tmp_path, tmp_path / "out")
+        pt2.PT2().export(tmp_path, tmp_path / "out")
 
 
 def test_an_output_that_exists(tmp_path: Path) -> None:
     source = saved(chain((3,), nn.Linear(3, 2)), tmp_path)
-    pt2.export(source, tmp_path / "out")
+    pt2.PT2().export(source, tmp_path / "out")
     with pytest.raises(OutputError, match="exists"):
-        pt2.export(source, tmp_path / "out")
-    pt2.export(source, tmp_path / "out", overwrite=True)
+        pt2.PT2().export(source, tmp_path / "out")
+    pt2.PT2().export(source, tmp_path / "out", overwrite=True)
 
 
 def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeyp
     other = pt2._exported(chain((3,), nn.Linear(3, 2, bias=False)))
     monkeypatch.setattr(pt2, "_exported", lambda graph: other)
     with pytest.raises(MachineError, match="something else"):
-        pt2.export(source, tmp_path / "out")
+        pt2.PT2().export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -77,6 +77,6 @@ def test_a_graph_that_cannot_be_recorded(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.export, "export", fails)
     with pytest.raises(UnsupportedError) as caught:
-        pt2.export(saved(chain((3,), nn.Linear(3, 2)), tmp_path), tmp_path / "out")
+        pt2.PT2().export(saved(chain((3,), nn.Linear(3, 2)), tmp_path), tmp_path / "out")
     assert caught.value.cause == "torch.export cannot record this graph: first"
     assert not (tmp_path / "out").exists()

@@ -74,7 +74,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_standard_layout_goes_over_byte_for_byte(compressed: Callable[[str], Path], tmp_path: Path) -> None:
     source = compressed("llama")
-    exporter.export(source, tmp_path / "new" / "target")
+    exporter.Safetensors().export(source, tmp_path / "new" / "target")
     expected = files(source) | {MARK: b""}
     # What belongs to the run and not to the checkpoint stays behind.
     del expected["report.json"]
@@ -87,7 +87,7 @@ def test_dense_weights_load_with_the_stock_loader(kind: str, compressed: Callabl
     from transformers import AutoModelForCausalLM
 
     source, target = compressed(kind), tmp_path / "dense"
-    exporter.export(source, target, exporter.Config(dequantize=True))
+    exporter.Safetensors(dequantize=True).export(source, target)
     ids = torch.randint(99, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = runtime.load(source, packed=False)(input_ids=ids).logits
@@ -101,10 +101,10 @@ def test_dense_weights_load_with_the_stock_loader(kind: str, compressed: Callabl
 def test_several_shards_hold_the_same(
     compressed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exporter.export(compressed("llama"), tmp_path / "one", exporter.Config(dequantize=True))
+    exporter.Safetensors(dequantize=True).export(compressed("llama"), tmp_path / "one")
     monkeypatch.setattr(_packed, "SHARD_BYTES", 20_000)
-    exporter.export(compressed("llama"), tmp_path / "many", exporter.Config(dequantize=True))
-    exporter.export(tmp_path / "many", tmp_path / "copied")
+    exporter.Safetensors(dequantize=True).export(compressed("llama"), tmp_path / "many")
+    exporter.Safetensors().export(tmp_path / "many", tmp_path / "copied")
     one, many = Checkpoint.open(tmp_path / "one"), Checkpoint.open(tmp_path / "many")
     assert len(files(tmp_path / "many")) > len(files(tmp_path / "one")) + 2
     assert files(tmp_path / "copied") == files(tmp_path / "many")
@@ -114,7 +114,7 @@ def test_several_shards_hold_the_same(
 
 def test_a_dense_checkpoint_is_copied(compressed: Callable[[str], Path], tmp_path: Path) -> None:
     source = compressed("llama").parent / "source"
-    exporter.export(source, tmp_path / "target", exporter.Config(dequantize=True))
+    exporter.Safetensors(dequantize=True).export(source, tmp_path / "target")
     assert files(tmp_path / "target") == files(source) | {MARK: b""}
 
 
@@ -123,7 +123,7 @@ def test_layers_without_a_place_are_named(
     kind: str, reason: str, compressed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        exporter.export(compressed(kind), tmp_path / "target")
+        exporter.Safetensors().export(compressed(kind), tmp_path / "target")
     assert reason in caught.value.cause and ".0." in caught.value.cause and " more " in caught.value.cause
     assert "--dequantize" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
@@ -131,12 +131,12 @@ def test_layers_without_a_place_are_named(
 
 def test_an_output_that_exists(compressed: Callable[[str], Path], tmp_path: Path) -> None:
     source, target = compressed("llama"), tmp_path / "target"
-    exporter.export(source, target)
+    exporter.Safetensors().export(source, target)
     (target / "note.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
-        exporter.export(source, target)
+        exporter.Safetensors().export(source, target)
     assert (target / "note.txt").exists()
-    exporter.export(source, target, overwrite=True)
+    exporter.Safetensors().export(source, target, overwrite=True)
     assert not (target / "note.txt").exists()
     assert list(tmp_path.iterdir()) == [target]
 
@@ -144,7 +144,7 @@ def test_an_output_that_exists(compressed: Callable[[str], Path], tmp_path: Path
 def test_overwrite_spares_what_is_no_checkpoint(compressed: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="holds no export"):
-        exporter.export(compressed("llama"), tmp_path, overwrite=True)
+        exporter.Safetensors().export(compressed("llama"), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -153,7 +153,7 @@ def test_the_source_is_never_replaced(compressed: Callable[[str], Path]) -> None
     before = files(source)
     for target in (source, source.parent):
         with pytest.raises(OutputError, match="holds the checkpoint"):
-            exporter.export(source, target, overwrite=True)
+            exporter.Safetensors().export(source, target, overwrite=True)
     assert files(source) == before
 
 
@@ -162,7 +162,7 @@ def test_a_disk_that_fails_leaves_nothing_behind(
     number: int, message: str, compressed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = compressed("llama"), tmp_path / "target"
-    exporter.export(source, target)
+    exporter.Safetensors().export(source, target)
     before = files(target)
 
     def fail(*_: Any) -> None:
@@ -170,14 +170,14 @@ def test_a_disk_that_fails_leaves_nothing_behind(
 
     monkeypatch.setattr(exporter.shutil, "copyfile", fail)
     with pytest.raises(OutputError, match=message):
-        exporter.export(source, target, overwrite=True)
+        exporter.Safetensors().export(source, target, overwrite=True)
     assert files(target) == before
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
-        exporter.export(tmp_path, tmp_path / "target")
+        exporter.Safetensors().export(tmp_path, tmp_path / "target")
 
 
 def graph_checkpoint(graph: Graph, folder: Path) -> Path:
@@ -195,7 +195,7 @@ def test_a_classifier_loads_again_as_one(name: str, tmp_path: Path) -> None:
     last = graph.sites()[-1].name
     weight: Any = graph.layer(last).weight
     graph.set_weight(last, 1.25 * weight)
-    done = exporter.export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
+    done = exporter.Safetensors().export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
     assert done.checked.startswith("loaded by transformers") and done.remarks == ()
     network, info = AutoModelForImageClassification.from_pretrained(tmp_path / "target", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -213,7 +213,7 @@ def test_a_classifier_in_half_precision_keeps_the_passes_weights(tmp_path: Path)
     graph = read(tmp_path / "original")
     weight: Any = graph.layer("classifier.1").weight
     graph.set_weight("classifier.1", weight * 1.0001)
-    exporter.export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
+    exporter.Safetensors().export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
     network = AutoModelForImageClassification.from_pretrained(tmp_path / "target")
     assert torch.equal(network.get_parameter("classifier.1.weight"), weight)
 
@@ -229,7 +229,7 @@ def test_a_classifier_in_half_precision_keeps_the_passes_weights(tmp_path: Path)
 def test_an_image_processor_goes_along(preprocess: Preprocess, tmp_path: Path) -> None:
     original = vision_architectures.make("resnet", tmp_path / "original")
     graph = read(original, preprocess=preprocess)
-    done = exporter.export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
+    done = exporter.Safetensors().export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
     found = Preprocess.read(tmp_path / "target")
     assert done.remarks == () and found is not None
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
@@ -239,7 +239,7 @@ def test_an_image_processor_goes_along(preprocess: Preprocess, tmp_path: Path) -
 def test_an_image_processor_that_there_is_not(tmp_path: Path) -> None:
     original = vision_architectures.make("resnet", tmp_path / "original")
     graph = read(original, preprocess=Preprocess(mode="bgr", scale=1 / 255))
-    (remark,) = exporter.export(graph_checkpoint(graph, tmp_path), tmp_path / "target").remarks
+    (remark,) = exporter.Safetensors().export(graph_checkpoint(graph, tmp_path), tmp_path / "target").remarks
     assert "preprocessor_config.json" in remark
     assert not (tmp_path / "target" / "preprocessor_config.json").exists()
 
@@ -249,7 +249,7 @@ def test_a_classifier_that_is_none_any_more(tmp_path: Path) -> None:
     (tmp_path / "folded").mkdir()
     graph_sweep(graph_checkpoint(graph, tmp_path), tmp_path / "folded", PassStep.model_validate("fold"))
     with pytest.raises(UnsupportedError) as caught:
-        exporter.export(tmp_path / "folded", tmp_path / "target")
+        exporter.Safetensors().export(tmp_path / "folded", tmp_path / "target")
     assert "no resnet of transformers" in caught.value.cause and "convolution.bias" in caught.value.cause
     assert "running_mean" in caught.value.cause and "--to onnx" in caught.value.remedy
     assert not (tmp_path / "target").exists()
@@ -260,7 +260,7 @@ def test_a_classifier_with_code_of_its_own(tmp_path: Path) -> None:
     config = {**(graph.facts.config or {}), "auto_map": {"AutoConfig": "mine.Config"}}
     graph.facts = graph.facts.model_copy(update={"config": config})
     with pytest.raises(UnsupportedError, match="own Python code"):
-        exporter.export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
+        exporter.Safetensors().export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
 
 
 class Network(torch.nn.Module):
@@ -294,7 +294,7 @@ def test_a_network_loads_into_its_own_class(kind: str, tmp_path: Path, monkeypat
     weight: Any = graph.layer("head").weight
     graph.set_weight("head", 0.5 * weight)
     graph.facts = graph.facts.model_copy(update={"classes": tuple("abcde")})
-    done = exporter.export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
+    done = exporter.Safetensors().export(graph_checkpoint(graph, tmp_path), tmp_path / "target")
     assert done.checked == "" and done.remarks == ()
     again = Network().eval()
     again.load_state_dict(load_file(tmp_path / "target" / "model.safetensors"), strict=True)
@@ -303,7 +303,7 @@ def test_a_network_loads_into_its_own_class(kind: str, tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "target" / "config.json").read_text()) == {"classes": list("abcde")}
     assert int(again.get_buffer("stem.1.num_batches_tracked")) == 0
     # Known again as an export, it may be replaced.
-    exporter.export(tmp_path / "graph", tmp_path / "target", overwrite=True)
+    exporter.Safetensors().export(tmp_path / "graph", tmp_path / "target", overwrite=True)
 
 
 def test_packed_layers_of_a_graph_have_no_place(tmp_path: Path) -> None:
@@ -314,9 +314,9 @@ def test_packed_layers_of_a_graph_have_no_place(tmp_path: Path) -> None:
         graph.set_weight(site.name, linear.Linear(granularity="channel").apply(layer).weight)
     source = graph_checkpoint(graph, tmp_path)
     with pytest.raises(UnsupportedError) as caught:
-        exporter.export(source, tmp_path / "target")
+        exporter.Safetensors().export(source, tmp_path / "target")
     assert "stem, block.a, block.b and 1 more" in caught.value.cause and "--dequantize" in caught.value.remedy
-    exporter.export(source, tmp_path / "target", exporter.Config(dequantize=True))
+    exporter.Safetensors(dequantize=True).export(source, tmp_path / "target")
     assert {file.name for file in (tmp_path / "target").iterdir()} == {"model.safetensors", MARK}
     found = load_file(tmp_path / "target" / "model.safetensors")
     assert torch.equal(found["stem.weight"].reshape(8, 27), graph.stored["stem"].dequantize())

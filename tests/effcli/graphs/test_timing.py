@@ -93,7 +93,7 @@ def test_without_a_package(package: str, floating: Path, integer: Path, without:
 def test_exports(floating: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", exc_type=ImportError)
     exporter = exporters.load("onnx")
-    exporter.export(floating, tmp_path / "half", exporter.Config(precision="float16"))
+    exporter.model_validate({"precision": "float16"}).export(floating, tmp_path / "half")
     found = timing.of_onnx(tmp_path / "half", 1)
     assert found.runtime == "onnxruntime float16" and found.threads == 1 and sound(found)
     assert timing.of_onnx(tmp_path / "half").threads == torch.get_num_threads()
@@ -101,7 +101,7 @@ def test_exports(floating: Path, tmp_path: Path) -> None:
 
 def test_any_source_is_timed(floating: Path, tmp_path: Path, without: Callable[[str], None]) -> None:
     without("onnx")
-    exporters.load("pt2").export(floating, tmp_path / "pt2")
+    exporters.load("pt2")().export(floating, tmp_path / "pt2")
     for model in (str(floating), str(tmp_path / "pt2" / "model.pt2"), "sample:cnn"):
         (found,) = timing.measure(model, threads=1)
         assert found.runtime == "torch float32" and sound(found)
