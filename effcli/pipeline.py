@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +27,7 @@ from effcli.documents import read_model
 from effcli.errors import EffcliError, OutputError, UnfinishedError, UnsupportedError, UserError, writing
 from effcli.machine import cpu_threads, device_name
 from effcli.plan import Plan
-from effcli.recipe import ExportStep, PassStep, Recipe
+from effcli.recipe import ExportStep, PassStep, Recipe, Step
 from effcli.reports import card, html
 from effcli.reports.human import size
 from effcli.reports.report import Exported, Report, Stage
@@ -84,6 +84,8 @@ def run(
     check_output(output, overwrite, Path(recipe.model).expanduser())
     for step in recipe.export:
         exporters.require(step.name)
+    for clash in filter(None, (step.clash for step in (*recipe.passes, *recipe.export))):
+        (listener or Silent()).say(clash)
     if recipe.device not in ("cpu", "auto"):
         raise UnsupportedError(
             f"this version compresses on the CPU, not on {recipe.device}",
@@ -162,7 +164,7 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
             "files": self.subject.request,
             "data": {str(path): of_path(path) for path in self._data()},
-            "versions": _software(),
+            "versions": _software(self.recipe.passes),
         }
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
@@ -305,7 +307,7 @@ class _Run:
             model=self.recipe.model,
             output=self.recipe.output,
             machine=_machine(),
-            software=_software(),
+            software=_software((*self.recipe.passes, *self.recipe.export)),
             stages=tuple(stages),
             verified=self.subject.verify(finished, stages) if self.recipe.evaluate.enabled else None,
             recipe=self.subject.settings,
@@ -401,6 +403,8 @@ def _machine() -> str:
     return f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def _software() -> dict[str, str]:
-    names = ("torch", "transformers", "compressed-tensors", "effcli")
+def _software(steps: Iterable[Step]) -> dict[str, str]:
+    """The versions of what computes, packages that `steps` come from among them."""
+    foreign = sorted({step.package for step in steps} - {""})
+    names = ("torch", "transformers", "compressed-tensors", "effcli", *foreign)
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

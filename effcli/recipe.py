@@ -18,13 +18,14 @@ from pydantic import model_serializer as serializer
 
 from effcli import exporters, passes, yamls
 from effcli.contract import Change, LayerPass, NetworkPass, Pass, SearchPass
-from effcli.errors import EffcliError, RecipeError, did_you_mean
+from effcli.errors import RecipeError, UserError, did_you_mean
 from effcli.exporter import Exporter
 from effcli.inputs import jsonl, tables
 from effcli.inputs.preprocess import Preprocess
 from effcli.mistakes import Mistakes, join, shown, validated
 from effcli.options import Options
 from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_step
+from effcli.registry import Registry
 
 # What a pass's `layers` may not override: these say which layers are taken, not how.
 _NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
@@ -111,9 +112,21 @@ class Step(Options):
     """Something by name with its options. In YAML `name` or `{name: {option: value}}`."""
 
     noun: ClassVar[str]
+    registry: ClassVar[Registry[Any]]
 
     name: str
     config: SerializeAsAny[Options]
+
+    @property
+    def package(self) -> str:
+        """The package that offers what is named, empty for effcli's own."""
+        entry = self.registry.find(self.name)
+        return "" if entry is None else entry.package
+
+    @property
+    def clash(self) -> str:
+        """A line on other packages that have something of this name, too; empty where none has."""
+        return self.registry.clashes().get(self.name, "")
 
     @classmethod
     def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
@@ -151,15 +164,17 @@ class PassStep(Step):
     """One step of a recipe: a pass with its options."""
 
     noun: ClassVar[str] = "a step"
+    registry: ClassVar[Registry[Any]] = passes.REGISTRY
 
     config: SerializeAsAny[Pass]
 
     @classmethod
     def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Pass | None:
-        if name not in passes.PASSES:
-            mistakes.add(path, f"there is no pass {name!r}; {did_you_mean(name, passes.PASSES)}")
+        try:
+            config_type = passes.load(name)
+        except UserError as error:
+            mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
             return None
-        config_type = passes.load(name)
         config = validated(config_type, options, path, mistakes, owner=name)
         chosen = None if config is None else cls._chosen(config, path, mistakes)
         if chosen is None:
@@ -175,7 +190,7 @@ class PassStep(Step):
         if not isinstance(config, SearchPass):
             return None
         name, options = config.base
-        if name in passes.PASSES:
+        if passes.REGISTRY.find(name) is not None:
             searched = passes.load(name)
             if "bits" not in searched.model_fields or not issubclass(searched, LayerPass):
                 mistakes.add(join(path, "using"), f"{name} has no number of bits to choose; take awq or linear")
@@ -209,17 +224,18 @@ class ExportStep(Step):
     """A further format to write: a target with its options."""
 
     noun: ClassVar[str] = "an export"
+    registry: ClassVar[Registry[Any]] = exporters.REGISTRY
 
     config: SerializeAsAny[Exporter]
 
     @classmethod
     def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Exporter | None:
         try:
-            exporters.check(name)
-        except EffcliError as error:
+            config_type = exporters.load(name)
+        except UserError as error:
             mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
             return None
-        return validated(exporters.load(name), options, path, mistakes, owner=name)
+        return validated(config_type, options, path, mistakes, owner=name)
 
 
 class Recipe(Options):
@@ -512,8 +528,13 @@ def _plain_step(step: Any) -> Any:
     """A step given from Python as plain data, so that overrides reach its options."""
     if isinstance(step, Pass):
         place = f"{type(step).__module__}:{type(step).__qualname__}"
-        names = [name for name, entry in passes.PASSES.items() if entry.place == place]
-        return {name: step.model_dump(mode="json", exclude_unset=True) for name in names}
+        name = next((name for name, entry in passes.REGISTRY.known().items() if entry.place == place), None)
+        if name is None:
+            raise RecipeError(
+                f"the pass {place} has no name that a recipe could say",
+                "offer it as an entry point of the group effcli.passes: see docs/extending.md",
+            )
+        return {name: step.model_dump(mode="json", exclude_unset=True)}
     return plain(step)
 
 

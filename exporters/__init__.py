@@ -1,27 +1,20 @@
 """The export targets by name. Explicit, so that listing them imports neither torch nor the exporters themselves.
 
 An exporter `exporters/<target>.py` holds one class, an `effcli.exporter.Exporter`: its options and how it writes.
+Other packages add theirs through the entry points `effcli.exporters`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from effcli import onnx_session
 from effcli.errors import UnsupportedError, UserError, did_you_mean
+from effcli.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from effcli.exporter import Exporter
-
-
-class Entry(NamedTuple):
-    """Where the class of an exporter is, as `module:Class`, and one line about it."""
-
-    place: str
-    summary: str
-    packages: tuple[str, ...] = ()  # what it needs beside effcli's own dependencies, all in the extra of its name
 
 
 TARGETS: dict[str, Entry] = {
@@ -42,18 +35,20 @@ TARGETS: dict[str, Entry] = {
     "pt2": Entry("effcli.exporters.pt2:PT2", "A graph that torch.export.load reads, weights dense."),
 }
 
+REGISTRY: Registry[Exporter] = Registry("export target", "effcli.exporters", ("effcli.exporter:Exporter",), TARGETS)
+
 
 def check(target: str) -> None:
-    """Raise `UnsupportedError` unless this version exports to `target`."""
-    if target in TARGETS:
-        return
-    raise UnsupportedError(f"there is no export target {target!r}", did_you_mean(target, TARGETS))
+    """Raise `UnsupportedError` unless there is an export to `target`."""
+    if REGISTRY.find(target) is None:
+        raise UnsupportedError(f"there is no export target {target!r}", did_you_mean(target, REGISTRY.known()))
 
 
 def require(target: str) -> None:
     """Raise `UserError` unless the packages that an export to `target` needs are installed."""
     check(target)
-    missing = [name for name in TARGETS[target].packages if find_spec(name) is None]
+    wanted = TARGETS[target].packages if target in TARGETS else ()
+    missing = [name for name in wanted if find_spec(name) is None]
     if missing:
         raise UserError(
             f"an export to {target} needs {' and '.join(missing)}, not installed here",
@@ -64,9 +59,7 @@ def require(target: str) -> None:
 def load(target: str) -> type[Exporter]:
     """The class that exports to `target`."""
     check(target)
-    module, _, own = TARGETS[target].place.partition(":")
-    found: type[Exporter] = getattr(import_module(module), own)
-    return found
+    return REGISTRY.load(target)
 
 
-__all__ = ["TARGETS", "Entry", "check", "load", "require"]
+__all__ = ["REGISTRY", "TARGETS", "check", "load", "require"]

@@ -1,22 +1,17 @@
-"""The passes by name. Explicit, so that listing them imports neither torch nor the passes themselves."""
+"""The passes by name. Explicit, so that listing them imports neither torch nor the passes themselves.
+
+Other packages add theirs through the entry points `effcli.passes`.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from effcli.errors import RecipeError, did_you_mean
+from effcli.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from effcli.contract import Pass
-
-
-class Entry(NamedTuple):
-    """Where the class of a pass is, as `module:Class`, and one line about it."""
-
-    place: str
-    summary: str
-
 
 PASSES: dict[str, Entry] = {
     "linear": Entry(
@@ -81,14 +76,16 @@ PASSES: dict[str, Entry] = {
     ),
 }
 
+REGISTRY: Registry[Pass] = Registry(
+    "pass", "effcli.passes", tuple(f"effcli.contract:{kind}Pass" for kind in ("Layer", "Network", "Search")), PASSES
+)
+
 
 def load(name: str) -> type[Pass]:
     """The class of the pass `name`; `RecipeError` with the nearest names when there is none."""
-    if name not in PASSES:
-        raise RecipeError(f"there is no pass {name!r}", did_you_mean(name, PASSES))
-    module, _, own = PASSES[name].place.partition(":")
-    found: type[Pass] = getattr(import_module(module), own)
-    return found
+    if REGISTRY.find(name) is None:
+        raise RecipeError(f"there is no pass {name!r}", did_you_mean(name, REGISTRY.known()))
+    return REGISTRY.load(name)
 
 
-__all__ = ["PASSES", "Entry", "load"]
+__all__ = ["PASSES", "REGISTRY", "load"]

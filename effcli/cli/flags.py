@@ -28,7 +28,7 @@ Steps = Annotated[
         metavar="NAME[:KEY=VALUE,...]",
         help="A pass with its options; several are carried out in order. See `effcli passes`.",
         show_default=False,
-        autocompletion=lambda: list(passes.PASSES),
+        autocompletion=lambda: list(passes.REGISTRY.known()),
     ),
 ]
 Bits = Annotated[int | None, typer.Option("--bits", help="Bits per weight of the one pass.", show_default=False)]
@@ -56,7 +56,7 @@ Export = Annotated[
         metavar="TARGET[:KEY=VALUE,...]",
         help=f"Also write OUT/exports/TARGET: {', '.join(exporters.TARGETS)}.",
         show_default=False,
-        autocompletion=lambda: list(exporters.TARGETS),
+        autocompletion=lambda: list(exporters.REGISTRY.known()),
     ),
 ]
 Weights = Annotated[

@@ -6,28 +6,32 @@ from typing import Annotated
 
 import typer
 
+from effcli import exporters
 from effcli import passes as pass_table
 from effcli.cli.flags import Debug, Json
 from effcli.cli.printing import print_json, show
 
 
 def passes(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
-    """List the passes."""
+    """List the passes, and the export targets of other packages."""
     if context.invoked_subcommand is not None:
         return
+    known = pass_table.REGISTRY.known()
     if json:
-        print_json({name: entry.summary for name, entry in pass_table.PASSES.items()})
+        print_json({name: entry.summary for name, entry in known.items()})
         return
     from effcli.reports import screen
 
-    show(screen.passes_table({name: entry.summary for name, entry in pass_table.PASSES.items()}))
+    targets = {name: entry for name, entry in exporters.REGISTRY.known().items() if entry.package}
+    clashes = (*pass_table.REGISTRY.clashes().values(), *exporters.REGISTRY.clashes().values())
+    show(screen.passes_table(known, targets, clashes))
 
 
 def passes_show(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="A pass.", show_default=False, autocompletion=lambda: list(pass_table.PASSES)
+            metavar="NAME", help="A pass.", show_default=False, autocompletion=lambda: list(pass_table.REGISTRY.known())
         ),
     ],
     json: Json = False,
@@ -40,4 +44,4 @@ def passes_show(
         return
     from effcli.reports import screen
 
-    show(screen.options_table(name, pass_table.PASSES[name].summary, found))
+    show(screen.options_table(name, pass_table.REGISTRY.known()[name].summary, found))

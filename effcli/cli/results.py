@@ -29,7 +29,7 @@ def export(
             metavar="TARGET[:KEY=VALUE,...]",
             help=f"One of {', '.join(exporters.TARGETS)}, with its options.",
             show_default=False,
-            autocompletion=lambda: list(exporters.TARGETS),
+            autocompletion=lambda: list(exporters.REGISTRY.known()),
         ),
     ],
     output: Annotated[
@@ -49,6 +49,8 @@ def export(
 
     step = recipe.check_export(to, _options(context.args))
     exporters.require(step.name)
+    if step.clash:
+        say(step.clash)
     target = output if output is not None else source / "exports" / step.name
     done = step.config.export(source, target, overwrite)
     say(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))

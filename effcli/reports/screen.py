@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from effcli.recipe import Recipe
+    from effcli.registry import Entry
     from effcli.reports.report import ClassRow, Quality, Report, Speed, Stage
 
 # So many classes are listed whole.
@@ -133,9 +134,19 @@ def speed_table(speed: Speed) -> Table:
     )
 
 
-def passes_table(summaries: Mapping[str, str]) -> Table:
-    """The passes, one line each."""
-    return _table(summaries.items())
+def passes_table(
+    passes: Mapping[str, Entry], targets: Mapping[str, Entry] = MappingProxyType({}), remarks: Iterable[str] = ()
+) -> RenderableType:
+    """The passes, and the export targets of other packages, one line each with the package; then remarks."""
+
+    def rows(entries: Mapping[str, Entry]) -> list[tuple[str, ...]]:
+        foreign = any(entry.package for entry in entries.values())
+        return [(name, entry.summary, *([entry.package] if foreign else [])) for name, entry in entries.items()]
+
+    parts: list[RenderableType] = [_table(rows(passes))]
+    if targets:
+        parts += [Text(), Text("export targets of other packages", style="bold"), _table(rows(targets))]
+    return Group(*parts, *(Text(remark, style="yellow") for remark in remarks))
 
 
 def options_table(name: str, summary: str, options: type[BaseModel]) -> RenderableType:
