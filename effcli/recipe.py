@@ -28,7 +28,7 @@ from effcli.overrides import apply_overrides, parse_pass, plain, set_on_only_ste
 from effcli.registry import Registry
 
 # What a pass's `layers` may not override: these say which layers are taken, not how.
-_NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
+NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
 
 
 # What reads no text needs more samples than windows of hundreds of tokens, and takes more of them at once.
@@ -102,7 +102,7 @@ class Evaluate(Options):
         """Whether anything is measured on text."""
         return self.perplexity is not False or self.choices is not None
 
-    @field_validator("perplexity", "images", mode="before")
+    @field_validator("perplexity", "images", mode="before", json_schema_input_type=str | bool | None)
     @classmethod
     def _null_is_off(cls, value: Any) -> Any:
         return False if value is None else value
@@ -307,7 +307,7 @@ class Recipe(Options):
                 )
         return self
 
-    @field_validator("evaluate", mode="before")
+    @field_validator("evaluate", mode="before", json_schema_input_type=Evaluate | bool | None)
     @classmethod
     def _switch(cls, value: Any) -> Any:
         if value is None or value is False:
@@ -509,11 +509,11 @@ def _check_layers(
         here = join(path, "layers", str(pattern))
         if not isinstance(override, Mapping):
             continue  # said by the type of `layers` itself
-        allowed = [key for key in config_type.model_fields if key not in _NOT_PER_LAYER]
+        allowed = [key for key in config_type.model_fields if key not in NOT_PER_LAYER]
         for key in override:
-            if key in _NOT_PER_LAYER:
+            if key in NOT_PER_LAYER:
                 mistakes.add(join(here, str(key)), f"belongs to the whole pass; one layer can set {', '.join(allowed)}")
-        own = {key: value for key, value in override.items() if key not in _NOT_PER_LAYER}
+        own = {key: value for key, value in override.items() if key not in NOT_PER_LAYER}
         found = Mistakes()
         validated(config_type, common | own, here, found, owner=name, known=allowed)
         # The pass's own mistakes were reported at their own place; here only those of this entry count.

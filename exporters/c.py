@@ -40,7 +40,7 @@ def _bytes(value: Any) -> Any:
     return int(found[1]) * _UNIT[found[2]]
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1)]
 
 
 class LayerRow(Options):

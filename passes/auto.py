@@ -69,7 +69,7 @@ class Auto(SearchPass):
     def _in_order(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(set(value)))
 
-    @field_validator("size", mode="before")
+    @field_validator("size", mode="before", json_schema_input_type=int | str | None)
     @classmethod
     def _with_unit(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -79,7 +79,7 @@ class Auto(SearchPass):
             raise ValueError(f"{value!r} is no size; write it like 40MB or 1.5GB")
         return int(float(match[1]) * _UNITS[match[2].lower()])
 
-    @field_validator("perplexity_increase", "accuracy_drop", mode="before")
+    @field_validator("perplexity_increase", "accuracy_drop", mode="before", json_schema_input_type=float | str | None)
     @classmethod
     def _percent(cls, value: Any) -> Any:
         match = re.fullmatch(r"\s*([\d.]+)\s*%\s*", value) if isinstance(value, str) else None

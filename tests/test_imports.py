@@ -28,6 +28,7 @@ KNOW_PASSES = {
     "effcli.language.blockwork",
     "effcli.language.sweep",
     "effcli.recipe",
+    "effcli.schema",
 }
 # The modules that stand above the passes: nothing below may lean on them.
 ABOVE = (

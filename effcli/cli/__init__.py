@@ -37,6 +37,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "verify": results.verify,
     "compare": results.compare,
     "report": results.report,
+    "schema": passes.schema,
 }
 # An export takes the options of its target, which the target itself checks.
 _SETTINGS = {"export": {"allow_extra_args": True, "ignore_unknown_options": True}}

@@ -1,4 +1,4 @@
-"""`passes`: the list of passes, and the options of one."""
+"""`passes`: the list of passes, and the options of one; `schema`: those of a whole recipe."""
 
 from __future__ import annotations
 
@@ -45,3 +45,14 @@ def passes_show(
     from effcli.reports import screen
 
     show(screen.options_table(name, pass_table.REGISTRY.known()[name].summary, found))
+
+
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of a recipe, by which an editor completes YAML.
+
+    `effcli schema > recipe.schema.json`, and in a recipe as the first line
+    `# yaml-language-server: $schema=recipe.schema.json`.
+    """
+    from effcli.schema import recipe_schema
+
+    print_json(recipe_schema())

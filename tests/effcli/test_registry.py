@@ -94,7 +94,9 @@ def test_summaries_are_read_and_nothing_is_imported(offer: Offer) -> None:
     (site / "effcli_loud-1.0.dist-info" / "entry_points.txt").write_text(
         "[effcli.passes]\nloud = effcli_loud:Halve\ninner = outer.inner:Named\n[effcli.exporters]\nhalves = outer:Out\n"
     )
-    code = "import sys, effcli.cli; effcli.cli.main(['passes']); print(*[name in sys.modules for name in ('torch', 'outer')])"
+    code = (
+        "import sys, effcli.cli as c; c.main(['passes']); print(*[name in sys.modules for name in ('torch', 'outer')])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "150"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
