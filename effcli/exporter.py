@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effcli.exporters._target import nbytes, replacing
 from effcli.options import Options
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Exporter(Options, ABC):
         """Write the finished checkpoint `source` to the directory `target`, whole or not at all.
 
         Raises `UnsupportedError` for what the target has no place for, and `OutputError` when `target` exists (without
-        `overwrite`) or cannot be written.
+        `overwrite`) or cannot be written: `replacing` makes the directory and sees to that.
         """
 
     def table(self, folder: Path) -> Sequence[Options]:
@@ -40,4 +41,4 @@ class Exporter(Options, ABC):
         return None
 
 
-__all__ = ["Exporter"]
+__all__ = ["Exporter", "nbytes", "replacing"]

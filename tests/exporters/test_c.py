@@ -193,5 +193,5 @@ def test_a_damaged_plan(tmp_path: Path, damage: str | None) -> None:
     if damage is not None:
         (tmp_path / "plan.json").write_text(damage)
     with pytest.raises(CheckpointError, match=r"plan\.json is") as caught:
-        c.table(tmp_path)
+        c.C().table(tmp_path)
     assert caught.value.remedy == "export it again"

@@ -1,0 +1,129 @@
+"""The templates of docs/templates do what docs/extending.md says of them, each as a package of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import packages
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from effcli.cli import main
+from effcli.errors import CheckpointError
+from effcli.graphs.graph import Graph
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = ROOT / "docs" / "templates"
+SMALL_TEXT = ("--set", "calibration.samples=2", "--set", "calibration.length=32")
+SMALL_IMAGES = ("--set", "calibration.samples=32")
+
+Install = Callable[[str, str, str, str], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Installs a template as a package that offers its class under a name."""
+
+    def make(template: str, group: str, name: str, kind: str) -> None:
+        text = (TEMPLATES / f"{template}_template.py").read_text(encoding="utf-8")
+        module = f"effcli_own_{template}"
+        packages.install(
+            tmp_path / "site", f"effcli-own-{template}", {group: {name: f"{module}:{kind}"}}, {f"{module}.py": text}
+        )
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return make
+
+
+def layers(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that the passes of the templates change, as matrices."""
+    if (folder / "graph.json").is_file():
+        graph = Graph.read(folder)
+        return {site.name: graph.layer(site.name).weight.flatten(1) for site in graph.sites()}
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if re.search(r"layers\..*_proj\.weight$", name)}
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"), [("pass", "Magnitude"), ("statistic", "Usual")], ids=("magnitude", "usual")
+)
+@pytest.mark.parametrize(("model", "small"), [("sample:cnn", SMALL_IMAGES), ("sample:lm", SMALL_TEXT)])
+def test_passes(template: str, kind: str, model: str, small: tuple[str, ...], install: Install, tmp_path: Path) -> None:
+    install(template, "effcli.passes", "prune", kind)
+    out = tmp_path / "out"
+    assert main(["plan", model, "--pass", "prune"]) == 0
+    assert main(["compress", model, "--pass", "prune:sparsity=0.25", *small, "--no-eval", "-o", str(out)]) == 0
+    found = layers(out)
+    assert len(found) > 10
+    for name, weight in found.items():
+        zeros = (weight == 0).sum(1)
+        assert bool((zeros >= int(0.25 * weight.shape[1])).all()), name
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["software"][f"effcli-own-{template}"] == "1.0"
+    assert {row["status"] for row in report["stages"][1]["ledger"]} <= {"changed", "kept"}
+    assert main(["run", str(out / "recipe.yaml"), "--no-eval", "-o", str(tmp_path / "again")]) == 0
+    again = layers(tmp_path / "again")
+    assert all(torch.equal(weight, again[name]) for name, weight in found.items())
+
+
+def test_the_pass_is_short_and_prunes_the_smallest(install: Install) -> None:
+    assert len((TEMPLATES / "pass_template.py").read_text(encoding="utf-8").splitlines()) < 40
+    from effcli.contract import UNSEEN, Layer
+
+    kind = runpy.run_path(str(TEMPLATES / "pass_template.py"))["Magnitude"]
+    weight = torch.tensor([[3.0, -1.0, 2.0, -4.0], [0.5, 0.25, -2.0, 1.0]])
+    pruned = kind(sparsity=0.5).apply(Layer("layer", "linear", weight, torch.float32), UNSEEN).weight
+    assert pruned.tolist() == [[3.0, 0.0, 0.0, -4.0], [0.0, 0.0, -2.0, 1.0]]
+    assert torch.equal(kind(sparsity=0).apply(Layer("layer", "linear", weight, torch.float32), UNSEEN).weight, weight)
+
+
+def test_an_exporter(install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install("exporter", "effcli.exporters", "npz", "Npz")
+    out = tmp_path / "out"
+    assert main(["compress", "sample:cnn", "--pass", "fold", "--export", "npz", "--no-eval", "-o", str(out)]) == 0
+    state = Graph.read(out).module.state_dict()
+    with np.load(out / "exports" / "npz" / "weights.npz") as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {name: state[name].tolist() for name in state}
+    capsys.readouterr()
+    assert main(["export", str(out), "--to", "npz", "--half", "-o", str(tmp_path / "half")]) == 0
+    shown = capsys.readouterr().out
+    assert "written:" in shown and next(iter(state)) in shown
+    with np.load(tmp_path / "half" / "weights.npz") as arrays:
+        assert {arrays[name].dtype for name in arrays} == {np.dtype(np.float16)}
+    assert main(["export", str(out), "--to", "npz", "-o", str(tmp_path / "half")]) == 1
+    assert main(["export", str(out), "--to", "npz", "--overwrite", "-o", str(tmp_path / "half")]) == 0
+    assert main(["export", str(out), "--to", "npz", "--hal", "-o", str(tmp_path / "other")]) == 1
+    assert "npz has no option 'hal'" in capsys.readouterr().err
+
+
+def test_an_importer(tmp_path: Path) -> None:
+    read_chain = runpy.run_path(str(TEMPLATES / "importer_template.py"))["read_chain"]
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"0.weight": (8, 6), "0.bias": (8,), "1.weight": (3, 8), "1.bias": (3,)}
+    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    file = tmp_path / "chain.npz"
+    np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    graph = read_chain(file)
+    inputs = torch.randn(5, 6, generator=generator)
+    hidden = (inputs @ tensors["0.weight"].t() + tensors["0.bias"]).relu()
+    assert torch.allclose(graph.run(inputs), hidden @ tensors["1.weight"].t() + tensors["1.bias"], atol=1e-5)
+    (tmp_path / "chain").mkdir()
+    graph.save(tmp_path / "chain")
+    assert (
+        main(["compress", str(tmp_path / "chain"), "--pass", "linear", "--no-eval", "-o", str(tmp_path / "out")]) == 0
+    )
+    for damaged in ({}, {"0.weight": np.zeros((2, 2))}, {"0.weight": np.zeros(3), "0.bias": np.zeros(3)}):
+        np.savez(file, **damaged)
+        with pytest.raises(CheckpointError, match="holds no chain of linear layers"):
+            read_chain(file)
+    file.write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match="holds no chain of linear layers"):
+        read_chain(file)
