@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from effcli.formats import AffineWeight, Quantized
+from effcli.formats import Quantized
 from effcli.kernels.int8_matmul import quantize_tokens
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -61,12 +61,8 @@ class InputRounding:
 def round_inputs(module: nn.Module, weight: Quantized | Tensor) -> None:
     """Let `module` round its inputs as `weight` asks, and only so: what an earlier weight asked for is forgotten."""
     _forget(module)
-    if not isinstance(weight, AffineWeight) or weight.format.activations == "none":
-        return
-    if weight.activation_scale is None or weight.activation_zero is None:
-        module.register_forward_pre_hook(InputRounding())
-    else:
-        module.register_forward_pre_hook(InputRounding(float(weight.activation_scale), int(weight.activation_zero)))
+    if isinstance(weight, Quantized) and weight.format.rounds_inputs:
+        module.register_forward_pre_hook(InputRounding(*(weight.input_grid or ())))
 
 
 def keep_inputs(network: Network) -> Network:

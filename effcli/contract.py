@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.formats import Packing, Quantized, join_rows
+from effcli.formats import Packing, Quantized
 from effcli.options import Options
 from effcli.sites import Kind
 from effcli.statistics import Needs, Statistics
@@ -203,7 +203,7 @@ class Outcome:
                 weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight for weight in weights
             ]
             return Outcome(torch.cat(dense), notes)
-        return Outcome(join_rows(packed), notes)
+        return Outcome(packed[0].join(packed[1:]), notes)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from effcli.contract import Needs, Pass
 from effcli.errors import SelectionError, did_you_mean
-from effcli.formats import Affine, Codebook
 from effcli.language.skeleton import Skeleton
 from effcli.sites import LayerSite
 
@@ -139,13 +138,11 @@ def _check_group_sizes(choices: Iterable[Choice]) -> None:
     misfits: dict[int, list[LayerSite]] = {}
     widths: set[int] = set()
     for choice in choices:
-        format = getattr(choice.config, "format", None)
-        if isinstance(format, Affine) or (isinstance(format, Codebook) and format.fits_rows):
-            if not format.group_size:
-                continue
+        format = None if choice.config is None else choice.config.format
+        if format is not None and format.row_group:
             widths.add(choice.site.columns)
-            if choice.site.columns % format.group_size:
-                misfits.setdefault(format.group_size, []).append(choice.site)
+            if choice.site.columns % format.row_group:
+                misfits.setdefault(format.row_group, []).append(choice.site)
     for size, sites in misfits.items():
         common = math.gcd(*widths)
         fitting = sorted((n for n in range(8, 513) if common % n == 0), key=lambda n: abs(n - size))

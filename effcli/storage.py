@@ -15,58 +15,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
+from pydantic_core import CoreSchema, core_schema
 
 from effcli.checkpoint import check_config, read_config
 from effcli.documents import check_model
 from effcli.errors import CheckpointError, UnsupportedError
-from effcli.formats import Activations, Affine, Codebook, Packing, Strategy, format_from_json
+from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Strategy, format_from_json
+from effcli.formats.base import Bits, GroupSize
 from effcli.sites import Kind
 
 LAYOUT_VERSION = 1
 OWN_TYPE = "effcli"
 _RESTORE = "restore config.json from the original checkpoint"
-_Bits = Annotated[int, Field(strict=True, ge=1, le=8)]
-_GroupSize = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 
-class _Described(BaseModel):
-    """A compressed layer as effcli's own layout describes it."""
+class _Layer(Described):
+    """A compressed layer as effcli's own layout describes it: its format's description, and where the layer stands."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bits: _Bits
-    strategy: Strategy
-    group_size: _GroupSize
     kind: Kind
     input_scale: bool = Field(strict=True)
 
-
-class _DescribedAffine(_Described):
-    format: Literal["affine"]
-    symmetric: bool = Field(strict=True)
-    activations: Activations = "none"
-
-    @model_validator(mode="after")
-    def _possible(self) -> _DescribedAffine:
-        format_from_json(self.model_dump())
-        return self
+    def stored(self) -> Stored:
+        """The layer itself."""
+        return Stored(self.made(), self.kind, self.input_scale)
 
 
-class _DescribedCodebook(_Described):
-    format: Literal["codebook"]
-    codebook: Literal["kmeans", "nf4", "binary", "ternary"]
-    double: bool = Field(strict=True)
-    huffman: bool = Field(strict=True)
-    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
+class _ByFormat:
+    """Tells pydantic to check a layer against the description of the format that it names."""
 
-    @model_validator(mode="after")
-    def _possible(self) -> _DescribedCodebook:
-        format_from_json(self.model_dump())
-        return self
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        models = {name: create_model(name, __base__=(_Layer, kind.description)) for name, kind in FORMATS.items()}
+        choices = {name: handler.generate_schema(model) for name, model in models.items()}
+        return core_schema.tagged_union_schema(choices, discriminator="format")
 
 
-Described = Annotated[_DescribedAffine | _DescribedCodebook, Field(discriminator="format")]
+StoredLayer = Annotated[_Layer, _ByFormat()]
 
 
 class Own(BaseModel):
@@ -81,17 +65,17 @@ class Own(BaseModel):
     kind: Literal["graph", "integer"] | None = None
     config: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
-    layers: dict[str, Described]
+    layers: dict[str, StoredLayer]
 
     def stored(self) -> dict[str, Stored]:
         """The compressed layers by name."""
-        return {name: Stored.from_json(layer.model_dump()) for name, layer in self.layers.items()}
+        return {name: layer.stored() for name, layer in self.layers.items()}
 
 
 class _Weights(BaseModel):
-    num_bits: _Bits
+    num_bits: Bits
     strategy: Strategy
-    group_size: _GroupSize | None = None
+    group_size: GroupSize | None = None
 
 
 class _Inputs(BaseModel):
@@ -134,11 +118,7 @@ class Stored:
             return "an expert is a slice of a 3-D parameter"
         if self.kind != "linear":
             return f"a {self.kind} is not a linear"
-        if isinstance(self.format, Codebook):
-            return f"{self.format.kind} has no place in compressed-tensors"
-        if self.input_scale:
-            return "its input scale is explicit"
-        return ""
+        return self.format.standard_obstacle or ("its input scale is explicit" if self.input_scale else "")
 
 
 def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
@@ -146,8 +126,8 @@ def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
     alone = {name: stored.obstacle for name, stored in layers.items() if stored.obstacle}
     if alone:
         return alone
-    formats = {name: stored.format for name, stored in layers.items() if isinstance(stored.format, Affine)}
-    integer = {name: format.activations != "none" for name, format in formats.items()}
+    formats = _standard(layers)
+    integer = {name: format.rounds_inputs for name, format in formats.items()}
     if len(set(integer.values())) == 2:
         return _unusual(integer, "stock transformers reads packed layers or layers of int8 inputs, not both")
     if all(format.symmetric for format in formats.values()):
@@ -155,6 +135,12 @@ def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
     # Transformers reads zero points only when it dequantizes, and then takes every layer for one like the first.
     kinds = {name: (f.bits, f.symmetric, f.strategy == "tensor") for name, f in formats.items()}
     return _unusual(kinds, "stock transformers reads mixed bits only where all layers are symmetric")
+
+
+def _standard(layers: Mapping[str, Stored]) -> dict[str, Affine]:
+    """The scheme of every layer that compressed-tensors has one for."""
+    schemes = {name: stored.format.standard for name, stored in layers.items()}
+    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
 
 def _unusual(kinds: Mapping[str, Hashable], reason: str) -> dict[str, str]:
@@ -201,8 +187,7 @@ def own_part(config: dict[str, Any]) -> Own:
 def rounds_inputs(config: dict[str, Any]) -> bool:
     """Whether the inputs of some layers of a language model's checkpoint become int8."""
     if is_own(config):
-        formats = [stored.format for stored in own_part(config).stored().values()]
-        return any(isinstance(format, Affine) and format.activations != "none" for format in formats)
+        return any(stored.format.rounds_inputs for stored in own_part(config).stored().values())
     return bool((config.get("quantization_config") or {}).get("format") == "int-quantized")
 
 
@@ -276,9 +261,8 @@ def standard_config(
     if not layers:
         return dict(config)
     by_format: dict[Affine, list[str]] = {}
-    for name, stored in sorted(layers.items()):
-        assert isinstance(stored.format, Affine)
-        by_format.setdefault(stored.format, []).append(name)
+    for name, scheme in sorted(_standard(layers).items()):
+        by_format.setdefault(scheme, []).append(name)
     groups = {}
     for number, (format, names) in enumerate(sorted(by_format.items(), key=lambda item: item[1][0])):
         groups[f"group_{number}"] = {
@@ -294,7 +278,7 @@ def standard_config(
             "input_activations": _inputs(format.activations),
             "output_activations": None,
         }
-    integer = any(format.activations != "none" for format in by_format)
+    integer = any(format.rounds_inputs for format in by_format)
     quantization: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if integer else "pack-quantized",

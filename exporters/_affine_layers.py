@@ -28,7 +28,7 @@ def affine_obstacles(sites: Sites, weights: Weights, bits: Sequence[int]) -> dic
             reason = f"{format} is no evenly spaced grid"
         elif site.kind == "conv1d":
             reason = "a Conv1D stores its weight transposed"
-        elif format.activations != "none":
+        elif format.rounds_inputs:
             reason = "its inputs are int8"
         elif format.bits not in bits:
             reason = f"{format.bits} bits, not {' or '.join(map(str, bits))}"

@@ -70,7 +70,7 @@ def export_graph(
     graph = Graph.read(source)
     stored = {} if dequantize else _packed(graph)
     layers = len(graph.sites())
-    rounding = {name for name, weight in stored.items() if weight.format.activations != "none"}
+    rounding = {name for name, weight in stored.items() if weight.format.rounds_inputs}
     linear = {name for name in rounding if isinstance(graph.layer(name), nn.Linear)}
     integer = linear | (_integer_layers(graph, stored) if activations else set())
     dtype = torch.float16 if precision == "float16" else torch.float32
@@ -172,7 +172,8 @@ def _packed(graph: Graph) -> dict[str, AffineWeight]:
     tables = {name: str(weight.format) for name, weight in graph.stored.items() if not isinstance(weight, AffineWeight)}
     if tables:
         raise UnsupportedError(
-            f"ONNX has no place for weights of a table: {by_reason(tables)}", "--dequantize writes dense weights"
+            f"ONNX has no place for weights on no evenly spaced grid: {by_reason(tables)}",
+            "--dequantize writes dense weights",
         )
     return {name: weight for name, weight in graph.stored.items() if isinstance(weight, AffineWeight)}
 

@@ -134,13 +134,12 @@ def kernel(stored: Stored, arithmetic: Arithmetic) -> str:
 
 def _integer(stored: Stored, arithmetic: Arithmetic) -> bool:
     """Whether a layer is multiplied in integers: by request, or because the checkpoint's inputs are int8."""
-    own = isinstance(stored.format, Affine) and stored.format.activations != "none"
-    return own or arithmetic.activations is not None
+    return stored.format.rounds_inputs or arithmetic.activations is not None
 
 
 def rounds_inputs(layers: Mapping[str, Stored]) -> bool:
     """Whether the inputs of some layers of the checkpoint are int8."""
-    return any(isinstance(stored.format, Affine) and stored.format.activations != "none" for stored in layers.values())
+    return any(stored.format.rounds_inputs for stored in layers.values())
 
 
 def check(layers: Mapping[str, Stored], arithmetic: Arithmetic) -> None:
@@ -168,8 +167,8 @@ def _obstacle(stored: Stored, integer: bool) -> str:
     if stored.kind not in ("linear", "conv1d"):
         return f"a {stored.kind} is not a linear"
     if not isinstance(format, Affine):
-        return f"{format}, weights of a table"
-    if integer or format.activations != "none":
+        return f"{format}, weights on no evenly spaced grid"
+    if integer or format.rounds_inputs:
         return _onnx_integer_linear.obstacle(format)
     if block_size(format, _SMALLEST_BLOCK) is None:
         return f"groups of {format.group_size}, not a multiple of {_SMALLEST_BLOCK}"

@@ -24,7 +24,7 @@ from effcli.errors import UnsupportedError
 from effcli.exporter import Exporter
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
-from effcli.formats import Affine, AffineWeight, pack_bits, unpack_bits
+from effcli.formats import AffineWeight, pack_bits, unpack_bits
 from effcli.language.weights import Weights
 from effcli.reports.report import Exported
 
@@ -84,7 +84,7 @@ def _quantization(weights: Weights, sites: Sites, config: GPTQ) -> dict[str, Any
         "quant_method": "gptq",
         "bits": formats[0].bits,
         "group_size": formats[0].group_size or -1,
-        "sym": all(isinstance(format, Affine) and format.symmetric for format in formats),
+        "sym": all(format.standard is not None and format.standard.symmetric for format in formats),
         "desc_act": False,
         "checkpoint_format": config.checkpoint_format,
         "block_name_to_quantize": weights.skeleton.block_path,

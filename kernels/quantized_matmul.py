@@ -5,25 +5,38 @@
 | affine | `affine_matmul` |
 | affine, inputs rounded to int8 | `int8_matmul` |
 | codebook: k-means, NF4, binary, ternary | `codebook_matmul` |
+| dense | `dense_matmul` |
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
 import torch
 
-from effcli.formats import AffineWeight, CodebookWeight, Quantized
-from effcli.kernels import affine_matmul, codebook_matmul, int8_matmul
+from effcli.formats import AffineWeight, CodebookWeight, DenseWeight, Quantized
+from effcli.kernels import affine_matmul, codebook_matmul, dense_matmul, int8_matmul
 from effcli.kernels._packed import Packed, matmul, route_name
 
 
 def prepare(weight: Quantized, device: torch.device | str | None = None) -> Packed:
     """Lay `weight` out for `device` (default: where its codes are). The input scale is left to the caller."""
-    if isinstance(weight, CodebookWeight):
-        return codebook_matmul.prepare(weight, device)
-    assert isinstance(weight, AffineWeight)
-    if weight.format.activations == "none":
-        return affine_matmul.prepare(weight, device)
-    return int8_matmul.prepare(weight, device)
+    return KERNELS[type(weight)](weight, device)
+
+
+def _affine(weight: AffineWeight, device: torch.device | str | None) -> Packed:
+    if weight.format.rounds_inputs:
+        return int8_matmul.prepare(weight, device)
+    return affine_matmul.prepare(weight, device)
+
+
+# What lays out the weights of each format.
+KERNELS: Final[Mapping[type[Quantized], Callable[[Any, torch.device | str | None], Packed]]] = {
+    AffineWeight: _affine,
+    CodebookWeight: codebook_matmul.prepare,
+    DenseWeight: dense_matmul.prepare,
+}
 
 
 __all__ = ["Packed", "matmul", "prepare", "route_name"]

@@ -9,9 +9,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from effcli.formats.base import Packing, Quantized, Strategy
+from effcli.formats.base import (
+    FLOATING,
+    Bits,
+    Described,
+    GroupSize,
+    Integers,
+    Numbers,
+    Quantized,
+    Strategy,
+    Tensors,
+    Values,
+    expect,
+    expect_input_scale,
+    expect_numbers,
+    expect_shape,
+)
 from effcli.formats.bits import pack_bits, unpack_bits
 
 # How a layer's inputs become int8 at run time: not at all, with a scale per token taken as they come, or with one scale
@@ -19,8 +35,20 @@ from effcli.formats.bits import pack_bits, unpack_bits
 Activations = Literal["none", "token", "tensor"]
 
 
+class _Described(Described):
+    format: Literal["affine"]
+    bits: Bits
+    strategy: Strategy
+    group_size: GroupSize
+    symmetric: bool = Field(strict=True)
+    activations: Activations = "none"
+
+    def made(self) -> Affine:
+        return Affine(self.bits, self.strategy, self.group_size, self.symmetric, self.activations)
+
+
 @dataclass(frozen=True)
-class Affine(Packing):
+class Affine(Values):
     """Integers q in [0, 2**bits) that stand for (q - zero) · scale, one scale per tensor, row, or group of a row.
 
     `group_size` columns share a scale when `strategy` is "group" and must divide the row length; it is 0 otherwise.
@@ -28,6 +56,20 @@ class Affine(Packing):
     integers with integers: its inputs are rounded to int8, and its weights are symmetric of 8 bits with one scale per
     row or tensor, so that the sum of products is an integer and is rescaled once.
     """
+
+    name = "affine"
+    suffixes = frozenset(
+        {
+            "weight",
+            "weight_packed",
+            "weight_shape",
+            "weight_scale",
+            "weight_zero_point",
+            "input_scale",
+            "input_zero_point",
+        }
+    )
+    description = _Described
 
     bits: int
     strategy: Strategy
@@ -72,18 +114,86 @@ class Affine(Packing):
         numbers = weight.numel() if self.strategy == "tensor" else weight.shape[1] // columns
         return weight.reshape(rows, columns, numbers)
 
-    def nbytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
-        """Bytes on disk of a weight of this `shape`, scales and packed zero points included."""
-        rows, columns = shape
-        scale_rows, scale_columns = self.scale_shape(shape)
-        if self.activations != "none":
-            static = scale_bytes + 1 if self.activations == "tensor" else 0
-            return rows * columns + scale_rows * scale_columns * scale_bytes + static
-        total = rows * math.ceil(columns * self.bits / 32) * 4 + 16
-        total += scale_rows * scale_columns * scale_bytes
+    @property
+    def standard(self) -> Affine:
+        return self
+
+    @property
+    def rounds_inputs(self) -> bool:
+        return self.activations != "none"
+
+    @property
+    def signed_bits(self) -> int:
+        return self.bits if self.symmetric and self.strategy != "group" else 0
+
+    def code_bytes(self, rows: int, columns: int) -> int:
+        return rows * (columns if self.rounds_inputs else math.ceil(columns * self.bits / 32) * 4)
+
+    def beside_bytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
+        rows, columns = self.scale_shape(shape)
+        total = rows * columns * scale_bytes
+        if self.rounds_inputs:
+            return total + (scale_bytes + 1 if self.activations == "tensor" else 0)
         if not self.symmetric:
-            total += 1 if self.strategy == "tensor" else math.ceil(scale_rows * self.bits / 32) * 4 * scale_columns
-        return total
+            total += 1 if self.strategy == "tensor" else math.ceil(rows * self.bits / 32) * 4 * columns
+        return total + 16
+
+    def pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
+        """`weight_packed`, the words of each row, or a plain int8 `weight` where the inputs are int8 too."""
+        return {"weight": self.signed(codes)} if self.rounds_inputs else {"weight_packed": pack_bits(codes, self.bits)}
+
+    def check_codes(self, tensors: Tensors, rows: int, columns: int) -> None:
+        if self.rounds_inputs:
+            expect(tensors, "weight", (torch.int8,), (rows, columns))
+        else:
+            expect(tensors, "weight_packed", (torch.int32,), (rows, math.ceil(columns * self.bits / 32)))
+
+    def unpack_codes(self, tensors: Tensors, rows: int, columns: int) -> Tensor:
+        if self.rounds_inputs:
+            return (tensors["weight"].to(torch.int16) + self.fixed_zero).to(torch.uint8)
+        return unpack_bits(tensors["weight_packed"], self.bits, columns)
+
+    def check_beside(self, tensors: Tensors, shape: tuple[int, int]) -> None:
+        rows, columns = self.scale_shape(shape)
+        expect_numbers(tensors, "weight_scale", FLOATING, rows * columns)
+        if self.rounds_inputs:
+            if self.activations == "tensor":
+                expect_numbers(tensors, "input_scale", FLOATING, 1)
+                if "input_zero_point" in tensors:
+                    expect_numbers(tensors, "input_zero_point", (torch.int8,), 1)
+            return
+        expect_input_scale(tensors, shape[1])
+        if self.symmetric:
+            if "weight_zero_point" in tensors:
+                raise ValueError("symmetric weights have no weight_zero_point")
+        elif self.strategy == "tensor":
+            expect_numbers(tensors, "weight_zero_point", (torch.int8,), 1)
+        else:
+            expect(tensors, "weight_zero_point", (torch.int32,), (math.ceil(rows * self.bits / 32), columns))
+        expect_shape(tensors, shape)
+
+    def build(self, codes: Tensor, tensors: Tensors) -> AffineWeight:
+        rows = codes.shape[0]
+        scale = tensors["weight_scale"].reshape(self.scale_shape((rows, codes.shape[1])))
+        if self.rounds_inputs:
+            return AffineWeight(
+                self,
+                codes,
+                scale,
+                activation_scale=tensors.get("input_scale"),
+                activation_zero=tensors.get("input_zero_point"),
+            )
+        zero = tensors.get("weight_zero_point")
+        if zero is not None:
+            if self.strategy == "tensor":
+                zero = (zero.to(torch.int16) + self.fixed_zero).to(torch.uint8).reshape(scale.shape)
+            else:
+                zero = unpack_bits(zero.t().contiguous(), self.bits, rows).t().contiguous()
+        return AffineWeight(self, codes, scale, zero, tensors.get("input_scale"))
+
+    def signed(self, codes: Tensor) -> Tensor:
+        """Codes of symmetric weights as int8: code · scale is the weight."""
+        return (codes.to(torch.int16) - self.fixed_zero).to(torch.int8)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -95,12 +205,6 @@ class Affine(Packing):
             "activations": self.activations,
         }
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Affine:
-        return Affine(
-            data["bits"], data["strategy"], data["group_size"], data["symmetric"], data.get("activations", "none")
-        )
-
     def __str__(self) -> str:
         where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
         inputs = "" if self.activations == "none" else f", int8 inputs per {self.activations}"
@@ -108,7 +212,7 @@ class Affine(Packing):
 
 
 @dataclass(frozen=True)
-class AffineWeight(Quantized):
+class AffineWeight(Numbers):
     """One quantized weight matrix.
 
     codes: uint8 (out, in); scale: floating (scale rows, scale columns) as stored; zero: uint8, the shape of `scale`,
@@ -145,60 +249,57 @@ class AffineWeight(Quantized):
         values = (self.format.grouped(self.codes).float() - zero) * self.scale.float().unsqueeze(-1)
         return values.reshape(self.codes.shape).to(dtype or self.scale.dtype)
 
-    def pack(self) -> dict[str, Tensor]:
-        """Tensors by suffix, as they stand in a file: `weight_packed`, `weight_scale`, `weight_shape` ..., or a plain
-        int8 `weight` where the inputs are int8 too.
-        """
+    def beside(self) -> dict[str, Tensor]:
         scale = self.scale.reshape(-1) if self.format.strategy == "tensor" else self.scale
-        if self.format.activations != "none":
-            packed = {"weight": self.signed, "weight_scale": scale}
+        if self.format.rounds_inputs:
+            held = {"weight_scale": scale}
             if self.activation_scale is not None and self.activation_zero is not None:
-                packed |= {"input_scale": self.activation_scale, "input_zero_point": self.activation_zero}
-            return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
-        packed = {
-            "weight_packed": pack_bits(self.codes, self.format.bits),
-            "weight_scale": scale,
-            "weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64),
-        }
+                held |= {"input_scale": self.activation_scale, "input_zero_point": self.activation_zero}
+            return held
+        held = {"weight_scale": scale, "weight_shape": torch.tensor(self.shape, dtype=torch.int64)}
         if self.zero is not None:
             if self.format.strategy == "tensor":
                 signed = self.zero.to(torch.int16) - self.format.fixed_zero
-                packed["weight_zero_point"] = signed.to(torch.int8).reshape(-1)
+                held["weight_zero_point"] = signed.to(torch.int8).reshape(-1)
             else:
                 # Zero points are packed along the rows: word k of a column holds the zeros of rows 32k/b onwards.
-                packed["weight_zero_point"] = pack_bits(self.zero.t(), self.format.bits).t()
+                held["weight_zero_point"] = pack_bits(self.zero.t(), self.format.bits).t()
         if self.input_scale is not None:
-            packed["input_scale"] = self.input_scale
-        return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+            held["input_scale"] = self.input_scale
+        return held
 
     @property
     def signed(self) -> Tensor:
         """The codes of symmetric weights as int8 (out, in): code · scale is the weight."""
-        return (self.codes.to(torch.int16) - self.format.fixed_zero).to(torch.int8)
+        return self.format.signed(self.codes)
 
-    @staticmethod
-    def unpack(format: Affine, tensors: dict[str, Tensor]) -> AffineWeight:
-        """The inverse of `pack`."""
-        if format.activations != "none":
-            signed = tensors["weight"]
-            scale = tensors["weight_scale"].reshape(format.scale_shape((signed.shape[0], signed.shape[1])))
-            return AffineWeight(
-                format,
-                (signed.to(torch.int16) + format.fixed_zero).to(torch.uint8),
-                scale,
-                activation_scale=tensors.get("input_scale"),
-                activation_zero=tensors.get("input_zero_point"),
-            )
-        rows, columns = (int(n) for n in tensors["weight_shape"].tolist())
-        codes = unpack_bits(tensors["weight_packed"], format.bits, columns)
-        scale = tensors["weight_scale"].reshape(format.scale_shape((rows, columns)))
-        zero = tensors.get("weight_zero_point")
-        if zero is not None:
-            if format.strategy == "tensor":
-                zero = (zero.to(torch.int16) + format.fixed_zero).to(torch.uint8).reshape(scale.shape)
-            else:
-                zero = unpack_bits(zero.t().contiguous(), format.bits, rows).t().contiguous()
-        return AffineWeight(format, codes, scale, zero, tensors.get("input_scale"))
+    @property
+    def input_grid(self) -> tuple[float, int] | None:
+        if self.activation_scale is None or self.activation_zero is None:
+            return None
+        return float(self.activation_scale), int(self.activation_zero)
+
+    def integers(self) -> Integers | None:
+        return Integers(self.signed, self.scale.reshape(-1)) if self.format.signed_bits else None
+
+    def with_input_scale(self, scale: Tensor) -> AffineWeight:
+        return dataclasses.replace(self, input_scale=scale)
+
+    def join(self, others: Sequence[Quantized]) -> AffineWeight:
+        """As `Quantized.join`; `ValueError` when their inputs become int8 with different scales."""
+        weights = [self, *(other for other in others if isinstance(other, AffineWeight))]
+        if len(weights) <= len(others):
+            raise ValueError("weights of different formats are not one")
+        if any(_activation(weight) != _activation(self) for weight in weights):
+            raise ValueError("the inputs of one layer have one scale")
+        spread = [_per_channel(weight) if weight.format.strategy == "tensor" else weight for weight in weights]
+        zeros = [weight.zero for weight in spread if weight.zero is not None]
+        return dataclasses.replace(
+            spread[0],
+            codes=torch.cat([weight.codes for weight in spread]),
+            scale=torch.cat([weight.scale for weight in spread]),
+            zero=torch.cat(zeros) if zeros else None,
+        )
 
 
 def quantize_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, format: Affine) -> Tensor:
@@ -209,21 +310,6 @@ def quantize_codes(weight: Tensor, scale: Tensor, zero: Tensor | float, format: 
     zeros = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
     levels = (format.grouped(weight) / scale.unsqueeze(-1)).round_().add_(zeros).clamp_(0, format.levels)
     return levels.to(torch.uint8).reshape(weight.shape)
-
-
-def join_rows(weights: Sequence[AffineWeight]) -> AffineWeight:
-    """See `effcli.formats.join_rows`. `ValueError` when their inputs become int8 with different scales."""
-    first = weights[0]
-    if any(_activation(weight) != _activation(first) for weight in weights):
-        raise ValueError("the inputs of one layer have one scale")
-    spread = [_per_channel(weight) if weight.format.strategy == "tensor" else weight for weight in weights]
-    zeros = [weight.zero for weight in spread if weight.zero is not None]
-    return dataclasses.replace(
-        spread[0],
-        codes=torch.cat([weight.codes for weight in spread]),
-        scale=torch.cat([weight.scale for weight in spread]),
-        zero=torch.cat(zeros) if zeros else None,
-    )
 
 
 def _activation(weight: AffineWeight) -> list[float]:

@@ -1,22 +1,59 @@
-"""What all formats and all quantized weights have in common."""
+"""What all formats and all quantized weights have in common.
+
+A format of numbers stores a code for each weight and, beside the codes, what they stand for: scales, zero points,
+tables. The two are packed apart, so that a pattern of zeros can hold the codes of a few weights only.
+"""
 
 from __future__ import annotations
 
 import abc
-import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from effcli.formats.affine import Affine
+
 Strategy = Literal["tensor", "channel", "group"]
+Tensors = Mapping[str, Tensor]
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+Bits = Annotated[int, Field(strict=True, ge=1, le=8)]
+GroupSize = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+class Described(BaseModel):
+    """A format as a checkpoint's config describes it: what `Packing.to_json` gives, checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+
+    def made(self) -> Packing:
+        """The format itself; `ValueError` when there is none like that."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.made()
+        return self
 
 
 class Packing(abc.ABC):
     """How the weights of a quantized matrix are stored. Formats are frozen values."""
 
+    # What `to_json` writes as "format", and the tensors that a weight may consist of, by the end of their names.
+    name: ClassVar[str]
+    suffixes: ClassVar[frozenset[str]]
+    description: ClassVar[type[Described]]
+
     bits: int
+    strategy: Strategy
     group_size: int
 
     @abc.abstractmethod
@@ -25,23 +62,134 @@ class Packing(abc.ABC):
 
     @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """What `format_from_json` restores it from."""
+        """What `from_json` restores it from."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; keys of others may stand beside it. `ValueError` for what is no format."""
+        known = {key: value for key, value in data.items() if key in cls.description.model_fields}
+        made = cls.description.model_validate(known).made()
+        assert isinstance(made, cls)
+        return made
+
+    @abc.abstractmethod
+    def check(self, tensors: Tensors, shape: tuple[int, int]) -> None:
+        """`ValueError` unless `tensors`, by suffix, have the types and sizes of a weight of this `shape`."""
+
+    @abc.abstractmethod
+    def restore(self, tensors: Tensors, shape: tuple[int, int]) -> Quantized:
+        """The weight of which `check` has passed the tensors. `ValueError` when they do not fit each other."""
+
+    @property
+    def standard(self) -> Affine | None:
+        """The scheme under which compressed-tensors stores it, None where it has no place for it."""
+        return None
+
+    @property
+    def standard_obstacle(self) -> str:
+        """Why compressed-tensors has no place for it; empty when it has one."""
+        return "" if self.standard is not None else f"{self} has no place in compressed-tensors"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether a layer rounds its inputs to int8."""
+        return False
+
+    @property
+    def row_group(self) -> int:
+        """How many neighbours of a row share something, and so must divide it; 0 where nothing must."""
+        return self.group_size
+
+    @property
+    def signed_bits(self) -> int:
+        """The bits of signed integers that are the weights divided by a scale per row or tensor; 0 where none are."""
+        return 0
+
+    @property
+    def learned(self) -> bool:
+        """Whether the weights are the entries of tables that are stored with them."""
+        return False
+
+
+class Values(Packing):
+    """A format of numbers: a code for each of them, and beside the codes what they stand for."""
+
+    def nbytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
+        return self.code_bytes(*shape) + self.beside_bytes(shape, scale_bytes)
+
+    @abc.abstractmethod
+    def code_bytes(self, rows: int, columns: int) -> int:
+        """Bytes on disk of the codes (rows, columns); an upper bound when Huffman-coded."""
+
+    @abc.abstractmethod
+    def beside_bytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
+        """Bytes on disk of all else of a weight of this `shape`."""
+
+    @abc.abstractmethod
+    def pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
+        """Codes (rows, columns) as they stand in a file."""
+
+    @abc.abstractmethod
+    def check_codes(self, tensors: Tensors, rows: int, columns: int) -> None:
+        """`ValueError` unless the tensors of `pack_codes` are those of codes (rows, columns)."""
+
+    @abc.abstractmethod
+    def unpack_codes(self, tensors: Tensors, rows: int, columns: int) -> Tensor:
+        """The inverse of `pack_codes`."""
+
+    @abc.abstractmethod
+    def check_beside(self, tensors: Tensors, shape: tuple[int, int]) -> None:
+        """`ValueError` unless all tensors but the codes are those of a weight of this `shape`."""
+
+    @abc.abstractmethod
+    def build(self, codes: Tensor, tensors: Tensors) -> Numbers:
+        """The weight of codes (out, in) and of the tensors beside them."""
+
+    def check(self, tensors: Tensors, shape: tuple[int, int]) -> None:
+        self.check_beside(tensors, shape)
+        self.check_codes(tensors, *shape)
+
+    def restore(self, tensors: Tensors, shape: tuple[int, int]) -> Numbers:
+        return self.build(self.unpack_codes(tensors, *shape), tensors)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Weights that are integers times scales: codes int8 (out, in), scale floating (out,) or (1,)."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Weights that are entries of tables: codes uint8 (out, in), tables floating (tables, entries), as many rows each.
+
+    With groups of a row there are more tables than rows.
+    """
+
+    codes: Tensor
+    tables: Tensor
 
 
 class Quantized(abc.ABC):
     """A quantized weight matrix (out, in).
 
-    codes: uint8 (out, in); input_scale: floating (in,) or None. With an input scale s the layer computes Ŵ (x / s): the
-    scale that no producer could take in stays explicit on the input.
+    input_scale: floating (in,) or None. With an input scale s the layer computes Ŵ (x / s): the scale that no producer
+    could take in stays explicit on the input.
     """
 
     format: Packing
-    codes: Tensor
     input_scale: Tensor | None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where its numbers are."""
 
     @property
     @abc.abstractmethod
@@ -56,6 +204,30 @@ class Quantized(abc.ABC):
     def pack(self) -> dict[str, Tensor]:
         """Tensors by suffix, as they stand in a file."""
 
+    @abc.abstractmethod
+    def join(self, others: Sequence[Quantized]) -> Quantized:
+        """One weight of these rows and then those of `others`, which have the same format and no input scale.
+
+        What each has for its whole tensor, a scale or a table, becomes one for each of its rows.
+        """
+
+    @abc.abstractmethod
+    def with_input_scale(self, scale: Tensor) -> Self:
+        """The same weight with the scale (in,) explicit on its input."""
+
+    @property
+    def input_grid(self) -> tuple[float, int] | None:
+        """Scale and zero point of all inputs where they become int8 with fixed ones, None otherwise."""
+        return None
+
+    def integers(self) -> Integers | None:
+        """The integers that `format.signed_bits` speaks of, None where there are none."""
+        return None
+
+    def entries(self) -> Entries | None:
+        """The entries of tables that the weights of a `learned` format are, None for other formats."""
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
@@ -69,14 +241,54 @@ class Quantized(abc.ABC):
         return dense.to(dtype or self.dtype)
 
 
-@dataclass(frozen=True)
-class Dense:
-    """Floating-point numbers, as they are."""
+class Numbers(Quantized):
+    """A weight in a format of numbers. codes: (out, in), uint8 unless the numbers are dense."""
 
-    dtype: torch.dtype
+    format: Values
+    codes: Tensor
 
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        return math.prod(shape) * self.dtype.itemsize
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
 
-    def __str__(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @abc.abstractmethod
+    def beside(self) -> dict[str, Tensor]:
+        """What stands in a file beside the codes, by suffix."""
+
+    def pack(self) -> dict[str, Tensor]:
+        packed = {**self.format.pack_codes(self.codes), **self.beside()}
+        return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
+
+
+def expect(tensors: Tensors, suffix: str, dtypes: Collection[torch.dtype], size: tuple[int, ...] | None) -> None:
+    """`ValueError` unless there is a tensor `suffix` of one of `dtypes` and of the shape `size`; None is any."""
+    found = tensors.get(suffix)
+    if found is None:
+        raise ValueError(f"{suffix} is missing")
+    if found.dtype not in dtypes or (size is not None and tuple(found.shape) != size):
+        wanted = "" if size is None else f" of shape {size}"
+        raise ValueError(f"{suffix} is {found.dtype} of shape {tuple(found.shape)}, not {dtypes}{wanted}")
+
+
+def expect_numbers(tensors: Tensors, suffix: str, dtypes: Collection[torch.dtype], count: int) -> None:
+    """`ValueError` unless there is a tensor `suffix` of one of `dtypes` with `count` numbers, in whatever shape."""
+    expect(tensors, suffix, dtypes, None)
+    if tensors[suffix].numel() != count:
+        raise ValueError(f"{suffix} has {tensors[suffix].numel()} numbers, not {count}")
+
+
+def expect_shape(tensors: Tensors, shape: tuple[int, int]) -> None:
+    """`ValueError` unless `weight_shape` says `shape`."""
+    expect(tensors, "weight_shape", (torch.int64, torch.int32), (2,))
+    if tensors["weight_shape"].tolist() != list(shape):
+        raise ValueError(f"weight_shape is {tensors['weight_shape'].tolist()} for a weight of shape {shape}")
+
+
+def expect_input_scale(tensors: Tensors, columns: int) -> None:
+    """`ValueError` unless an explicit `input_scale`, if there is one, has a number for each column."""
+    if "input_scale" in tensors:
+        expect(tensors, "input_scale", FLOATING, (columns,))

@@ -21,10 +21,28 @@ from functools import cache
 from typing import Any, Final, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from effcli.formats import huffman
-from effcli.formats.base import Packing, Quantized, Strategy
+from effcli.formats.base import (
+    FLOATING,
+    Bits,
+    Described,
+    Dtype,
+    Entries,
+    GroupSize,
+    Integers,
+    Numbers,
+    Quantized,
+    Strategy,
+    Tensors,
+    Values,
+    expect,
+    expect_input_scale,
+    expect_numbers,
+    expect_shape,
+)
 from effcli.formats.bits import pack_bits, unpack_bits
 
 Kind = Literal["kmeans", "nf4", "binary", "ternary"]
@@ -59,8 +77,24 @@ _BITS: Final = {"nf4": 4, "binary": 1, "ternary": 2}
 DOUBLE_BLOCK: Final = 256
 
 
+class _Described(Described):
+    format: Literal["codebook"]
+    # Not "kind": that is the layer's, beside which this stands in a checkpoint.
+    codebook: Kind
+    bits: Bits
+    strategy: Strategy
+    group_size: GroupSize
+    double: bool = Field(strict=True)
+    huffman: bool = Field(strict=True)
+    dtype: Dtype | None
+
+    def made(self) -> Codebook:
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return Codebook(self.codebook, self.bits, self.strategy, self.group_size, self.double, self.huffman, dtype)
+
+
 @dataclass(frozen=True)
-class Codebook(Packing):
+class Codebook(Values):
     """Codes of `bits` bits for the entries of a table.
 
     `strategy` says what shares a table (kmeans) or a scale: the tensor, a row, or `group_size` numbers: of a row, which
@@ -68,6 +102,21 @@ class Codebook(Packing):
     themselves quantized, in blocks of 256. huffman: the codes are Huffman-coded in the file. dtype: what the weight is
     dequantized to, the network's own; None while that is not known.
     """
+
+    name = "codebook"
+    suffixes = frozenset(
+        {
+            "weight_packed",
+            "weight_lengths",
+            "weight_shape",
+            "weight_table",
+            "weight_scale",
+            "weight_scale_absmax",
+            "weight_scale_mean",
+            "input_scale",
+        }
+    )
+    description = _Described
 
     kind: Kind
     bits: int
@@ -89,8 +138,19 @@ class Codebook(Packing):
 
     @property
     def learned(self) -> bool:
-        """Whether the table is stored with the weight, rather than known from the kind."""
         return self.kind == "kmeans"
+
+    @property
+    def standard_obstacle(self) -> str:
+        return f"{self.kind} has no place in compressed-tensors"
+
+    @property
+    def row_group(self) -> int:
+        return self.group_size if self.fits_rows else 0
+
+    @property
+    def signed_bits(self) -> int:
+        return 0 if self.learned or self.strategy == "group" else 2
 
     @property
     def fits_rows(self) -> bool:
@@ -110,23 +170,74 @@ class Codebook(Packing):
         """How many tables or scales a matrix of this `shape` has."""
         return math.ceil(math.prod(shape) / self.block(shape))
 
-    def nbytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
-        """Bytes on disk of a weight of this `shape`; an upper bound when Huffman-coded."""
+    def code_bytes(self, rows: int, columns: int) -> int:
+        words = math.ceil(rows * columns * self.bits / 32) * 4
+        # No code of single symbols is longer than one of fixed length; it has the length of each to store.
+        return words + (1 << self.bits if self.huffman else 0)
+
+    def beside_bytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
         blocks = self.blocks(shape)
-        total = math.ceil(math.prod(shape) * self.bits / 32) * 4 + 16
-        if self.huffman:
-            # No code of single symbols is longer than one of fixed length; it has the length of each to store.
-            total += 1 << self.bits
         if self.learned:
-            return total + blocks * (1 << self.bits) * scale_bytes
+            return 16 + blocks * (1 << self.bits) * scale_bytes
         if self.double:
-            return total + blocks + 4 * math.ceil(blocks / DOUBLE_BLOCK) + 4
-        return total + blocks * (4 if self.kind == "nf4" else scale_bytes)
+            return 16 + blocks + 4 * math.ceil(blocks / DOUBLE_BLOCK) + 4
+        return 16 + blocks * (4 if self.kind == "nf4" else scale_bytes)
+
+    def pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
+        """`weight_packed` holds the codes in the order of the flattened matrix: words (1, n) of `pack_bits`, or the
+        bytes of the Huffman code whose lengths stand in `weight_lengths`.
+        """
+        if self.huffman:
+            stream, lengths = huffman.encode(codes.reshape(-1))
+            return {"weight_packed": stream, "weight_lengths": lengths}
+        return {"weight_packed": pack_bits(codes.reshape(1, -1), self.bits)}
+
+    def check_codes(self, tensors: Tensors, rows: int, columns: int) -> None:
+        if not self.huffman:
+            expect(tensors, "weight_packed", (torch.int32,), (1, math.ceil(rows * columns * self.bits / 32)))
+            return
+        expect(tensors, "weight_lengths", (torch.uint8,), None)
+        expect(tensors, "weight_packed", (torch.uint8,), None)
+        if tensors["weight_lengths"].ndim != 1 or tensors["weight_packed"].ndim != 1:
+            raise ValueError("a Huffman code is a row of bytes")
+        if len(tensors["weight_lengths"]) > 1 << self.bits:
+            raise ValueError(f"{len(tensors['weight_lengths'])} symbols in a code for {self}")
+
+    def unpack_codes(self, tensors: Tensors, rows: int, columns: int) -> Tensor:
+        if self.huffman:
+            codes = huffman.decode(tensors["weight_packed"], tensors["weight_lengths"], rows * columns)
+        else:
+            codes = unpack_bits(tensors["weight_packed"], self.bits, rows * columns)
+        return codes.view(rows, columns)
+
+    def check_beside(self, tensors: Tensors, shape: tuple[int, int]) -> None:
+        blocks = self.blocks(shape)
+        expect_input_scale(tensors, shape[1])
+        if self.learned:
+            expect(tensors, "weight_table", FLOATING, None)
+            table = tensors["weight_table"]
+            if table.shape != (blocks, 1 << self.bits):
+                raise ValueError(f"a table of shape {tuple(table.shape)} for a weight of shape {shape}")
+        elif self.double:
+            expect(tensors, "weight_scale", (torch.uint8,), (blocks,))
+            expect(tensors, "weight_scale_absmax", (torch.float32,), (math.ceil(blocks / DOUBLE_BLOCK),))
+            expect_numbers(tensors, "weight_scale_mean", (torch.float32,), 1)
+        else:
+            expect_numbers(tensors, "weight_scale", FLOATING, blocks)
+        expect_shape(tensors, shape)
+
+    def build(self, codes: Tensor, tensors: Tensors) -> CodebookWeight:
+        table = tensors["weight_table"] if self.learned else fixed_table(self.kind)
+        scale: Tensor | DoubleQuantized | None = tensors.get("weight_scale")
+        if self.double:
+            scale = DoubleQuantized(
+                tensors["weight_scale"], tensors["weight_scale_absmax"], tensors["weight_scale_mean"]
+            )
+        return CodebookWeight(self, codes, table, scale, tensors.get("input_scale"))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "format": "codebook",
-            # Not "kind": that is the layer's, beside which this stands in a checkpoint.
             "codebook": self.kind,
             "bits": self.bits,
             "strategy": self.strategy,
@@ -135,19 +246,6 @@ class Codebook(Packing):
             "huffman": self.huffman,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Codebook:
-        dtype = None if data["dtype"] is None else getattr(torch, data["dtype"])
-        return Codebook(
-            data["codebook"],
-            data["bits"],
-            data["strategy"],
-            data["group_size"],
-            data["double"],
-            data["huffman"],
-            dtype,
-        )
 
     def __str__(self) -> str:
         where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
@@ -195,7 +293,7 @@ def fixed_table(kind: Kind) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CodebookWeight(Quantized):
+class CodebookWeight(Numbers):
     """One weight matrix of codes for a table.
 
     codes: uint8 (out, in); table: floating (tables, 2**bits), ascending where it is learned; scale: floating (blocks,),
@@ -237,29 +335,15 @@ class CodebookWeight(Quantized):
             values = values * scales.float().repeat_interleave(size)[: values.numel()]
         return values.view(self.codes.shape).to(dtype or self.dtype)
 
-    def pack(self) -> dict[str, Tensor]:
-        """Tensors by suffix: `weight_packed`, `weight_shape`, then what of `weight_table`, `weight_scale` there is.
-
-        `weight_packed` holds the codes in the order of the flattened matrix: words (1, n) of `pack_bits`, or the bytes
-        of the Huffman code whose lengths stand in `weight_lengths`.
-        """
-        packed = self._beside_codes()
-        if self.format.huffman:
-            packed["weight_packed"], packed["weight_lengths"] = huffman.encode(self.codes.reshape(-1))
-        else:
-            packed["weight_packed"] = pack_bits(self.codes.reshape(1, -1), self.format.bits)
-        return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
-
     @property
     def nbytes(self) -> int:
         """Bytes on disk, for which a Huffman code need not be written."""
         if not self.format.huffman:
             return super().nbytes
-        beside = sum(tensor.nbytes for tensor in self._beside_codes().values())
+        beside = sum(tensor.nbytes for tensor in self.beside().values())
         return beside + huffman.nbytes(self.codes.reshape(-1))
 
-    def _beside_codes(self) -> dict[str, Tensor]:
-        """What stands in a file beside the codes themselves."""
+    def beside(self) -> dict[str, Tensor]:
         packed = {"weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64)}
         if self.format.learned:
             packed["weight_table"] = self.table
@@ -273,43 +357,36 @@ class CodebookWeight(Quantized):
             packed["input_scale"] = self.input_scale
         return packed
 
-    @staticmethod
-    def unpack(format: Codebook, tensors: dict[str, Tensor]) -> CodebookWeight:
-        """The inverse of `pack`. `ValueError` when the tensors do not fit the format or each other."""
-        rows, columns = (int(n) for n in tensors["weight_shape"].tolist())
-        shape = rows, columns
-        if format.huffman:
-            if len(tensors["weight_lengths"]) > 1 << format.bits:
-                raise ValueError(f"{len(tensors['weight_lengths'])} symbols in a code for {format}")
-            codes = huffman.decode(tensors["weight_packed"], tensors["weight_lengths"], math.prod(shape))
-        else:
-            codes = unpack_bits(tensors["weight_packed"], format.bits, math.prod(shape))
-        table = tensors["weight_table"] if format.learned else fixed_table(format.kind)
-        if format.learned and table.shape != (format.blocks(shape), 1 << format.bits):
-            raise ValueError(f"a table of shape {tuple(table.shape)} for a weight of shape {shape}")
-        scale: Tensor | DoubleQuantized | None = tensors.get("weight_scale")
-        if format.double:
-            scale = DoubleQuantized(
-                tensors["weight_scale"], tensors["weight_scale_absmax"], tensors["weight_scale_mean"]
-            )
-        return CodebookWeight(format, codes.view(shape), table, scale, tensors.get("input_scale"))
+    def entries(self) -> Entries | None:
+        return Entries(self.codes, self.table) if self.format.learned else None
 
+    def integers(self) -> Integers | None:
+        scales = self.scales
+        if not self.format.signed_bits or scales is None:
+            return None
+        return Integers(self.table[0].to(torch.int8)[self.codes.long()], scales)
 
-def join_rows(weights: Sequence[CodebookWeight]) -> CodebookWeight:
-    """See `effcli.formats.join_rows`; for kinds whose groups divide the rows."""
-    format = weights[0].format
-    if not format.fits_rows:
-        raise ValueError(f"the blocks of {format.kind} cross the ends of rows")
-    repeats = [len(weight.codes) if format.strategy == "tensor" else 1 for weight in weights]
-    if format.strategy == "tensor":
-        format = dataclasses.replace(format, strategy="channel")
-    codes = torch.cat([weight.codes for weight in weights])
-    if format.learned:
-        tables = [weight.table.repeat_interleave(n, 0) for weight, n in zip(weights, repeats, strict=True)]
-        return CodebookWeight(format, codes, torch.cat(tables))
-    scales = [
-        weight.scale.repeat_interleave(n)
-        for weight, n in zip(weights, repeats, strict=True)
-        if isinstance(weight.scale, Tensor)
-    ]
-    return CodebookWeight(format, codes, weights[0].table, torch.cat(scales))
+    def with_input_scale(self, scale: Tensor) -> CodebookWeight:
+        return dataclasses.replace(self, input_scale=scale)
+
+    def join(self, others: Sequence[Quantized]) -> CodebookWeight:
+        """As `Quantized.join`, for kinds whose groups divide the rows."""
+        weights = [self, *(other for other in others if isinstance(other, CodebookWeight))]
+        if len(weights) <= len(others):
+            raise ValueError("weights of different formats are not one")
+        format = self.format
+        if not format.fits_rows:
+            raise ValueError(f"the blocks of {format.kind} cross the ends of rows")
+        repeats = [len(weight.codes) if format.strategy == "tensor" else 1 for weight in weights]
+        if format.strategy == "tensor":
+            format = dataclasses.replace(format, strategy="channel")
+        codes = torch.cat([weight.codes for weight in weights])
+        if format.learned:
+            tables = [weight.table.repeat_interleave(n, 0) for weight, n in zip(weights, repeats, strict=True)]
+            return CodebookWeight(format, codes, torch.cat(tables))
+        scales = [
+            weight.scale.repeat_interleave(n)
+            for weight, n in zip(weights, repeats, strict=True)
+            if isinstance(weight.scale, Tensor)
+        ]
+        return CodebookWeight(format, codes, self.table, torch.cat(scales))

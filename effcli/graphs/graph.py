@@ -26,7 +26,7 @@ from effcli.activations import round_inputs
 from effcli.checkpoint import Checkpoint, read_config, write_shard, write_text
 from effcli.documents import check_model, read_model
 from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line
-from effcli.formats import AffineWeight, Quantized, unpack
+from effcli.formats import Quantized, unpack
 from effcli.graphs.trial import largest
 from effcli.inputs.preprocess import Preprocess
 from effcli.options import Options
@@ -177,7 +177,7 @@ class Graph:
     @property
     def rounds_inputs(self) -> bool:
         """Whether the inputs of some layers are int8."""
-        return any(isinstance(w, AffineWeight) and w.format.activations != "none" for w in self.stored.values())
+        return any(weight.format.rounds_inputs for weight in self.stored.values())
 
     def set_bias(self, name: str, bias: Tensor) -> None:
         """Give layer `name` the bias (out,), whether it had one or not."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from effcli.formats import Affine, Codebook, Packing
+from effcli.formats import Packing
 from effcli.graphs.graph import Graph, calls
 from effcli.graphs.integer import Weighted
 from effcli.graphs.lowering import check
@@ -45,13 +45,10 @@ def plan_integer(graph: Graph, prepared: Graph, formats: Mapping[str, Packing], 
 
 def _stored(site: LayerSite, before: Packing | None) -> tuple[str, int]:
     """The format of a layer's integers, and the bytes of its codes, and its table where it keeps one."""
-    by_rows = isinstance(before, Affine | Codebook) and before.strategy != "group"
-    if isinstance(before, Affine) and by_rows and before.symmetric:
-        bits = 2 if before.bits <= 2 else 4 if before.bits <= 4 else 8
+    if before is not None and before.signed_bits:
+        bits = 2 if before.signed_bits <= 2 else 4 if before.signed_bits <= 4 else 8
         return f"int{bits} channel sym", _packed(site, bits)
-    if isinstance(before, Codebook) and by_rows and not before.learned:
-        return "int2 channel sym", _packed(site, 2)
-    if isinstance(before, Codebook) and by_rows and before.bits <= 4:
+    if before is not None and before.learned and before.strategy != "group" and before.bits <= 4:
         bits, table = 2 if before.bits <= 2 else 4, 2**before.bits * (1 if before.strategy == "tensor" else site.rows)
         if site.rows * math.ceil(site.columns * bits / 8) + table < site.rows * site.columns:
             return f"kmeans{bits} {before.strategy} int8", _packed(site, bits) + table

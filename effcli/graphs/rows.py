@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from effcli.formats import AffineWeight, CodebookWeight, Quantized
+from effcli.formats import Entries, Integers, Quantized
 
 Numbers = NDArray[np.float64]
 
@@ -54,10 +53,12 @@ def rows_of(weight: Numbers, stored: Quantized | None, least: Numbers, silent: f
     tensor. least: the smallest scale (out,) with which the bias fits; silent: the scale of a row of zeros; clip: search
     for the range with the least squared error.
     """
-    if isinstance(stored, AffineWeight) and stored.zero is None and _by_rows(stored):
-        return _kept(stored, weight.shape, least, silent)
-    if isinstance(stored, CodebookWeight) and _by_rows(stored):
-        return (_entries if stored.format.learned else _signs)(stored, weight, least, silent)
+    if stored is not None and stored.input_scale is None:
+        integers, entries = stored.integers(), stored.entries()
+        if integers is not None:
+            return _kept(integers, stored.format.signed_bits, weight.shape, least, silent)
+        if entries is not None and stored.format.strategy != "group":
+            return _entries(entries, stored.format.bits, weight, least, silent)
     matrix = weight.reshape(len(weight), -1)
     largest = np.abs(matrix).max(axis=1, initial=0)
     if clip:
@@ -69,26 +70,12 @@ def rows_of(weight: Numbers, stored: Quantized | None, least: Numbers, silent: f
     return Rows(codes.reshape(weight.shape), scales, 8, int((raised & (largest > 0)).sum()), stored is not None)
 
 
-def _by_rows(stored: AffineWeight | CodebookWeight) -> bool:
-    """Whether rows have one scale, or one table, each, and nothing is asked of the inputs."""
-    return stored.input_scale is None and stored.format.strategy != "group"
-
-
-def _kept(stored: AffineWeight, shape: tuple[int, ...], least: Numbers, silent: float) -> Rows:
-    format = stored.format
-    codes = (stored.codes.short() - format.fixed_zero).to(torch.int8).numpy()
-    scales = np.broadcast_to(stored.scale.double().numpy().reshape(-1), len(codes))
+def _kept(stored: Integers, bits: int, shape: tuple[int, ...], least: Numbers, silent: float) -> Rows:
+    """Integers times a scale, exactly; a scale of 0 leaves zeros."""
+    codes = stored.codes.numpy()
+    scales = np.broadcast_to(stored.scale.double().numpy(), len(codes))
     codes, scales, raised = _raised(codes, scales, least, silent)
-    return Rows(codes.reshape(shape), scales, 2 if format.bits <= 2 else 4 if format.bits <= 4 else 8, raised)
-
-
-def _signs(stored: CodebookWeight, weight: Numbers, least: Numbers, silent: float) -> Rows:
-    """Binary and ternary weights: -1, 0 and 1 times a scale, exactly; a scale of 0 leaves zeros."""
-    assert stored.scales is not None
-    scales = np.broadcast_to(stored.scales.double().numpy(), len(stored.codes))
-    signs = np.sign(weight).astype(np.int8)
-    codes, scales, raised = _raised(signs.reshape(len(signs), -1), scales, least, silent)
-    return Rows(codes.reshape(weight.shape), scales, 2, raised)
+    return Rows(codes.reshape(shape), scales, 2 if bits <= 2 else 4 if bits <= 4 else 8, raised)
 
 
 def _raised(
@@ -106,22 +93,22 @@ def _raised(
     return rounded, found, int(small.sum())
 
 
-def _entries(stored: CodebookWeight, weight: Numbers, least: Numbers, silent: float) -> Rows:
+def _entries(stored: Entries, code_bits: int, weight: Numbers, least: Numbers, silent: float) -> Rows:
     """Weights that are entries of a table, which is rounded under the scale that its largest weight asks for."""
-    tables, out = len(stored.table), len(weight)
+    tables, out = len(stored.tables), len(weight)
     largest = np.abs(weight.reshape(tables, -1)).max(axis=1, initial=0)
     # What shares a table shares its scale.
     needed = least.reshape(tables, -1).max(axis=1, initial=0)
     scales = np.where(largest > 0, largest / _LARGEST, silent)
     raised = (scales < needed) & (largest > 0)
     scales = np.maximum(scales, needed).astype(np.float32).astype(np.float64)
-    steps = np.rint(stored.table.double().numpy() / scales[:, None])
+    steps = np.rint(stored.tables.double().numpy() / scales[:, None])
     table = np.clip(steps, -_LARGEST, _LARGEST).astype(np.int8)
     codes = np.take_along_axis(table, stored.codes.long().numpy().reshape(tables, -1), 1).reshape(weight.shape)
     repeat = out // tables
     rows = Rows(codes, scales.repeat(repeat), 8, int(raised.sum()) * repeat)
-    bits: Literal[2, 4] = 2 if stored.format.bits <= 2 else 4
-    if stored.format.bits > 4 or out * math.ceil(codes[0].size * bits / 8) + table.size >= codes.size:
+    bits: Literal[2, 4] = 2 if code_bits <= 2 else 4
+    if code_bits > 4 or out * math.ceil(codes[0].size * bits / 8) + table.size >= codes.size:
         return replace(rows, unrolled=True)
     return replace(rows, bits=bits, table=table)
 

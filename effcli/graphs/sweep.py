@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from effcli.contract import Group, Layer, LayerPass, Needs, NetworkPass, Observed, Outcome, ScalingPass, carry_out
 from effcli.errors import DataError
-from effcli.formats import Quantized, with_input_scale
+from effcli.formats import Quantized
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
 from effcli.graphs.graph import Graph, calls, where
 from effcli.graphs.integer import IntegerNetwork
@@ -270,7 +270,7 @@ class GraphWork:
         restored = weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight.float()
         if name in self.explicit:
             scale = self.explicit[name]
-            weight = with_input_scale(weight, scale) if isinstance(weight, Quantized) else restored / scale
+            weight = weight.with_input_scale(scale) if isinstance(weight, Quantized) else restored / scale
         self.graph.set_weight(name, weight)
         site = self.choices[name].site
         rows = self.divided.get(name, torch.ones(site.rows)).unsqueeze(1)

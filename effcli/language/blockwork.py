@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effcli.contract import Group, Layer, LayerPass, Needs, Outcome, ScalingPass, Statistics, carry_out
-from effcli.formats import Dense, Quantized, with_input_scale
+from effcli.formats import Dense, Quantized
 from effcli.language.pairs import (
     SharedInput,
     divide_bias,
@@ -23,7 +23,7 @@ from effcli.language.weights import Weights
 from effcli.reports.report import Histogram, LedgerRow, Record
 from effcli.selection import Choice
 from effcli.sites import LayerSite
-from effcli.storage import Described, Stored
+from effcli.storage import Stored, StoredLayer
 from effcli.swept import MATRIX, dense_row, histogram, layer_row, ratio
 
 
@@ -78,13 +78,13 @@ class Part:
 class PartRecord(Record):
     """A part without its tensors, as the journal keeps it."""
 
-    stored: dict[str, Described]
+    stored: dict[str, StoredLayer]
     ledger: tuple[LedgerRow, ...]
     histograms: tuple[Histogram, ...]
     remarks: tuple[str, ...]
 
     def read(self) -> Part:
-        stored = {name: Stored.from_json(layer.model_dump()) for name, layer in self.stored.items()}
+        stored = {name: layer.stored() for name, layer in self.stored.items()}
         return Part({}, stored, list(self.ledger), list(self.histograms), list(self.remarks))
 
 
@@ -255,7 +255,7 @@ class BlockWork:
         weight = outcome.weight
         if isinstance(weight, Quantized):
             if explicit is not None:
-                weight = with_input_scale(weight, explicit.to(layer.dtype))
+                weight = weight.with_input_scale(explicit.to(layer.dtype))
             restored = weight.dequantize(torch.float32)
             part.stored[site.name] = Stored(weight.format, site.kind, explicit is not None)
             tensors = {f"{site.name}.{suffix}": tensor for suffix, tensor in weight.pack().items()}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effcli.formats import Quantized, with_input_scale
+from effcli.formats import Quantized
 from effcli.kernels.quantized_matmul import Packed, matmul, prepare, route_name
 
 
@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """(out, in), dequantized for this one look, the input scale divided in: what a dense layer would hold."""
         weight = self.packed.restore()
-        return (weight if self.input_scale is None else with_input_scale(weight, self.input_scale)).effective()
+        return (weight if self.input_scale is None else weight.with_input_scale(self.input_scale)).effective()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""

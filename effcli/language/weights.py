@@ -18,28 +18,11 @@ from torch import Tensor, nn
 from effcli.activations import round_inputs
 from effcli.checkpoint import DTYPES, Checkpoint, Entry
 from effcli.errors import CheckpointError, UnsupportedError
-from effcli.formats import Quantized, unpack
+from effcli.formats import SUFFIXES, Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.sites import LayerSite
 from effcli.stock import replaced_class
 from effcli.storage import Stored, network_config, obstacles_of, stored_layers, untied
-
-# The tensors that a quantized layer may consist of, by the end of their names.
-SUFFIXES = frozenset(
-    {
-        "weight",
-        "weight_packed",
-        "weight_shape",
-        "weight_scale",
-        "weight_zero_point",
-        "weight_table",
-        "weight_lengths",
-        "weight_scale_absmax",
-        "weight_scale_mean",
-        "input_scale",
-        "input_zero_point",
-    }
-)
 
 
 def open_weights(path: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Weights:

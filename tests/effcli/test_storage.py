@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,49 @@ def test_what_is_written_is_read() -> None:
     assert network_config(OWN) == {"model_type": "llama"}
     assert not rounds_inputs(OWN)
     assert stored_layers(STOCK, {"a": True}) == {"a": LAYERS["a"]}
+
+
+# A config as effcli has written it since layout 1: it must stay readable, and be written again as it is.
+WRITTEN = {
+    "model_type": "effcli",
+    "effcli": {
+        "version": 1,
+        "config": {"model_type": "llama"},
+        "layers": {
+            "affine": {
+                "format": "affine", "bits": 4, "strategy": "group", "group_size": 32, "symmetric": False,
+                "activations": "none", "kind": "linear", "input_scale": True,
+            },
+            "integer": {
+                "format": "affine", "bits": 8, "strategy": "channel", "group_size": 0, "symmetric": True,
+                "activations": "token", "kind": "conv1d", "input_scale": False,
+            },
+            "nf4": {
+                "format": "codebook", "codebook": "nf4", "bits": 4, "strategy": "group", "group_size": 64,
+                "double": True, "huffman": False, "dtype": "bfloat16", "kind": "expert", "input_scale": False,
+            },
+            "shared": {
+                "format": "codebook", "codebook": "kmeans", "bits": 5, "strategy": "tensor", "group_size": 0,
+                "double": False, "huffman": True, "dtype": None, "kind": "conv", "input_scale": False,
+            },
+        },
+    },
+}  # fmt: skip
+READ = {
+    "affine": Stored(Affine(4, "group", 32), "linear", True),
+    "integer": Stored(Affine(8, "channel", 0, True, "token"), "conv1d"),
+    "nf4": Stored(Codebook("nf4", 4, "group", 64, double=True, dtype=torch.bfloat16), "expert"),
+    "shared": Stored(Codebook("kmeans", 5, "tensor", huffman=True), "conv"),
+}
+
+
+def test_a_config_of_layout_1_is_read_and_written_again_as_it_is() -> None:
+    assert stored_layers(WRITTEN, {}) == READ
+    assert json.dumps(own_config({"model_type": "llama"}, READ)) == json.dumps(WRITTEN)
+    assert rounds_inputs(WRITTEN)
+    # What an older effcli left out.
+    older = changed(WRITTEN, lambda config: config["effcli"]["layers"]["affine"].pop("activations"))
+    assert stored_layers(older, {}) == READ
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from effcli.contract import Layer, LayerPass, Needs
-from effcli.formats import Codebook, CodebookWeight, Strategy
+from effcli.formats import Codebook, CodebookWeight, Strategy, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.passes import binary
@@ -63,7 +63,7 @@ def test_a_bit_per_weight_in_the_file(shape: tuple[int, int], granularity: Strat
     packed = made.pack()
     assert packed["weight_packed"].nbytes == -(-weight.numel() // 32) * 4
     assert sum(tensor.nbytes for tensor in packed.values()) == made.format.nbytes(shape, dtype.itemsize)
-    again = CodebookWeight.unpack(made.format, packed).dequantize()
+    again = unpack(made.format, packed).dequantize()
     assert again.dtype == dtype
     torch.testing.assert_close(again, made.dequantize(), rtol=0, atol=0)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effcli.contract import Layer, Needs, NetworkPass, Observed, Pass, Transformed
 from effcli.errors import DataError, NumericsError, UserError
-from effcli.formats import Codebook, CodebookWeight, with_input_scale
+from effcli.formats import Codebook, CodebookWeight
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.passes import centroids, kmeans
@@ -134,7 +134,7 @@ def test_a_table_for_each_channel_and_an_explicit_scale() -> None:
     first: Any = graph.layer("layer0").weight
     outcome = config.apply(Layer("layer0", "linear", first * scale, torch.float32)).weight
     assert isinstance(outcome, CodebookWeight)
-    graph.set_weight("layer0", with_input_scale(outcome, scale))
+    graph.set_weight("layer0", outcome.with_input_scale(scale))
     before = error(graph, reference)
     tuned(graph, reference, epochs=30, learning_rate=0.01)
     assert table(graph).shape == (5, 2)

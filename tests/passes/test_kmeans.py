@@ -17,7 +17,7 @@ from torch import Tensor
 
 from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.errors import NumericsError, SelectionError
-from effcli.formats import Codebook, CodebookWeight, Strategy
+from effcli.formats import Codebook, CodebookWeight, Strategy, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.passes import kmeans, linear
@@ -218,7 +218,7 @@ def test_odd_shapes_come_back_from_a_file(shape: tuple[int, int], granularity: S
             init=init,
             huffman=huffman,
         )
-        again = CodebookWeight.unpack(made.format, made.pack())
+        again = unpack(made.format, made.pack())
         assert made.codes.shape == shape and made.table.isfinite().all()
         torch.testing.assert_close(again.dequantize(), made.dequantize(), rtol=0, atol=0)
         assert again.dequantize().dtype == torch.bfloat16

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import effcli
 from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.errors import DataError, NumericsError, UnsupportedError
-from effcli.formats import Affine, AffineWeight
+from effcli.formats import Affine, AffineWeight, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
@@ -75,7 +75,7 @@ def test_every_width_in_every_granularity(bits: int, granularity: str) -> None:
     weight = torch.randn(41, 72, generator=torch.Generator().manual_seed(bits))
     for symmetric in (False, True):
         made = quantized(weight, torch.bfloat16, bits=bits, granularity=granularity, group_size=24, symmetric=symmetric)
-        again = AffineWeight.unpack(made.format, made.pack())
+        again = unpack(made.format, made.pack())
         torch.testing.assert_close(again.dequantize(), made.dequantize(), rtol=0, atol=0)
         error = float((made.dequantize(torch.float32) - weight).norm() / weight.norm())
         assert error < 1.6 / 2**bits * (3 if granularity == "tensor" else 2)
@@ -203,7 +203,7 @@ def test_every_range_is_the_observers(method: Method, dtype: torch.dtype) -> Non
     torch.testing.assert_close(
         made.dequantize(torch.float32), nearest(weight, Affine(8, "channel", symmetric=True), dtype), rtol=0, atol=0
     )
-    again = AffineWeight.unpack(made.format, made.pack())
+    again = unpack(made.format, made.pack())
     for name in ("codes", "scale", "activation_scale", "activation_zero"):
         torch.testing.assert_close(getattr(again, name), getattr(made, name), rtol=0, atol=0)
 

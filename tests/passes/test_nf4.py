@@ -13,7 +13,7 @@ from small_graphs import inputs, residual
 from torch import Tensor
 
 from effcli.contract import Layer, LayerPass, Needs
-from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
+from effcli.formats import Codebook, CodebookWeight, DoubleQuantized, unpack
 from effcli.formats.codebook import NF4_LEVELS, dynamic_map
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
@@ -147,7 +147,7 @@ def test_bits_of_the_constants(double: bool, bits: float) -> None:
     assert isinstance(outcome.weight, CodebookWeight)
     stored = sum(t.nbytes for name, t in outcome.weight.pack().items() if name.startswith("weight_scale"))
     assert 8 * stored / weight.numel() == pytest.approx(bits, abs=2e-4)
-    again = CodebookWeight.unpack(outcome.weight.format, outcome.weight.pack())
+    again = unpack(outcome.weight.format, outcome.weight.pack())
     assert torch.equal(again.dequantize(), outcome.weight.dequantize())
 
 

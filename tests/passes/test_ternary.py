@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from effcli.contract import Layer, LayerPass, Needs
-from effcli.formats import Codebook, CodebookWeight, Strategy
+from effcli.formats import Codebook, CodebookWeight, Strategy, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.passes import ternary
@@ -87,7 +87,7 @@ def test_two_bits_per_weight_in_the_file(
     else:
         assert held == made.format.nbytes(shape, dtype.itemsize)
         assert packed["weight_packed"].nbytes == -(-weight.numel() * 2 // 32) * 4
-    again = CodebookWeight.unpack(made.format, packed).dequantize()
+    again = unpack(made.format, packed).dequantize()
     assert again.dtype == dtype
     torch.testing.assert_close(again, made.dequantize(), rtol=0, atol=0)
 

@@ -15,12 +15,10 @@ from effcli.formats import (
     Dense,
     Strategy,
     format_from_json,
-    join_rows,
     pack_bits,
     quantize_codes,
     unpack,
     unpack_bits,
-    with_input_scale,
 )
 
 BITS = range(1, 9)
@@ -90,7 +88,7 @@ def test_a_file_holds_the_weight_and_nbytes_its_size(
 ) -> None:
     weight = make_weight((rows, groups * group), bits, strategy, group, symmetric, dtype)
     packed = weight.pack()
-    restored = AffineWeight.unpack(weight.format, packed)
+    restored = unpack(weight.format, packed)
     assert torch.equal(restored.codes, weight.codes)
     assert torch.equal(restored.scale, weight.scale) and restored.scale.dtype == dtype
     assert restored.zero is weight.zero is None or torch.equal(restored.zero, weight.zero)  # type: ignore[arg-type]
@@ -200,16 +198,16 @@ def test_int8_inputs_need_weights_that_leave_one_rescaling() -> None:
     with pytest.raises(ValueError, match="fixed scale"):
         AffineWeight(Affine(8, "channel", 0, True, "tensor"), torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1))
     with pytest.raises(ValueError, match="no explicit scale"):
-        with_input_scale(integer_weight("token"), torch.ones(3))
+        integer_weight("token").with_input_scale(torch.ones(3))
 
 
 def test_rows_are_joined() -> None:
     first, second = (make_weight((rows, 8), 4, "tensor", 0, False, torch.float32, rows) for rows in (2, 3))
-    joined = join_rows([first, second])
+    joined = first.join([second])
     assert joined.format == Affine(4, "channel")
     assert torch.equal(joined.dequantize(), torch.cat([first.dequantize(), second.dequantize()]))
     static = integer_weight("tensor")
-    assert join_rows([static, static]).format == static.format
+    assert static.join([static]).format == static.format
     other = AffineWeight(
         static.format,
         static.codes,
@@ -218,4 +216,4 @@ def test_rows_are_joined() -> None:
         activation_zero=static.activation_zero,
     )
     with pytest.raises(ValueError, match="one scale"):
-        join_rows([static, other])
+        static.join([other])

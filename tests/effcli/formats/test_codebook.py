@@ -17,9 +17,7 @@ from effcli.formats import (
     Strategy,
     format_from_json,
     huffman,
-    join_rows,
     unpack,
-    with_input_scale,
 )
 from effcli.formats.codebook import fixed_table
 from effcli.storage import Stored
@@ -57,7 +55,7 @@ def test_dequantizing_by_hand() -> None:
     assert rows.dequantize().tolist() == [[-1, 0, 2, 0.5], [40, 40, 10, 20]]
     groups = CodebookWeight(Codebook("kmeans", 2, "group", 2), codes, torch.cat([table, -table]))
     assert groups.dequantize().tolist() == [[-1, 0, 40, 30], [-2, -2, -10, -20]]
-    scaled = with_input_scale(rows, torch.tensor([1.0, 2.0, 4.0, 0.5]))
+    scaled = rows.with_input_scale(torch.tensor([1.0, 2.0, 4.0, 0.5]))
     assert scaled.effective().tolist() == [[-1, 0, 0.5, 1], [40, 20, 2.5, 40]]
     signs = CodebookWeight(
         Codebook("binary", 1, "group", 2, dtype=torch.bfloat16),
@@ -130,7 +128,7 @@ def test_dequantizing_rounds_once() -> None:
 def test_rows_are_joined(kind: Kind, strategy: Strategy) -> None:
     bits = {"kmeans": 3, "binary": 1, "ternary": 2}[kind]
     parts = [make_weight((rows, 8), kind, bits, strategy, 4, seed=rows) for rows in (2, 3, 1)]
-    joined = join_rows(parts)
+    joined = parts[0].join(parts[1:])
     assert isinstance(joined, CodebookWeight)
     assert joined.format.strategy == ("group" if strategy == "group" else "channel")
     wanted = torch.cat([part.dequantize() for part in parts])

@@ -19,7 +19,7 @@ from torch.nn import functional
 from effcli import importers
 from effcli.contract import Group, Layer, LayerPass, Needs, Outcome
 from effcli.errors import DataError, NumericsError, SelectionError, UserError
-from effcli.formats import Affine, AffineWeight
+from effcli.formats import Affine, AffineWeight, unpack
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.walk import Walk
@@ -505,7 +505,7 @@ def test_outcomes_of_groups_are_joined(format: Affine) -> None:
     torch.testing.assert_close(joined.weight.dequantize(), torch.cat([weight.dequantize() for weight in packed]))
     assert joined.weight.format.strategy == ("channel" if format.strategy == "tensor" else format.strategy)
     assert joined.notes == {"gain": 1, "name": "x"}
-    again = AffineWeight.unpack(joined.weight.format, joined.weight.pack())
+    again = unpack(joined.weight.format, joined.weight.pack())
     torch.testing.assert_close(again.dequantize(), joined.weight.dequantize())
     dense = Outcome.joined([Outcome(parts[0]), Outcome(packed[1])])
     assert isinstance(dense.weight, Tensor) and dense.weight.shape == (4, 8)

@@ -18,7 +18,6 @@ from effcli.formats import (
     DoubleQuantized,
     Quantized,
     quantize_codes,
-    with_input_scale,
 )
 from effcli.formats.codebook import fixed_table
 from effcli.language.modules import QuantizedExperts, QuantizedLinear
@@ -134,7 +133,7 @@ def test_an_input_scale_in_every_format() -> None:
     for name, weight in every_format(48, 96).items():
         if "int8" in name:
             continue
-        linear = QuantizedLinear(with_input_scale(weight, scale))
+        linear = QuantizedLinear(weight.with_input_scale(scale))
         x = random(3, 96, seed=8)
         torch.testing.assert_close(linear(x), (x / scale) @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(linear.weight, weight.dequantize() / scale)
