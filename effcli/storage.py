@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, ConfigDict, Field
 
 from effcli.checkpoint import check_config, read_config
 from effcli.documents import check_model
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Strategy, format_from_json
-from effcli.formats.base import Bits, GroupSize
+from effcli.formats.base import Bits, ByFormat, GroupSize
 from effcli.sites import Kind
 
 LAYOUT_VERSION = 1
@@ -41,16 +40,7 @@ class _Layer(Described):
         return Stored(self.made(), self.kind, self.input_scale)
 
 
-class _ByFormat:
-    """Tells pydantic to check a layer against the description of the format that it names."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        models = {name: create_model(name, __base__=(_Layer, kind.description)) for name, kind in FORMATS.items()}
-        choices = {name: handler.generate_schema(model) for name, model in models.items()}
-        return core_schema.tagged_union_schema(choices, discriminator="format")
-
-
-StoredLayer = Annotated[_Layer, _ByFormat()]
+StoredLayer = Annotated[_Layer, ByFormat(tuple(FORMATS.values()), _Layer)]
 
 
 class Own(BaseModel):

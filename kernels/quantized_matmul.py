@@ -6,6 +6,7 @@
 | affine, inputs rounded to int8 | `int8_matmul` |
 | codebook: k-means, NF4, binary, ternary | `codebook_matmul` |
 | dense | `dense_matmul` |
+| sparse | `sparse_matmul`: that of its values, with zeros filled in |
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any, Final
 
 import torch
 
-from effcli.formats import AffineWeight, CodebookWeight, DenseWeight, Quantized
-from effcli.kernels import affine_matmul, codebook_matmul, dense_matmul, int8_matmul
+from effcli.formats import AffineWeight, CodebookWeight, DenseWeight, Quantized, SparseWeight
+from effcli.kernels import affine_matmul, codebook_matmul, dense_matmul, int8_matmul, sparse_matmul
 from effcli.kernels._packed import Packed, matmul, route_name
 
 
@@ -31,11 +32,19 @@ def _affine(weight: AffineWeight, device: torch.device | str | None) -> Packed:
     return affine_matmul.prepare(weight, device)
 
 
+def _sparse(weight: SparseWeight, device: torch.device | str | None) -> Packed:
+    filled = weight.filled()
+    if filled is None:
+        return dense_matmul.prepare(weight, device)
+    return sparse_matmul.prepare(weight, prepare(filled, device))
+
+
 # What lays out the weights of each format.
 KERNELS: Final[Mapping[type[Quantized], Callable[[Any, torch.device | str | None], Packed]]] = {
     AffineWeight: _affine,
     CodebookWeight: codebook_matmul.prepare,
     DenseWeight: dense_matmul.prepare,
+    SparseWeight: _sparse,
 }
 
 

@@ -1,7 +1,8 @@
 """How numbers are stored: formats are values, with the arithmetic to pack, unpack and restore them.
 
 A format knows nothing of how its numbers were chosen. `Dense` numbers stand as they are, `Affine` ones on an evenly
-spaced grid, `Codebook` ones in a table. Nobody outside asks which format one has: what a format can do it says itself.
+spaced grid, `Codebook` ones in a table; `Sparse` leaves out numbers of any of these. Nobody outside asks which format
+one has: what a format can do it says itself.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from effcli.formats.base import Described, Entries, Integers, Packing, Quantized
 from effcli.formats.bits import pack_bits, unpack_bits
 from effcli.formats.codebook import Codebook, CodebookWeight, DoubleQuantized, Kind
 from effcli.formats.dense import Dense, DenseWeight
+from effcli.formats.patterns import Bitmask, Blocks, Gaps, Pattern
+from effcli.formats.sparse import VALUES, Sparse, SparseWeight
 
+_KINDS: tuple[type[Packing], ...] = (*VALUES, Sparse)
 # Every format by the name that its description has.
-FORMATS: Mapping[str, type[Packing]] = MappingProxyType({kind.name: kind for kind in (Dense, Affine, Codebook)})
+FORMATS: Mapping[str, type[Packing]] = MappingProxyType({kind.name: kind for kind in _KINDS})
 
 # The tensors that a quantized layer may consist of, by the end of their names.
 SUFFIXES = frozenset[str]().union(*(kind.suffixes for kind in FORMATS.values()))
@@ -49,6 +53,8 @@ __all__ = [
     "Activations",
     "Affine",
     "AffineWeight",
+    "Bitmask",
+    "Blocks",
     "Codebook",
     "CodebookWeight",
     "Dense",
@@ -56,10 +62,14 @@ __all__ = [
     "Described",
     "DoubleQuantized",
     "Entries",
+    "Gaps",
     "Integers",
     "Kind",
     "Packing",
+    "Pattern",
     "Quantized",
+    "Sparse",
+    "SparseWeight",
     "Strategy",
     "format_from_json",
     "pack_bits",

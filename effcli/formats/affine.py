@@ -26,7 +26,6 @@ from effcli.formats.base import (
     expect,
     expect_input_scale,
     expect_numbers,
-    expect_shape,
 )
 from effcli.formats.bits import pack_bits, unpack_bits
 
@@ -110,8 +109,8 @@ class Affine(Values):
     def grouped(self, weight: Tensor) -> Tensor:
         """View weight (out, in) as (scale rows, scale columns, numbers per scale)."""
         rows, columns = self.scale_shape((weight.shape[0], weight.shape[1]))
-        # Spelt out, since -1 is ambiguous for a weight without rows.
-        numbers = weight.numel() if self.strategy == "tensor" else weight.shape[1] // columns
+        # Spelt out, since -1 is ambiguous for a weight without rows or columns.
+        numbers = {"tensor": weight.numel(), "channel": weight.shape[1], "group": self.group_size}[self.strategy]
         return weight.reshape(rows, columns, numbers)
 
     @property
@@ -121,6 +120,10 @@ class Affine(Values):
     @property
     def rounds_inputs(self) -> bool:
         return self.activations != "none"
+
+    @property
+    def stores_shape(self) -> bool:
+        return not self.rounds_inputs
 
     @property
     def signed_bits(self) -> int:
@@ -136,7 +139,7 @@ class Affine(Values):
             return total + (scale_bytes + 1 if self.activations == "tensor" else 0)
         if not self.symmetric:
             total += 1 if self.strategy == "tensor" else math.ceil(rows * self.bits / 32) * 4 * columns
-        return total + 16
+        return total
 
     def pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
         """`weight_packed`, the words of each row, or a plain int8 `weight` where the inputs are int8 too."""
@@ -170,7 +173,6 @@ class Affine(Values):
             expect_numbers(tensors, "weight_zero_point", (torch.int8,), 1)
         else:
             expect(tensors, "weight_zero_point", (torch.int32,), (math.ceil(rows * self.bits / 32), columns))
-        expect_shape(tensors, shape)
 
     def build(self, codes: Tensor, tensors: Tensors) -> AffineWeight:
         rows = codes.shape[0]
@@ -256,7 +258,7 @@ class AffineWeight(Numbers):
             if self.activation_scale is not None and self.activation_zero is not None:
                 held |= {"input_scale": self.activation_scale, "input_zero_point": self.activation_zero}
             return held
-        held = {"weight_scale": scale, "weight_shape": torch.tensor(self.shape, dtype=torch.int64)}
+        held = {"weight_scale": scale}
         if self.zero is not None:
             if self.format.strategy == "tensor":
                 signed = self.zero.to(torch.int16) - self.format.fixed_zero
@@ -278,6 +280,11 @@ class AffineWeight(Numbers):
         if self.activation_scale is None or self.activation_zero is None:
             return None
         return float(self.activation_scale), int(self.activation_zero)
+
+    def zero_codes(self) -> Tensor:
+        if self.zero is None:
+            return torch.full((1, 1), self.format.fixed_zero, dtype=torch.uint8, device=self.device)
+        return self.zero.unsqueeze(-1).expand(self.format.grouped(self.codes).shape).reshape(self.shape)
 
     def integers(self) -> Integers | None:
         return Integers(self.signed, self.scale.reshape(-1)) if self.format.signed_bits else None

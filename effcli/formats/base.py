@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model, model_validator
+from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 Bits = Annotated[int, Field(strict=True, ge=1, le=8)]
 GroupSize = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+# What `weight_shape` takes.
+SHAPE_BYTES = 16
 
 
 class Described(BaseModel):
@@ -42,6 +47,24 @@ class Described(BaseModel):
     def _possible(self) -> Self:
         self.made()
         return self
+
+
+@dataclass(frozen=True)
+class ByFormat:
+    """Tells pydantic to check a description against the model of the format that it names.
+
+    formats: those that it may name; beside: what stands beside the format in the description.
+    """
+
+    formats: tuple[type[Packing], ...]
+    beside: type[Described] | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        models = {kind.name: kind.description for kind in self.formats}
+        if self.beside is not None:
+            models = {name: create_model(name, __base__=(self.beside, model)) for name, model in models.items()}
+        choices = {name: handler.generate_schema(model) for name, model in models.items()}
+        return core_schema.tagged_union_schema(choices, discriminator="format")
 
 
 class Packing(abc.ABC):
@@ -114,8 +137,13 @@ class Packing(abc.ABC):
 class Values(Packing):
     """A format of numbers: a code for each of them, and beside the codes what they stand for."""
 
+    @property
+    def stores_shape(self) -> bool:
+        """Whether `weight_shape` stands in a file, which the codes alone do not tell."""
+        return True
+
     def nbytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
-        return self.code_bytes(*shape) + self.beside_bytes(shape, scale_bytes)
+        return self.code_bytes(*shape) + self.beside_bytes(shape, scale_bytes) + (SHAPE_BYTES * self.stores_shape)
 
     @abc.abstractmethod
     def code_bytes(self, rows: int, columns: int) -> int:
@@ -148,6 +176,8 @@ class Values(Packing):
     def check(self, tensors: Tensors, shape: tuple[int, int]) -> None:
         self.check_beside(tensors, shape)
         self.check_codes(tensors, *shape)
+        if self.stores_shape:
+            expect_shape(tensors, shape)
 
     def restore(self, tensors: Tensors, shape: tuple[int, int]) -> Numbers:
         return self.build(self.unpack_codes(tensors, *shape), tensors)
@@ -257,10 +287,16 @@ class Numbers(Quantized):
 
     @abc.abstractmethod
     def beside(self) -> dict[str, Tensor]:
-        """What stands in a file beside the codes, by suffix."""
+        """What stands in a file beside the codes and the shape, by suffix."""
+
+    def zero_codes(self) -> Tensor | None:
+        """Codes that stand for 0, of a shape that extends to (out, in); None where some weights have none."""
+        return None
 
     def pack(self) -> dict[str, Tensor]:
         packed = {**self.format.pack_codes(self.codes), **self.beside()}
+        if self.format.stores_shape:
+            packed |= shape_tensor(self.shape)
         return {suffix: tensor.contiguous() for suffix, tensor in packed.items()}
 
 
@@ -279,6 +315,11 @@ def expect_numbers(tensors: Tensors, suffix: str, dtypes: Collection[torch.dtype
     expect(tensors, suffix, dtypes, None)
     if tensors[suffix].numel() != count:
         raise ValueError(f"{suffix} has {tensors[suffix].numel()} numbers, not {count}")
+
+
+def shape_tensor(shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The shape of a weight, as it stands in a file."""
+    return {"weight_shape": torch.tensor(shape, dtype=torch.int64)}
 
 
 def expect_shape(tensors: Tensors, shape: tuple[int, int]) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from effcli.formats import huffman
 from effcli.formats.base import (
     FLOATING,
+    SHAPE_BYTES,
     Bits,
     Described,
     Dtype,
@@ -41,7 +42,6 @@ from effcli.formats.base import (
     expect,
     expect_input_scale,
     expect_numbers,
-    expect_shape,
 )
 from effcli.formats.bits import pack_bits, unpack_bits
 
@@ -178,10 +178,10 @@ class Codebook(Values):
     def beside_bytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
         blocks = self.blocks(shape)
         if self.learned:
-            return 16 + blocks * (1 << self.bits) * scale_bytes
+            return blocks * (1 << self.bits) * scale_bytes
         if self.double:
-            return 16 + blocks + 4 * math.ceil(blocks / DOUBLE_BLOCK) + 4
-        return 16 + blocks * (4 if self.kind == "nf4" else scale_bytes)
+            return blocks + 4 * math.ceil(blocks / DOUBLE_BLOCK) + 4
+        return blocks * (4 if self.kind == "nf4" else scale_bytes)
 
     def pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
         """`weight_packed` holds the codes in the order of the flattened matrix: words (1, n) of `pack_bits`, or the
@@ -224,7 +224,6 @@ class Codebook(Values):
             expect_numbers(tensors, "weight_scale_mean", (torch.float32,), 1)
         else:
             expect_numbers(tensors, "weight_scale", FLOATING, blocks)
-        expect_shape(tensors, shape)
 
     def build(self, codes: Tensor, tensors: Tensors) -> CodebookWeight:
         table = tensors["weight_table"] if self.learned else fixed_table(self.kind)
@@ -340,11 +339,11 @@ class CodebookWeight(Numbers):
         """Bytes on disk, for which a Huffman code need not be written."""
         if not self.format.huffman:
             return super().nbytes
-        beside = sum(tensor.nbytes for tensor in self.beside().values())
+        beside = SHAPE_BYTES + sum(tensor.nbytes for tensor in self.beside().values())
         return beside + huffman.nbytes(self.codes.reshape(-1))
 
     def beside(self) -> dict[str, Tensor]:
-        packed = {"weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64)}
+        packed = {}
         if self.format.learned:
             packed["weight_table"] = self.table
         if isinstance(self.scale, DoubleQuantized):
@@ -356,6 +355,13 @@ class CodebookWeight(Numbers):
         if self.input_scale is not None:
             packed["input_scale"] = self.input_scale
         return packed
+
+    def zero_codes(self) -> Tensor | None:
+        zeros = self.table == 0
+        if not bool(zeros.any(1).all()):
+            return None
+        first = zeros.to(torch.uint8).argmax(1).to(torch.uint8)
+        return first.view(1, 1) if len(first) == 1 else first[self.block_index()]
 
     def entries(self) -> Entries | None:
         return Entries(self.codes, self.table) if self.format.learned else None

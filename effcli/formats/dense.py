@@ -44,6 +44,10 @@ class Dense(Values):
     dtype: torch.dtype
 
     @property
+    def stores_shape(self) -> bool:
+        return False
+
+    @property
     def bits(self) -> int:  # type: ignore[override]
         return 8 * self.dtype.itemsize
 
@@ -92,6 +96,9 @@ class DenseWeight(Numbers):
 
     def beside(self) -> dict[str, Tensor]:
         return {} if self.input_scale is None else {"input_scale": self.input_scale}
+
+    def zero_codes(self) -> Tensor:
+        return self.codes.new_zeros(1, 1)
 
     def with_input_scale(self, scale: Tensor) -> DenseWeight:
         return dataclasses.replace(self, input_scale=scale)

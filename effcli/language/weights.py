@@ -22,7 +22,7 @@ from effcli.formats import SUFFIXES, Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.sites import LayerSite
 from effcli.stock import replaced_class
-from effcli.storage import Stored, network_config, obstacles_of, stored_layers, untied
+from effcli.storage import Stored, is_own, network_config, obstacles_of, own_part, stored_layers, untied
 
 
 def open_weights(path: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Weights:
@@ -309,7 +309,8 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
-    own = network_config(checkpoint.config) is not checkpoint.config and "effcli" in checkpoint.config
+    own = is_own(checkpoint.config)
+    described = own_part(checkpoint.config).layers if own else {}
 
     def rename(key: str) -> tuple[str, str | None]:
         if own:
@@ -324,7 +325,7 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
     packed: dict[str, dict[str, str]] = {}
     for key in sorted(checkpoint.entries, key=_natural):
         stem, _, suffix = key.rpartition(".")
-        if suffix in SUFFIXES and _is_packed(checkpoint, stem):
+        if suffix in SUFFIXES and (stem in described or _is_packed(checkpoint, stem)):
             layer = rename(f"{stem}.weight")[0].removesuffix(".weight")
             packed.setdefault(layer, {})[suffix] = key
             continue

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from any_format import weight_in
 
-from effcli.formats import FORMATS, SUFFIXES, Affine, Codebook, Dense, DenseWeight, Packing, format_from_json, unpack
+from effcli.formats import (
+    FORMATS,
+    SUFFIXES,
+    Affine,
+    Bitmask,
+    Blocks,
+    Codebook,
+    Dense,
+    DenseWeight,
+    Gaps,
+    Packing,
+    Sparse,
+    format_from_json,
+    unpack,
+)
 from effcli.kernels.quantized_matmul import KERNELS, matmul, prepare
-from tests.support.weights import weight_in
 
 EVERY: list[Packing] = [
     Dense(torch.bfloat16),
@@ -20,6 +34,11 @@ EVERY: list[Packing] = [
     Codebook("nf4", 4, "group", 64, double=True, dtype=torch.bfloat16),
     Codebook("binary", 1, "tensor", dtype=torch.float32),
     Codebook("ternary", 2, "group", 4, dtype=torch.float32),
+    Sparse(Bitmask(), Dense(torch.float32)),
+    Sparse(Blocks(2, 4), Affine(4, "group", 8)),
+    Sparse(Blocks(1, 4), Affine(8, "channel", symmetric=True, activations="tensor")),
+    Sparse(Gaps(3), Codebook("ternary", 2, "tensor", dtype=torch.float32)),
+    Sparse(Gaps(2, huffman=True), Codebook("kmeans", 3, "channel", huffman=True, dtype=torch.bfloat16)),
 ]
 
 
@@ -45,8 +64,8 @@ def test_a_format_says_of_itself_what_others_must_know(format: Packing) -> None:
         scaled = integers.codes.float() * integers.scale.float().unsqueeze(1)
         torch.testing.assert_close(scaled, weight.dequantize(torch.float32), rtol=0, atol=0)
     if format.row_group:
-        with pytest.raises(ValueError, match="does not divide"):
-            format.check(packed, (6, format.row_group + 1))
+        with pytest.raises(ValueError, match=r"do(es)? not divide"):
+            format.nbytes((6, format.row_group + 1))
 
 
 @pytest.mark.parametrize("format", EVERY, ids=str)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from any_format import weight_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effcli.formats import Codebook, CodebookWeight
+from effcli.formats import Affine, Codebook, CodebookWeight, Gaps, Quantized, Sparse
 from effcli.formats.codebook import fixed_table
 from effcli.graphs.rows import Rows, look_up, numbers_in, rows_of
 
@@ -23,7 +24,7 @@ def kmeans(bits: int, strategy: Any, shape: tuple[int, int], seed: int = 0, grou
     return CodebookWeight(format, codes, table)
 
 
-def rows_from(stored: CodebookWeight, least: float = 0.0) -> Rows:
+def rows_from(stored: Quantized, least: float = 0.0) -> Rows:
     weight = stored.dequantize(torch.float64).numpy()
     return rows_of(weight, stored, np.full(len(weight), least), 0.25, False)
 
@@ -59,6 +60,15 @@ def test_an_entry_that_no_weight_takes_costs_no_precision() -> None:
     stored.codes[stored.codes == 15] = 3
     rows = rows_from(stored)
     assert rows.scales.max() < 0.1 and rows.table is not None and rows.table[0, 15] == 127
+
+
+@pytest.mark.parametrize("values", [Affine(4, "channel", symmetric=True), Codebook("ternary", 2, "tensor")], ids=str)
+def test_integers_of_sparse_weights_stay_as_they_are(values: Any) -> None:
+    stored = weight_in(Sparse(Gaps(4), values), (4, 70))
+    rows = rows_from(stored)
+    np.testing.assert_allclose(rows.codes * rows.scales[:, None], stored.dequantize(torch.float64).numpy(), rtol=1e-6)
+    assert (rows.bits, rows.rounded_again) == (values.bits, False)
+    assert (rows.codes == 0).mean() > 0.5
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,30 @@ from torch import Tensor
 from effcli.formats import (
     Affine,
     AffineWeight,
+    Blocks,
     Codebook,
     CodebookWeight,
     Dense,
     DenseWeight,
     DoubleQuantized,
     Packing,
+    Pattern,
     Quantized,
+    Sparse,
+    SparseWeight,
 )
+from effcli.formats.base import Numbers
 from effcli.formats.codebook import DOUBLE_BLOCK, fixed_table
+
+
+def mask_of(pattern: Pattern, shape: tuple[int, int], seed: int = 0, density: float = 0.4) -> Tensor:
+    """A mask bool of this `shape` and, unless the pattern says how many weights it keeps, about this density."""
+    numbers = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    if not isinstance(pattern, Blocks):
+        return numbers < density
+    parts = numbers.view(-1, pattern.of) if numbers.numel() else numbers.new_zeros(0, pattern.of)
+    places = parts.topk(pattern.kept).indices
+    return torch.zeros(parts.shape, dtype=torch.bool).scatter_(1, places, True).view(shape)
 
 
 def weight_in(format: Packing, shape: tuple[int, int], seed: int = 0) -> Quantized:
@@ -42,6 +57,10 @@ def weight_in(format: Packing, shape: tuple[int, int], seed: int = 0) -> Quantiz
             activation_scale=torch.tensor([0.25]) if fixed else None,
             activation_zero=torch.tensor([-3], dtype=torch.int8) if fixed else None,
         )
+    if isinstance(format, Sparse):
+        values = weight_in(format.values, shape, seed)
+        assert isinstance(values, Numbers)
+        return SparseWeight(format, values, mask_of(format.pattern, shape, seed))
     assert isinstance(format, Codebook)
     blocks = format.blocks(shape)
     numbers = codes(shape, 3 if format.kind == "ternary" else 1 << format.bits)
