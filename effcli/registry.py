@@ -18,6 +18,9 @@ from effcli.errors import UserError, first_line
 
 T = TypeVar("T")
 
+# The groups of entry points through which other packages offer classes.
+PASSES, EXPORTERS = GROUPS = "effcli.passes", "effcli.exporters"
+
 
 class Entry(NamedTuple):
     """Where a class is, as `module:Class`, and one line about it."""
@@ -101,6 +104,20 @@ class Registry(Generic[T]):
             yield name, Entry(place, _summary(place), package=package)
 
 
+def package_at_fault(error: BaseException) -> str:
+    """The package of another's class whose code raised an error, however deep it called others; empty for ours."""
+    offered = {point.module.partition(".")[0]: _package(point) for group in GROUPS for point in _well_formed(group)}
+    found, here = "", error.__traceback__
+    while here is not None:
+        found = offered.get(str(here.tb_frame.f_globals.get("__name__", "")).partition(".")[0], found)
+        here = here.tb_next
+    return found
+
+
+def _well_formed(group: str) -> Iterator[EntryPoint]:
+    return (point for point in entry_points(group=group) if point.pattern.match(point.value))
+
+
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "?"
 
@@ -151,4 +168,4 @@ def _source(module: str) -> Path | None:
     return None
 
 
-__all__ = ["Entry", "Registry"]
+__all__ = ["EXPORTERS", "GROUPS", "PASSES", "Entry", "Registry", "package_at_fault"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from effcli import onnx_session
+from effcli import onnx_session, registry
 from effcli.errors import UnsupportedError, UserError, did_you_mean
 from effcli.registry import Entry, Registry
 
@@ -35,7 +35,7 @@ TARGETS: dict[str, Entry] = {
     "pt2": Entry("effcli.exporters.pt2:PT2", "A graph that torch.export.load reads, weights dense."),
 }
 
-REGISTRY: Registry[Exporter] = Registry("export target", "effcli.exporters", ("effcli.exporter:Exporter",), TARGETS)
+REGISTRY: Registry[Exporter] = Registry("export target", registry.EXPORTERS, ("effcli.exporter:Exporter",), TARGETS)
 
 
 def check(target: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from effcli import registry
 from effcli.errors import RecipeError, did_you_mean
 from effcli.registry import Entry, Registry
 
@@ -77,7 +78,7 @@ PASSES: dict[str, Entry] = {
 }
 
 REGISTRY: Registry[Pass] = Registry(
-    "pass", "effcli.passes", tuple(f"effcli.contract:{kind}Pass" for kind in ("Layer", "Network", "Search")), PASSES
+    "pass", registry.PASSES, tuple(f"effcli.contract:{kind}Pass" for kind in ("Layer", "Network", "Search")), PASSES
 )
 
 

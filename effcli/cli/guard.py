@@ -11,6 +11,7 @@ import typer
 
 from effcli.errors import EffcliError, MachineError, machine_condition
 from effcli.escaping import terminal
+from effcli.registry import package_at_fault
 
 
 def usage_error(error: Any) -> tuple[str, str]:
@@ -62,8 +63,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 complain(known.cause, known.remedy)
                 raise typer.Exit(known.exit_code) from None
             text = " ".join(str(error).split())
+            package = package_at_fault(error)
             remedy = "" if debug else "run it again with --debug for the traceback, and report it"
-            complain(f"internal error: {type(error).__name__}{': ' + text if text else ''}", remedy)
+            what = f"the package {package} failed" if package else "internal error"
+            remedy += f" to those who make {package}" if package and remedy else ""
+            complain(f"{what}: {type(error).__name__}{': ' + text if text else ''}", remedy)
             raise typer.Exit(MachineError.exit_code) from None
 
     return guarded

@@ -136,6 +136,15 @@ def test_code_that_fails(fault: str, offer: Offer, capsys: pytest.CaptureFixture
     assert main(["passes"]) == 0
 
 
+def test_a_pass_that_fails(offer: Offer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    offer("effcli-fragile", PASS.replace("layer.weight / 2", "layer.wait / 2"), own="effcli_fragile:Halve")
+    arguments = ["compress", "sample:cnn", "--pass", "own", "--no-eval", "--quiet", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "error: the package effcli-fragile failed: AttributeError: 'Layer' object has no attribute 'wait'" in said
+    assert "with --debug for the traceback, and report it to those who make effcli-fragile" in said
+
+
 def test_own_names_win(offer: Offer, capsys: pytest.CaptureFixture[str]) -> None:
     offer("effcli-halving", awq="effcli_halving:Halve")
     offer("effcli-writing", "", "effcli.exporters", onnx="effcli_writing:Out")
