@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from effcli.cli import main
 from effcli.errors import CheckpointError
+from effcli.formats import unpack
 from effcli.graphs.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,3 +128,27 @@ def test_an_importer(tmp_path: Path) -> None:
     file.write_bytes(b"no archive")
     with pytest.raises(CheckpointError, match="holds no chain of linear layers"):
         read_chain(file)
+
+
+def test_a_format() -> None:
+    template = runpy.run_path(str(TEMPLATES / "format_template.py"))
+    format = template["Shift"](torch.float32)
+    weight = torch.tensor([[1.0, -0.5, 0.3, 0.0], [8.0, 4.0, -0.126, 0.01]])
+    made = format.quantize(weight)
+    assert made.dequantize().tolist() == [[1.0, -0.5, 0.25, 0.0], [8.0, 4.0, -0.125, 0.0]]
+    packed = made.pack()
+    assert set(packed) <= format.suffixes and made.nbytes == format.nbytes((2, 4)) == 2 * 4 + 2 + 16
+    assert torch.equal(unpack(format, packed, (2, 4)).dequantize(), made.dequantize())
+    assert type(format).from_json(format.to_json()) == format
+    with pytest.raises(ValueError, match="dtype"):
+        type(format).from_json({"format": "shift", "dtype": "int8"})
+    for suffix in packed:
+        with pytest.raises(ValueError, match=f"{suffix} is missing"):
+            unpack(format, {key: tensor for key, tensor in packed.items() if key != suffix}, (2, 4))
+    assert torch.equal(made.join([made]).dequantize(), torch.cat([made.dequantize()] * 2))
+    assert made.with_input_scale(torch.ones(4)).pack().keys() == {*packed, "input_scale"}
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 40, generator=generator)
+    ratios = format.quantize(weight).dequantize() / weight
+    assert bool(((ratios == 0) | (ratios.log2().abs() <= 0.5 + 1e-6)).all())
+    assert bool(((ratios == 0) == (weight.abs() < 2**-6.5 * weight.abs().log2().round().amax(1, True).exp2())).all())
