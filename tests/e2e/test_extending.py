@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from effcli import contract
 from effcli.cli import main
 from effcli.errors import CheckpointError
 from effcli.formats import unpack
@@ -103,6 +105,28 @@ def test_an_exporter(install: Install, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["export", str(out), "--to", "npz", "--overwrite", "-o", str(tmp_path / "half")]) == 0
     assert main(["export", str(out), "--to", "npz", "--hal", "-o", str(tmp_path / "other")]) == 1
     assert "npz has no option 'hal'" in capsys.readouterr().err
+
+
+def test_a_run_says_that_a_name_is_taken(install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install("pass", "effcli.passes", "fold", "Magnitude")
+    assert main(["compress", "sample:cnn", "--pass", "fold", "--no-eval", "-o", str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the pass 'fold' is effcli's own; that of effcli-own-pass is not used" in said
+
+
+def test_the_guide_names_what_there_is() -> None:
+    guide = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https)([^)#]+)\)", guide)
+    assert {path.name for path in TEMPLATES.glob("*.py")} <= {Path(link).name for link in links}
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+    blocks = [tomllib.loads(block)["project"] for block in re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)]
+    offered = {group: points for block in blocks for group, points in block["entry-points"].items()}
+    assert offered == {
+        "effcli.passes": {"magnitude": "effcli_magnitude:Magnitude"},
+        "effcli.exporters": {"npz": "effcli_npz:Npz"},
+    }
+    for name in re.findall(r"`([A-Z][A-Za-z]+Pass)`", guide):
+        assert hasattr(contract, name), name
 
 
 def test_an_importer(tmp_path: Path) -> None:
