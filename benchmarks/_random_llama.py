@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from effcli.samples import SAMPLES
+from effcli.files.locate import SAMPLES
 
 VOCABULARY = 1024
 # Weights as small as trained ones: activations neither vanish nor overflow over many blocks.

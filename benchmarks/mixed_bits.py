@@ -36,10 +36,11 @@ def main() -> None:
 
     import torch
 
-    from effcli import pipeline, samples
-    from effcli.layer_costs import sensitivity
-    from effcli.recipe import PassStep, Recipe, from_arguments
-    from effcli.widths import Widths, with_bits
+    from effcli.files import locate as samples
+    from effcli.run import pipeline
+    from effcli.run.recipe import PassStep, Recipe, from_arguments
+    from effcli.search.bits import Widths, with_bits
+    from effcli.search.sensitivity import sensitivity
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

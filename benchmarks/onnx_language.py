@@ -35,8 +35,8 @@ def main() -> None:
         packed = Path(scratch) / "packed"
         checked(effcli("compress", options.checkpoint, "-o", packed, "--pass", options.step, "--no-eval", "--quiet"))
         # torch only from here on: see _common.run.
-        from effcli import onnx_session
         from effcli.exporters._onnx_language import export_language
+        from effcli.platform import onnx_session
 
         exports = {
             "float32": export_language(options.checkpoint, Path(scratch) / "float32"),

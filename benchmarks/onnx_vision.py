@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from _common import machine, table
 
-from effcli import onnx_session, samples
-from effcli.contract import Observed
 from effcli.exporters import onnx as exporter
+from effcli.files import locate as samples
 from effcli.importers import read
+from effcli.layers.contract import Observed
 from effcli.passes import int8
+from effcli.platform import onnx_session
 
 
 def main() -> None:

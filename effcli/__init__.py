@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effcli.api import compress as compress
-    from effcli.recipe import Recipe as Recipe
     from effcli.reports.report import Report as Report
+    from effcli.run.recipe import Recipe as Recipe
     from effcli.runtime import load as load
 
 _HOMES = {
-    "Recipe": "effcli.recipe",
+    "Recipe": "effcli.run.recipe",
     "Report": "effcli.reports.report",
     "compress": "effcli.api",
     "load": "effcli.runtime",

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli import recipe as recipes
-from effcli.contract import Pass
+from effcli.layers.contract import Pass
 from effcli.reports.report import Report
+from effcli.run import recipe as recipes
 
 if TYPE_CHECKING:
-    from effcli.pipeline import Listener
+    from effcli.run.pipeline import Listener
 
 
 def compress(
@@ -28,8 +28,8 @@ def compress(
     model: a directory, a Hub id, or `sample:lm`. passes: `"awq:bits=4"`, `{"awq": {"bits": 4}}` or a pass's `Config`.
     keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
     """
-    from effcli import search
-    from effcli.stock import restoring_verbosity
+    from effcli.platform.huggingface import restoring_verbosity
+    from effcli.search import resolve as search
 
     recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
     with restoring_verbosity():

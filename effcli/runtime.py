@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effcli import importers, samples
+from effcli import importers
 from effcli.errors import UnsupportedError
+from effcli.files import locate as samples
 from effcli.language.modules import QuantizedExperts, QuantizedLinear
 from effcli.language.weights import Weights, open_weights, place
-from effcli.sites import LayerSite
-from effcli.stock import restoring_verbosity
+from effcli.layers.layer import LayerSite
+from effcli.platform.huggingface import restoring_verbosity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

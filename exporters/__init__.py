@@ -1,6 +1,6 @@
 """The export targets by name. Explicit, so that listing them imports neither torch nor the exporters themselves.
 
-An exporter `exporters/<target>.py` holds one class, an `effcli.exporter.Exporter`: its options and how it writes.
+An exporter `exporters/<target>.py` holds one class, an `effcli.files.exporter.Exporter`: its options and how it writes.
 Other packages add theirs through the entry points `effcli.exporters`.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from effcli import onnx_session, registry
 from effcli.errors import UnsupportedError, UserError, did_you_mean
-from effcli.registry import Entry, Registry
+from effcli.platform import onnx_session, registry
+from effcli.platform.registry import Entry, Registry
 
 if TYPE_CHECKING:
-    from effcli.exporter import Exporter
+    from effcli.files.exporter import Exporter
 
 
 TARGETS: dict[str, Entry] = {
@@ -35,7 +35,9 @@ TARGETS: dict[str, Entry] = {
     "pt2": Entry("effcli.exporters.pt2:PT2", "A graph that torch.export.load reads, weights dense."),
 }
 
-REGISTRY: Registry[Exporter] = Registry("export target", registry.EXPORTERS, ("effcli.exporter:Exporter",), TARGETS)
+REGISTRY: Registry[Exporter] = Registry(
+    "export target", registry.EXPORTERS, ("effcli.files.exporter:Exporter",), TARGETS
+)
 
 
 def check(target: str) -> None:

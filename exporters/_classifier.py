@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from effcli.checkpoint import write_text
 from effcli.errors import CheckpointError, MachineError, UnsupportedError, first_line
 from effcli.exporters._obstacles import some
+from effcli.files.checkpoint import write_text
 from effcli.graphs.graph import Graph
 from effcli.inputs.preprocess import FILE_NAME, Preprocess
-from effcli.stock import quiet_transformers, restoring_verbosity
+from effcli.platform.huggingface import quiet_transformers, restoring_verbosity
 
 _REMEDY = "export it with --to pt2 or --to onnx, which hold any graph"
 _COMPARED = 4

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from effcli import onnx_session
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, first_line, writing
 from effcli.exporters import _onnx_integer_linear
 from effcli.exporters._obstacles import by_reason
 from effcli.exporters._onnx_integer_linear import IntegerLinear, input_range, quantize
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph
+from effcli.platform import onnx_session
 from effcli.reports.human import count
 
 if TYPE_CHECKING:

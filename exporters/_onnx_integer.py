@@ -24,7 +24,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from effcli import onnx_session
 from effcli.errors import MachineError, UnsupportedError, writing
 from effcli.graphs import executor
 from effcli.graphs.integer import (
@@ -54,6 +53,7 @@ from effcli.graphs.integer import (
     Value,
     Weighted,
 )
+from effcli.platform import onnx_session
 from effcli.reports.human import count
 
 FILE_NAME = "model.onnx"

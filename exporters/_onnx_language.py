@@ -19,20 +19,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli import onnx_session
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError, writing
 from effcli.exporters import _onnx_language_layers as layers
 from effcli.exporters._onnx_integer_linear import IntegerLinear
 from effcli.exporters._onnx_language_layers import Arithmetic, PackedLinear
 from effcli.exporters._onnx_language_run import KERNEL, compare, empty_past, forward, generate, latency
 from effcli.exporters._onnx_language_trace import OPSET, trace
+from effcli.files.layout import Stored
 from effcli.language import verify
 from effcli.language.skeleton import Skeleton
 from effcli.language.verify import Agreement
 from effcli.language.weights import Weights, open_weights
 from effcli.options import Options
+from effcli.platform import onnx_session
 from effcli.reports.human import count, size
-from effcli.storage import Stored
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -19,9 +19,9 @@ from effcli.errors import UnsupportedError
 from effcli.exporters import _onnx_integer_linear
 from effcli.exporters._obstacles import by_reason
 from effcli.exporters._onnx_integer_linear import Inputs, IntegerLinear, declare, declare_rest, input_factor
+from effcli.files.layout import Stored
 from effcli.formats import Affine, AffineWeight
 from effcli.reports.human import count
-from effcli.storage import Stored
 
 Tensors = dict[str, Tensor]
 

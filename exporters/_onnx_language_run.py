@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effcli import onnx_session
 from effcli.errors import DataError
 from effcli.language.verify import Agreement
-from effcli.machine import device_name
+from effcli.platform import onnx_session
+from effcli.platform.huggingface import logits_of
+from effcli.platform.machine import device_name
 from effcli.reports.report import Speed
-from effcli.stock import logits_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

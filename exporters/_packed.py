@@ -10,18 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcli.checkpoint import STOCK_STEM, Checkpoint, assemble, copy_companions, weight_files, write_shard, write_text
 from effcli.errors import MachineError, UnsupportedError
 from effcli.exporters._obstacles import by_reason
 from effcli.exporters._target import replacing
+from effcli.files.checkpoint import (
+    STOCK_STEM,
+    Checkpoint,
+    assemble,
+    copy_companions,
+    weight_files,
+    write_shard,
+    write_text,
+)
+from effcli.files.layout import Stored
 from effcli.formats import Quantized
 from effcli.graphs.graph import is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.language.weights import Weights, open_weights
+from effcli.layers.layer import LayerSite
 from effcli.reports.report import Exported
-from effcli.sites import LayerSite
-from effcli.storage import Stored
 
 SHARD_BYTES = 4 << 30
 

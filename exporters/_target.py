@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from effcli.errors import OutputError, writing
-from effcli.workplace import Workplace, shown_names
+from effcli.run.workplace import Workplace, shown_names
 
 # An empty file that stands in every export: only what holds it is replaced.
 MARK = ".effcli-export"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcli.exporter import Exporter
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
+from effcli.files.exporter import Exporter
 from effcli.formats import AffineWeight, pack_bits, unpack_bits
 from effcli.language.weights import Weights
 from effcli.reports.report import Exported

@@ -17,8 +17,6 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from effcli.documents import check_model, parse_json
-from effcli.exporter import Exporter
 from effcli.exporters._packed import (
     common_obstacle,
     dense_layers,
@@ -27,10 +25,12 @@ from effcli.exporters._packed import (
     packed_sites,
     refuse,
 )
+from effcli.files.documents import check_model, parse_json
+from effcli.files.exporter import Exporter
+from effcli.files.layout import Stored
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map
 from effcli.reports.report import Exported
-from effcli.storage import Stored
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = "weight.quant_state.bitsandbytes__nf4"

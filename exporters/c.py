@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
-from effcli.documents import read_model
 from effcli.errors import UnsupportedError, writing
-from effcli.exporter import Exporter
 from effcli.exporters._target import nbytes, replacing
 from effcli.exporters.firmware import check, project, targets
 from effcli.exporters.firmware.cost import LayerCost
 from effcli.exporters.firmware.generate import Generated, generate, inputs
+from effcli.files.documents import read_model
+from effcli.files.exporter import Exporter
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.options import Options
 from effcli.reports.human import count

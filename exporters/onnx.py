@@ -13,15 +13,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from effcli import onnx_session
-from effcli.checkpoint import copy_companions, read_config, write_text
 from effcli.errors import UnsupportedError
-from effcli.exporter import Exporter
 from effcli.exporters._target import nbytes, replacing
+from effcli.files.checkpoint import copy_companions, read_config, write_text
+from effcli.files.exporter import Exporter
+from effcli.files.layout import network_config
 from effcli.graphs.graph import is_graph
 from effcli.graphs.integer import is_integer
+from effcli.platform import onnx_session
 from effcli.reports.report import Exported, Latency, Speed
-from effcli.storage import network_config
 
 
 class ONNX(Exporter):

@@ -9,8 +9,8 @@ import torch
 from torch.export import ExportedProgram
 
 from effcli.errors import MachineError, OutputError, UnsupportedError, first_line, writing
-from effcli.exporter import Exporter
 from effcli.exporters._target import nbytes, replacing
+from effcli.files.exporter import Exporter
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.reports.report import Exported

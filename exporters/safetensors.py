@@ -16,18 +16,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.checkpoint import STOCK_STEM, Checkpoint, copy_companions, weight_files, write_shard, write_text
 from effcli.errors import UnsupportedError, writing
-from effcli.exporter import Exporter
 from effcli.exporters._classifier import write_classifier
 from effcli.exporters._obstacles import by_reason, some
 from effcli.exporters._packed import write_tensors
 from effcli.exporters._target import replacing
+from effcli.files.checkpoint import STOCK_STEM, Checkpoint, copy_companions, weight_files, write_shard, write_text
+from effcli.files.exporter import Exporter
+from effcli.files.layout import is_own, network_config, stored_layers
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.weights import open_weights
 from effcli.reports.report import Exported
-from effcli.storage import is_own, network_config, stored_layers
 
 
 class Safetensors(Exporter):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from effcli import registry
 from effcli.errors import RecipeError, did_you_mean
-from effcli.registry import Entry, Registry
+from effcli.platform import registry
+from effcli.platform.registry import Entry, Registry
 
 if TYPE_CHECKING:
-    from effcli.contract import Pass
+    from effcli.layers.contract import Pass
 
 PASSES: dict[str, Entry] = {
     "linear": Entry(
@@ -78,7 +78,10 @@ PASSES: dict[str, Entry] = {
 }
 
 REGISTRY: Registry[Pass] = Registry(
-    "pass", registry.PASSES, tuple(f"effcli.contract:{kind}Pass" for kind in ("Layer", "Network", "Search")), PASSES
+    "pass",
+    registry.PASSES,
+    tuple(f"effcli.layers.contract:{kind}Pass" for kind in ("Layer", "Network", "Search")),
+    PASSES,
 )
 
 

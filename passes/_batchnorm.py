@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from effcli.contract import Pass
 from effcli.graphs.graph import Graph, calls, where
 from effcli.graphs.patches import padding
+from effcli.layers.contract import Pass
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 _Weighted = nn.Linear | nn.Conv1d | nn.Conv2d

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from effcli.contract import Pass
 from effcli.graphs.channels import column_factors
 from effcli.graphs.graph import Graph
+from effcli.layers.contract import Pass
 from effcli.passes._batchnorm import affine, batch_norms, bias_of, place, remove
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effcli.contract import Statistics
+from effcli.layers.contract import Statistics
 from effcli.passes._tables import ascending
 
 # Conjugate directions for the tables of one round: a handful, since the entries of a table hardly depend on each other.

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Group, Needs, ScalingPass, Statistics
 from effcli.formats import Affine
+from effcli.layers.contract import Group, Needs, ScalingPass, Statistics
 from effcli.passes._affine import nearest
 
 # Steps of the grid of α over [0, 1], and by how many each interval beside the best is divided afterwards.

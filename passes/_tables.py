@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from effcli.contract import Layer, LayerPass, Outcome
 from effcli.formats import Codebook, CodebookWeight, Strategy, huffman
 from effcli.formats.codebook import fixed_table
+from effcli.layers.contract import Layer, LayerPass, Outcome
 
 
 class Shared(LayerPass):

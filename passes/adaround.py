@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.formats import Affine, AffineWeight
+from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.passes._affine import clipped_range, encode, extremes, parameters
 
 # ζ and γ stretch the sigmoid, so that h reaches 0 and 1 at finite V.

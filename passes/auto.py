@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from effcli.contract import Needs, SearchPass
+from effcli.layers.contract import Needs, SearchPass
 
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 # What every pass can be told belongs to the pass whose bits are chosen.

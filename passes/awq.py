@@ -12,8 +12,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Group, Layer, Outcome, Statistics
 from effcli.formats import Affine
+from effcli.layers.contract import Group, Layer, Outcome, Statistics
 from effcli.passes._affine import clipped_range, encode, extremes
 from effcli.passes._scales import COARSE, FINE, Scaled, find_scale
 

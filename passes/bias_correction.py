@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from effcli.contract import Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.graphs.graph import Graph, calls
 from effcli.graphs.walk import Walk, stream
+from effcli.layers.contract import Needs, NetworkPass, Observed, Transformed
 
 
 class BiasCorrection(NetworkPass):

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from effcli.contract import Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.formats import CodebookWeight
 from effcli.graphs.graph import Graph
+from effcli.layers.contract import Needs, NetworkPass, Observed, Transformed
 from effcli.passes._tables import ascending
 
 

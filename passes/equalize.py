@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from effcli.contract import NetworkPass, Observed, Transformed
 from effcli.errors import UserError
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
 from effcli.graphs.graph import Graph, function
+from effcli.layers.contract import NetworkPass, Observed, Transformed
 from effcli.passes._batchnorm import batch_norms, place
 
 # The largest |log s| that still counts as a move.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from effcli.contract import NetworkPass, Observed, Transformed
 from effcli.graphs.graph import Graph
+from effcli.layers.contract import NetworkPass, Observed, Transformed
 from effcli.passes._batchnorm import batch_norms
 from effcli.passes._fold import fold_batch_norms
 

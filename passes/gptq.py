@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Group, Layer, Outcome, Statistics
 from effcli.formats import AffineWeight
+from effcli.layers.contract import Group, Layer, Outcome, Statistics
 from effcli.passes._affine import clipped_range, encode, extremes, parameters
 from effcli.passes._gptq import Feedback, factorize, quantize, weighted_range
 from effcli.passes._scales import Scaled, find_scale

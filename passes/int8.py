@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from effcli.contract import Change, Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError
 from effcli.graphs import executor
 from effcli.graphs.fusion import PROBABILITIES, covered, fuse, hoist_activations, probabilities
@@ -27,8 +26,9 @@ from effcli.graphs.graph import Graph, where
 from effcli.graphs.integer import Array, IntegerNetwork, Weighted
 from effcli.graphs.lowering import check, lower
 from effcli.graphs.rewriting import count_padding, decompose_attention, select_before_permuting
+from effcli.layers.contract import Change, Needs, NetworkPass, Observed, Transformed
+from effcli.layers.ranges import Method, Observer, Range
 from effcli.passes._fold import fold_batch_norms
-from effcli.ranges import Method, Observer, Range
 
 # Inputs whose means correct the biases, and the bytes that one value of all of them may take.
 _CORRECTING = 256

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import UNSEEN, Layer, Needs, Outcome, Statistics
 from effcli.formats import Codebook, CodebookWeight
+from effcli.layers.contract import UNSEEN, Layer, Needs, Outcome, Statistics
 from effcli.passes._kmeans import Start, assign, cluster
 from effcli.passes._refit import refit
 from effcli.passes._tables import Shared, by_block, described

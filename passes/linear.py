@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from effcli.activations import tensor_parameters
-from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.errors import DataError, UnsupportedError
 from effcli.formats import Activations, Affine, Strategy
+from effcli.layers.contract import UNSEEN, Layer, LayerPass, Needs, Outcome, Statistics
+from effcli.layers.input_rounding import tensor_parameters
+from effcli.layers.ranges import Method, Range
 from effcli.passes._affine import clipped_range, encode, extremes
-from effcli.ranges import Method, Range
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 

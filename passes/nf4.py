@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import UNSEEN, Layer, LayerPass, Outcome, Statistics
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map, fixed_table
+from effcli.layers.contract import UNSEEN, Layer, LayerPass, Outcome, Statistics
 
 # A block of zeros is divided by this.
 _TINY = 1e-38

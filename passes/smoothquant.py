@@ -17,10 +17,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from effcli.activations import round_tensor, round_tokens, tensor_parameters
-from effcli.contract import Group, Layer, Needs, Outcome, ScalingPass, Statistics
 from effcli.errors import SelectionError
 from effcli.formats import Affine
+from effcli.layers.contract import Group, Layer, Needs, Outcome, ScalingPass, Statistics
+from effcli.layers.input_rounding import round_tensor, round_tokens, tensor_parameters
 from effcli.passes._affine import nearest
 
 # Rows of each layer's weight, evenly spaced, whose outputs are compared.

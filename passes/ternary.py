@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from effcli.contract import UNSEEN, Layer, Outcome, Statistics
 from effcli.formats import Codebook
+from effcli.layers.contract import UNSEEN, Layer, Outcome, Statistics
 from effcli.passes._tables import Shared, by_block, scaled
 
 _THRESHOLD = 0.7

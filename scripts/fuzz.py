@@ -472,7 +472,7 @@ def change_recipe(data: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """A recipe with one to three options set to values that may be taken."""
     from effcli import exporters, passes
     from effcli.inputs.preprocess import Preprocess
-    from effcli.recipe import Calibration, Evaluate, Recipe
+    from effcli.run.recipe import Calibration, Evaluate, Recipe
 
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         part = rng.choice(("", "calibration", "evaluate", "preprocess", "passes", "passes", "passes", "export"))
@@ -504,7 +504,7 @@ def make_bases(folder: Path) -> None:
     from PIL import Image
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from effcli import samples
+    from effcli.files import locate as samples
 
     folder.mkdir()
     torch.manual_seed(0)
@@ -1058,7 +1058,7 @@ def read_by_library(file: Path, bases: Path) -> None:
         with safe_open(file, "np"):
             pass
     elif kind == ".onnx":
-        from effcli import onnx_session
+        from effcli.platform import onnx_session
 
         onnx_session.open_session(file, 1)
     elif kind == ".pt2":

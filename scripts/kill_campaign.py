@@ -56,7 +56,7 @@ def make_bases(folder: Path, runs: list[str]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from effcli import samples
+    from effcli.files import locate as samples
 
     folder.mkdir(parents=True)
     torch.manual_seed(0)
@@ -341,7 +341,7 @@ def main() -> int:
     import effcli.exporters.c
     import effcli.graphs.network
     import effcli.language.model
-    import effcli.search  # noqa: F401
+    import effcli.search.resolve  # noqa: F401
 
     torch.set_num_threads(1)
     table: list[tuple[str, Whole, Counter[str], int]] = []

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from effcli.errors import CheckpointError, UnsupportedError, writing
-from effcli.exporter import Exporter, nbytes, replacing
+from effcli.files.exporter import Exporter, nbytes, replacing
 from effcli.graphs.graph import Graph, is_graph
 from effcli.options import Options
 from effcli.reports.report import Exported

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from effcli.contract import Layer, LayerPass, Outcome, Statistics
+from effcli.layers.contract import Layer, LayerPass, Outcome, Statistics
 
 
 class Magnitude(LayerPass):

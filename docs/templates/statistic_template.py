@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from effcli.contract import Layer, LayerPass, Needs, Outcome, Statistics
+from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
 
 
 def typical(seen: Statistics) -> Tensor:

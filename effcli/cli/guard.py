@@ -10,8 +10,8 @@ from typing import Any
 import typer
 
 from effcli.errors import EffcliError, MachineError, machine_condition
-from effcli.escaping import terminal
-from effcli.registry import package_at_fault
+from effcli.platform.registry import package_at_fault
+from effcli.reports.escaping import terminal
 
 
 def usage_error(error: Any) -> tuple[str, str]:

@@ -52,9 +52,11 @@ def inspect(
         _sensitivity(model, step or "awq", bits or "2,3,4,8", by, calib, output, overrides or [], keys, json)
         return
     _refuse(given, "it belongs to --sensitivity", "add --sensitivity, or leave it out")
-    from effcli import importers, recipe, samples
-    from effcli import plan as planning
+    from effcli import importers
+    from effcli.files import locate as samples
     from effcli.reports import screen
+    from effcli.run import plan as planning
+    from effcli.run import recipe
 
     shape = recipe.check_inputs(overrides or (), ("shape",)).shape
     source = samples.locate(model)
@@ -82,7 +84,7 @@ def _sensitivity(
     keys: dict[str, Any],
     json: bool,
 ) -> None:
-    from effcli import recipe
+    from effcli.run import recipe
 
     if not all(re.fullmatch("[0-9]{1,4}", part.strip()) for part in bits.split(",")):
         raise RecipeError(f"--bits {bits}: not whole numbers", "write --bits 2,3,4")
@@ -95,10 +97,10 @@ def _sensitivity(
         recipe.from_arguments(model, passes=[step], bits=width, calib=calib, overrides=overrides, **keys)
         for width in widths
     ]
-    from effcli import search
     from effcli.reports import screen
     from effcli.reports.html_sensitivity import write
     from effcli.reports.sensitivity import Way, table
+    from effcli.search import resolve as search
 
     with screen.Screen(recipes[0], quiet=json) as shown:
         found = search.inspect(recipes, cast("Way | None", by), shown)
@@ -154,8 +156,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure the quality of MODEL: perplexity, multiple-choice or top-1 accuracy, the distance to another model."""
-    from effcli import importers, recipe
-    from effcli import samples as models
+    from effcli import importers
+    from effcli.files import locate as models
+    from effcli.run import recipe
 
     # Without a text, questions are all that was asked for.
     given: dict[str, Any] = {"perplexity": text if text is not None else choices is None, "latency": False}
@@ -205,8 +208,10 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure the speed of MODEL: prefill and decode of a language model, one input of any other network."""
-    from effcli import importers, recipe, samples
+    from effcli import importers
+    from effcli.files import locate as samples
     from effcli.reports import screen
+    from effcli.run import recipe
 
     shape = recipe.check_inputs(overrides or (), ("shape",)).shape
     if importers.recognises(samples.locate(model)):

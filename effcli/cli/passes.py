@@ -53,6 +53,6 @@ def schema(debug: Debug = False) -> None:
     `effcli schema > recipe.schema.json`, and in a recipe as the first line
     `# yaml-language-server: $schema=recipe.schema.json`.
     """
-    from effcli.schema import recipe_schema
+    from effcli.run.schema import recipe_schema
 
     print_json(recipe_schema())

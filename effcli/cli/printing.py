@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli.errors import MachineError
-from effcli.escaping import ENCODING_ERRORS, json_ascii, terminal
+from effcli.reports.escaping import ENCODING_ERRORS, json_ascii, terminal
 
 if TYPE_CHECKING:
     from effcli.reports.report import Report

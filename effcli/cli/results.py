@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effcli import exporters, yamls
+from effcli import exporters
 from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode
 from effcli.cli.printing import print_json, print_report, say, show
 from effcli.errors import UserError
 from effcli.exporters.firmware import targets
+from effcli.run import yaml_files as yamls
 
 if TYPE_CHECKING:
     from effcli.graphs.verify import GraphVerification
@@ -45,7 +46,7 @@ def export(
     `--name kws --max-ram 64k` for c, `--checkpoint-format gptq_v2` for gptq.
     """
     exporters.check(to.partition(":")[0])
-    from effcli import recipe
+    from effcli.run import recipe
 
     step = recipe.check_export(to, _options(context.args))
     exporters.require(step.name)

@@ -32,7 +32,7 @@ from effcli.cli.printing import print_json, print_report, say, show
 from effcli.errors import RecipeError
 
 if TYPE_CHECKING:
-    from effcli.recipe import Recipe
+    from effcli.run.recipe import Recipe
 
 
 def compress(
@@ -57,7 +57,7 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Compress MODEL with one or more passes into the directory OUT."""
-    from effcli import recipe
+    from effcli.run import recipe
 
     made = recipe.from_arguments(
         model,
@@ -110,7 +110,7 @@ def plan(
 
     Of a language model no weight is read.
     """
-    from effcli import recipe
+    from effcli.run import recipe
 
     if model.endswith((".yaml", ".yml")):
         if passes or bits is not None or group_size is not None or calib or weights or revision or trust_remote_code:
@@ -134,9 +134,9 @@ def plan(
             f"{undecided} measures the layers before it can say what it does to each",
             "look with `effcli inspect --sensitivity`, or plan the recipe.yaml of a finished run",
         )
-    from effcli import plan as planning
-    from effcli.pipeline import subject_of
     from effcli.reports import screen
+    from effcli.run import plan as planning
+    from effcli.run.pipeline import subject_of
 
     found = subject_of(made).plan()
     if json:
@@ -146,7 +146,7 @@ def plan(
 
 
 def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: bool) -> Recipe:
-    from effcli import recipe
+    from effcli.run import recipe
 
     given = list(overrides or ())
     if no_eval:
@@ -158,8 +158,8 @@ def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: 
 def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
     # Known before torch is imported and the model looked for.
     target = recipe.target
-    from effcli import search
     from effcli.reports.screen import Screen
+    from effcli.search import resolve as search
 
     with Screen(recipe, quiet=quiet) as screen:
         result, searches = search.run(recipe, overwrite=overwrite, listener=screen)

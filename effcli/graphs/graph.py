@@ -22,16 +22,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from effcli.activations import round_inputs
-from effcli.checkpoint import Checkpoint, read_config, write_shard, write_text
-from effcli.documents import check_model, read_model
 from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line
+from effcli.files.checkpoint import Checkpoint, read_config, write_shard, write_text
+from effcli.files.documents import check_model, read_model
+from effcli.files.layout import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
 from effcli.formats import Quantized, unpack
 from effcli.graphs.trial import largest
 from effcli.inputs.preprocess import Preprocess
+from effcli.layers.input_rounding import round_inputs
+from effcli.layers.layer import LayerSite
 from effcli.options import Options
-from effcli.sites import LayerSite
-from effcli.storage import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
 
 FILE_NAME = "graph.json"
 WEIGHTS_NAME = "effcli.safetensors"
@@ -113,8 +113,9 @@ class _Document(Options):
 class Graph:
     """A network as a graph. `stored` holds the compressed layers by name; the modules hold their dequantized weights.
 
-    Modules whose inputs are int8 round them with a hook (`effcli.activations`), wherever the graph runs. Every node
-    carries its source, such as 'networks.py:39 in forward' or an ONNX node's name, in `node.meta["source"]`.
+    Modules whose inputs are int8 round them with a hook (`effcli.layers.input_rounding`), wherever the graph runs.
+    Every node carries its source, such as 'networks.py:39 in forward' or an ONNX node's name, in
+    `node.meta["source"]`.
     """
 
     def __init__(self, module: fx.GraphModule, facts: Facts, stored: Mapping[str, Quantized] | None = None) -> None:

@@ -21,9 +21,10 @@ import torch
 from pydantic import Field, model_validator
 from safetensors.numpy import load_file, save_file
 
-from effcli.checkpoint import read_config, umask, write_text
-from effcli.documents import check_model, read_model
 from effcli.errors import CheckpointError, first_line, writing
+from effcli.files.checkpoint import read_config, umask, write_text
+from effcli.files.documents import check_model, read_model
+from effcli.files.layout import LAYOUT_VERSION, OWN_TYPE, holds, own_part
 from effcli.formats import pack_bits, unpack_bits
 from effcli.graphs.graph import Facts
 from effcli.graphs.operations import (
@@ -62,7 +63,6 @@ from effcli.graphs.operations import (
 from effcli.graphs.rows import look_up, numbers_in
 from effcli.graphs.soundness import check
 from effcli.options import Options
-from effcli.storage import LAYOUT_VERSION, OWN_TYPE, holds, own_part
 
 FILE_NAME = "integer.json"
 WEIGHTS_NAME = "effcli.safetensors"

@@ -11,8 +11,8 @@ from effcli.formats import Packing
 from effcli.graphs.graph import Graph, calls
 from effcli.graphs.integer import Weighted
 from effcli.graphs.lowering import check
-from effcli.plan import Row
-from effcli.sites import LayerSite
+from effcli.layers.layer import LayerSite
+from effcli.run.plan import Row
 
 # Multiplier int32, shift uint8 and bias int32 of an output channel; the ledger counts the first two to the weight.
 _RESCALING, _BIAS = 5, 4

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from effcli.formats import Dense, Quantized
 from effcli.graphs.graph import Graph, calls, macs
 from effcli.graphs.integer import IntegerNetwork, Weighted
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import Swept, dense_row, histogram, layer_row, ratio
+from effcli.layers.selection import Choice
 from effcli.reports.report import LedgerRow
-from effcli.selection import Choice
-from effcli.sites import LayerSite
-from effcli.swept import Swept, dense_row, histogram, layer_row, ratio
 
 
 class Costs:

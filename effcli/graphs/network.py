@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcli import importers, samples
-from effcli.digest import of_file
+from effcli import importers
 from effcli.errors import CheckpointError, DataError, writing
-from effcli.exporter import Exporter
+from effcli.files import locate as samples
+from effcli.files.digest import of_file
+from effcli.files.exporter import Exporter
 from effcli.graphs import executor, timing
 from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
@@ -23,12 +24,12 @@ from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.classify import Scores
 from effcli.inputs.images import Inputs, open_inputs
 from effcli.inputs.preprocess import Preprocess
-from effcli.plan import Plan
-from effcli.recipe import Evaluate, PassStep, Recipe
+from effcli.layers.result import Progress, Swept
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Quality, Stage
-from effcli.subject import Measured
-from effcli.swept import Progress, Swept
+from effcli.run.network import Measured
+from effcli.run.plan import Plan
+from effcli.run.recipe import Evaluate, PassStep, Recipe
 
 # Files beside a model that are its own data.
 CALIBRATION = "calibration.npz"
@@ -38,7 +39,7 @@ _BATCH = 64
 
 
 class GraphNetwork:
-    """See `effcli.subject.Subject`."""
+    """See `effcli.run.network.Subject`."""
 
     def __init__(self, recipe: Recipe, source: str | Path) -> None:
         self.recipe = recipe.for_graph()

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from effcli import importers
-from effcli.contract import Change, Needs, NetworkPass, Pass
 from effcli.formats import Packing
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
-from effcli.plan import BASE_MEMORY, Inspection, Plan, Row
-from effcli.recipe import Recipe
+from effcli.layers.contract import Change, Needs, NetworkPass, Pass
+from effcli.layers.layer import LayerSite
+from effcli.layers.selection import Choice, choose_graph
 from effcli.reports.human import size
 from effcli.reports.report import LedgerRow
-from effcli.selection import Choice, choose_graph
-from effcli.sites import LayerSite
+from effcli.run.plan import BASE_MEMORY, Inspection, Plan, Row
+from effcli.run.recipe import Recipe
 
 _FLOAT = 4
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Needs
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sweep import GraphWork
-from effcli.probe import Cost, Probe, Trial, steadied
+from effcli.layers.contract import Needs
+from effcli.layers.result import Progress, check_tensor
+from effcli.layers.selection import Choice, needs_of
 from effcli.reports.sensitivity import Way
-from effcli.selection import Choice, needs_of
-from effcli.swept import Progress, check_tensor
+from effcli.search.costs import Cost, Probe, Trial, steadied
 
 Batches = Callable[[], Iterator[Tensor]]
 _SEED = 0

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from effcli.contract import Group, Layer, LayerPass, Needs, NetworkPass, Observed, Outcome, ScalingPass, carry_out
 from effcli.errors import DataError
 from effcli.formats import Quantized
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links, multiply_inputs
@@ -23,13 +22,24 @@ from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, stored, table_rows
 from effcli.graphs.patches import geometry, patches
 from effcli.graphs.walk import Walk, stream
+from effcli.layers.contract import (
+    Group,
+    Layer,
+    LayerPass,
+    Needs,
+    NetworkPass,
+    Observed,
+    Outcome,
+    ScalingPass,
+    carry_out,
+)
+from effcli.layers.result import Progress, Swept, check_tensor, histogram, layer_row, ratio, worst
+from effcli.layers.selection import Choice, choose_graph
+from effcli.layers.statistics import GroupedStatistics, Statistics
 from effcli.reports.report import LedgerRow
-from effcli.selection import Choice, choose_graph
-from effcli.statistics import GroupedStatistics, Statistics
-from effcli.swept import Progress, Swept, check_tensor, histogram, layer_row, ratio, worst
 
 if TYPE_CHECKING:
-    from effcli.recipe import PassStep
+    from effcli.run.recipe import PassStep
 
 Batches = Callable[[], Iterator[Tensor]]
 # The statistics of a layer's inputs, one for each group of a convolution.

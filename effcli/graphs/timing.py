@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from effcli import exporters, importers, onnx_session, samples
+from effcli import exporters, importers
+from effcli.files import locate as samples
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
-from effcli.machine import cpu_threads, device_name
+from effcli.platform import onnx_session
+from effcli.platform.machine import cpu_threads, device_name
+from effcli.platform.stopwatch import repeated
 from effcli.reports.report import Latency
-from effcli.stopwatch import repeated
 
 _SECONDS = 1.0
 _FEWEST = 5

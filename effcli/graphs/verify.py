@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from effcli import exporters, onnx_session
+from effcli import exporters
 from effcli.errors import EffcliError, MachineError, UnsupportedError
 from effcli.exporters.firmware import targets
 from effcli.graphs import executor
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.options import Options
+from effcli.platform import onnx_session
+from effcli.platform.huggingface import restoring_verbosity
 from effcli.reports.human import count
-from effcli.stock import restoring_verbosity
 
 _ROWS = 4
 # Inputs on which the C is compared.

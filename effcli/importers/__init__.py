@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.documents import read_object
 from effcli.errors import CheckpointError, EffcliError, UnsupportedError, first_line
+from effcli.files.documents import read_object
 
 if TYPE_CHECKING:
     from effcli.graphs.graph import Graph

@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from torch._export.serde import schema
 from torch._export.serde.serialize import _dict_to_dataclass
 
-from effcli.documents import parse_json
 from effcli.errors import CheckpointError, EffcliError, UnsupportedError, first_line
+from effcli.files.documents import parse_json
 from effcli.graphs.graph import function
 from effcli.importers._trace import Input, Trace, assemble, source
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli.checkpoint import read_entry, read_header
 from effcli.errors import CheckpointError, UnsupportedError
+from effcli.files.checkpoint import read_entry, read_header
 from effcli.graphs.graph import Graph
 from effcli.importers._lower import lower
 from effcli.importers._trace import blame, first_line, trace_module

@@ -19,7 +19,7 @@ from effcli.graphs.graph import Facts, Graph
 from effcli.importers._onnx_operators import OPERATORS
 from effcli.importers._onnx_translation import EXPORT, Operator, Translation, describe
 from effcli.importers._trace import first_line
-from effcli.onnx_session import require
+from effcli.platform.onnx_session import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

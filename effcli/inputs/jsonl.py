@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.documents import parse_json
 from effcli.errors import DataError, first_line
+from effcli.files.documents import parse_json
 
 if TYPE_CHECKING:
     from effcli.inputs.text import Reader

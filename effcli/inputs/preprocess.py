@@ -268,7 +268,7 @@ def _resample(source: Pixels, target: Pixels, resampling: Image.Resampling) -> N
 def _image_processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
-    from effcli.stock import quiet_transformers
+    from effcli.platform.huggingface import quiet_transformers
 
     quiet_transformers()
     try:

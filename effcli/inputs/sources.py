@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from effcli.documents import parse_json
 from effcli.errors import DataError, EffcliError, UserError, did_you_mean, first_line
+from effcli.files.documents import parse_json
 from effcli.inputs.preprocess import MOST_PIXELS, Pixels, Preprocess
 
 Rows = NDArray[np.int64]

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from effcli import samples
-from effcli.checkpoint import read_config
 from effcli.errors import CheckpointError, DataError, first_line, foreign
+from effcli.files import locate as samples
+from effcli.files.checkpoint import read_config
+from effcli.files.layout import network_config
 from effcli.inputs import jsonl
-from effcli.stock import check_causal, load_network_config, quiet_transformers
-from effcli.storage import network_config
+from effcli.platform.huggingface import check_causal, load_network_config, quiet_transformers
 
 if TYPE_CHECKING:
-    from effcli.recipe import Calibration, Evaluate, Recipe
+    from effcli.run.recipe import Calibration, Evaluate, Recipe
 
 # Characters to read for each token wanted, at first: English text has about four per token of a large vocabulary.
 _CHARACTERS_PER_TOKEN = 8

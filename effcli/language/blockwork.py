@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Group, Layer, LayerPass, Needs, Outcome, ScalingPass, Statistics, carry_out
+from effcli.files.layout import Stored, StoredLayer
 from effcli.formats import Dense, Quantized
 from effcli.language.pairs import (
     SharedInput,
@@ -20,11 +20,11 @@ from effcli.language.pairs import (
     weights_with_inputs,
 )
 from effcli.language.weights import Weights
+from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome, ScalingPass, Statistics, carry_out
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import MATRIX, dense_row, histogram, layer_row, ratio
+from effcli.layers.selection import Choice
 from effcli.reports.report import Histogram, LedgerRow, Record
-from effcli.selection import Choice
-from effcli.sites import LayerSite
-from effcli.storage import Stored, StoredLayer
-from effcli.swept import MATRIX, dense_row, histogram, layer_row, ratio
 
 
 @dataclass

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from effcli import samples
 from effcli.errors import DataError, NumericsError
+from effcli.files import locate as samples
 from effcli.inputs import choices as multiple_choice
 from effcli.inputs import text
 from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits
@@ -29,7 +29,7 @@ from effcli.language.weights import Weights, open_weights
 from effcli.reports.report import Quality, TaskRow
 
 if TYPE_CHECKING:
-    from effcli.recipe import Calibration, Evaluate
+    from effcli.run.recipe import Calibration, Evaluate
 
 _log = logging.getLogger(__name__)
 

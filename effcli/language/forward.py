@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from effcli import memory
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream
+from effcli.platform import memory
 
 TOKENS_PER_BATCH = 2048
 # float32 numbers of one chunk of logits: 16 MiB, of which computing a divergence holds five.

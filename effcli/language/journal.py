@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
-from effcli.checkpoint import write_text
-from effcli.documents import read_model
 from effcli.errors import UnfinishedError, writing
+from effcli.files.checkpoint import write_text
+from effcli.files.documents import read_model
 from effcli.options import Options
 
 if TYPE_CHECKING:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli import runtime, samples
+from effcli import runtime
 from effcli.errors import DataError
+from effcli.files import locate as samples
 from effcli.inputs import text
 from effcli.kernels.quantized_matmul import route_name
 from effcli.language.caching import cache_name
 from effcli.language.modules import QuantizedLinear
-from effcli.machine import cpu_threads, device_name, pick_device
+from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports.report import Speed
 
 # A small network is timed as often as a few seconds allow, a large one at least this often.

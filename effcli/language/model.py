@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effcli import digest
-from effcli.checkpoint import read_config, weight_files
-from effcli.exporter import Exporter
+from effcli.files import digest
+from effcli.files.checkpoint import read_config, weight_files
+from effcli.files.exporter import Exporter
+from effcli.files.layout import is_own, network_config
 from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.language import latency, verify
 from effcli.language.evaluate import Yardstick
 from effcli.language.sweep import sweep
-from effcli.plan import Plan, make
-from effcli.recipe import PassStep, Recipe
+from effcli.layers.result import Progress, Swept
+from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.reports import card
 from effcli.reports.report import Exported, Stage
-from effcli.stock import language_loader, load_network_config
-from effcli.storage import is_own, network_config
-from effcli.subject import Measured
-from effcli.swept import Progress, Swept
+from effcli.run.network import Measured
+from effcli.run.plan import Plan, make
+from effcli.run.recipe import PassStep, Recipe
 
 # What prepares images or sound beside the text.
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 class LanguageModel:
-    """See `effcli.subject.Subject`."""
+    """See `effcli.run.network.Subject`."""
 
     def __init__(self, recipe: Recipe, source: Path) -> None:
         self.recipe = recipe.for_language()

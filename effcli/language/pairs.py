@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Group
 from effcli.language.calls import Call, hidden_of
 from effcli.language.skeleton import find_layers
 from effcli.language.stream import Stream, WatchLayers
+from effcli.layers.contract import Group
+from effcli.layers.layer import LayerSite
 from effcli.options import Options
-from effcli.sites import LayerSite
 
 TOLERANCE = 2e-5
 _PARALLEL = 1e-3

@@ -23,10 +23,10 @@ from effcli.language.forward import logits
 from effcli.language.spool import Spool
 from effcli.language.trials import Trials, WayOut, log_probabilities
 from effcli.language.weights import open_weights
-from effcli.probe import Cost, Slopes, Trial, steadied
+from effcli.layers.result import Progress, check_finite
+from effcli.layers.selection import Choice
 from effcli.reports.sensitivity import Way
-from effcli.selection import Choice
-from effcli.swept import Progress, check_finite
+from effcli.search.costs import Cost, Slopes, Trial, steadied
 
 _SEED = 0
 # Samples of the gradient, in all windows together, that bring a layer's cost within about a fifth of its mean.

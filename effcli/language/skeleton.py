@@ -18,8 +18,14 @@ from torch import nn
 
 from effcli.errors import UnsupportedError, first_line
 from effcli.language.experts import stacks_of
-from effcli.sites import LayerSite
-from effcli.stock import check_causal, check_decoder, language_loader, load_network_config, quiet_transformers
+from effcli.layers.layer import LayerSite
+from effcli.platform.huggingface import (
+    check_causal,
+    check_decoder,
+    language_loader,
+    load_network_config,
+    quiet_transformers,
+)
 
 if TYPE_CHECKING:
     from effcli.language.calls import Manner

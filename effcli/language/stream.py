@@ -23,8 +23,8 @@ from effcli.language.calls import Call, Manner, Returned, alike, kind_of, split,
 from effcli.language.experts import PRODUCTS, operands
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, empty
-from effcli.sites import LayerSite
-from effcli.stock import logits_of
+from effcli.layers.layer import LayerSite
+from effcli.platform.huggingface import logits_of
 
 _UNFIT = "config.json must be the one that the weights were saved with"
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effcli import memory
-from effcli.checkpoint import (
+from effcli.errors import UnfinishedError
+from effcli.files.checkpoint import (
     DTYPES,
     OWN_STEM,
     STOCK_STEM,
@@ -27,8 +27,7 @@ from effcli.checkpoint import (
     write_shard,
     write_text,
 )
-from effcli.contract import Needs, ScalingPass, Statistics
-from effcli.errors import UnfinishedError
+from effcli.files.layout import Stored, own_config, standard_config, untied
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part, PartRecord
 from effcli.language.calls import kind_of
@@ -38,14 +37,15 @@ from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights
+from effcli.layers.contract import Needs, ScalingPass, Statistics
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
+from effcli.layers.selection import choose
+from effcli.platform import memory
 from effcli.reports.report import LedgerRow
-from effcli.selection import choose
-from effcli.sites import LayerSite
-from effcli.storage import Stored, own_config, standard_config, untied
-from effcli.swept import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
 
 if TYPE_CHECKING:
-    from effcli.recipe import PassStep
+    from effcli.run.recipe import PassStep
 
 SHARD_BYTES = 4 << 30
 

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from effcli import memory
-from effcli.contract import Needs, Statistics
 from effcli.inputs.text import Windows
 from effcli.language.blockwork import BlockWork, Part
 from effcli.language.calls import Call, kind_of
@@ -30,10 +28,12 @@ from effcli.language.pairs import SharedInput, leaders, probe_pairs
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights
-from effcli.probe import Cost, Probe, Trial
-from effcli.selection import Choice, needs_of
-from effcli.sites import LayerSite
-from effcli.swept import Progress
+from effcli.layers.contract import Needs, Statistics
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import Progress
+from effcli.layers.selection import Choice, needs_of
+from effcli.platform import memory
+from effcli.search.costs import Cost, Probe, Trial
 
 
 class WayOut(Stream):

@@ -19,18 +19,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli import runtime, samples
-from effcli.activations import keep_inputs
-from effcli.checkpoint import Checkpoint, read_config
+from effcli import runtime
 from effcli.errors import EffcliError, UserError, first_line
+from effcli.files import locate as samples
+from effcli.files.checkpoint import Checkpoint, read_config
+from effcli.files.layout import is_own, network_config, rounds_inputs
 from effcli.inputs import text
 from effcli.language.against import Against, Moved, compare
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
+from effcli.layers.input_rounding import keep_inputs
 from effcli.options import Options
+from effcli.platform.huggingface import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.reports.report import FILE_NAME, Report, Stage
-from effcli.stock import language_loader, load_network_config, logits_of, quiet_transformers
-from effcli.storage import is_own, network_config, rounds_inputs
 
 # Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
 # sum in another order and round elsewhere, and every block passes that on.

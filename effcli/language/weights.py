@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli.activations import round_inputs
-from effcli.checkpoint import DTYPES, Checkpoint, Entry
 from effcli.errors import CheckpointError, UnsupportedError
+from effcli.files.checkpoint import DTYPES, Checkpoint, Entry
+from effcli.files.layout import Stored, is_own, network_config, obstacles_of, own_part, stored_layers, untied
 from effcli.formats import SUFFIXES, Quantized, unpack
 from effcli.language.skeleton import Skeleton, find_layers
-from effcli.sites import LayerSite
-from effcli.stock import replaced_class
-from effcli.storage import Stored, is_own, network_config, obstacles_of, own_part, stored_layers, untied
+from effcli.layers.input_rounding import round_inputs
+from effcli.layers.layer import LayerSite
+from effcli.platform.huggingface import replaced_class
 
 
 def open_weights(path: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Weights:

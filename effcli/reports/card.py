@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, Literal
 
-from effcli import yamls
 from effcli.errors import RecipeError
-from effcli.escaping import markdown, markdown_code
 from effcli.reports import human
 from effcli.reports.columns import EMPTY_TEXT, Column, became, columns, conditions, export_lines
+from effcli.reports.escaping import markdown, markdown_code
 from effcli.reports.report import Classification, Quality, Report, Stage
+from effcli.run import yaml_files as yamls
 
 FILE_NAME = "README.md"
 Layout = Literal["standard", "effcli", "graph"]

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from effcli import yamls
 from effcli.errors import writing
-from effcli.escaping import markup as escape
 from effcli.reports import html_ledger, html_vision, svg
 from effcli.reports.columns import Column, became, columns, conditions, export_lines
+from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import breakable, figure, right, value_text
 from effcli.reports.html_style import CSS, SORT
 from effcli.reports.report import Report, Stage
+from effcli.run import yaml_files as yamls
 
 FILE_NAME = "report.html"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from effcli.escaping import markup as escape
 from effcli.reports import human, svg
+from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import folded, headings, is_positive, missing, number, sortable, value_text
 from effcli.reports.report import LedgerRow
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from effcli.escaping import markup as escape
 from effcli.reports.columns import EMPTY_TEXT, Cell
+from effcli.reports.escaping import markup as escape
 
 # A table of more rows is folded until asked for.
 LONG = 40

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effcli.errors import writing
-from effcli.escaping import markup as escape
 from effcli.reports import human, svg
+from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import LONG, breakable, folded, headings, missing, number, sortable
 from effcli.reports.html_style import CSS, SORT
 from effcli.reports.report import LedgerRow

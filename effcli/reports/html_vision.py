@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from effcli.escaping import markup as escape
 from effcli.reports import human, svg_vision
 from effcli.reports.columns import EMPTY_TEXT, latency_cell
+from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import breakable, folded, headings, missing, number, sortable
 from effcli.reports.report import ActivationRange, Classification, ClassRow, Report, Stage
 

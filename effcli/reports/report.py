@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from effcli.documents import check_model, read_object
 from effcli.errors import CheckpointError, writing
+from effcli.files.documents import check_model, read_object
 from effcli.options import Options
 
 SCHEMA_VERSION = 1

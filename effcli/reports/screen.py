@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    from effcli.recipe import Recipe
-    from effcli.registry import Entry
+    from effcli.platform.registry import Entry
     from effcli.reports.report import ClassRow, Quality, Report, Speed, Stage
+    from effcli.run.recipe import Recipe
 
 # So many classes are listed whole.
 _MOST_CLASSES = 40
@@ -151,7 +151,7 @@ def passes_table(
 
 def options_table(name: str, summary: str, options: type[BaseModel]) -> RenderableType:
     """The options of the pass `name` with their values and defaults, its own before those that every pass has."""
-    from effcli.contract import Pass
+    from effcli.layers.contract import Pass
 
     fields = sorted(options.model_fields.items(), key=lambda item: item[0] in Pass.model_fields)
     rows = [(key, _values(field), _default(field), field.description or "") for key, field in fields]

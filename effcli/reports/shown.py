@@ -9,7 +9,7 @@ import rich.console
 import rich.text
 from rich.segment import Segment
 
-from effcli.escaping import terminal
+from effcli.reports.escaping import terminal
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType

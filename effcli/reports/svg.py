@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from effcli.escaping import markup as escape
 from effcli.reports import human
+from effcli.reports.escaping import markup as escape
 from effcli.reports.report import Histogram, LedgerRow
 
 SERIES = 8

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from effcli.escaping import markup as escape
+from effcli.reports.escaping import markup as escape
 from effcli.reports.report import ActivationRange
 from effcli.reports.svg import opened
 

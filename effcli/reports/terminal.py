@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from effcli import memory
+from effcli.platform import memory
 from effcli.reports import human
 from effcli.reports.columns import EMPTY_TEXT, Cell, Column, became, columns, conditions, export_lines
 from effcli.reports.shown import Console, Text

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from effcli.escaping import markup as escape
 from effcli.exporters.firmware.arena import Plan
 from effcli.exporters.firmware.program import Program
+from effcli.reports.escaping import markup as escape
 
 _WIDTH, _HEIGHT = 960, 420
 _LEFT, _TOP, _BOTTOM = 70, 30, 120

@@ -6,12 +6,12 @@ import re
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-from effcli.escaping import makefile, markdown
 from effcli.exporters.firmware import bench
 from effcli.exporters.firmware.cost import Cost
 from effcli.exporters.firmware.generate import Generated
 from effcli.exporters.firmware.source import fill
 from effcli.exporters.firmware.targets import Target
+from effcli.reports.escaping import makefile, markdown
 
 # Where each template goes.
 _TEMPLATES = {

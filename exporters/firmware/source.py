@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effcli.escaping import c_comment, c_string
 from effcli.exporters.firmware.arena import WHOLE, Plan
 from effcli.exporters.firmware.bands import Band
 from effcli.exporters.firmware.program import Array, Constant, Program, Task, Tensor, Window
 from effcli.exporters.firmware.scope import Functions, Scope
 from effcli.graphs.integer import IntegerNetwork, Value
+from effcli.reports.escaping import c_comment, c_string
 
 # Kernels in the order in which their files build on each other.
 _KERNELS = (

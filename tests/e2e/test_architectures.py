@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import effcli
 from effcli import runtime
-from effcli.checkpoint import Checkpoint, read_config
+from effcli.files.checkpoint import Checkpoint, read_config
+from effcli.files.layout import is_own, network_config
 from effcli.language import verify
 from effcli.language.skeleton import Skeleton
 from effcli.reports.report import Report
-from effcli.storage import is_own, network_config
 
 OWN_LAYOUT = {"gpt2", "mixtral"}
 CALIBRATION = {"samples": 4, "length": 32, "batch_size": 2}

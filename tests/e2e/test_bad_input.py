@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from effcli import samples
 from effcli.cli import main
+from effcli.files import locate as samples
 
 SMALL = ["--set=calibration.samples=4", "--set=calibration.length=64", "--no-eval", "--quiet"]
 
@@ -193,7 +193,7 @@ def test_no_space_known_beforehand(refuses: Callable[..., str], monkeypatch: pyt
 def test_no_space_while_writing(
     model: Path, refuses: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from effcli import checkpoint
+    from effcli.files import checkpoint
 
     calls = iter(range(100))
 

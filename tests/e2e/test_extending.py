@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from effcli import contract
 from effcli.cli import main
 from effcli.errors import CheckpointError
 from effcli.formats import unpack
 from effcli.graphs.graph import Graph
+from effcli.layers import contract
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "docs" / "templates"
@@ -79,7 +79,7 @@ def test_passes(template: str, kind: str, model: str, small: tuple[str, ...], in
 
 def test_the_pass_is_short_and_prunes_the_smallest(install: Install) -> None:
     assert len((TEMPLATES / "pass_template.py").read_text(encoding="utf-8").splitlines()) < 40
-    from effcli.contract import UNSEEN, Layer
+    from effcli.layers.contract import UNSEEN, Layer
 
     kind = runpy.run_path(str(TEMPLATES / "pass_template.py"))["Magnitude"]
     weight = torch.tensor([[3.0, -1.0, 2.0, -4.0], [0.5, 0.25, -2.0, 1.0]])

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import effcli
-from effcli.checkpoint import OWN_STEM, Checkpoint, write_shard
 from effcli.cli import main
 from effcli.errors import CheckpointError
+from effcli.files.checkpoint import OWN_STEM, Checkpoint, write_shard
+from effcli.files.layout import Stored, own_config
 from effcli.formats import (
     Affine,
     AffineWeight,
@@ -35,7 +36,6 @@ from effcli.formats import (
 from effcli.formats.codebook import fixed_table
 from effcli.graphs.graph import Graph
 from effcli.language.weights import open_weights
-from effcli.storage import Stored, own_config
 
 
 def bitmask_of_dense(weight: Tensor) -> SparseWeight:

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import effcli
-from effcli import onnx_session
 from effcli.cli import main
 from effcli.graphs import executor
 from effcli.graphs.integer import IntegerNetwork
 from effcli.importers import read
+from effcli.platform import onnx_session
 from effcli.reports.report import Classification, Report
 
 # Half of a point, in the unit of the report.

@@ -10,7 +10,7 @@ import vision_architectures
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from effcli.checkpoint import read_header
+from effcli.files.checkpoint import read_header
 from effcli.graphs.graph import Graph, operation
 from effcli.importers import read, recognises
 

@@ -218,7 +218,7 @@ def test_options_of_the_other_kind_of_network(arguments: list[str], capsys: pyte
 def test_compress_shows_the_run(
     quiet: bool, make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from effcli import pipeline
+    from effcli.run import pipeline
 
     report = make_report()
 

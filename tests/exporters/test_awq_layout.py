@@ -29,8 +29,8 @@ from effcli.exporters._affine_layers import HalfScales
 from effcli.formats import Affine, AffineWeight
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.overrides import parse_pass
-from effcli.recipe import PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 LOAD = """
 import sys, torch

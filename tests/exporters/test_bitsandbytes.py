@@ -14,15 +14,15 @@ from small_graphs import residual
 from torch import Tensor
 
 from effcli import runtime
-from effcli.checkpoint import Checkpoint
-from effcli.contract import Layer
 from effcli.errors import CheckpointError, MachineError, OutputError, UnsupportedError
 from effcli.exporters import bitsandbytes as exporter
+from effcli.files.checkpoint import Checkpoint
 from effcli.formats import CodebookWeight
 from effcli.language.sweep import sweep
-from effcli.overrides import parse_pass
+from effcli.layers.contract import Layer
 from effcli.passes import nf4
-from effcli.recipe import PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 
 def compressed(folder: Path, kind: str, step: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -23,16 +23,16 @@ from small_graphs import residual
 from torch import Tensor
 
 from effcli import runtime
-from effcli.contract import Layer
 from effcli.errors import UnsupportedError
 from effcli.exporters import gptq as exporter
 from effcli.exporters._affine_layers import HalfScales
 from effcli.formats import Affine, AffineWeight
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.overrides import parse_pass
+from effcli.layers.contract import Layer
 from effcli.passes import linear
-from effcli.recipe import PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 LOAD = """
 import sys, torch

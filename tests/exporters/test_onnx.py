@@ -21,16 +21,17 @@ pytest.importorskip("onnxscript", exc_type=ImportError)
 import onnx
 from pydantic import ValidationError
 
-from effcli import exporters, onnx_session
-from effcli.contract import Observed
+from effcli import exporters
 from effcli.errors import CheckpointError, OutputError, UnsupportedError, UserError
 from effcli.exporters import _onnx_integer
 from effcli.exporters import onnx as exporter
 from effcli.exporters._target import MARK
 from effcli.language.sweep import sweep
-from effcli.overrides import parse_pass
+from effcli.layers.contract import Observed
 from effcli.passes import int8
-from effcli.recipe import PassStep
+from effcli.platform import onnx_session
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 KINDS = ("graph", "integer", "language")
 Source = Callable[[str], Path]

@@ -17,7 +17,6 @@ pytest.importorskip("onnxscript", exc_type=ImportError)
 
 import onnx
 
-from effcli import onnx_session
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError
 from effcli.exporters import _onnx_graph as exporter
 from effcli.formats import Affine, AffineWeight
@@ -25,6 +24,7 @@ from effcli.graphs import timing
 from effcli.graphs.graph import Graph
 from effcli.importers import read
 from effcli.passes import linear
+from effcli.platform import onnx_session
 
 MACHINE = re.compile(rb"/(work|home|root|tmp|usr|opt|mnt|var)/|site-packages")
 FORMATS = [

@@ -22,8 +22,6 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from effcli import onnx_session
-from effcli.contract import Observed
 from effcli.errors import MachineError, UnsupportedError
 from effcli.exporters import _onnx_integer as exporter
 from effcli.graphs import executor
@@ -56,7 +54,9 @@ from effcli.graphs.integer import (
     requantizer,
     softmax_bits,
 )
+from effcli.layers.contract import Observed
 from effcli.passes import int8
+from effcli.platform import onnx_session
 
 # Scales whose quotients are no short fractions, so that ties, which both sides round differently, are rare.
 GRIDS = {"x": (0.0371, -5), "w": (0.0913, 17), "y": (0.0457, 11)}

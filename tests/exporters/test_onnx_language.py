@@ -16,19 +16,21 @@ from torch import Tensor
 pytest.importorskip("onnxruntime", exc_type=ImportError)
 pytest.importorskip("onnxscript", exc_type=ImportError)
 
-from effcli import onnx_session, runtime, samples
-from effcli.checkpoint import Checkpoint
+from effcli import runtime
 from effcli.errors import DataError, NumericsError, UnsupportedError, UserError
 from effcli.exporters import _onnx_language as language
 from effcli.exporters import _onnx_language_layers as layers
 from effcli.exporters._onnx_language_layers import Arithmetic, Blocks
 from effcli.exporters._onnx_language_trace import quiet
+from effcli.files import locate as samples
+from effcli.files.checkpoint import Checkpoint
+from effcli.files.layout import Stored
 from effcli.formats import Affine, AffineWeight
 from effcli.kernels import int8_matmul
 from effcli.language.sweep import sweep
-from effcli.overrides import parse_pass
-from effcli.recipe import PassStep
-from effcli.storage import Stored
+from effcli.platform import onnx_session
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 ONE_BLOCK = {"num_hidden_layers": 1}
 

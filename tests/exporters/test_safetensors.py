@@ -16,20 +16,20 @@ from safetensors.torch import load_file
 from small_graphs import inputs, residual
 
 from effcli import runtime
-from effcli.checkpoint import Checkpoint
-from effcli.contract import Layer
 from effcli.errors import CheckpointError, OutputError, UnsupportedError
 from effcli.exporters import _packed
 from effcli.exporters import safetensors as exporter
 from effcli.exporters._target import MARK
+from effcli.files.checkpoint import Checkpoint
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.importers import read
 from effcli.inputs.preprocess import Preprocess
 from effcli.language.sweep import sweep
-from effcli.overrides import parse_pass
+from effcli.layers.contract import Layer
 from effcli.passes import linear
-from effcli.recipe import PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "max_position_embeddings": 64}

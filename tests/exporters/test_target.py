@@ -8,7 +8,7 @@ import pytest
 
 from effcli.errors import OutputError
 from effcli.exporters._target import MARK, replacing
-from effcli.workplace import Workplace
+from effcli.run.workplace import Workplace
 
 
 def write(target: Path, text: str, overwrite: bool = False) -> None:

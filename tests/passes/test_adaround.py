@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effcli.contract import Layer, LayerPass, Needs, Outcome
 from effcli.formats import Affine, AffineWeight
+from effcli.layers.contract import Layer, LayerPass, Needs, Outcome
+from effcli.layers.statistics import Statistics
 from effcli.passes import adaround
 from effcli.passes._affine import clipped_range, extremes, parameters, rounded
-from effcli.statistics import Statistics
 
 
 def seen(inputs: Tensor) -> Statistics:

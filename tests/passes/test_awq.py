@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effcli.contract import Group, Layer, Needs, ScalingPass
 from effcli.formats import Affine, AffineWeight
+from effcli.layers.contract import Group, Layer, Needs, ScalingPass
+from effcli.layers.statistics import Statistics
 from effcli.passes import awq
 from effcli.passes._affine import nearest
 from effcli.passes._scales import scaled_error, scales
-from effcli.statistics import Statistics
 
 
 def factor_of(configs: Any, group: Group, seen: Statistics) -> Any:

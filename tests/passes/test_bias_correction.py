@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from small_graphs import chain
 from torch import Tensor, fx, nn
 
-from effcli.contract import Needs, NetworkPass, Observed, Pass, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.graphs.channels import divide_outputs, multiply_inputs
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.walk import stream
+from effcli.layers.contract import Needs, NetworkPass, Observed, Pass, Transformed
 from effcli.passes import bias_correction
 from effcli.passes._affine import nearest
 from effcli.passes.linear import Linear

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from effcli.contract import Layer, LayerPass, Needs
 from effcli.formats import Codebook, CodebookWeight, Strategy, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
+from effcli.layers.contract import Layer, LayerPass, Needs
 from effcli.passes import binary
-from effcli.recipe import PassStep
+from effcli.run.recipe import PassStep
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

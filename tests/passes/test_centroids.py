@@ -12,13 +12,13 @@ import torch
 from small_graphs import chain
 from torch import Tensor, nn
 
-from effcli.contract import Layer, Needs, NetworkPass, Observed, Pass, Transformed
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.formats import Codebook, CodebookWeight
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
+from effcli.layers.contract import Layer, Needs, NetworkPass, Observed, Pass, Transformed
 from effcli.passes import centroids, kmeans
-from effcli.recipe import PassStep
+from effcli.run.recipe import PassStep
 
 
 def shared(graph: Graph, *ignored: str, bits: int = 2) -> Graph:

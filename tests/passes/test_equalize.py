@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from small_graphs import chain
 from torch import Tensor, nn
 
-from effcli.contract import Observed, Pass, Transformed
 from effcli.errors import UserError
 from effcli.formats import Affine
 from effcli.graphs.channels import links
 from effcli.graphs.graph import Graph, operation
+from effcli.layers.contract import Observed, Pass, Transformed
 from effcli.passes import equalize, fold
 from effcli.passes._affine import encode, extremes
 

@@ -15,9 +15,9 @@ from small_graphs import chain
 from torch import Tensor, nn
 
 from effcli import importers
-from effcli.contract import Observed, Pass, Transformed
 from effcli.formats import Affine
 from effcli.graphs.graph import Builder, Facts, Graph
+from effcli.layers.contract import Observed, Pass, Transformed
 from effcli.passes import fold
 from effcli.passes._affine import encode, extremes
 

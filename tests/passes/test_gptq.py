@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from effcli.contract import Group, Layer, Needs, Outcome, ScalingPass
 from effcli.errors import NumericsError
 from effcli.formats import Affine, AffineWeight
+from effcli.layers.contract import Group, Layer, Needs, Outcome, ScalingPass
+from effcli.layers.statistics import Statistics
 from effcli.passes import awq, gptq
 from effcli.passes._affine import encode, extremes, parameters
 from effcli.passes._gptq import Feedback, Grid, factorize, fed_back, quantize, refine, row_errors, weighted_range
-from effcli.statistics import Statistics
 
 PLAIN: dict[str, Any] = {"act_order": False, "range": "minmax", "scales": False, "sweeps": 0, "damping": 0.01}
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, fx, nn
 
-from effcli.contract import Needs, NetworkPass, Observed, Transformed
 from effcli.errors import DataError, NumericsError, UnsupportedError
 from effcli.formats import Affine, AffineWeight
 from effcli.graphs import executor
@@ -26,9 +25,10 @@ from effcli.graphs.integer import IntegerNetwork, Pad, Weighted
 from effcli.graphs.rewriting import count_padding
 from effcli.graphs.sweep import graph_sweep
 from effcli.importers import read
+from effcli.layers.contract import Needs, NetworkPass, Observed, Transformed
+from effcli.layers.ranges import Method
 from effcli.passes import int8
-from effcli.ranges import Method
-from effcli.recipe import check
+from effcli.run.recipe import check
 
 
 def residual(seed: int = 0, channels: int = 8) -> Graph:

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.errors import NumericsError, SelectionError
 from effcli.formats import Codebook, CodebookWeight, Strategy, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
+from effcli.layers.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.passes import kmeans, linear
 from effcli.passes._kmeans import Start, assign, cluster
-from effcli.recipe import PassStep
+from effcli.run.recipe import PassStep
 
 STARTS = get_args(Start)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

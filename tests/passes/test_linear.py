@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import effcli
-from effcli.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.errors import DataError, NumericsError, UnsupportedError
 from effcli.formats import Affine, AffineWeight, unpack
 from effcli.graphs.graph import Graph
@@ -27,11 +26,12 @@ from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
 from effcli.language.verify import verify
 from effcli.language.weights import open_weights
+from effcli.layers.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
+from effcli.layers.ranges import Method, Observer
+from effcli.layers.result import Swept
 from effcli.passes import linear
 from effcli.passes._affine import nearest
-from effcli.ranges import Method, Observer
-from effcli.recipe import PassStep
-from effcli.swept import Swept
+from effcli.run.recipe import PassStep
 
 METHODS: tuple[Method, ...] = get_args(Method)
 

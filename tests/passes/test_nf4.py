@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from small_graphs import inputs, residual
 from torch import Tensor
 
-from effcli.contract import Layer, LayerPass, Needs
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized, unpack
 from effcli.formats.codebook import NF4_LEVELS, dynamic_map
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
-from effcli.overrides import parse_pass
+from effcli.layers.contract import Layer, LayerPass, Needs
 from effcli.passes import nf4
-from effcli.recipe import PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = torch.tensor(NF4_LEVELS)

@@ -19,15 +19,15 @@ from small_graphs import chain
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from effcli.contract import Group, Layer, Needs, ScalingPass, Statistics
 from effcli.errors import NumericsError, SelectionError
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
+from effcli.layers.contract import Group, Layer, Needs, ScalingPass, Statistics
+from effcli.layers.result import Swept
 from effcli.passes.smoothquant import Objective, SmoothQuant, factors
-from effcli.recipe import PassStep
-from effcli.swept import Swept
+from effcli.run.recipe import PassStep
 
 SMOOTH: dict[str, Any] = {"smoothquant": {}}
 

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from effcli import samples
+from effcli.files import locate as samples
 
 VOCABULARY = 1024
 _COMMON: dict[str, Any] = {

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effcli.files.layout import Stored
 from effcli.formats import (
     Codebook,
     CodebookWeight,
@@ -20,7 +21,6 @@ from effcli.formats import (
     unpack,
 )
 from effcli.formats.codebook import fixed_table
-from effcli.storage import Stored
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

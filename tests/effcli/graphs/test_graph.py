@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from effcli.checkpoint import read_entry, read_header, write_shard
 from effcli.errors import CheckpointError, DataError, UnsupportedError
+from effcli.files.checkpoint import read_entry, read_header, write_shard
 from effcli.formats import Affine, AffineWeight
 from effcli.graphs.graph import (
     FILE_NAME,

@@ -16,9 +16,8 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from effcli.checkpoint import weight_files
-from effcli.contract import Observed
 from effcli.errors import CheckpointError, NumericsError
+from effcli.files.checkpoint import weight_files
 from effcli.formats import Codebook, CodebookWeight
 from effcli.graphs import executor
 from effcli.graphs.graph import Builder, Facts
@@ -44,6 +43,7 @@ from effcli.graphs.integer import (
     rescale,
 )
 from effcli.graphs.rows import look_up
+from effcli.layers.contract import Observed
 from effcli.passes import int8
 
 INT32 = st.integers(-(2**31), 2**31 - 1)

@@ -13,14 +13,14 @@ from safetensors.numpy import load_file
 from small_graphs import chain, residual
 from torch import nn
 
-from effcli.checkpoint import Checkpoint
 from effcli.errors import SelectionError
+from effcli.files.checkpoint import Checkpoint
 from effcli.graphs import plan
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork, Linear, Program, Value
 from effcli.graphs.sweep import graph_sweep
-from effcli.plan import Plan
-from effcli.recipe import check
+from effcli.run.plan import Plan
+from effcli.run.recipe import check
 
 
 def small() -> Graph:

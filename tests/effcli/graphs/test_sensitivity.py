@@ -10,14 +10,14 @@ import small_graphs
 import torch
 from torch import Tensor, nn
 
-from effcli.contract import Layer, Statistics, carry_out
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sensitivity import layer_costs
-from effcli.probe import Cost
-from effcli.recipe import PassStep
+from effcli.layers.contract import Layer, Statistics, carry_out
+from effcli.layers.selection import choose_graph
 from effcli.reports.sensitivity import Way
-from effcli.selection import choose_graph
+from effcli.run.recipe import PassStep
+from effcli.search.costs import Cost
 
 
 def step(name: str, bits: int, **more: object) -> PassStep:

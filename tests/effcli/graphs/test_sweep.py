@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effcli import importers
-from effcli.contract import Group, Layer, LayerPass, Needs, Outcome
 from effcli.errors import DataError, NumericsError, SelectionError, UserError
 from effcli.formats import Affine, AffineWeight, unpack
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.walk import Walk
+from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome
+from effcli.layers.result import Swept
+from effcli.layers.statistics import Statistics
 from effcli.passes import awq
 from effcli.passes._affine import encode, extremes, nearest
 from effcli.passes.adaround import AdaRound
-from effcli.recipe import PassStep
-from effcli.statistics import Statistics
-from effcli.swept import Swept
+from effcli.run.recipe import PassStep
 
 LINEAR = {"linear": {"bits": 4}}
 ADAROUND: dict[str, Any] = {"adaround": {"iterations": 100}}

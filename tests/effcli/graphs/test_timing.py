@@ -10,13 +10,14 @@ import torch
 from small_graphs import batches, chain, residual
 from torch import nn
 
-from effcli import exporters, onnx_session
-from effcli.contract import Observed
+from effcli import exporters
 from effcli.errors import CheckpointError
 from effcli.graphs import timing
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
+from effcli.layers.contract import Observed
 from effcli.passes import int8
+from effcli.platform import onnx_session
 from effcli.reports.report import Latency
 
 

@@ -12,16 +12,17 @@ from firmware_tools import need_target
 from small_graphs import batches, chain, residual
 from torch import nn
 
-from effcli import exporters, onnx_session
-from effcli.checkpoint import read_header
+from effcli import exporters
 from effcli.cli import main
-from effcli.contract import Observed
 from effcli.errors import MachineError, UnsupportedError, UserError
 from effcli.exporters.firmware import check, targets
+from effcli.files.checkpoint import read_header
 from effcli.graphs import verify
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork
+from effcli.layers.contract import Observed
 from effcli.passes import int8
+from effcli.platform import onnx_session
 
 
 def integer(folder: Path) -> Path:

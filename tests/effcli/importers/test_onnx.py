@@ -23,7 +23,7 @@ from torch.nn import functional
 from effcli.errors import CheckpointError, UnsupportedError, UserError
 from effcli.graphs.graph import Graph, operation, where
 from effcli.importers.onnx import read_onnx
-from effcli.onnx_session import open_session, run
+from effcli.platform.onnx_session import open_session, run
 
 Array = NDArray[Any]
 INT_MAX = 2**63 - 1
@@ -872,7 +872,7 @@ def test_an_invalid_file(tmp_path: Path) -> None:
 
 
 def test_onnx_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effcli.onnx_session.find_spec", lambda name: None)
+    monkeypatch.setattr("effcli.platform.onnx_session.find_spec", lambda name: None)
     with pytest.raises(UserError, match="ONNX needs onnx, not installed here") as caught:
         read_onnx(tmp_path / "model.onnx")
     assert caught.value.remedy == "pip install 'effcli[onnx]'"

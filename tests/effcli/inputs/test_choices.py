@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from effcli import samples
 from effcli.errors import DataError
+from effcli.files import locate as samples
 from effcli.inputs import choices, tables, text
 from effcli.inputs.choices import Question, Task
 from effcli.language import evaluate
-from effcli.recipe import Evaluate
+from effcli.run.recipe import Evaluate
 
 SAMPLE = samples.SAMPLES["sample:lm"]
 

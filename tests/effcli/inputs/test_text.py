@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effcli import samples
 from effcli.errors import CheckpointError, DataError, RecipeError
+from effcli.files import locate as samples
 from effcli.inputs import jsonl, text
-from effcli.recipe import Calibration, Evaluate, Recipe, from_arguments
+from effcli.run.recipe import Calibration, Evaluate, Recipe, from_arguments
 
 SAMPLE = samples.SAMPLES["sample:lm"]
 

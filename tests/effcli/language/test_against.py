@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from effcli import samples
 from effcli.cli import main
+from effcli.files import locate as samples
 from effcli.inputs.text import Windows
 from effcli.language import verify
 from effcli.language.against import Against, compare, same
 from effcli.language.sweep import sweep
-from effcli.overrides import parse_pass
-from effcli.recipe import PassStep
 from effcli.reports.report import Report, Stage
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 Change = Callable[[dict[str, Tensor]], None]
 TOWER = "model.vision_tower.encoder.layers.1.self_attn.q_proj.weight"

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from effcli import runtime, samples
+from effcli import runtime
 from effcli.errors import DataError, NumericsError
+from effcli.files import locate as samples
 from effcli.language import evaluate, forward
 from effcli.language.evaluate import Yardstick
 from effcli.language.sweep import sweep
-from effcli.overrides import parse_pass
-from effcli.recipe import Evaluate, PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import Evaluate, PassStep
 
 SAMPLE = samples.SAMPLES["sample:lm"]
 NETWORKS = ["sample:lm", "lm_gpt2_1m_mini", "lm_opt_1m_mini", "lm_gptneox_1m_mini"]

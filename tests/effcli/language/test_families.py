@@ -19,9 +19,9 @@ from effcli.language.model import LanguageModel
 from effcli.language.stream import Stream
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.recipe import PassStep, check
-from effcli.stock import logits_of
-from effcli.swept import Swept
+from effcli.layers.result import Swept
+from effcli.platform.huggingface import logits_of
+from effcli.run.recipe import PassStep, check
 
 LINEAR: dict[str, Any] = {"linear": {"bits": 8, "group_size": 16}}
 AWQ: dict[str, Any] = {"awq": {"bits": 4, "group_size": 16}}

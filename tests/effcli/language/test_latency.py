@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from effcli import runtime, samples
+from effcli import runtime
 from effcli.errors import DataError, UnsupportedError, UserError
+from effcli.files import locate as samples
 from effcli.kernels.quantized_matmul import route_name
 from effcli.language import latency
 from effcli.language.modules import QuantizedLinear
 from effcli.language.sweep import sweep
-from effcli.overrides import parse_pass
-from effcli.recipe import PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 SAMPLE = samples.SAMPLES["sample:lm"]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effcli.checkpoint import Checkpoint
+from effcli.files.checkpoint import Checkpoint
 from effcli.language.calls import Call
 from effcli.language.pairs import (
     Producer,

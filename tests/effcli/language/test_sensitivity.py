@@ -16,10 +16,10 @@ from effcli.formats import Affine
 from effcli.inputs.text import Windows
 from effcli.language.sensitivity import layer_costs
 from effcli.language.weights import open_weights
-from effcli.probe import Cost
-from effcli.recipe import PassStep
+from effcli.layers.selection import choose
 from effcli.reports.sensitivity import Way
-from effcli.selection import choose
+from effcli.run.recipe import PassStep
+from effcli.search.costs import Cost
 
 LENGTH = 24
 
@@ -44,8 +44,8 @@ def costs(
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """The pass `linear` in float64, groups of 32."""
-    from effcli.contract import Layer, carry_out
     from effcli.formats import AffineWeight
+    from effcli.layers.contract import Layer, carry_out
 
     made = step("linear", bits)
     outcome = carry_out(made.config, Layer("", "linear", weight, weight.dtype)).weight
@@ -88,8 +88,8 @@ def test_fisher_is_that_of_the_whole_network(llama: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("way", ["fisher", "loss"])
 def test_what_is_fitted_to_inputs_is_measured_on_others(llama: Path, tmp_path: Path, way: Way) -> None:
     """The first half of the windows decides the weights, the second what they cost."""
-    from effcli.contract import Layer, Statistics, carry_out
     from effcli.formats import AffineWeight
+    from effcli.layers.contract import Layer, Statistics, carry_out
 
     made = step("gptq", 3, scales=False)
     (found,) = costs(llama, tmp_path / "work", way, [made], windows(6, 6))

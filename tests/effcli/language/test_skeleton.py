@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from effcli.checkpoint import Checkpoint
 from effcli.errors import CheckpointError, UnsupportedError
+from effcli.files.checkpoint import Checkpoint
+from effcli.files.layout import network_config
 from effcli.language.skeleton import Skeleton, find_blocks, find_layers
 from effcli.language.weights import Weights
-from effcli.storage import network_config
 
 
 def opened(path: Path) -> Weights:

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from effcli.checkpoint import Checkpoint
 from effcli.errors import CheckpointError, DataError, UnsupportedError
+from effcli.files.checkpoint import Checkpoint
 from effcli.language.forward import last_hidden
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.language.stream import Stream, WatchLayers, running
 from effcli.language.weights import Weights, open_weights
-from effcli.sites import LayerSite
+from effcli.layers.layer import LayerSite
 
 
 def streamed(path: Path, ids: Tensor) -> Tensor:

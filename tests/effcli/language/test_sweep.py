@@ -20,17 +20,17 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import effcli
 from effcli import runtime
-from effcli.checkpoint import Checkpoint, read_config
-from effcli.contract import Group, Layer, Outcome
 from effcli.errors import NumericsError
+from effcli.files.checkpoint import Checkpoint, read_config
+from effcli.files.layout import is_own, network_config
 from effcli.inputs.text import Windows
 from effcli.language import sweep, verify
 from effcli.language.journal import Journal
 from effcli.language.weights import open_weights
+from effcli.layers.contract import Group, Layer, Outcome
+from effcli.layers.result import Swept
 from effcli.passes import awq
-from effcli.recipe import PassStep
-from effcli.storage import is_own, network_config
-from effcli.swept import Swept
+from effcli.run.recipe import PassStep
 
 LINEAR = {"linear": {"bits": 4}}
 AWQ = {"awq": {"bits": 4}}
@@ -159,7 +159,7 @@ def test_unfinished_work_that_lacks_a_file_is_begun_anew(
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from effcli.recipe import PassStep
+from effcli.run.recipe import PassStep
 from effcli.language.sweep import sweep
 from effcli.inputs.text import Windows
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from effcli import formats, samples
+from effcli import formats
 from effcli.errors import CheckpointError, UserError
+from effcli.files import locate as samples
 from effcli.language import verify
 from effcli.language.sweep import sweep
 from effcli.language.verify import Agreement
-from effcli.overrides import parse_pass
-from effcli.recipe import PassStep
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 SAMPLE = samples.SAMPLES["sample:lm"]
 

@@ -1,0 +1,305 @@
+"""Where compressed layers are described: the `quantization_config` of a stock checkpoint, or effcli's own layout.
+
+A layer with a standard place is an affine linear without an explicit input scale: compressed-tensors'
+`pack-quantized`, which stock transformers loads, with zero points as long as all layers have the same bits, or its
+`int-quantized` where the inputs become int8 too. Any other compressed layer puts the whole checkpoint into effcli's own
+layout, made so that stock loaders refuse it: the `model_type` is "effcli" and the weight files carry names that no
+stock loader looks for. (An unknown `quant_method` alone would be ignored and random weights be loaded.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from effcli.errors import CheckpointError, UnsupportedError
+from effcli.files.checkpoint import check_config, read_config
+from effcli.files.documents import check_model
+from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Strategy, format_from_json
+from effcli.formats.base import Bits, ByFormat, GroupSize
+from effcli.layers.layer import Kind
+
+LAYOUT_VERSION = 1
+OWN_TYPE = "effcli"
+_RESTORE = "restore config.json from the original checkpoint"
+
+
+class _Layer(Described):
+    """A compressed layer as effcli's own layout describes it: its format's description, and where the layer stands."""
+
+    kind: Kind
+    input_scale: bool = Field(strict=True)
+
+    def stored(self) -> Stored:
+        """The layer itself."""
+        return Stored(self.made(), self.kind, self.input_scale)
+
+
+StoredLayer = Annotated[_Layer, ByFormat(tuple(FORMATS.values()), _Layer)]
+
+
+class Own(BaseModel):
+    """What stands under `effcli` in the config of effcli's own layout.
+
+    config: of a language model, the network's own; facts: of a graph or an integer network.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int
+    kind: Literal["graph", "integer"] | None = None
+    config: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
+    layers: dict[str, StoredLayer]
+
+    def stored(self) -> dict[str, Stored]:
+        """The compressed layers by name."""
+        return {name: layer.stored() for name, layer in self.layers.items()}
+
+
+class _Weights(BaseModel):
+    num_bits: Bits
+    strategy: Strategy
+    group_size: GroupSize | None = None
+
+
+class _Inputs(BaseModel):
+    dynamic: bool | str | None = None
+
+
+class _Group(BaseModel):
+    targets: list[str]
+    weights: _Weights
+    input_activations: _Inputs | None = None
+
+
+class _Quantization(BaseModel):
+    """A `quantization_config` of compressed-tensors."""
+
+    config_groups: dict[str, _Group]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one compressed layer stands in the file."""
+
+    format: Packing
+    kind: Kind = "linear"
+    input_scale: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.format.to_json(), "kind": self.kind, "input_scale": self.input_scale}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Stored:
+        return Stored(format_from_json(data), data["kind"], data["input_scale"])
+
+    @property
+    def obstacle(self) -> str:
+        """Why the standard format has no place for this layer; empty when it has one."""
+        if self.kind == "conv1d":
+            return "a Conv1D stores its weight transposed"
+        if self.kind == "expert":
+            return "an expert is a slice of a 3-D parameter"
+        if self.kind != "linear":
+            return f"a {self.kind} is not a linear"
+        return self.format.standard_obstacle or ("its input scale is explicit" if self.input_scale else "")
+
+
+def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
+    """The layers that the standard format has no place for, and why: each for itself, or because of the others."""
+    alone = {name: stored.obstacle for name, stored in layers.items() if stored.obstacle}
+    if alone:
+        return alone
+    formats = _standard(layers)
+    integer = {name: format.rounds_inputs for name, format in formats.items()}
+    if len(set(integer.values())) == 2:
+        return _unusual(integer, "stock transformers reads packed layers or layers of int8 inputs, not both")
+    if all(format.symmetric for format in formats.values()):
+        return {}
+    # Transformers reads zero points only when it dequantizes, and then takes every layer for one like the first.
+    kinds = {name: (f.bits, f.symmetric, f.strategy == "tensor") for name, f in formats.items()}
+    return _unusual(kinds, "stock transformers reads mixed bits only where all layers are symmetric")
+
+
+def _standard(layers: Mapping[str, Stored]) -> dict[str, Affine]:
+    """The scheme of every layer that compressed-tensors has one for."""
+    schemes = {name: stored.format.standard for name, stored in layers.items()}
+    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
+
+def _unusual(kinds: Mapping[str, Hashable], reason: str) -> dict[str, str]:
+    """`reason` for every layer that is not of the most frequent kind."""
+    found = list(kinds.values())
+    usual = max(found, key=found.count, default=None)
+    return {name: reason for name, kind in kinds.items() if kind != usual}
+
+
+def network_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The network's own config, without what describes compressed layers."""
+    if config.get("model_type") == OWN_TYPE:
+        network = own_part(config).config
+        if network is None:
+            raise CheckpointError("config.json is damaged: effcli.config is missing", _RESTORE)
+        check_config(network, "effcli.config in config.json", _RESTORE)
+        return dict(network)
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A network's config whose output head has a weight of its own."""
+    config = {**config, "tie_word_embeddings": False}
+    text = config.get("text_config")
+    return {**config, "text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else config
+
+
+def is_own(config: dict[str, Any]) -> bool:
+    return config.get("model_type") == OWN_TYPE
+
+
+def own_part(config: dict[str, Any]) -> Own:
+    """What stands under `effcli` in the config of effcli's own layout; `CheckpointError` when it is damaged."""
+    found = config.get("effcli")
+    version = found.get("version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version != LAYOUT_VERSION:
+        raise UnsupportedError(
+            f"the checkpoint has effcli layout {version}, this effcli reads {LAYOUT_VERSION}",
+            "use the effcli that wrote it",
+        )
+    return check_model(Own, found, "effcli in config.json", remedy=_RESTORE)
+
+
+def rounds_inputs(config: dict[str, Any]) -> bool:
+    """Whether the inputs of some layers of a language model's checkpoint become int8."""
+    if is_own(config):
+        return any(stored.format.rounds_inputs for stored in own_part(config).stored().values())
+    return bool((config.get("quantization_config") or {}).get("format") == "int-quantized")
+
+
+def holds(folder: Path, file: str, kind: str) -> bool:
+    """Whether `folder` is a checkpoint in effcli's own layout, of this kind and with this file beside its config."""
+    if not (folder / file).is_file() or not (folder / "config.json").is_file():
+        return False
+    config = read_config(folder)
+    return is_own(config) and own_part(config).kind == kind
+
+
+def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[str, Stored]:
+    """The compressed layers of a checkpoint, by module name.
+
+    packed: names of modules that have a `weight_packed` tensor, and whether they have a `weight_zero_point`.
+    """
+    if is_own(config):
+        return own_part(config).stored()
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        if packed:
+            raise CheckpointError("the weights are packed but config.json has no quantization_config", "restore it")
+        return {}
+    known = quantization.get("format") in ("pack-quantized", "int-quantized")
+    if quantization.get("quant_method") != "compressed-tensors" or not known:
+        what = f"{quantization.get('quant_method')}/{quantization.get('format')}"
+        raise UnsupportedError(
+            f"the checkpoint is already quantized as {what}, which effcli does not read",
+            "start from the original checkpoint",
+        )
+    groups = check_model(_Quantization, quantization, "quantization_config in config.json", remedy=_RESTORE)
+    return {name: Stored(_scheme_of(name, groups, zero)) for name, zero in packed.items()}
+
+
+def _scheme_of(name: str, quantization: _Quantization, has_zero: bool) -> Affine:
+    groups = quantization.config_groups.values()
+
+    def matches(target: str) -> bool:
+        try:
+            return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+        except re.error as error:
+            raise CheckpointError(f"quantization_config in config.json: {target!r} is no pattern", _RESTORE) from error
+
+    chosen = next((g for g in groups if any(matches(t) for t in g.targets)), None)
+    chosen = chosen or next((g for g in groups if "Linear" in g.targets), None)
+    if chosen is None:
+        raise CheckpointError(f"no config group of quantization_config names {name}", "restore config.json")
+    weights, inputs = chosen.weights, chosen.input_activations
+    activations: Activations = "none" if inputs is None else "token" if inputs.dynamic else "tensor"
+    try:
+        return Affine(weights.num_bits, weights.strategy, weights.group_size or 0, not has_zero, activations)
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config in config.json: {name}: {error}", _RESTORE) from error
+
+
+def own_config(config: dict[str, Any], layers: Mapping[str, Stored]) -> dict[str, Any]:
+    """`config.json` of a checkpoint in effcli's own layout."""
+    described = {name: stored.to_json() for name, stored in sorted(layers.items())}
+    return {"model_type": OWN_TYPE, "effcli": {"version": LAYOUT_VERSION, "config": config, "layers": described}}
+
+
+def standard_config(
+    config: dict[str, Any], layers: Mapping[str, Stored], linears: Iterable[str], other: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """`config.json` of a stock checkpoint whose `layers` are packed; `linears` are all linear modules by name.
+
+    Every group names its layers, so that no class name catches a linear that stayed dense, and the dense ones stand
+    under `ignore`, without which the stock loader would look for their packed weights. other: the path of the blocks,
+    and the path that another class has for them which loads the same files; layers are named both ways.
+    """
+    if not layers:
+        return dict(config)
+    by_format: dict[Affine, list[str]] = {}
+    for name, scheme in sorted(_standard(layers).items()):
+        by_format.setdefault(scheme, []).append(name)
+    groups = {}
+    for number, (format, names) in enumerate(sorted(by_format.items(), key=lambda item: item[1][0])):
+        groups[f"group_{number}"] = {
+            "targets": _both(names, other),
+            "weights": {
+                "num_bits": format.bits,
+                "type": "int",
+                "symmetric": format.symmetric,
+                "strategy": format.strategy,
+                "group_size": format.group_size or None,
+                "dynamic": False,
+            },
+            "input_activations": _inputs(format.activations),
+            "output_activations": None,
+        }
+    integer = any(format.rounds_inputs for format in by_format)
+    quantization: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if integer else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _both(sorted(set(linears) - layers.keys()), other),
+    }
+    if not integer and len({format.bits for format in by_format}) == 1:
+        # Zero points load in transformers only through its dequantizing route, mixed bits only through the other.
+        quantization["dequantize"] = True
+    return {**config, "quantization_config": quantization}
+
+
+def _both(names: list[str], other: tuple[str, str] | None) -> list[str]:
+    """`names`, and those that begin with the first path of `other` with the second in its place."""
+    if other is None:
+        return names
+    first, second = other
+    return names + [second + name.removeprefix(first) for name in names if name.startswith(first + ".")]
+
+
+def _inputs(activations: Activations) -> dict[str, Any] | None:
+    """How compressed-tensors says that inputs become int8."""
+    if activations == "none":
+        return None
+    dynamic = activations == "token"
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": dynamic,
+        "strategy": activations,
+        "dynamic": dynamic,
+        "group_size": None,
+    }

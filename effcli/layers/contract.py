@@ -1,0 +1,258 @@
+"""What a pass is, what it is given, and what it returns. The runner never asks which pass it has.
+
+A pass is one class with its options and its mathematics:
+
+- a `LayerPass` turns one layer's weight into another, a `ScalingPass` also finds a factor for the channels of an input
+  that several layers share;
+- a `NetworkPass` takes a network read as a graph as a whole;
+- a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass.
+
+`needs` names what the engine gathers for it, `changes` what plan and recipe must expect of the result.
+
+A convolution is a layer whose inputs are its patches. A grouped one is as many independent layers as it has groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from effcli.formats import Packing, Quantized
+from effcli.layers.layer import Kind
+from effcli.layers.statistics import Needs, Statistics
+from effcli.options import Options
+
+if TYPE_CHECKING:
+    from effcli.graphs.graph import Graph
+    from effcli.graphs.integer import IntegerNetwork
+    from effcli.reports.report import ActivationRange
+
+
+class Change(enum.Flag):
+    """What a pass does to a network."""
+
+    VALUES = enum.auto()  # weights take other values, or other formats
+    INTEGER = enum.auto()  # the network becomes one of integers, which no pass can follow
+
+
+class Pass(Options, ABC):
+    """The options that every pass has, and what the engine asks of each."""
+
+    changes: ClassVar[Change] = Change.VALUES
+    # How many float32 matrices (in, in) of one layer a pass makes at a time, beside the Gram matrix it is given.
+    workspace: ClassVar[int] = 0
+    # Defaults that differ in networks read as a graph: their layers are too narrow for groups of weights.
+    graph_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    ignore: tuple[str, ...] = Field((), description="Layers to leave alone, as glob patterns of their names.")
+    layers: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Other options for the layers that match a glob pattern; the last match wins."
+    )
+    lm_head: bool = Field(False, description="Also take the output head, which stands outside the repeated blocks.")
+
+    @property
+    def needs(self) -> Needs:
+        """What must be gathered for a step with these options."""
+        return Needs.NOTHING
+
+    @property
+    def format(self) -> Packing | None:
+        """The format of the weights that these options lead to; None of a pass that leaves them floating."""
+        return None
+
+    @property
+    def result(self) -> Packing | None:
+        """The format of the weights that a step with these options leaves; None where they stay floating."""
+        return self.format
+
+    def for_graph(self) -> Self:
+        """These options in a network read as a graph: what was not set takes the defaults for graphs."""
+        defaults = {key: value for key, value in self.graph_defaults.items() if key not in self.model_fields_set}
+        return self.model_copy(update=defaults)
+
+
+class LayerPass(Pass):
+    """A pass that takes one layer at a time."""
+
+    @abstractmethod
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        """What becomes of one layer; seen: of its inputs, with what `needs` asks for."""
+
+    def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
+        """What becomes of a grouped convolution; seen: of each group's inputs. Each group is a layer unless overridden.
+
+        The rows of `layer.weight` fall into as many equal parts as there are groups.
+        """
+        parts = [dataclasses.replace(layer, weight=part) for part in layer.weight.chunk(len(seen))]
+        return Outcome.joined([self.apply(part, own) for part, own in zip(parts, seen, strict=True)])
+
+
+class ScalingPass(LayerPass):
+    """A layer pass that first finds a factor per input channel of layers that share one input.
+
+    The engine folds its inverse into the module that produces the input and hands `apply` the scaled weight and the
+    statistics of the scaled input.
+    """
+
+    @property
+    def without_scale(self) -> Literal["unscaled", "explicit"]:
+        """Where no module can take in the factor: no factor, or one that stays on the input at run time."""
+        return "unscaled"
+
+    @abstractmethod
+    def scale(self, group: Group, seen: Statistics) -> tuple[Tensor, Mapping[str, Any]]:
+        """Factor per input channel, float32 (in,), for the layers of `group`, and notes for the ledger."""
+
+
+class NetworkPass(Pass):
+    """A pass that takes a network read as a graph as a whole."""
+
+    @abstractmethod
+    def transform(self, graph: Graph, seen: Observed) -> Transformed:
+        """What becomes of `graph`, which may be changed in place."""
+
+    def integer(self, graph: Graph) -> Graph | None:
+        """A copy of `graph` as it becomes a network of integers; None where a step leaves floating layers."""
+        return None
+
+
+class SearchPass(Pass):
+    """A pass that chooses options of another one for every layer. What is carried out is that other pass."""
+
+    @property
+    @abstractmethod
+    def base(self) -> tuple[str, Mapping[str, Any]]:
+        """The name of the pass whose options are chosen, and those of its options that are fixed."""
+
+    @property
+    @abstractmethod
+    def space(self) -> Sequence[Mapping[str, Any]]:
+        """The options that each layer may get, one mapping for each alternative."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight with inputs, as a pass sees it.
+
+    weight: float32 (out, in); for a convolution in = in_channels / groups · kernel height · kernel width, the inputs
+    being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in.
+    """
+
+    name: str
+    kind: Kind
+    weight: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read one input, so that one scale per channel serves them all.
+
+    options: the pass of each layer, with the options of that layer; channel: int64 (in,), the producer's output channel
+    behind each input channel, None when they are free.
+    """
+
+    layers: tuple[Layer, ...]
+    options: tuple[Any, ...]
+    channel: Tensor | None = None
+
+    def tied(self, values: Tensor) -> Tensor:
+        """Average positive values (in,) geometrically over inputs behind one channel (the repeats of a shared head)."""
+        if self.channel is None:
+            return values
+        size = int(self.channel.max()) + 1
+        total = values.new_zeros(size).index_add_(0, self.channel, values.log())
+        count = values.new_zeros(size).index_add_(0, self.channel, torch.ones_like(values))
+        return (total / count.clamp(min=1)).exp()[self.channel]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one layer: a quantized weight or a dense one (out, in), and notes for the ledger."""
+
+    weight: Quantized | Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def joined(outcomes: Sequence[Outcome]) -> Outcome:
+        """One outcome of the groups of a convolution, whose rows follow one another.
+
+        A scale per tensor becomes one per channel, since each group has its own. Notes that are numbers are averaged,
+        of the others those are kept that all groups agree on.
+        """
+        notes: dict[str, Any] = {}
+        for key in outcomes[0].notes:
+            values = [outcome.notes.get(key) for outcome in outcomes]
+            numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+            if len(numbers) == len(values):
+                notes[key] = sum(numbers) / len(numbers)
+            elif all(value == values[0] for value in values):
+                notes[key] = values[0]
+        weights = [outcome.weight for outcome in outcomes]
+        packed = [weight for weight in weights if isinstance(weight, Quantized)]
+        if len(packed) < len(weights):
+            dense = [
+                weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight for weight in weights
+            ]
+            return Outcome(torch.cat(dense), notes)
+        return Outcome(packed[0].join(packed[1:]), notes)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a pass over a whole graph is given, as far as it asked for it.
+
+    batches: the calibration inputs, float32 (n, *shape), anew on each call; empty without `Needs.INPUTS`. dense: the
+    network before its weights were first compressed, with the same layers; None without `Needs.DENSE`, and where
+    none are compressed. chosen: the options of every layer that the pass may change, by name.
+    """
+
+    batches: Callable[[], Iterator[Tensor]] = lambda: iter(())
+    dense: Graph | None = None
+    chosen: Mapping[str, Pass] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What became of a whole graph. notes: for the ledger, by layer; a layer without any was left as it was."""
+
+    network: Graph | IntegerNetwork
+    notes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    activations: tuple[ActivationRange, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+# What a pass is given that asks for nothing.
+UNSEEN = Statistics(0, Needs.NOTHING)
+
+
+def carry_out(options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ()) -> Outcome:
+    """What becomes of one layer; seen: of the inputs of each of its groups, empty where nothing was gathered."""
+    return options.apply_groups(layer, seen) if len(seen) > 1 else options.apply(layer, seen[0] if seen else UNSEEN)
+
+
+__all__ = [
+    "UNSEEN",
+    "Change",
+    "Group",
+    "Layer",
+    "LayerPass",
+    "Needs",
+    "NetworkPass",
+    "Observed",
+    "Outcome",
+    "Pass",
+    "ScalingPass",
+    "SearchPass",
+    "Statistics",
+    "Transformed",
+    "carry_out",
+]

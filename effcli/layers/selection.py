@@ -1,0 +1,154 @@
+"""Which layers a pass takes, with which options, and why it leaves the others: decided from names and shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from effcli.errors import SelectionError, did_you_mean
+from effcli.language.skeleton import Skeleton
+from effcli.layers.contract import Needs, Pass
+from effcli.layers.layer import LayerSite
+
+if TYPE_CHECKING:
+    from effcli.graphs.graph import Graph
+    from effcli.run.recipe import PassStep
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer: the options it is compressed with, or None and the reason."""
+
+    site: LayerSite
+    config: Pass | None
+    reason: str = ""
+
+    @property
+    def planned(self) -> str:
+        """What becomes of it, as a plan says it: a scale alone, say, changes a layer and leaves it floating."""
+        if self.config is None:
+            return "keep"
+        return "change" if self.config.result is None else "compress"
+
+
+def needs_of(variants: Iterable[Mapping[str, Choice]]) -> Needs:
+    """What the layers, in all of the variants together, must be given besides their weights."""
+    needs = Needs.NOTHING
+    for choice in (choice for choices in variants for choice in choices.values()):
+        needs |= Needs.NOTHING if choice.config is None else choice.config.needs
+    return needs
+
+
+def choose(skeleton: Skeleton, step: PassStep) -> dict[str, Choice]:
+    """Every layer of the network by name, in the network's order.
+
+    Raises `SelectionError` for a pattern that matches nothing, for options of layers that are left alone, and for a
+    group size that does not divide a layer.
+    """
+    inner = [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)]
+    outer = skeleton.outer_layers()
+    return _choose([*inner, *outer], step, lambda site: _outside(site, step.config, skeleton) if site in outer else "")
+
+
+def choose_graph(graph: Graph, step: PassStep) -> dict[str, Choice]:
+    """Every layer of a network read as a graph, in the order in which they run; every one is taken unless ignored.
+
+    Raises `SelectionError` as `choose` does, and for `lm_head`, which means a language model's output head.
+    """
+    if step.config.lm_head:
+        raise SelectionError(
+            f"{step.name}.lm_head: a network read as a graph has no language model's output head",
+            "leave lm_head out; the last layer is taken like any other, and `ignore` keeps it",
+        )
+    return _choose(graph.sites(), step, lambda site: "")
+
+
+def _choose(sites: Sequence[LayerSite], step: PassStep, obstacle: Callable[[LayerSite], str]) -> dict[str, Choice]:
+    """Choices for `sites`; `obstacle` says why a layer that is not ignored is left alone, empty when it is taken."""
+    names = [site.name for site in sites]
+    config = step.config
+    for key, patterns in (("ignore", config.ignore), ("layers", tuple(config.layers))):
+        for pattern in patterns:
+            _must_match(pattern, names, f"{step.name}.{key}")
+    choices = {}
+    for site in sites:
+        reason = _ignored(site, config) or site.obstacle or obstacle(site)
+        choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
+    taken = [name for name, choice in choices.items() if choice.config is not None]
+    if not taken:
+        remedy = "make `ignore` narrower" if choices else "the network has no convolution and no linear layer"
+        raise SelectionError(f"{step.name} would take no layer at all", remedy)
+    for pattern in config.layers:
+        if not any(matches(name, pattern) for name in taken):
+            kept = next(choice for name, choice in choices.items() if matches(name, pattern))
+            raise SelectionError(
+                f"{step.name}.layers: {pattern!r} matches only layers that are left alone, such as {kept.site.name}",
+                f"{kept.reason}; take the entry out, or take the layer in",
+            )
+    _check_group_sizes(choices.values())
+    return choices
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob pattern names this layer; a bare last part (`down_proj`) does not, `*.down_proj` does."""
+    return fnmatchcase(name, pattern)
+
+
+def _ignored(site: LayerSite, config: Pass) -> str:
+    pattern = next((pattern for pattern in config.ignore if matches(site.name, pattern)), None)
+    return "" if pattern is None else f"ignored by {pattern!r}"
+
+
+def _outside(site: LayerSite, config: Pass, skeleton: Skeleton) -> str:
+    """Why a layer outside the repeated blocks is left alone, empty when it is taken."""
+    if site.name != skeleton.head:
+        return "outside the repeated blocks"
+    if config.lm_head:
+        return ""
+    tied = ", and it shares its weight with the input embedding" if skeleton.tied else ""
+    return f"the output head is kept unless lm_head is set{tied}"
+
+
+def _options(name: str, step: PassStep) -> Pass:
+    """The options of one layer: of several patterns that match, the last one's."""
+    config: Pass = step.config
+    for pattern, overrides in step.config.layers.items():
+        if matches(name, pattern):
+            config = step.for_layer(overrides)
+    return config
+
+
+def _must_match(pattern: str, names: Sequence[str], key: str) -> None:
+    """Raise `SelectionError` with near names unless `pattern` names a layer."""
+    if any(matches(name, pattern) for name in names):
+        return
+    tails = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+    wanted = pattern.rpartition(".")[2]
+    near = did_you_mean(wanted, tails)
+    if wanted in tails:
+        near = f"write '*.{wanted}'" if f"*.{wanted}" != pattern else did_you_mean(pattern, names)
+    raise SelectionError(f"{key}: the pattern {pattern!r} matches no layer", near)
+
+
+def _check_group_sizes(choices: Iterable[Choice]) -> None:
+    """Raise `SelectionError` with the sizes that would do when a group size does not divide its layers."""
+    misfits: dict[int, list[LayerSite]] = {}
+    widths: set[int] = set()
+    for choice in choices:
+        format = None if choice.config is None else choice.config.format
+        if format is not None and format.row_group:
+            widths.add(choice.site.columns)
+            if choice.site.columns % format.row_group:
+                misfits.setdefault(format.row_group, []).append(choice.site)
+    for size, sites in misfits.items():
+        common = math.gcd(*widths)
+        fitting = sorted((n for n in range(8, 513) if common % n == 0), key=lambda n: abs(n - size))
+        remedy = "give those layers another group_size under `layers`, or `ignore` them"
+        if fitting:
+            remedy = f"group sizes that divide every layer: {', '.join(map(str, sorted(fitting[:6])))}"
+        shown = ", ".join(f"{site.name} ({site.columns})" for site in sites[:3])
+        more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+        raise SelectionError(f"group size {size} does not divide the input channels of {shown}{more}", remedy)

@@ -1,0 +1,1 @@
+"""This machine, and the libraries that run on it."""

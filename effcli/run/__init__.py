@@ -1,0 +1,1 @@
+"""A run: the recipe, its plan, and the pipeline that carries it out."""

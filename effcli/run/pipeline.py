@@ -1,0 +1,412 @@
+"""A whole run: measure the input, carry out each pass, measure again, verify, write the report.
+
+Everything is made in a hidden folder beside the output and renamed into place at the end, so that an output is either
+whole or not there. The folder outlives a crash: the same recipe run again goes on from the last written block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from effcli import exporters, importers
+from effcli.errors import EffcliError, OutputError, UnfinishedError, UnsupportedError, UserError, writing
+from effcli.files import locate as samples
+from effcli.files.checkpoint import weight_files, write_text
+from effcli.files.digest import of_path
+from effcli.files.documents import read_model
+from effcli.platform import memory
+from effcli.platform.machine import cpu_threads, device_name
+from effcli.reports import card, html
+from effcli.reports.human import size
+from effcli.reports.report import Exported, Report, Stage
+from effcli.run import recipe as recipes
+from effcli.run.plan import Plan
+from effcli.run.recipe import ExportStep, PassStep, Recipe, Step
+from effcli.run.workplace import Workplace, check_output, existing, resolved
+
+if TYPE_CHECKING:
+    from effcli.layers.result import Swept
+    from effcli.run.network import Subject
+
+# Room that a run needs beside the planned bytes: hidden states, the parts before they are joined, the report.
+_DISK_FACTOR = 2.2
+
+
+class Listener(Protocol):
+    """Whom a run tells how it goes."""
+
+    def stage(self, stage: Stage) -> None: ...
+
+    def progress_start(self, name: str, total: int) -> None: ...
+
+    def progress(self, done: int) -> None: ...
+
+    def progress_end(self) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Silent:
+    """A listener for scripts."""
+
+    def stage(self, stage: Stage) -> None: ...
+
+    def progress_start(self, name: str, total: int) -> None: ...
+
+    def progress(self, done: int) -> None: ...
+
+    def progress_end(self) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+def run(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> Report:
+    """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`.
+
+    beside: writes what else shall stand there.
+    """
+    output = resolved(recipe.target.absolute())
+    check_output(output, overwrite, Path(recipe.model).expanduser())
+    for step in recipe.export:
+        exporters.require(step.name)
+    for clash in filter(None, (step.clash for step in (*recipe.passes, *recipe.export))):
+        (listener or Silent()).say(clash)
+    if recipe.device not in ("cpu", "auto"):
+        raise UnsupportedError(
+            f"this version compresses on the CPU, not on {recipe.device}",
+            "leave out --device; `effcli bench --device cuda` measures the result on a GPU",
+        )
+    torch.manual_seed(recipe.seed)
+    with cpu_threads(recipe.threads):
+        return _Run(recipe, output, overwrite, listener or Silent(), beside).carry_out()
+
+
+class _Run:
+    def __init__(
+        self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener, beside: Callable[[Path], None]
+    ) -> None:
+        self.subject = subject_of(recipe)
+        self.recipe = self.subject.recipe
+        self.output = output
+        self.overwrite = overwrite
+        self.listener = listener
+        self.beside = beside
+        self.place = Workplace(output)
+        self.work = self.place.folder
+        self.finished: list[Stage] = []
+
+    def carry_out(self) -> Report:
+        plan = self.subject.plan()
+        self._check_space(plan)
+        remarks = self.subject.calibrate()
+        with self.place.locked():
+            request = self._request()
+            if self.place.placed == request and Report.read(self.output).recipe == self.subject.settings:
+                # Killed when all was done but the removal of what is beside the output.
+                self.place.finish()
+                return Report.read(self.output)
+            self._open_work(request)
+            try:
+                return self._carry_out(remarks, plan.weights, request)
+            except OutputError:
+                raise  # a disk with room again goes on from here
+            except UserError:
+                # The input is at fault: nothing written so far can serve a second try.
+                self.place.remove()
+                raise
+
+    def _carry_out(self, remarks: tuple[str, ...], count: int, request: str) -> Report:
+        try:
+            return self._compress(remarks, count)
+        except UnfinishedError as error:
+            self._begin_anew(error.cause)
+            self.place.begin(request)
+            return self._compress(remarks, count)
+
+    def _compress(self, remarks: tuple[str, ...], count: int) -> Report:
+        self.subject.open(self.work)
+        base = self.subject.base
+        stages = [self._stage(0, lambda: self._measured(base, "input", {}, count, first=True))]
+        current = reference = base
+        for number, step in enumerate(self.recipe.passes, start=1):
+            said = remarks if step.config.needs else ()
+            stages.append(self._pass(number, step, current, reference, said, count))
+            former = current
+            current, reference = self._after(number, stages[-1], current, reference)
+            if former not in (base, reference):
+                shutil.rmtree(former, ignore_errors=True)
+        return self._finish(current, stages)
+
+    def _after(self, number: int, stage: Stage, current: Path, reference: Path) -> tuple[Path, Path]:
+        """The checkpoint after a pass, and the one before weights were first compressed, from those before the pass."""
+        target = self.work / f"checkpoint-{number}"
+        dense = not any(row.status == "compressed" for row in stage.ledger)
+        return target, target if reference == current and dense else reference
+
+    def _request(self) -> str:
+        """A digest of all that decides what the output holds, exports left out."""
+        request = {
+            "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
+            "files": self.subject.request,
+            "data": {str(path): of_path(path) for path in self._data()},
+            "versions": _software(self.recipe.passes),
+        }
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+    def _open_work(self, request: str) -> None:
+        """Continue unfinished work of the same request; start anew otherwise."""
+        going_on = self.place.holds(request)
+        if going_on:
+            try:
+                self.finished = self._read_stages()
+            except UnfinishedError as error:
+                self._begin_anew(error.cause)
+                going_on = False
+        if not going_on:
+            self.place.remove()
+        # Another process may have finished since it was first asked.
+        check_output(self.output, self.overwrite)
+        if going_on:
+            self.listener.say("going on from the last written block")
+        else:
+            self.place.begin(request)
+
+    def _begin_anew(self, cause: str) -> None:
+        self.finished = []
+        self.listener.say(f"beginning anew, for unfinished work cannot be continued: {cause}")
+
+    def _read_stages(self) -> list[Stage]:
+        """The finished stages of unfinished work; `UnfinishedError` unless they and their checkpoints are whole."""
+        stages: list[Stage] = []
+        current = reference = base = self.work
+        for number in range(len(self.recipe.passes) + 1):
+            file = self.work / f"stage-{number}.json"
+            if not file.exists():
+                break
+            stages.append(read_model(Stage, file, error=UnfinishedError))
+            if number:
+                current, reference = self._after(number, stages[-1], current, reference)
+        for path in {current, reference} - {base}:
+            if not (path / "config.json").is_file():
+                raise UnfinishedError(f"{path} is not whole")
+        return stages
+
+    def _data(self) -> list[Path]:
+        """Every file and folder of calibration and evaluation data that the recipe names, or that stands for it."""
+        wanted = self.recipe.evaluate
+        named = (self.recipe.calibration.data, wanted.perplexity, wanted.images, *wanted.questions)
+        found = [samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT]
+        for name in named:
+            if isinstance(name, str):
+                path = Path(name).expanduser()
+                # `DIR#split` names a part of a folder.
+                found.append(path if path.exists() or "#" not in name else Path(str(path).rpartition("#")[0]))
+        return found
+
+    def _check_space(self, plan: Plan) -> None:
+        free = shutil.disk_usage(existing(self.output.parent)).free
+        needed = int(plan.output_bytes * _DISK_FACTOR)
+        if free < needed:
+            raise OutputError(
+                f"no space left for {self.output}: about {size(needed)} are needed, {size(free)} are free",
+                "free some space or choose another --output",
+            )
+
+    def _stage(self, number: int, measure: Callable[[], Stage]) -> Stage:
+        """A stage that a run before this one measured, else measured now."""
+        if number < len(self.finished):
+            stage = self.finished[number]
+        else:
+            stage = measure()
+            write_text(self.work / f"stage-{number}.json", stage.model_dump_json())
+        self.listener.stage(stage)
+        return stage
+
+    def _pass(
+        self,
+        number: int,
+        step: PassStep,
+        source: Path,
+        reference: Path,
+        said: tuple[str, ...],
+        count: int,
+    ) -> Stage:
+        """Carry out one step and measure what came out."""
+        target = self.work / f"checkpoint-{number}"
+
+        def measure() -> Stage:
+            with writing(target):
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir()
+            memory.reset_peak()
+            started = time.perf_counter()
+            swept = self._sweep(number, step, source, target, reference)
+            seconds, peak = time.perf_counter() - started, memory.peak()
+            measured = self._measured(target, step.name, step.config.model_dump(mode="json"), count)
+            return measured.model_copy(
+                update={
+                    "seconds": seconds,
+                    "peak_memory": peak,
+                    "remarks": (*said, *swept.remarks, *measured.remarks),
+                    "ledger": tuple(swept.ledger),
+                    "histograms": tuple(swept.histograms),
+                    "activations": tuple(swept.activations),
+                }
+            )
+
+        return self._stage(number, measure)
+
+    def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> Swept:
+        started = False
+
+        def progress(done: int, total: int) -> None:
+            nonlocal started
+            if not started:
+                self.listener.progress_start(step.name, total)
+                started = True
+            self.listener.progress(done)
+
+        try:
+            return self.subject.sweep(step, source, target, reference, self.work / f"pass-{number}", progress)
+        finally:
+            self.listener.progress_end()
+
+    def _measured(self, path: Path, name: str, options: dict[str, Any], count: int, first: bool = False) -> Stage:
+        found = self.subject.measure(path, first)
+        nbytes = sum(file.stat().st_size for file in weight_files(path))
+        return Stage(
+            name=name,
+            options=options,
+            nbytes=nbytes,
+            weights=count,
+            bits_per_weight=8 * nbytes / count,
+            quality=found.quality,
+            speed=found.speed,
+            latencies=found.latencies,
+            remarks=found.remarks,
+        )
+
+    def _finish(self, finished: Path, stages: list[Stage]) -> Report:
+        report = Report(
+            effcli_version=version("effcli"),
+            model=self.recipe.model,
+            output=self.recipe.output,
+            machine=_machine(),
+            software=_software((*self.recipe.passes, *self.recipe.export)),
+            stages=tuple(stages),
+            verified=self.subject.verify(finished, stages) if self.recipe.evaluate.enabled else None,
+            recipe=self.subject.settings,
+        )
+        exported, failed = self._exports(finished)
+        report = report.model_copy(update={"exports": exported})
+        self._describe(report, finished)
+        write_text(finished / "recipe.yaml", recipes.dump(self.recipe))
+        self.beside(finished)
+        self.place.place(finished)
+        if failed is not None:
+            raise failed
+        return report
+
+    def _describe(self, report: Report, folder: Path) -> None:
+        """Write the report and the model card into `folder`."""
+        base = self.subject.source / "README.md"
+        base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
+        report.write(folder)
+        html.write(report, folder)
+        layout, loaders = self.subject.layout(folder), self.subject.loaders(folder)
+        card_text = card.model_card(report, base_card, layout=layout, loaders=loaders)
+        write_text(folder / card.FILE_NAME, card_text)
+
+    def _exports(self, finished: Path) -> tuple[tuple[Exported, ...], EffcliError | None]:
+        """Make every export that no run before this one has made, up to one that fails: it takes nothing with it."""
+        exports = finished / "exports"
+        known = {step.name: self._recorded(step, exports / step.name) for step in self.recipe.export}
+        for path in exports.iterdir() if exports.is_dir() else ():
+            if known.get(path.name) is None:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        made: list[Exported] = []
+        for step in self.recipe.export:
+            done = known[step.name]
+            if done is not None:
+                made.append(done)
+                continue
+            try:
+                made.append(self._export(step, finished))
+            except OutputError:
+                raise  # the same command makes it once there is room
+            except EffcliError as error:
+                told = error.cause.replace(str(finished), str(self.output))
+                cause = f"{self.output} is finished, but not exported to {step.name}: {told}"
+                failed = type(error)(cause, error.remedy.replace(str(finished), str(self.output)))
+                failed.__cause__ = error
+                return tuple(made), failed
+            write_text(self._record(step), made[-1].model_dump_json())
+        return tuple(made), None
+
+    def _record(self, step: ExportStep) -> Path:
+        """What says that an export with these options is made."""
+        return self.work / f"export-{step.name}-{_key(step)}.json"
+
+    def _recorded(self, step: ExportStep, folder: Path) -> Exported | None:
+        """The export that a run before this one made in `folder`."""
+        if not self._record(step).exists() or not folder.is_dir():
+            return None
+        try:
+            return read_model(Exported, self._record(step), error=UnfinishedError)
+        except UnfinishedError as error:
+            self.listener.say(f"exporting to {step.name} again: {error.cause}")
+            return None
+
+    def _export(self, step: ExportStep, finished: Path) -> Exported:
+        folder = finished / "exports" / step.name
+        with writing(self.output):
+            folder.parent.mkdir(exist_ok=True)
+        exported = step.config.export(finished, folder, overwrite=True)
+        exported = self.subject.time_export(step.config, exported, folder)
+        self.listener.say(f"exported to {step.name}: {exported.checked or size(exported.nbytes)}")
+        return exported
+
+
+def _key(step: ExportStep) -> str:
+    """What tells the options of two exports apart."""
+    return hashlib.sha256(step.model_dump_json().encode()).hexdigest()[:16]
+
+
+def subject_of(recipe: Recipe) -> Subject:
+    """The network that `recipe` names, as a run works on it."""
+    source = samples.locate(recipe.model, recipe.revision)
+    if importers.recognises(source):
+        from effcli.graphs.network import GraphNetwork
+
+        return GraphNetwork(recipe, source)
+    from effcli.language.model import LanguageModel
+
+    return LanguageModel(recipe, Path(source))
+
+
+def _machine() -> str:
+    return f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _software(steps: Iterable[Step]) -> dict[str, str]:
+    """The versions of what computes, packages that `steps` come from among them."""
+    foreign = sorted({step.package for step in steps} - {""})
+    names = ("torch", "transformers", "compressed-tensors", "effcli", *foreign)
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

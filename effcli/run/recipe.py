@@ -1,0 +1,577 @@
+"""The recipe: what to compress, with which passes, and how to measure it. Checked whole before a weight is read.
+
+A recipe comes from a YAML file (`load`) or from the command line (`from_arguments`); both end in `check`, which
+reports every mistake at once with its key path. `dump` writes it back with all defaults filled in, so that a resolved
+recipe does the same thing under a later version whose defaults differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import model_serializer as serializer
+
+from effcli import exporters, passes
+from effcli.errors import RecipeError, UserError, did_you_mean
+from effcli.files.exporter import Exporter
+from effcli.inputs import jsonl, tables
+from effcli.inputs.preprocess import Preprocess
+from effcli.layers.contract import Change, LayerPass, NetworkPass, Pass, SearchPass
+from effcli.options import Options
+from effcli.platform.registry import Registry
+from effcli.run import yaml_files as yamls
+from effcli.run.overrides import apply_overrides, parse_pass, plain, set_on_only_step
+from effcli.run.validation import Mistakes, join, shown, validated
+
+# What a pass's `layers` may not override: these say which layers are taken, not how.
+NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
+
+
+# What reads no text needs more samples than windows of hundreds of tokens, and takes more of them at once.
+_GRAPH_SAMPLES = 512
+_GRAPH_BATCH = 64
+_GRAPH_TESTED = 2000
+# Keys that say something to one kind of network alone.
+_FOR_TEXT = {
+    "calibration": ("length",),
+    "evaluate": ("choices", "limit", "length", "prefill", "decode"),
+}
+_FOR_GRAPHS = ("weights", "shape", "preprocess")
+
+
+class Calibration(Options):
+    """What passes observe: text cut into windows of tokens, or images and other inputs."""
+
+    data: str | None = Field(
+        None,
+        description="A text file, a jsonl of texts or of messages, an npz, an image folder, a parquet file or a "
+        "`datasets` directory; without one, the sample model's own.",
+    )
+    samples: int = Field(32, ge=1, description="Windows of text, or inputs (512 unless set).")
+    length: int = Field(512, ge=2, description="Tokens per window; fewer unless set when the model takes fewer.")
+    batch_size: int = Field(4, ge=1, description="Windows or inputs (64 unless set) per forward.")
+    inputs: Literal["original", "compressed"] = Field(
+        "original", description="Whose outputs feed the next block: the original block's or the compressed one's."
+    )
+
+
+class Evaluate(Options):
+    """What to measure on the input and after every pass. `evaluate: false` in a recipe measures nothing."""
+
+    perplexity: str | bool = Field(
+        True,
+        description="A text file or a jsonl of texts; true: the sample model's own held-out text, or the end of the "
+        "calibration text, which calibration does not touch.",
+    )
+    images: str | bool = Field(
+        True,
+        description="Labelled images or other inputs: npz, image folder, parquet or `datasets` directory; true: those "
+        "beside the model, or else the calibration inputs, on which only the agreement with the original counts.",
+    )
+    samples: int = Field(20, ge=1, description="Windows of text, or inputs (2,000 unless set).")
+    length: int = Field(512, ge=2, description="Tokens per window; fewer unless set when the model takes fewer.")
+    choices: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="A jsonl or parquet file of multiple-choice questions, or several."
+    )
+    limit: int | None = Field(None, ge=1, description="Take only the first questions of each file of `choices`.")
+    latency: bool = Field(True, description="Time prefill and decode with the kernels that will run.")
+    prefill: int = Field(128, ge=1, description="Tokens of the prompt whose prefill is timed.")
+    decode: int = Field(32, ge=1, description="Tokens whose decoding is timed.")
+
+    @staticmethod
+    def nothing() -> Evaluate:
+        """Measure nothing but bytes."""
+        return Evaluate(perplexity=False, images=False, latency=False)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything at all is measured by running the network."""
+        return self.quality or self.latency
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The files of `choices`."""
+        return () if self.choices is None else (self.choices,) if isinstance(self.choices, str) else self.choices
+
+    @property
+    def quality(self) -> bool:
+        """Whether anything is measured on text."""
+        return self.perplexity is not False or self.choices is not None
+
+    @field_validator("perplexity", "images", mode="before", json_schema_input_type=str | bool | None)
+    @classmethod
+    def _null_is_off(cls, value: Any) -> Any:
+        return False if value is None else value
+
+
+class Step(Options):
+    """Something by name with its options. In YAML `name` or `{name: {option: value}}`."""
+
+    noun: ClassVar[str]
+    registry: ClassVar[Registry[Any]]
+
+    name: str
+    config: SerializeAsAny[Options]
+
+    @property
+    def package(self) -> str:
+        """The package that offers what is named, empty for effcli's own."""
+        entry = self.registry.find(self.name)
+        return "" if entry is None else entry.package
+
+    @property
+    def clash(self) -> str:
+        """A line on other packages that have something of this name, too; empty where none has."""
+        return self.registry.clashes().get(self.name, "")
+
+    @classmethod
+    def check(cls, item: Any, path: str, mistakes: Mistakes) -> Self | None:
+        """A step from `name`, `{name: {options}}` or a step; None when it holds a mistake, which is then noted."""
+        if isinstance(item, cls):
+            return item
+        named = _named(item, path, cls.noun, mistakes)
+        config = None if named is None else cls.configured(*named, path, mistakes)
+        return None if named is None or config is None else cls(name=named[0], config=config)
+
+    @classmethod
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Options | None:
+        """The checked options of what is called `name`; None when they hold a mistake, which is then noted."""
+        raise NotImplementedError
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and {"name", "config"} == set(data):
+            if isinstance(data["config"], Options):
+                return data
+            data = {data["name"]: data["config"]}
+        mistakes = Mistakes()
+        step = cls.check(data, "", mistakes)
+        mistakes.raise_if_any("this step")
+        assert step is not None
+        return {"name": step.name, "config": step.config}
+
+    @serializer(mode="wrap")
+    def _to_yaml(self, handler: Any) -> dict[str, Any]:
+        return {self.name: handler(self)["config"]}
+
+
+class PassStep(Step):
+    """One step of a recipe: a pass with its options."""
+
+    noun: ClassVar[str] = "a step"
+    registry: ClassVar[Registry[Any]] = passes.REGISTRY
+
+    config: SerializeAsAny[Pass]
+
+    @classmethod
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Pass | None:
+        try:
+            config_type = passes.load(name)
+        except UserError as error:
+            mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
+            return None
+        config = validated(config_type, options, path, mistakes, owner=name)
+        chosen = None if config is None else cls._chosen(config, path, mistakes)
+        if chosen is None:
+            _check_layers(config_type, options, path, name, mistakes)
+        return config
+
+    @classmethod
+    def _chosen(cls, config: Pass, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
+        """For a step that chooses the bits of another, that other with each number of bits; None for any other step.
+
+        What cannot be carried out is noted, and then left out.
+        """
+        if not isinstance(config, SearchPass):
+            return None
+        name, options = config.base
+        if passes.REGISTRY.find(name) is not None:
+            searched = passes.load(name)
+            if "bits" not in searched.model_fields or not issubclass(searched, LayerPass):
+                mistakes.add(join(path, "using"), f"{name} has no number of bits to choose; take awq or linear")
+                return ()
+            if "bits" in options:
+                mistakes.add(
+                    join(path, "options.bits"), "the bits are what is chosen; name those to choose from in `bits`"
+                )
+                return ()
+        made = []
+        for own in config.space:
+            step = cls.check({name: {**options, **own}}, path, mistakes)
+            made += [] if step is None else [step]
+        return tuple(made)
+
+    @property
+    def chosen(self) -> tuple[PassStep, ...]:
+        """The step that this one stands for with each number of bits it may choose; empty when it stands for itself."""
+        return self._chosen(self.config, "", Mistakes()) or ()
+
+    def for_graph(self) -> PassStep:
+        """This step in a network read as a graph: defaults that differ there filled in."""
+        return self.model_copy(update={"config": self.config.for_graph()})
+
+    def for_layer(self, overrides: Mapping[str, Any]) -> Pass:
+        """The options of this step with some replaced, as `layers` asks for the layers that match a pattern."""
+        return type(self.config).model_validate(self.config.model_dump() | dict(overrides))
+
+
+class ExportStep(Step):
+    """A further format to write: a target with its options."""
+
+    noun: ClassVar[str] = "an export"
+    registry: ClassVar[Registry[Any]] = exporters.REGISTRY
+
+    config: SerializeAsAny[Exporter]
+
+    @classmethod
+    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Exporter | None:
+        try:
+            config_type = exporters.load(name)
+        except UserError as error:
+            mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
+            return None
+        return validated(config_type, options, path, mistakes, owner=name)
+
+
+class Recipe(Options):
+    """A whole run. Relative paths are taken from the current directory, as on a command line."""
+
+    model: str = Field(
+        description="A directory, a .pt2 or .onnx file, `package.module:function`, a Hub id, `sample:lm` or "
+        "`sample:cnn`."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    weights: str | None = Field(None, description="A safetensors file for a network that a Python function makes.")
+    shape: tuple[int, ...] | None = Field(
+        None, description="Shape of one input of a network that a Python function makes, without the batch."
+    )
+    preprocess: Preprocess | None = Field(
+        None, description="From pixels to inputs, where the model does not say or something else is wanted."
+    )
+    output: str | None = Field(None, description="The directory to write.")
+    calibration: Calibration = Calibration()
+    evaluate: Evaluate = Evaluate()
+    passes: tuple[PassStep, ...] = Field(min_length=1, description="The steps, in the order they are carried out.")
+    export: tuple[ExportStep, ...] = Field((), description="Further formats to write below OUTPUT/exports.")
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    device: str = Field("cpu", description="cpu, cuda, cuda:N or auto.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; without it, what torch takes.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+    @property
+    def target(self) -> Path:
+        """The directory to write; `RecipeError` when the recipe names none."""
+        if self.output is None:
+            raise RecipeError("output: missing", "say where to write: -o OUT, or `output:` in the recipe")
+        return Path(self.output)
+
+    def for_graph(self) -> Recipe:
+        """The recipe of a network read as a graph: what was not set takes the defaults of such networks.
+
+        Raises `RecipeError` for a key that says something of language models alone.
+        """
+        for part, keys in _FOR_TEXT.items():
+            options = getattr(self, part)
+            for key in keys:
+                if getattr(options, key) != type(options).model_fields[key].default:
+                    raise RecipeError(f"{part}.{key}: {self.model} reads no text", "leave the key out")
+        if isinstance(self.evaluate.perplexity, str):
+            raise RecipeError(
+                f"evaluate.perplexity: {self.model} reads no text", "give labelled images: evaluate.images or --eval"
+            )
+        return self.model_copy(
+            update={
+                "calibration": _filled(self.calibration, samples=_GRAPH_SAMPLES, batch_size=_GRAPH_BATCH),
+                "evaluate": _filled(self.evaluate, samples=_GRAPH_TESTED),
+                "passes": tuple(step.for_graph() for step in self.passes),
+            }
+        )
+
+    def for_language(self) -> Recipe:
+        """The recipe of a language model. Raises `RecipeError` for a key or a pass that is for other networks alone."""
+        given = [key for key in _FOR_GRAPHS if getattr(self, key) is not None]
+        given += ["evaluate.images"] if isinstance(self.evaluate.images, str) else []
+        if given:
+            raise RecipeError(f"{given[0]}: {self.model} is a language model", "leave the key out")
+        for number, step in enumerate(self.passes):
+            if isinstance(step.config, NetworkPass):
+                known = [name for name in passes.PASSES if not issubclass(passes.load(name), NetworkPass)]
+                raise RecipeError(
+                    f"passes.{number}: {step.name} takes networks read as a graph; {self.model} is a language model",
+                    f"take {', '.join(known[:-1])} or {known[-1]}",
+                )
+        return self
+
+    @field_validator("evaluate", mode="before", json_schema_input_type=Evaluate | bool | None)
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        if value is None or value is False:
+            return Evaluate.nothing()
+        return Evaluate() if value is True else value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", value):
+            raise ValueError(f"must be cpu, cuda, cuda:N or auto, not {value!r}")
+        return value
+
+
+def check(data: Any, source: str = "recipe") -> Recipe:
+    """A recipe from plain data (as YAML gives it); all mistakes at once in one `RecipeError` that names `source`."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{source} is not a mapping of keys to values", "start with `model:` and `passes:`")
+    mistakes = Mistakes()
+    _check_values(data, "", mistakes)
+    mistakes.raise_if_any(source)
+    given = data.get("passes", ())
+    if given is not None and not isinstance(given, list | tuple):
+        mistakes.add("passes", "must be a list; write each step as `- name: {option: value}`")
+        given = ()
+    steps: list[PassStep] = []
+    for index, item in enumerate(given or ()):
+        step = PassStep.check(item, f"passes.{index}", mistakes)
+        if step is not None:
+            steps.append(step)
+    for index, (step, following) in enumerate(pairwise(steps), start=1):
+        if Change.INTEGER in step.config.changes:
+            why = f"{following.name} cannot follow {step.name}, which leaves no floating-point layer"
+            mistakes.add(f"passes.{index}", f"{why}; make {step.name} the last step")
+    if not given and "passes" not in mistakes.found:
+        mistakes.add("passes", f"name at least one pass; known: {', '.join(passes.PASSES)}")
+    wanted = data.get("export", ())
+    targets: list[ExportStep] = []
+    for item in wanted if isinstance(wanted, list | tuple) else [wanted] if wanted is not None else []:
+        target = ExportStep.check(item, "export", mistakes)
+        if target is not None:
+            targets.append(target)
+    whole = {**data, "passes": tuple(steps), "export": tuple(targets)}
+    recipe = validated(Recipe, whole, "", mistakes, skip="passes")
+    mistakes.raise_if_any(source)
+    assert recipe is not None
+    return recipe
+
+
+def check_evaluate(data: Mapping[str, Any]) -> Evaluate:
+    """The `evaluate` part alone, for commands that only measure."""
+    mistakes = Mistakes()
+    _check_values(data, "", mistakes)
+    mistakes.raise_if_any("the request")
+    options = validated(Evaluate, data, "", mistakes)
+    mistakes.raise_if_any("the request")
+    assert options is not None
+    return options
+
+
+class InputOptions(Options):
+    """What can be said of a network's input in commands that only measure; see `Recipe`."""
+
+    shape: tuple[int, ...] | None = None
+    preprocess: Preprocess | None = None
+
+
+def check_inputs(overrides: Iterable[str], keys: Iterable[str] = ("shape", "preprocess")) -> InputOptions:
+    """Those of `keys` that are set in `shape=[...]` and `preprocess.KEY=VALUE`; `RecipeError` for any other key."""
+    data, keys = apply_overrides({}, overrides), tuple(keys)
+    mistakes = Mistakes()
+    for key in data.keys() - set(keys):
+        mistakes.add(key, f"only {' and '.join(keys)} can be set here")
+    _check_values(data, "", mistakes)
+    mistakes.raise_if_any("the request")
+    options = validated(InputOptions, {key: data[key] for key in keys if key in data}, "", mistakes)
+    mistakes.raise_if_any("the request")
+    assert options is not None
+    return options
+
+
+def check_export(text: str, more: Mapping[str, Any]) -> ExportStep:
+    """One export from chain syntax (`onnx:precision=float16`), with `more` options, for commands that only export."""
+    ((target, options),) = parse_pass(text, "--to").items()
+    mistakes = Mistakes()
+    _check_values(options | dict(more), "", mistakes)
+    mistakes.raise_if_any(f"--to {text}")
+    step = ExportStep.check({target: options | dict(more)}, "", mistakes)
+    mistakes.raise_if_any(f"--to {text}")
+    assert step is not None
+    return step
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe from the YAML file `path`, with `KEY=VALUE` overrides (see `apply_overrides`)."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{path} is not a file", "give a YAML file in UTF-8")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}", _near_recipes(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {path}: {error}", "give a YAML file in UTF-8") from None
+    return check(apply_overrides(yamls.parse(text, str(path)) or {}, overrides), str(path))
+
+
+def from_arguments(
+    model: str,
+    *,
+    output: str | None = None,
+    passes: Any = (),
+    bits: int | None = None,
+    group_size: int | None = None,
+    calib: str | None = None,
+    evals: Sequence[str] = (),
+    no_eval: bool = False,
+    export: Sequence[str] = (),
+    overrides: Iterable[str] = (),
+    **keys: Any,
+) -> Recipe:
+    """A recipe from the arguments of `effcli compress` or `effcli.compress`.
+
+    passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass. evals: text
+    files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys of the recipe; None
+    is left out.
+    """
+    if isinstance(passes, str | Mapping | Pass | PassStep):
+        passes = [passes]
+    steps = [parse_pass(item) if isinstance(item, str) else _plain_step(item) for item in passes]
+    for option, flag, value in (("bits", "--bits", bits), ("group_size", "--group-size", group_size)):
+        if value is not None:
+            set_on_only_step(steps, option, flag, value)
+    data: dict[str, Any] = {"model": model, "passes": steps}
+    data |= {key: value for key, value in keys.items() if value is not None}
+    if output is not None:
+        data["output"] = output
+    if calib is not None:
+        data["calibration"] = _nested(data, "calibration") | {"data": calib}
+    if no_eval:
+        if evals:
+            raise RecipeError("--eval and --no-eval contradict each other", "leave one of them out")
+        data["evaluate"] = False
+    for path in evals:
+        data["evaluate"] = _nested(data, "evaluate") | _measure(path, _nested(data, "evaluate"))
+    if export:
+        data["export"] = [parse_pass(item, "--export") for item in export]
+    return check(apply_overrides(data, overrides), "the request")
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, all defaults written out that do not follow the model; it loads back to an equal recipe."""
+    sections = {"calibration": recipe.calibration, "evaluate": recipe.evaluate}
+    unset = {name: {"length"} for name, options in sections.items() if "length" not in options.model_fields_set}
+    return yamls.dump(recipe.model_dump(mode="json", exclude=unset))
+
+
+def _check_values(value: Any, path: str, mistakes: Mistakes) -> None:
+    """Note what no option can take: a zero byte, which no name can hold, and whole numbers of more than 64 bits."""
+    if isinstance(value, str) and "\0" in value:
+        mistakes.add(path, "holds a zero byte, which no name can hold; remove it")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        mistakes.add(path, "a whole number of more than 64 bits; give a smaller one")
+    elif isinstance(value, Mapping):
+        for key, below in value.items():
+            if isinstance(key, str) and "\0" in key:
+                mistakes.add(path, "a key holds a zero byte, which no name can hold; remove it")
+            _check_values(below, join(path, str(key)), mistakes)
+    elif isinstance(value, list | tuple):
+        for number, below in enumerate(value):
+            _check_values(below, join(path, str(number)), mistakes)
+
+
+def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Mapping[str, Any]] | None:
+    """Name and options of `name` or `{name: {option: value}}`; None when it is neither."""
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        hint = "more than one key; indent the options below the name" if isinstance(item, Mapping) and item else "empty"
+        mistakes.add(path, f"{what} is a name or `name: {{option: value}}`, not {shown(item)} ({hint})")
+        return None
+    name, options = next(iter(item.items()))
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        mistakes.add(path, f"the options of {name} must be a mapping, not {shown(options)}")
+        return None
+    return str(name), options
+
+
+def _check_layers(
+    config_type: type[Pass], options: Mapping[str, Any], path: str, name: str, mistakes: Mistakes
+) -> None:
+    """Check each entry of `layers` against the pass's own options."""
+    layers = options.get("layers")
+    if not isinstance(layers, Mapping):
+        return
+    common = {key: value for key, value in options.items() if key in config_type.model_fields and key != "layers"}
+    for pattern, override in layers.items():
+        here = join(path, "layers", str(pattern))
+        if not isinstance(override, Mapping):
+            continue  # said by the type of `layers` itself
+        allowed = [key for key in config_type.model_fields if key not in NOT_PER_LAYER]
+        for key in override:
+            if key in NOT_PER_LAYER:
+                mistakes.add(join(here, str(key)), f"belongs to the whole pass; one layer can set {', '.join(allowed)}")
+        own = {key: value for key, value in override.items() if key not in NOT_PER_LAYER}
+        found = Mistakes()
+        validated(config_type, common | own, here, found, owner=name, known=allowed)
+        # The pass's own mistakes were reported at their own place; here only those of this entry count.
+        for place, messages in found.found.items():
+            if place == here or place.removeprefix(here + ".").split(".")[0] in own:
+                for message in messages:
+                    if place != here or message not in mistakes.found.get(path, []):
+                        mistakes.add(place, message)
+
+
+def _plain_step(step: Any) -> Any:
+    """A step given from Python as plain data, so that overrides reach its options."""
+    if isinstance(step, Pass):
+        place = f"{type(step).__module__}:{type(step).__qualname__}"
+        name = next((name for name, entry in passes.REGISTRY.known().items() if entry.place == place), None)
+        if name is None:
+            raise RecipeError(
+                f"the pass {place} has no name that a recipe could say",
+                "offer it as an entry point of the group effcli.passes: see docs/extending.md",
+            )
+        return {name: step.model_dump(mode="json", exclude_unset=True)}
+    return plain(step)
+
+
+def _measure(path: str, sofar: Mapping[str, Any]) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    suffix = Path(path.partition("#")[0]).suffix
+    key = "choices" if jsonl.is_jsonl(file) and not jsonl.holds_documents(file) else "perplexity"
+    if suffix == tables.SUFFIX and tables.holds_questions(file):
+        key = "choices"
+    elif suffix in (".npz", ".parquet") or Path(path.partition("#")[0]).expanduser().is_dir():
+        key = "images"
+    if key == "choices" and key in sofar:
+        there = sofar[key]
+        return {key: [*(there if isinstance(there, list) else [there]), path]}
+    if key in sofar:
+        raise RecipeError(
+            f"--eval {path}: there is already {sofar[key]}", "give one file of each kind, or several of questions"
+        )
+    return {key: path}
+
+
+Part = TypeVar("Part", bound=Options)
+
+
+def _filled(options: Part, **defaults: Any) -> Part:
+    """The options with other defaults for what was not set."""
+    return options.model_copy(
+        update={key: value for key, value in defaults.items() if key not in options.model_fields_set}
+    )
+
+
+def _nested(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = plain(data.get(key, {}))
+    return value if isinstance(value, dict) else {}
+
+
+def _near_recipes(path: Path) -> str:
+    found = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    return did_you_mean(path.name, found) or "check the path"

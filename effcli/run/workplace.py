@@ -1,0 +1,198 @@
+"""Where a run writes: the output, and the hidden folder beside it that holds unfinished work.
+
+One process at a time works on an output. What is unfinished outlives a kill at any moment: a state is written down
+before anything that it replaces goes away, and a folder is renamed before it is removed. Until nothing else is left, a
+marker beside a finished output says which request it belongs to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from effcli.errors import OutputError, UserError, writing
+from effcli.files import digest
+from effcli.files.checkpoint import write_text
+from effcli.files.documents import read_object
+from effcli.reports import report
+
+_SHOWN = 5
+
+
+def resolved(output: Path) -> Path:
+    """The directory to write, links followed; `OutputError` for a link that leads nowhere."""
+    try:
+        found = output.resolve(strict=output.is_symlink())
+    except (OSError, RuntimeError) as error:
+        raise OutputError(
+            f"{output} is a link to {os.readlink(output)}, which is not there", "make its target, or choose another -o"
+        ) from error
+    return found
+
+
+def check_output(output: Path, overwrite: bool, model: Path | None = None) -> None:
+    """Raise `OutputError` unless `output` can be written."""
+    if model is not None and model.resolve() == output.resolve():
+        raise OutputError(f"{output} is the model itself", "choose another --output; the input is never changed")
+    output = resolved(output)
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file", "choose another --output")
+    parent = existing(output.parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write to {parent}", "choose a writable --output")
+    if not output.is_dir() or Workplace(output).placed is not None:
+        return
+    filled = any(output.iterdir())
+    if filled and not overwrite:
+        raise OutputError(
+            f"{output} exists and is not empty", "choose another --output, or replace it with --overwrite"
+        )
+    if filled and not _is_ours(output):
+        raise OutputError(
+            f"{output} was not written by effcli, so it is not overwritten: it holds {shown_names(output)}",
+            "choose another --output, or move away what is there",
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the report of a run stands in `folder`."""
+    try:
+        found = read_object(folder / report.FILE_NAME)
+    except UserError:
+        return False
+    return "effcli_version" in found and "schema_version" in found
+
+
+def shown_names(folder: Path) -> str:
+    """What stands in a folder, the first few names of it."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+class Workplace:
+    """The working folder of one output. output: without links, see `resolved`."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.parent / f".{output.name}.effcli"
+        self._lock = output.parent / f".{output.name}.effcli-lock"
+        self._removed = output.parent / f".{output.name}.effcli-removed"
+        self._request = self.folder / "request"
+        self._marker = output.parent / f".{output.name}.effcli-placed"
+        self._former = self.folder / "replaced"
+        self._done = False
+        self._locked = False
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes away; `OutputError` that names the one that is at work already.
+
+        The system gives the lock back when its process ends, however it ends.
+        """
+        with writing(self.output):
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    other = os.read(descriptor, 20).decode(errors="replace").strip()
+                    os.close(descriptor)
+                    who = f"process {other}" if other.isdigit() else "another process"
+                    raise OutputError(
+                        f"{who} is writing {self.output}", "wait until it has ended, or choose another --output"
+                    ) from error
+                except OSError:
+                    os.close(descriptor)
+                    raise
+                # Its last holder removes the file; a lock on a file without a name keeps nobody away.
+                if _same(descriptor, self._lock):
+                    break
+                os.close(descriptor)
+        try:
+            with writing(self.output):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            self._locked = True
+            yield
+        finally:
+            self._unlock()
+            os.close(descriptor)
+
+    def _unlock(self) -> None:
+        """Remove the lock's file, once: after that it may be another process's."""
+        if self._locked:
+            self._locked = False
+            self._lock.unlink(missing_ok=True)
+
+    def holds(self, request: str) -> bool:
+        """Whether work of this request is there."""
+        return self._request.is_file() and self._request.read_text(encoding="utf-8", errors="replace") == request
+
+    def begin(self, request: str) -> None:
+        """Throw away what is there and begin a request anew."""
+        self.remove()
+        with writing(self.output):
+            self.folder.mkdir(parents=True)
+        write_text(self._request, request)
+
+    def remove(self) -> None:
+        """Remove the folder: at every moment it is either whole or not there under its name."""
+        with writing(self.output):
+            shutil.rmtree(self._removed, ignore_errors=True)
+            if self._former.exists() and not self.output.exists():
+                # Killed while it was replaced: without the new one, the former output goes back.
+                self._former.rename(self.output)
+            if self.folder.exists():
+                self.folder.rename(self._removed)
+                shutil.rmtree(self._removed, ignore_errors=True)
+            if self._done:
+                # The marker is the last to go: as long as anything is left, the same command removes it.
+                self._unlock()
+            self._marker.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Remove everything but the finished output, which stands in its place."""
+        self._done = True
+        self.remove()
+
+    def place(self, finished: Path) -> None:
+        """Put the finished folder, which holds its report, in the output's place, and remove the rest."""
+        request = self._request.read_text(encoding="utf-8")
+        write_text(self._marker, f"{request}\n{digest.of_file(finished / report.FILE_NAME)}\n")
+        with writing(self.output):
+            if self.output.exists():
+                shutil.rmtree(self._former, ignore_errors=True)
+                self.output.rename(self._former)
+            finished.rename(self.output)
+        self.finish()
+
+    @property
+    def placed(self) -> str | None:
+        """The request whose output stands in its place already, while what is beside it was not yet removed."""
+        file = self.output / report.FILE_NAME
+        if not self._marker.is_file() or not file.is_file():
+            return None
+        request, _, written = self._marker.read_text(encoding="utf-8", errors="replace").partition("\n")
+        return request if written.strip() == digest.of_file(file) else None
+
+
+def _same(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+__all__ = ["Workplace", "check_output", "existing", "resolved", "shown_names"]

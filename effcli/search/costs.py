@@ -1,0 +1,151 @@
+"""A pass that keeps account of itself: what each layer's quantization costs, beside what comes out.
+
+With D = Ŵ - W, and the loss -log p(y) of outputs y drawn from the network's own prediction, the divergence from the
+original grows by about ½ E⟨∇_W(-log p(y)), D⟩²: half the Fisher information along D, with no outputs or tokens taken
+for independent. Errors of rounding lean together in many places (a clipped range shrinks all of a row), which sums of
+the single outputs' errors do not see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effcli.formats import Quantized
+from effcli.layers.contract import Layer, LayerPass, Outcome, Statistics, carry_out
+
+_ROWS = 1024
+
+
+class Slopes:
+    """Sum of the squared slopes of a loss along errors D of one layer's weight, one sample after the other.
+
+    errors: float32 (out, in) each; squares: Σ ⟨∇_W, D⟩² over the samples, one number for each error.
+    """
+
+    def __init__(self, errors: Sequence[Tensor]) -> None:
+        self.squares = [0.0] * len(errors)
+        self._errors = errors
+        self._sample = [0.0] * len(errors)
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Take in inputs (..., in) and gradients at the outputs (..., out) of the sample at hand."""
+        rows = gradients.reshape(-1, gradients.shape[-1]).float()
+        slope = rows.t() @ inputs.reshape(-1, inputs.shape[-1]).float()
+        for at, error in enumerate(self._errors):
+            self._sample[at] += float(torch.dot(slope.flatten(), error.flatten()))
+
+    def end_sample(self) -> None:
+        """The next inputs are those of another sample."""
+        for at, value in enumerate(self._sample):
+            self.squares[at] += value * value
+            self._sample[at] = 0.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one layer.
+
+    energy, whole: mean squared norm of each output's error and of the output itself, float32 (out,), None where no
+    inputs were seen; weight: what the layer then multiplies its unscaled inputs with, float32 (out, in), None unless
+    it was to be kept.
+    """
+
+    energy: Tensor | None
+    whole: Tensor | None
+    weight: Tensor | None
+
+    @property
+    def output_error(self) -> float:
+        """Relative squared error of the outputs; 0 of an output that is always 0."""
+        if self.energy is None or self.whole is None:
+            return 0.0
+        whole = float(self.whole.sum(dtype=torch.float64))
+        return float(self.energy.sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer's quantization costs. output_error: relative and squared; cost: in the unit of the measurement."""
+
+    output_error: float
+    cost: float
+
+
+def steadied(costs: Sequence[Mapping[str, Cost]], noise: float) -> list[dict[str, Cost]]:
+    """Costs of several variants, one mapping by name for each, less what their sampling adds to single ones.
+
+    Per output error, a layer's costs differ little between variants, so that its factor is known from all of them:
+    log(cost / output error) is a layer's term, a variant's term and a rest. The rests' variance tells, less that of the
+    sampling, how much of them the layers themselves cause; that share of each is kept (empirical Bayes, James and
+    Stein's estimate). Without it a choice among many layers picks those that were luckily sampled.
+
+    noise: variance of log cost that sampling causes, 2 / n for n samples of a normally distributed slope. Layers
+    without a cost or an error in one of the variants are left as they are.
+    """
+    names = [name for name in costs[0] if all(of[name].cost > 0 and of[name].output_error > 0 for of in costs)]
+    if len(names) < 2 or len(costs) < 2:
+        return [dict(of) for of in costs]
+    logs = torch.tensor(
+        [[math.log(of[name].cost / of[name].output_error) for of in costs] for name in names], dtype=torch.float64
+    )
+    rest = logs - logs.mean(0) - logs.mean(1, keepdim=True) + logs.mean()
+    variance = float(rest.square().sum()) / ((len(names) - 1) * (len(costs) - 1))
+    kept = max(0.0, 1 - noise / variance) if variance > 0 else 1.0
+    factors = (logs - (1 - kept) * rest).exp()
+    found = [dict(of) for of in costs]
+    for name, own in zip(names, factors.tolist(), strict=True):
+        for of, factor in zip(found, own, strict=True):
+            of[name] = Cost(of[name].output_error, of[name].output_error * factor)
+    return found
+
+
+class Probe:
+    """Hands layers to their pass, and remembers what became of every one.
+
+    factors: rows (out,) and columns (in,) by which a layer's weight stands multiplied when it reaches the pass, so
+    that it can be told of as it was. keep_weights: remember the weights too, not only their errors.
+    """
+
+    def __init__(self, keep_weights: bool = False) -> None:
+        self.factors: Callable[[str], tuple[Tensor | None, Tensor | None]] = lambda name: (None, None)
+        self._keep_weights = keep_weights
+        self._trials: dict[str, Trial] = {}
+
+    @property
+    def trials(self) -> dict[str, Trial]:
+        """What became of every layer so far."""
+        return {name: self._as_it_was(name, trial) for name, trial in self._trials.items()}
+
+    def apply(self, options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ()) -> Outcome:
+        """As `carry_out`; inputs that the pass does not ask for are kept from it."""
+        outcome = carry_out(options, layer, seen if options.needs else ())
+        made = outcome.weight
+        restored = made.dequantize(torch.float32) if isinstance(made, Quantized) else made.float()
+        energy, whole = (energies(of, seen) if seen else None for of in (restored - layer.weight, layer.weight))
+        self._trials[layer.name] = Trial(energy, whole, restored if self._keep_weights else None)
+        return outcome
+
+    def _as_it_was(self, name: str, trial: Trial) -> Trial:
+        rows, columns = self.factors(name)
+        energy, whole, weight = trial.energy, trial.whole, trial.weight
+        if rows is not None:
+            energy, whole = (None if of is None else of * rows.square() for of in (energy, whole))
+            weight = None if weight is None else weight * rows.unsqueeze(1)
+        if columns is not None:
+            weight = None if weight is None else weight / columns
+        return Trial(energy, whole, weight)
+
+
+def energies(weight: Tensor, seen: Sequence[Statistics]) -> Tensor:
+    """Mean squared output of each row of weight (out, in), float32 (out,); `seen`: of each group of rows in turn."""
+    parts = []
+    for gram, part in zip(seen, weight.chunk(len(seen)), strict=True):
+        for start in range(0, part.shape[0], _ROWS):
+            rows = part[start : start + _ROWS].float()
+            parts.append((rows @ gram.matrix).mul_(rows).sum(1) / max(gram.tokens, 1))
+    return torch.cat(parts) if parts else weight.new_zeros(0)

@@ -1,0 +1,236 @@
+"""Runs that end early and are given again: what comes out is what an undisturbed run of the present inputs writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from effcli.errors import OutputError, UnfinishedError
+from effcli.exporters import c
+from effcli.graphs.network import GraphNetwork
+from effcli.reports.report import Report
+from effcli.run import pipeline, workplace
+from effcli.run import recipe as recipes
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as a signal would."""
+
+
+def arrays(file: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    np.savez(file, images=random.random((8, 1, 8, 8)).astype("f4") * (seed + 1), labels=random.integers(0, 4, 8))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
+    torch.export.save(torch.export.export(network, (torch.zeros(1, 1, 8, 8),)), tmp_path / "net.pt2")
+    arrays(tmp_path / "calibration-data.npz", 0)
+    arrays(tmp_path / "evaluation-data.npz", 1)
+    return tmp_path
+
+
+class Heard(pipeline.Silent):
+    """Remembers what a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def run(
+    folder: Path, output: str, *export: str, overwrite: bool = False, listener: pipeline.Listener | None = None
+) -> Report:
+    recipe = recipes.from_arguments(
+        str(folder / "net.pt2"),
+        passes=["fold", "int8"],
+        output=str(folder / output),
+        calib=str(folder / "calibration-data.npz"),
+        export=export,
+        overrides=[f"evaluate.images={folder}/evaluation-data.npz", "evaluate.latency=false"],
+    )
+    return pipeline.run(recipe, overwrite=overwrite, listener=listener)
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "effcli.safetensors").read_bytes()).hexdigest()
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, start: Callable[[], Any]) -> None:
+    def kill(*arguments: Any, **options: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, kill)
+        with pytest.raises(Killed):
+            start()
+
+
+@pytest.mark.parametrize("changed", ["calibration-data.npz", "evaluation-data.npz"])
+def test_data_changed_between_two_tries(work: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_finish", lambda: run(work, "out"))
+    arrays(work / changed, 5)
+    resumed, whole = run(work, "out"), run(work, "whole")
+    assert weights(work / "out") == weights(work / "whole")
+    assert [stage.quality for stage in resumed.stages] == [stage.quality for stage in whole.stages]
+
+
+def test_killed_while_an_export_is_written(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(monkeypatch, c, "_checked", lambda: run(work, "out", "c"))
+    assert not (work / "out").exists()
+    leftover = next(work.glob(".out.effcli/checkpoint-*")) / "exports" / ".c-leftover"
+    leftover.mkdir(parents=True, exist_ok=True)
+    report = run(work, "out", "c")
+    assert (
+        [made.target for made in report.exports] == ["c"] == [made.target for made in Report.read(work / "out").exports]
+    )
+    assert [path.name for path in (work / "out" / "exports").iterdir()] == ["c"]
+    assert not list(work.glob(".out*"))
+
+
+def test_a_finished_export_is_not_made_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_describe", lambda: run(work, "out", "c"))
+    with monkeypatch.context() as patch:
+        patch.setattr(c.C, "export", lambda *given, **options: pytest.fail("it is exported again"))
+        assert [made.target for made in run(work, "out", "c").exports] == ["c"]
+
+
+def test_killed_when_all_is_in_place(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*arguments: Any) -> None:
+        if (work / "out").exists():
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Workplace, "remove", kill)
+        with pytest.raises(Killed):
+            run(work, "out")
+    assert run(work, "out") == Report.read(work / "out")
+    assert not list(work.glob(".out*"))
+    with pytest.raises(OutputError, match="not empty"):
+        run(work, "out")
+
+
+def test_work_that_does_not_fit_together_is_begun_anew(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_finish", lambda: run(work, "out"))
+    (work / ".out.effcli" / "checkpoint-2" / "config.json").unlink()
+    run(work, "out")
+    run(work, "whole")
+    assert weights(work / "out") == weights(work / "whole")
+
+
+def test_weight_files_are_as_readable_as_their_neighbours(work: Path) -> None:
+    run(work, "out")
+    assert len({file.stat().st_mode for file in (work / "out").iterdir() if file.is_file()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "suffix"),
+    [
+        (Path, "rename", ".effcli"),
+        (workplace.shutil, "rmtree", ".effcli-removed"),
+        (Path, "unlink", ".effcli-lock"),
+        (Path, "unlink", ".effcli-placed"),
+    ],
+)
+def test_killed_while_what_is_left_goes_away(
+    work: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, suffix: str
+) -> None:
+    original, killed = getattr(owner, name), False
+
+    def kill(path: Path, *arguments: Any, **options: Any) -> Any:
+        nonlocal killed
+        if not killed and str(path).endswith(suffix) and (work / "out").exists():
+            killed = True
+            raise Killed
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, kill)
+        with pytest.raises(Killed):
+            run(work, "out", "c")
+    assert list(work.glob(".out*"))
+    before = weights(work / "out")
+    assert run(work, "out", "c") == Report.read(work / "out")
+    assert weights(work / "out") == before and not list(work.glob(".out*"))
+
+
+def test_a_finished_output_of_another_request_stays(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Workplace, "remove", lambda place: None)
+        run(work, "out")
+    before = weights(work / "out")
+    for again in (lambda: run(work, "out", "c"), lambda: run(work, "out")):
+        with pytest.raises(OutputError, match="not empty"):
+            again()
+        assert weights(work / "out") == before and not list(work.glob(".out*"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": 3}', '{"name": "fold", "ledger": [{}]}'])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_damaged_unfinished_work_is_begun_anew(
+    work: Path, monkeypatch: pytest.MonkeyPatch, stage: int, damage: str
+) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_finish", lambda: run(work, "out"))
+    (work / ".out.effcli" / f"stage-{stage}.json").write_text(damage)
+    heard = Heard()
+    report = run(work, "out", listener=heard)
+    (said,) = [text for text in heard.said if "beginning anew" in text]
+    assert f"stage-{stage}.json" in said and "going on" not in " ".join(heard.said)
+    assert [made.name for made in report.stages] == ["input", "fold", "int8"]
+
+
+def test_what_a_pass_cannot_continue_is_begun_anew(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failed = GraphNetwork.sweep, False
+
+    def sweep(*arguments: Any) -> Any:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise UnfinishedError("journal.json is damaged")
+        return original(*arguments)
+
+    monkeypatch.setattr(GraphNetwork, "sweep", sweep)
+    heard = Heard()
+    run(work, "out", listener=heard)
+    assert "beginning anew, for unfinished work cannot be continued: journal.json is damaged" in heard.said
+    run(work, "whole")
+    assert weights(work / "out") == weights(work / "whole")
+
+
+def test_a_damaged_record_of_an_export(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_describe", lambda: run(work, "out", "c"))
+    (record,) = (work / ".out.effcli").glob("export-c-*.json")
+    record.write_text('{"target": "c"}')
+    (next(work.glob(".out.effcli/checkpoint-*")) / "exports" / ".c.effcli-lock").touch()
+    heard = Heard()
+    assert [made.target for made in run(work, "out", "c", listener=heard).exports] == ["c"]
+    assert any(text.startswith("exporting to c again") and record.name in text for text in heard.said)
+    assert [path.name for path in (work / "out" / "exports").iterdir()] == ["c"]
+
+
+def test_the_report_records_the_lengths_that_were_used(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model")
+    request = {
+        "model": str(source),
+        "passes": [{"awq": {"bits": 4, "group_size": 32}}],
+        "output": str(tmp_path / "out"),
+        "calibration": {"samples": 2},
+        "evaluate": {"prefill": 16, "decode": 4},
+    }
+    report = pipeline.run(recipes.check(request, "the request"))
+    assert (report.recipe["calibration"]["length"], report.recipe["evaluate"]["length"]) == (128, 128)
+    assert Report.read(tmp_path / "out").recipe == report.recipe
+    again = recipes.load(tmp_path / "out" / "recipe.yaml")
+    assert "length" not in again.calibration.model_fields_set

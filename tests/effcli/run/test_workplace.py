@@ -1,0 +1,98 @@
+"""What a run may replace, who may work where, and what is left when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from effcli.errors import OutputError
+from effcli.run.workplace import Workplace, check_output, resolved
+
+REPORT = json.dumps({"effcli_version": "1", "schema_version": 1})
+
+
+def written(folder: Path, report: str = REPORT) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(report)
+    return folder
+
+
+def test_only_what_effcli_wrote_is_replaced(tmp_path: Path) -> None:
+    foreign = tmp_path / "out"
+    (foreign / ".git").mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"was not written by effcli.*\.git, thesis\.txt"):
+        check_output(foreign, overwrite=True)
+    for text in ("[]", "{", "{}"):
+        (foreign / "report.json").write_text(text)
+        with pytest.raises(OutputError, match="was not written by effcli"):
+            check_output(foreign, overwrite=True)
+    check_output(written(tmp_path / "ours"), overwrite=True)
+    with pytest.raises(OutputError, match="not empty"):
+        check_output(tmp_path / "ours", overwrite=False)
+
+
+def test_a_link_is_followed_and_one_that_leads_nowhere_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    assert resolved(tmp_path / "out") == (tmp_path / "real").resolve()
+    (tmp_path / "lost").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("lost", "circle"):
+        with pytest.raises(OutputError, match="is a link to"):
+            check_output(tmp_path / name, overwrite=True)
+
+
+def test_the_second_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+    place = Workplace(tmp_path / "out")
+    with place.locked():
+        with (
+            pytest.raises(OutputError, match=f"process {os.getpid()} is writing"),
+            Workplace(tmp_path / "out").locked(),
+        ):
+            pass
+        with Workplace(tmp_path / "other").locked():
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_was_left_keeps_nobody_away(tmp_path: Path) -> None:
+    (tmp_path / ".out.effcli-lock").write_text("1\n")
+    with Workplace(tmp_path / "out").locked():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_new_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    out = written(tmp_path / "out", "old")
+    place = Workplace(out)
+    place.begin("request")
+    place.place(written(place.folder / "checkpoint-1"))
+    assert (out / "report.json").read_text() == REPORT
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_killed_before_the_working_folder_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Workplace(tmp_path / "out")
+    place.begin("request")
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "remove", lambda self: None)
+        place.place(written(place.folder / "checkpoint-1"))
+    assert place.holds("request") and place.placed
+    check_output(tmp_path / "out", overwrite=False)
+    (tmp_path / "out" / "report.json").write_text("another")
+    assert not place.placed
+
+
+def test_killed_between_the_old_and_the_new(tmp_path: Path) -> None:
+    out = written(tmp_path / "out", "old")
+    place = Workplace(out)
+    place.begin("request")
+    out.rename(place.folder / "replaced")
+    # Another request comes; the former output is not lost.
+    place.remove()
+    assert (out / "report.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
