@@ -17,6 +17,8 @@ pytest.importorskip("onnxscript", exc_type=ImportError)
 
 import onnx
 
+from effcli import onnx_session
+from effcli.layers.contract import Layer, Statistics
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError
 from effcli.exporters import _onnx_graph as exporter
 from effcli.formats import Affine, AffineWeight
@@ -316,12 +318,13 @@ def rounding(graph: Graph, **options: Any) -> Graph:
     for site in graph.sites():
         weight: Any = graph.layer(site.name).weight
         graph.layer(site.name)._forward_pre_hooks.clear()
-        observer = linear.observer(config, site.columns)
-        if config.static:
-            observer.see(watched[site.name][0])
-            observer.tokens = 1
-        layer = linear.Layer(site.name, site.kind, weight.reshape(site.shape), torch.float32)
-        graph.set_weight(site.name, config.apply_groups(layer, (observer,)).weight)
+        seen = Statistics(site.columns, config.needs)
+        if config.needs:
+            # A run is tried beforehand on tensors without numbers.
+            seen.see(next(x for x in watched[site.name] if type(x) is torch.Tensor))
+            seen.tokens = 1
+        layer = Layer(site.name, site.kind, weight.reshape(site.shape), torch.float32)
+        graph.set_weight(site.name, config.apply_groups(layer, (seen,)).weight)
     return graph
 
 
