@@ -15,6 +15,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line
+from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line, foreign
 from effcli.files.checkpoint import Checkpoint, read_config, write_shard, write_text
 from effcli.files.documents import check_model, read_model
 from effcli.files.layout import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
@@ -200,7 +201,7 @@ class Graph:
                 f"inputs of shape {tuple(inputs.shape[1:])} for a network that takes {self.facts.shape}",
                 "the first axis is the batch; reshape or preprocess the inputs",
             )
-        with torch.inference_mode():
+        with _running(), torch.inference_mode():
             parts = [self.module(part) for part in torch.split(inputs, self._fitting(len(inputs)))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -232,7 +233,7 @@ class Graph:
                     found[n.name] = tuple(value.shape[1:]) if n.op != "get_attr" else tuple(value.shape)
                 return value
 
-        with torch.inference_mode():
+        with _running(), torch.inference_mode():
             Recorder(self.module).run(torch.zeros(1, *self.facts.shape))
         return found
 
@@ -364,6 +365,13 @@ class Builder:
     def _made(node: fx.Node, source: str) -> fx.Node:
         node.meta["source"] = source
         return node
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Map what torch raises while a graph runs: what shapes alone allow may still not fit a value."""
+    with foreign(lambda cause: CheckpointError(f"the network does not run: {cause}", _DAMAGED)):
+        yield
 
 
 def class_count(graph: Graph) -> int | None:

@@ -17,14 +17,13 @@ pytest.importorskip("onnxscript", exc_type=ImportError)
 
 import onnx
 
-from effcli import onnx_session
-from effcli.layers.contract import Layer, Statistics
 from effcli.errors import MachineError, NumericsError, UnsupportedError, UserError
 from effcli.exporters import _onnx_graph as exporter
 from effcli.formats import Affine, AffineWeight
 from effcli.graphs import timing
 from effcli.graphs.graph import Graph
 from effcli.importers import read
+from effcli.layers.contract import Layer, Statistics
 from effcli.passes import linear
 from effcli.platform import onnx_session
 

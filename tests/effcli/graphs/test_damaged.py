@@ -69,6 +69,17 @@ def test_a_damaged_graph(change: Callable[[Any], Any], cause: str, folder: Path)
         Graph.read(folder)
 
 
+def test_what_only_values_show(folder: Path) -> None:
+    """Torch takes this axis on shapes alone."""
+    data = json.loads((folder / "graph.json").read_text())
+    insert(data, "aten.softmax.int", -(2**63))
+    (folder / "graph.json").write_text(json.dumps(data))
+    graph = Graph.read(folder)
+    for run in (graph.shapes, lambda: graph.run(torch.zeros(2, 3, 8, 8))):
+        with pytest.raises(CheckpointError, match="does not run: IndexError: Dimension out of range"):
+            run()
+
+
 def test_operators_that_reach_files_are_none(folder: Path) -> None:
     data = json.loads((folder / "graph.json").read_text())
     data["nodes"][2].update(target="aten.from_file.default", args=["x", True, 8])
