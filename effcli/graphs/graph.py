@@ -55,6 +55,8 @@ MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Embedding": (nn.Embedding, ("num_embeddings", "embedding_dim")),
 }
 
+# How many numbers kernels, strides and the like have.
+_AXES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }
@@ -519,6 +521,10 @@ def _made(described: dict[str, Any]) -> nn.Module:
         raise ValueError(f"a {described['type']} without {missing[0]}")
     arguments = {name: described[name] for name in names}
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    for name, value in arguments.items():
+        # Torch would repeat a single number, where whoever reads the module sees a layer of another kind.
+        if kind in _AXES and isinstance(value, tuple) and len(value) != _AXES[kind]:
+            raise ValueError(f"a {described['type']} whose {name} is {value}")
     with torch.device("cpu"):
         # Initialising values that are overwritten would be wasted work.
         module: nn.Module = nn.utils.skip_init(kind, **arguments)  # type: ignore[no-untyped-call]

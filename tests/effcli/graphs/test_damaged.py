@@ -50,6 +50,7 @@ def test_a_sound_graph_is_read(folder: Path) -> None:
         (lambda data: data["modules"]["c"].update(padding=[1, {}]), "is damaged"),
         (lambda data: data["modules"]["c"].update(padding=[10**6, 10**6]), "numbers of one input"),
         (lambda data: data["modules"]["c"].update(stride=[0, 0]), "is damaged"),
+        (lambda data: data["modules"]["c"].update(padding=[1]), r"a Conv2d whose padding is \(1,\)"),
         (lambda data: data["modules"]["c"].update(out_channels=2**50), "is damaged"),
         (lambda data: data["modules"]["c"].pop("groups"), "without groups"),
         (lambda data: data["modules"]["c"].update(type=[]), "there is no module"),
