@@ -313,6 +313,8 @@ def _check_value(name: str, meta: dict[str, Any]) -> None:
     _check_device(meta["device"])
     if meta["dtype"] not in _EVERY_DTYPE or len(meta["sizes"]) != len(meta["strides"]):
         raise ValueError(f"the value {name} has no type, or other strides than sizes")
+    if type(meta["requires_grad"]) is not bool:
+        raise ValueError(f"the value {name} says nothing of its gradient")
     for size in (*meta["sizes"], *meta["strides"], meta["storage_offset"]):
         number = size.get("as_int", 0)
         if type(number) is not int or number < 0:

@@ -323,6 +323,7 @@ def _first_value(data: dict[str, Any]) -> dict[str, Any]:
         (_model(lambda data: data["graph_module"]["graph"].update(tensor_values={"a": 3})), "is damaged"),
         (_model(lambda data: _first_value(data).update(storage_offset={"as_int": 1.5})), "has the size 1.5"),
         (_model(lambda data: _first_value(data).update(sizes=[])), "other strides than sizes"),
+        (_model(lambda data: _first_value(data).update(requires_grad="x")), "nothing of its gradient"),
         (_model(lambda data: _first_argument(data).update(name="x")), "takes no 'x'"),
         (_model(lambda data: data["graph_module"]["graph"]["nodes"][0]["inputs"].pop(0)), "lacks its"),
         (_placeholder("x, y=print()"), "'x, y=print.*is no name of a value"),
