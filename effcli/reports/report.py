@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -17,6 +17,9 @@ from effcli.options import Options
 
 SCHEMA_VERSION = 1
 FILE_NAME = "report.json"
+# What is drawn and reckoned with these takes roots and logarithms.
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Record(Options):
@@ -50,8 +53,8 @@ class Histogram(Record):
 
     layer: str
     edges: tuple[float, ...]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+    before: tuple[Count, ...]
+    after: tuple[Count, ...]
 
     @model_validator(mode="after")
     def _same_bins(self) -> Histogram:
@@ -68,7 +71,7 @@ class ActivationRange(Record):
 
     name: str
     edges: tuple[float, ...]
-    counts: tuple[int, ...]
+    counts: tuple[Count, ...]
     low: float
     high: float
     observer: str = Field(description="how the range was chosen, e.g. 'percentile'")
@@ -78,24 +81,24 @@ class ClassRow(Record):
     """How well one class is recognised."""
 
     name: str
-    images: int = Field(description="test images of this class")
-    recall: float | None = Field(description="fraction of them recognised, 0 to 1; None without images")
-    precision: float | None = Field(description="fraction right of those taken for this class; None when none was")
+    images: Count = Field(description="test images of this class")
+    recall: Fraction | None = Field(description="fraction of them recognised, 0 to 1; None without images")
+    precision: Fraction | None = Field(description="fraction right of those taken for this class; None when none was")
 
 
 class Classification(Record):
     """What a classifier makes of labelled inputs, or of inputs without labels next to the original network."""
 
-    images: int
-    top1: float | None = Field(default=None, description="fraction whose likeliest class is right, 0 to 1")
-    top5: float | None = Field(default=None, description="fraction whose class is among the five likeliest")
+    images: Count
+    top1: Fraction | None = Field(default=None, description="fraction whose likeliest class is right, 0 to 1")
+    top5: Fraction | None = Field(default=None, description="fraction whose class is among the five likeliest")
     top1_stderr: float | None = None
-    agreement: float | None = Field(default=None, description="fraction with the original's likeliest class, 0 to 1")
+    agreement: Fraction | None = Field(default=None, description="fraction with the original's likeliest class, 0 to 1")
     sqnr: float | None = Field(
         default=None, description="10 log10 Σ y² / Σ (y - ŷ)² of the outputs y of the original, decibels"
     )
     classes: tuple[ClassRow, ...] = ()
-    confusion: tuple[tuple[int, ...], ...] = Field(
+    confusion: tuple[tuple[Count, ...], ...] = Field(
         default=(), description="images by their class (row) and the class they were taken for (column)"
     )
 
@@ -110,9 +113,9 @@ class TaskRow(Record):
     """How well the questions of one file are answered, where several were given."""
 
     name: str = Field(description="the file")
-    accuracy: float
+    accuracy: Fraction
     accuracy_stderr: float
-    examples: int
+    examples: Count
 
 
 class Quality(Record):
@@ -121,11 +124,11 @@ class Quality(Record):
     perplexity: float | None = None
     kl: float | None = Field(default=None, description="mean KL(original ‖ this) per token, nats")
     tokens: int = 0
-    accuracy: float | None = Field(
+    accuracy: Fraction | None = Field(
         default=None, description="multiple choice by length-normalised log-likelihood, 0 to 1"
     )
     accuracy_stderr: float | None = None
-    examples: int = 0
+    examples: Count = 0
     tasks: tuple[TaskRow, ...] = Field(default=(), description="the accuracy by file, where there are several")
     classification: Classification | None = None
 
@@ -212,7 +215,13 @@ class Report(Record):
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no {FILE_NAME}", "give a directory that `effcli compress` wrote")
         remedy = "run the recipe again"
-        data = read_object(path, remedy=remedy)
+        try:
+            data = read_object(path, remedy=remedy)
+        except CheckpointError as error:
+            what = error.cause.removeprefix(f"{path} ")
+            if what == error.cause:
+                raise
+            raise CheckpointError(f"{path} is not a report of effcli: it {what}", remedy) from error
         version = data.get("schema_version")
         if isinstance(version, int) and version != SCHEMA_VERSION:
             raise CheckpointError(

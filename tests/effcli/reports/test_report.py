@@ -10,7 +10,17 @@ import pytest
 from pydantic import ValidationError
 
 from effcli.errors import CheckpointError, OutputError
-from effcli.reports.report import FILE_NAME, SCHEMA_VERSION, Quality, Report
+from effcli.reports.report import (
+    FILE_NAME,
+    SCHEMA_VERSION,
+    ActivationRange,
+    Classification,
+    ClassRow,
+    Histogram,
+    Quality,
+    Record,
+    Report,
+)
 
 
 def test_round_trip(report: Report, tmp_path: Path) -> None:
@@ -82,3 +92,20 @@ def test_a_full_disk_leaves_the_old_report(
 def test_a_run_has_at_least_its_input(bare_report: Report) -> None:
     with pytest.raises(ValidationError):
         Report.model_validate(bare_report.model_dump() | {"stages": []})
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (ActivationRange, {"name": "a", "edges": [0, 1, 2], "counts": [3, -1], "low": 0, "high": 1, "observer": "x"}),
+        (Histogram, {"layer": "a", "edges": [0, 1, 2], "before": [3, -1], "after": [1, 1]}),
+        (ClassRow, {"name": "a", "images": 4, "recall": 1.5, "precision": None}),
+        (ClassRow, {"name": "a", "images": -4, "recall": 0.5, "precision": None}),
+        (Classification, {"images": 4, "confusion": [[1, -1], [2, 2]]}),
+        (Classification, {"images": 4, "top1": -0.1}),
+        (Quality, {"accuracy": 2.0, "examples": 3}),
+    ],
+)
+def test_counts_and_fractions_that_cannot_be(kind: type[Record], data: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=r"greater than or equal to 0|less than or equal to 1"):
+        kind.model_validate(data)
