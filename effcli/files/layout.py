@@ -70,6 +70,7 @@ class _Weights(BaseModel):
 
 class _Inputs(BaseModel):
     dynamic: bool | str | None = None
+    strategy: str | None = None
 
 
 class _Group(BaseModel):
@@ -82,6 +83,77 @@ class _Quantization(BaseModel):
     """A `quantization_config` of compressed-tensors."""
 
     config_groups: dict[str, _Group]
+
+
+# The keys of a `quantization_config` that are read or that change no value, by the part they stand in: each with the
+# values that are understood, or None where all are. Anything else that is said there changes what the tensors mean.
+_Known = Mapping[str, tuple[Any, ...] | None]
+_NUMBERS: _Known = dict.fromkeys(("scale_dtype", "zp_dtype", "observer", "observer_kwargs", "strategy", "symmetric"))
+_WEIGHTS: _Known = {
+    **_NUMBERS,
+    "num_bits": None,
+    "group_size": None,
+    "type": ("int",),
+    # Any other order needs the group of every column, which stands in a tensor of its own.
+    "actorder": ("weight", "static"),
+}
+_INPUTS: _Known = {**_NUMBERS, "num_bits": (8,), "type": ("int",), "dynamic": (True,)}
+_TOP = (
+    "config_groups",
+    "dequantize",
+    "format",
+    "global_compression_ratio",
+    "ignore",
+    "quant_method",
+    "quantization_status",
+    "run_compressed",
+    "use_optimized_inference",
+    "version",
+)
+
+
+def _says(value: Any) -> bool:
+    """Whether a value says anything: null, false and what holds nothing else do not."""
+    if isinstance(value, Mapping):
+        return any(_says(below) for below in value.values())
+    if isinstance(value, list | tuple):
+        return any(_says(below) for below in value)
+    return value is not None and value is not False and value != ""
+
+
+def _check_understood(found: Mapping[str, Any], known: _Known, place: str) -> None:
+    """Refuse what one part of a `quantization_config` says and effcli does not understand."""
+    for key, value in found.items():
+        values = known.get(key, ())
+        if _says(value) and values is not None and value not in values:
+            said = str(value) if isinstance(value, str | int | float) else "set"
+            raise UnsupportedError(
+                f"quantization_config in config.json: {place}{key} is {said}, which effcli does not read",
+                "start from the original checkpoint",
+            )
+
+
+def _check_quantization(found: Mapping[str, Any]) -> None:
+    """Refuse a `quantization_config`, of the right types, that says more of the tensors than is read of it."""
+    sparsity = found.get("sparsity_config")
+    dense = isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"
+    _check_understood(found, dict.fromkeys((*_TOP, "sparsity_config") if dense else _TOP), "")
+    for name, group in found["config_groups"].items():
+        place = f"config_groups.{name}."
+        known: _Known = {"targets": None, "weights": None, "input_activations": None, "format": (found["format"],)}
+        _check_understood(group, known, place)
+        _check_understood(group["weights"], _WEIGHTS, f"{place}weights.")
+        inputs = group.get("input_activations")
+        if inputs is None:
+            continue
+        place += "input_activations."
+        _check_understood(inputs, _INPUTS, place)
+        dynamic = bool(inputs.get("dynamic"))
+        strategy = inputs.get("strategy") or "tensor"
+        if strategy != ("token" if dynamic else "tensor"):
+            _check_understood({"strategy": f"{strategy}, {'' if dynamic else 'not '}dynamic"}, {}, place)
+        if dynamic and inputs.get("symmetric") is False:
+            _check_understood({"symmetric": "false, dynamic"}, {}, place)
 
 
 @dataclass(frozen=True)
@@ -209,6 +281,7 @@ def stored_layers(config: dict[str, Any], packed: Mapping[str, bool]) -> dict[st
             "start from the original checkpoint",
         )
     groups = check_model(_Quantization, quantization, "quantization_config in config.json", remedy=_RESTORE)
+    _check_quantization(quantization)
     return {name: Stored(_scheme_of(name, groups, zero)) for name, zero in packed.items()}
 
 

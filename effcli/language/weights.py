@@ -136,7 +136,9 @@ class Weights:
         parts = {f"{site.name}.weight" for sites in self._sites.values() for site in sites}
         keys = [key for name, found in self._sources.items() if name not in known for _, key in found]
         keys = [key for key in keys if key not in parts]
-        return keys + [key for layer in self.foreign for key in self._packed.get(layer, {}).values()]
+        return keys + [
+            key for layer, found in self._packed.items() if layer not in self._by_name for key in found.values()
+        ]
 
     def carried(self) -> dict[str, Entry]:
         """The unused tensors by their names in the files, to stand in the output as they are.
@@ -293,6 +295,9 @@ def empty(module: nn.Module, prefix: str, names: list[str]) -> None:
 
 Sources = dict[str, list[tuple[str, str]]]
 
+# How tensors begin that say what a packed weight or the inputs and outputs of its layer mean.
+_OF_PACKED = ("weight_", "input_", "output_")
+
 
 def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str, Any], dict[str, dict[str, str]]]:
     """Find the file tensors of every parameter.
@@ -330,6 +335,11 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
             packed.setdefault(layer, {})[suffix] = key
             continue
         name, pattern = rename(key)
+        if name not in state and suffix.startswith(_OF_PACKED) and _is_packed(checkpoint, stem):
+            raise UnsupportedError(
+                f"{checkpoint.path} holds {key} beside the packed weight, which effcli does not read",
+                "start from the original checkpoint",
+            )
         if pattern is not None:
             chosen[name] = by_pattern[pattern]
         sources.setdefault(name, []).append((pattern or key, key))

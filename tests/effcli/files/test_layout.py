@@ -130,6 +130,67 @@ def test_a_damaged_quantization_config(change: Callable[[Any], Any], cause: str)
         stored_layers(config, {"a": True})
 
 
+INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda top, group: group["weights"].update(actorder="group"), r"group_0\.weights\.actorder is group"),
+        (lambda top, group: group["weights"].update(actorder=True), "actorder is True"),
+        (lambda top, group: group["weights"].update(type="float"), "type is float"),
+        (lambda top, group: group["weights"].update(dynamic=True), r"weights\.dynamic is True"),
+        (lambda top, group: group["weights"].update(block_structure=[2, 4]), "block_structure is set"),
+        (lambda top, group: group.update(format="nvfp4-pack-quantized"), "format is nvfp4-pack-quantized"),
+        (lambda top, group: group.update(format="int-quantized"), "format is int-quantized"),
+        (lambda top, group: group.update(output_activations=INPUTS), "output_activations is set"),
+        (lambda top, group: group.update(input_activations=INPUTS | {"num_bits": 4}), "num_bits is 4"),
+        (lambda top, group: group.update(input_activations=INPUTS | {"type": "float"}), "type is float"),
+        (lambda top, group: group.update(input_activations=INPUTS | {"dynamic": "local"}), "dynamic is local"),
+        (lambda top, group: group.update(input_activations=INPUTS | {"strategy": "group"}), "strategy is group"),
+        (lambda top, group: group.update(input_activations=INPUTS | {"strategy": "tensor"}), "strategy is tensor"),
+        (lambda top, group: group.update(input_activations=INPUTS | {"dynamic": False}), "strategy is token, not dy"),
+        (lambda top, group: group.update(input_activations=INPUTS | {"symmetric": False}), "symmetric is false"),
+        (lambda top, group: top.update(transform_config={"config_groups": {"R4": {"type": "hadamard"}}}), "transform"),
+        (lambda top, group: top.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is set"),
+        (lambda top, group: top.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is set"),
+        (lambda top, group: top.update(moe_sparsity_config={"experts": 2}), "moe_sparsity_config is set"),
+        (lambda top, group: top.update(rotation="spin"), "rotation is spin, which effcli does not read"),
+    ],
+)
+def test_what_a_quantization_config_says_beyond_what_is_read(change: Callable[[Any, Any], Any], cause: str) -> None:
+    def both(config: dict[str, Any]) -> None:
+        change(config["quantization_config"], config["quantization_config"]["config_groups"]["group_0"])
+
+    with pytest.raises(UnsupportedError, match=cause):
+        stored_layers(changed(STOCK, both), {"a": True})
+
+
+def test_what_a_quantization_config_says_without_changing_a_value() -> None:
+    def harmless(config: dict[str, Any]) -> None:
+        config["quantization_config"].update(
+            kv_cache_scheme=None,
+            transform_config={"config_groups": {}},
+            sparsity_config={"format": "dense", "global_sparsity": 0.1},
+            moe_sparsity_config=None,
+            global_compression_ratio=1.5,
+            version="0.10.2",
+            later=False,
+        )
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group.update(format="pack-quantized")
+        group["weights"].update(
+            actorder="weight",
+            observer="mse",
+            observer_kwargs={"maxshrink": 0.2},
+            block_structure=None,
+            scale_dtype="torch.float16",
+            zp_dtype="torch.int8",
+        )
+
+    assert stored_layers(changed(STOCK, harmless), {"a": True}) == {"a": LAYERS["a"]}
+
+
 @pytest.mark.parametrize(
     ("sizes", "name"),
     [

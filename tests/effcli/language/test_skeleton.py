@@ -16,8 +16,12 @@ from transformers import AutoModelForCausalLM
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import Checkpoint
 from effcli.files.layout import network_config
+from effcli.formats import Affine, AffineWeight
 from effcli.language.skeleton import Skeleton, find_blocks, find_layers
+from effcli.language.sweep import sweep
 from effcli.language.weights import Weights
+from effcli.run.overrides import parse_pass
+from effcli.run.recipe import PassStep
 
 
 def opened(path: Path) -> Weights:
@@ -135,9 +139,10 @@ def test_blocks_are_the_children_of_the_largest_list() -> None:
 
 
 def rewrite(path: Path, change: Any) -> None:
-    tensors = load_file(path / "model.safetensors")
+    (file,) = path.glob("*.safetensors")
+    tensors = load_file(file)
     change(tensors)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    save_file(tensors, file, {"format": "pt"})
 
 
 def test_integers_for_floating_weights_are_named(tmp_path: Path) -> None:
@@ -446,3 +451,40 @@ def test_experts_multiplied_at_once_are_read_by_inputs_and_outputs_and_stay_dens
 
     (site,) = find_layers(Experts(), "experts")
     assert site.shape == (3, 2) and site.transposed and "all experts at once" in site.obstacle
+
+
+def packed(source: Path, target: Path, step: str) -> Path:
+    """The network in `source`, compressed by one pass into `target`."""
+    target.mkdir()
+    sweep(source, target, PassStep.model_validate(parse_pass(step)), None, target.parent / "work")
+    return target
+
+
+def test_a_tensor_that_says_more_of_a_packed_weight_is_refused(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "in")
+    out = packed(source, tmp_path / "out", "linear:bits=4,group_size=32,symmetric=true")
+    name = "model.layers.0.self_attn.q_proj.weight_g_idx"
+    rewrite(out, lambda tensors: tensors.update({name: torch.arange(64, dtype=torch.int32) // 32}))
+    with pytest.raises(UnsupportedError, match=r"q_proj\.weight_g_idx beside the packed weight"):
+        opened(out)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packed_tensors_that_no_layer_takes_are_carried_over(name: str, tmp_path: Path) -> None:
+    """In effcli's own layout, too, where the config describes each layer and may not describe these."""
+    source = architectures.make(name, tmp_path / "in")
+    first = packed(source, tmp_path / "first", "linear:bits=4,group_size=32,symmetric=true,ignore=['*.1.*']")
+    weight = AffineWeight(
+        Affine(4, "group", 32, symmetric=True), torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 2)
+    )
+    extra = {f"visual.proj.{suffix}": tensor for suffix, tensor in weight.pack().items()}
+    if name == "llama":
+        config = json.loads((first / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"]["targets"].append("visual.proj")
+        (first / "config.json").write_text(json.dumps(config))
+    rewrite(first, lambda tensors: tensors.update(extra))
+    assert set(opened(first).carried()) == set(extra)
+    again = packed(first, tmp_path / "again", "linear:bits=4,group_size=32,symmetric=true")
+    found = Checkpoint.open(again)
+    for key, tensor in extra.items():
+        assert torch.equal(found.read(key), tensor)
