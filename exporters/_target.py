@@ -7,20 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from effcli.errors import OutputError, writing
-from effcli.run.workplace import Workplace, shown_names
-
-# An empty file that stands in every export: only what holds it is replaced.
-MARK = ".effcli-export"
+from effcli.errors import CheckpointError, OutputError, writing
+from effcli.run.workplace import MARK, Workplace, shown_names
 
 
 @contextmanager
 def replacing(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when all went well, and is removed when not.
 
-    Raises `OutputError` when `target` exists (without `overwrite`), is no export, holds `source`, is written by another
-    process, or cannot be written. What a killed export left beside `target` goes away.
+    Raises `CheckpointError` when `source` is not there; `OutputError` when `target` exists (without `overwrite`), is no
+    export, holds `source`, is written by another process, or cannot be written. What a killed export left beside
+    `target` goes away.
     """
+    if not source.exists():
+        # Before anything is made: the target may lie in the source.
+        raise CheckpointError(f"{source} does not exist", "give a directory that `effcli compress` wrote")
     here, there = source.resolve(), target.resolve()
     if there == here or there in here.parents:
         raise OutputError(f"{target} holds the checkpoint that is exported", "choose another --output")

@@ -199,6 +199,9 @@ class Report(Record):
     stages: tuple[Stage, ...] = Field(min_length=1, description="the input first, then one per pass")
     verified: str | None = Field(default=None, description="what `verify` found, in one line")
     exports: tuple[Exported, ...] = ()
+    files: tuple[str, ...] = Field(
+        default=(), description="what the run wrote beside this report and the exports; --overwrite replaces only that"
+    )
 
     def write(self, folder: Path) -> None:
         """Write `report.json` into `folder`, whole or not at all."""

@@ -33,7 +33,7 @@ from effcli.reports.report import Exported, Report, Stage
 from effcli.run import recipe as recipes
 from effcli.run.plan import Plan
 from effcli.run.recipe import ExportStep, PassStep, Recipe, Step
-from effcli.run.workplace import Workplace, check_output, existing, resolved
+from effcli.run.workplace import EXPORTS, Workplace, check_output, existing, exports_in, files_in, resolved
 
 if TYPE_CHECKING:
     from effcli.layers.result import Swept
@@ -83,7 +83,7 @@ def run(
     beside: writes what else shall stand there.
     """
     output = resolved(recipe.target.absolute())
-    check_output(output, overwrite, Path(recipe.model).expanduser())
+    check_output(output, overwrite, recipe.inputs)
     for step in recipe.export:
         exporters.require(step.name)
     for clash in filter(None, (step.clash for step in (*recipe.passes, *recipe.export))):
@@ -210,15 +210,7 @@ class _Run:
 
     def _data(self) -> list[Path]:
         """Every file and folder of calibration and evaluation data that the recipe names, or that stands for it."""
-        wanted = self.recipe.evaluate
-        named = (self.recipe.calibration.data, wanted.perplexity, wanted.images, *wanted.questions)
-        found = [samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT]
-        for name in named:
-            if isinstance(name, str):
-                path = Path(name).expanduser()
-                # `DIR#split` names a part of a folder.
-                found.append(path if path.exists() or "#" not in name else Path(str(path).rpartition("#")[0]))
-        return found
+        return [samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT, *self.recipe.data]
 
     def _check_space(self, plan: Plan) -> None:
         free = shutil.disk_usage(existing(self.output.parent)).free
@@ -319,16 +311,28 @@ class _Run:
         self._describe(report, finished)
         write_text(finished / "recipe.yaml", recipes.dump(self.recipe))
         self.beside(finished)
+        # The last to be written, for it lists the others.
+        report = report.model_copy(update={"files": files_in(finished)})
+        report.write(finished)
+        # Others may have put something there since the beginning.
+        check_output(self.output, self.overwrite)
+        self._say_what_goes()
         self.place.place(finished)
         if failed is not None:
             raise failed
         return report
 
+    def _say_what_goes(self) -> None:
+        """Name the exports in the output that is replaced which this run does not make again."""
+        again = {step.name for step in self.recipe.export}
+        going = [name for name in exports_in(self.output) if name not in again]
+        if going:
+            self.listener.say(f"exports of the former output go with it: {', '.join(going)}")
+
     def _describe(self, report: Report, folder: Path) -> None:
-        """Write the report and the model card into `folder`."""
+        """Write the report as a page and the model card into `folder`."""
         base = self.subject.source / "README.md"
         base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
-        report.write(folder)
         html.write(report, folder)
         layout, loaders = self.subject.layout(folder), self.subject.loaders(folder)
         card_text = card.model_card(report, base_card, layout=layout, loaders=loaders)
@@ -336,7 +340,7 @@ class _Run:
 
     def _exports(self, finished: Path) -> tuple[tuple[Exported, ...], EffcliError | None]:
         """Make every export that no run before this one has made, up to one that fails: it takes nothing with it."""
-        exports = finished / "exports"
+        exports = finished / EXPORTS
         known = {step.name: self._recorded(step, exports / step.name) for step in self.recipe.export}
         for path in exports.iterdir() if exports.is_dir() else ():
             if known.get(path.name) is None:
@@ -375,7 +379,7 @@ class _Run:
             return None
 
     def _export(self, step: ExportStep, finished: Path) -> Exported:
-        folder = finished / "exports" / step.name
+        folder = finished / EXPORTS / step.name
         with writing(self.output):
             folder.parent.mkdir(exist_ok=True)
         exported = step.config.export(finished, folder, overwrite=True)

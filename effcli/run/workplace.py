@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from effcli.files.checkpoint import write_text
 from effcli.files.documents import read_object
 from effcli.reports import report
 
+# The folder in an output whose subfolders are exports.
+EXPORTS = "exports"
+# An empty file that stands in every export: only what holds it is replaced.
+MARK = ".effcli-export"
+# What an export that is being written has beside it, see `Workplace` and exporters._target.
+_BESIDE = re.compile(r"\..+\.effcli(-lock|-removed|-placed|-export|-former)?")
 _SHOWN = 5
 
 
@@ -34,11 +41,14 @@ def resolved(output: Path) -> Path:
     return found
 
 
-def check_output(output: Path, overwrite: bool, model: Path | None = None) -> None:
-    """Raise `OutputError` unless `output` can be written."""
-    if model is not None and model.resolve() == output.resolve():
-        raise OutputError(f"{output} is the model itself", "choose another --output; the input is never changed")
-    output = resolved(output)
+def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise `OutputError` unless `output` can be written without loss.
+
+    inputs: what the run reads; none of it may lie in the output, which goes away when it is replaced.
+    """
+    named, output = output, resolved(output)
+    for path in inputs:
+        _check_apart(path, output, named)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file", "choose another --output")
     parent = existing(output.parent)
@@ -51,25 +61,89 @@ def check_output(output: Path, overwrite: bool, model: Path | None = None) -> No
         raise OutputError(
             f"{output} exists and is not empty", "choose another --output, or replace it with --overwrite"
         )
-    if filled and not _is_ours(output):
-        raise OutputError(
-            f"{output} was not written by effcli, so it is not overwritten: it holds {shown_names(output)}",
-            "choose another --output, or move away what is there",
-        )
+    if filled:
+        _check_ours(output)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether the report of a run stands in `folder`."""
+def _check_apart(path: Path, output: Path, named: Path) -> None:
+    """Raise `OutputError` where an input is the output, lies in it, or holds a link that leads there."""
+    if not path.exists():
+        return
+    for each in (path, *(entry for entry in (path.iterdir() if path.is_dir() else ()) if entry.is_symlink())):
+        real = each.resolve()
+        if real == output:
+            what = "the model itself" if (each / "config.json").is_file() else f"{each}, which is read"
+            raise OutputError(f"{named} is {what}", "choose another --output; the input is never changed")
+        if output in real.parents:
+            raise OutputError(
+                f"{each} is read and lies in {named}, which would be replaced",
+                "choose another --output, or move the input away",
+            )
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise `OutputError` unless a run of effcli wrote everything in `folder`."""
+    remedy = "choose another --output, or move away what is there"
     try:
         found = read_object(folder / report.FILE_NAME)
     except UserError:
+        found = {}
+    if not ("effcli_version" in found and "schema_version" in found):
+        raise OutputError(
+            f"{folder} was not written by effcli, so it is not overwritten: it holds {shown_names(folder)}", remedy
+        )
+    names = found.get("files")
+    known = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    foreign = _foreign(folder, known | {report.FILE_NAME})
+    if foreign:
+        raise OutputError(
+            f"{folder} is not overwritten, for it holds what its run did not write: {_shown(foreign)}", remedy
+        )
+
+
+def _foreign(folder: Path, known: set[str]) -> list[str]:
+    """What stands in an output, exports left out, and is not among the `known` files."""
+    foreign = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_dir():
+            within = [path]
+        elif path.name == EXPORTS:
+            foreign += [f"{EXPORTS}/{each.name}" for each in sorted(path.iterdir()) if not _is_of_an_export(each)]
+            continue
+        else:
+            within = [each for each in path.rglob("*") if each.is_symlink() or not each.is_dir()] or [path]
+        if any(each.relative_to(folder).as_posix() not in known for each in within):
+            foreign.append(path.name)
+    return foreign
+
+
+def _is_of_an_export(path: Path) -> bool:
+    """Whether `path` is an export, or what one that was killed has left."""
+    if path.is_symlink():
         return False
-    return "effcli_version" in found and "schema_version" in found
+    return (path / MARK).is_file() or bool(_BESIDE.fullmatch(path.name))
+
+
+def exports_in(output: Path) -> list[str]:
+    """The names of the exports that stand in an output."""
+    folder = output / EXPORTS
+    return sorted(path.name for path in folder.iterdir() if (path / MARK).is_file()) if folder.is_dir() else []
+
+
+def files_in(output: Path) -> tuple[str, ...]:
+    """The files of an output, exports and the report left out, as its report lists them."""
+    names = (path.relative_to(output) for path in output.rglob("*") if not path.is_dir())
+    return tuple(
+        sorted(name.as_posix() for name in names if name.parts[0] != EXPORTS and str(name) != report.FILE_NAME)
+    )
 
 
 def shown_names(folder: Path) -> str:
     """What stands in a folder, the first few names of it."""
-    names = sorted(path.name for path in folder.iterdir())
+    return _shown(sorted(path.name for path in folder.iterdir()))
+
+
+def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
@@ -195,4 +269,14 @@ def _same(descriptor: int, file: Path) -> bool:
         return False
 
 
-__all__ = ["Workplace", "check_output", "existing", "resolved", "shown_names"]
+__all__ = [
+    "EXPORTS",
+    "MARK",
+    "Workplace",
+    "check_output",
+    "existing",
+    "exports_in",
+    "files_in",
+    "resolved",
+    "shown_names",
+]

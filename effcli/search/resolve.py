@@ -72,7 +72,7 @@ def run(recipe: Recipe, overwrite: bool = False, listener: Listener | None = Non
 
     if any(step.chosen for step in recipe.passes):
         # Before a long search, what would fail after it.
-        check_output(recipe.target.absolute(), overwrite, Path(recipe.model).expanduser())
+        check_output(recipe.target.absolute(), overwrite, recipe.inputs)
     resolved, searches = resolve(recipe, listener)
     if not searches:
         return pipeline.run(resolved, overwrite=overwrite, listener=listener), ()

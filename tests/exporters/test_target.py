@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from effcli.errors import OutputError
+from effcli.errors import CheckpointError, OutputError
 from effcli.exporters._target import MARK, replacing
 from effcli.run.workplace import Workplace
 
+SOURCE = Path(__file__).parent
+
 
 def write(target: Path, text: str, overwrite: bool = False) -> None:
-    with replacing(target.parent / "source", target, overwrite) as folder:
+    with replacing(SOURCE, target, overwrite) as folder:
         (folder / "model.onnx").write_text(text)
 
 
@@ -49,7 +51,7 @@ def test_an_export_is_replaced_and_so_is_an_empty_folder(tmp_path: Path) -> None
 def test_a_failure_leaves_the_former(tmp_path: Path) -> None:
     target = tmp_path / "target"
     write(target, "old")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "source", target, True):
+    with pytest.raises(RuntimeError), replacing(SOURCE, target, True):
         raise RuntimeError
     assert read(target) == "old" and list(tmp_path.iterdir()) == [target]
 
@@ -83,4 +85,11 @@ def test_two_at_the_same_time(tmp_path: Path) -> None:
         pytest.raises(OutputError, match="is writing"),
     ):
         write(target, "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    ghost = tmp_path / "ghost"
+    with pytest.raises(CheckpointError, match="does not exist"), replacing(ghost, ghost / "exports" / "onnx", False):
+        pass
     assert list(tmp_path.iterdir()) == []

@@ -234,3 +234,36 @@ def test_the_report_records_the_lengths_that_were_used(tmp_path: Path) -> None:
     assert Report.read(tmp_path / "out").recipe == report.recipe
     again = recipes.load(tmp_path / "out" / "recipe.yaml")
     assert "length" not in again.calibration.model_fields_set
+
+
+def test_only_what_the_former_run_wrote_is_replaced(work: Path) -> None:
+    run(work, "out", "c")
+    heard = Heard()
+    report = run(work, "out", overwrite=True, listener=heard)
+    assert "exports of the former output go with it: c" in heard.said
+    assert report == Report.read(work / "out") and "recipe.yaml" in report.files
+    (work / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"did not write: thesis\.txt"):
+        run(work, "out", overwrite=True)
+    assert (work / "out" / "thesis.txt").is_file() and not list(work.glob(".out*"))
+
+
+def test_data_in_the_output_is_not_replaced(work: Path) -> None:
+    run(work, "out")
+    data = work / "out" / "calibration-data.npz"
+    (work / "calibration-data.npz").rename(data)
+    (work / "calibration-data.npz").symlink_to(data)
+    with pytest.raises(OutputError, match="is read and lies in"):
+        run(work, "out", overwrite=True)
+    assert data.is_file()
+
+
+def test_what_came_during_the_run_stays(work: Path) -> None:
+    class Busy(Heard):
+        def stage(self, stage: Any) -> None:
+            (work / "out").mkdir(exist_ok=True)
+            (work / "out" / "thesis.txt").write_text("mine")
+
+    with pytest.raises(OutputError, match="not empty"):
+        run(work, "out", listener=Busy())
+    assert (work / "out" / "thesis.txt").is_file() and (work / ".out.effcli").is_dir()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from effcli.errors import OutputError
-from effcli.run.workplace import Workplace, check_output, resolved
+from effcli.run.workplace import MARK, Workplace, check_output, exports_in, files_in, resolved
 
 REPORT = json.dumps({"effcli_version": "1", "schema_version": 1})
 
@@ -33,6 +33,43 @@ def test_only_what_effcli_wrote_is_replaced(tmp_path: Path) -> None:
     check_output(written(tmp_path / "ours"), overwrite=True)
     with pytest.raises(OutputError, match="not empty"):
         check_output(tmp_path / "ours", overwrite=False)
+
+
+def test_what_its_run_did_not_write_is_not_replaced(tmp_path: Path) -> None:
+    out = written(tmp_path / "out", json.dumps({"effcli_version": "1", "schema_version": 1, "files": ["a/b", "c"]}))
+    (out / "a").mkdir()
+    for name in ("a/b", "c"):
+        (out / name).write_text("ours")
+    (out / "exports" / "onnx").mkdir(parents=True)
+    (out / "exports" / "onnx" / MARK).touch()
+    (out / "exports" / ".c.effcli-lock").touch()
+    check_output(out, overwrite=True)
+    assert files_in(out) == ("a/b", "c") and exports_in(out) == ["onnx"]
+    for name in (".git/HEAD", "a/mine", "exports/mine/model", "thesis.txt"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "drafts").mkdir()
+    (out / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match=r"did not write: \.git, a, drafts, exports/mine, link, \.\.\.\n"):
+        check_output(out, overwrite=True)
+
+
+@pytest.mark.parametrize("inside", ["", "exports/safetensors", "data.npz"])
+def test_no_input_lies_in_the_output(tmp_path: Path, inside: str) -> None:
+    out = written(tmp_path / "out")
+    path = out / inside
+    if not path.suffix:
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        path.touch()
+    linked, holding = tmp_path / "linked", tmp_path / "holding"
+    linked.symlink_to(path)
+    holding.mkdir()
+    (holding / "part").symlink_to(path)
+    for given in (path, linked, holding):
+        with pytest.raises(OutputError, match=r"which is read|lies in"):
+            check_output(out, overwrite=True, inputs=[tmp_path / "absent", given])
+    check_output(tmp_path / "new", overwrite=True, inputs=[out])
 
 
 def test_a_link_is_followed_and_one_that_leads_nowhere_refused(tmp_path: Path) -> None:
