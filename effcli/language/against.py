@@ -1,8 +1,8 @@
 """Hold a compressed checkpoint against its input: every tensor carried over bit for bit, or compressed.
 
 Both are built as the class that the input's config names, and compared tensor by tensor: never more than one of each is
-in memory. What may differ follows from the ledger of the run where there is one: layers that it took, and inside the
-blocks norms and biases where a pass folded scales into them.
+in memory. What may differ follows from the ledger of the run where there is one: layers that it took, by no more than
+the error it measured, and inside the blocks norms and biases where a pass folded scales into them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli.errors import EffcliError
+from effcli.language.folding import Folds, distance
 from effcli.language.weights import Weights, open_weights
+from effcli.layers.layer import LayerSite
 from effcli.options import Options
 from effcli.reports.report import Stage
 
@@ -70,7 +72,7 @@ class _Comparison:
         self.known = any(stage.ledger for stage in stages)
         rows = [row for stage in stages for row in stage.ledger]
         self.taken = {row.name for row in rows if row.status != "kept"}
-        self.scaled = {self._block(row.name) for row in rows if "folded_into" in row.notes}
+        self.folds = Folds(before, after, rows)
         self.outer = set(before.skeleton.outer_parameters())
 
     def run(self, source: str) -> Against:
@@ -79,7 +81,10 @@ class _Comparison:
         if problem:
             return Against(input=source, network=network, problem=problem)
         counts = {"equal": len(self.before.carried()), "compressed": 0, "changed": 0}
-        for name in self.before.skeleton.parameters():
+        names = self.before.skeleton.parameters()
+        if self.before.skeleton.tied and not self.after.skeleton.tied:
+            names.append(f"{self.before.skeleton.head}.weight")
+        for name in names:
             found = self._parameter(name)
             if found not in counts:
                 return Against(input=source, network=network, problem=found)
@@ -116,19 +121,49 @@ class _Comparison:
     def _parameter(self, name: str) -> str:
         """What became of one parameter: equal, compressed, changed, or what is wrong with it."""
         sites = self.after.sites(name)
-        packed = [site.name for site in sites if site.name in self.after.stored]
-        if packed:
-            if all(self._same_packed(layer) for layer in packed):
-                return "equal"
-            return "compressed"
-        before, after = self.before.parameter(name), self.after.parameter(name)
-        if same(before, after):
+        packed = [site for site in sites if site.name in self.after.stored]
+        if packed and all(self._same_packed(site.name) for site in packed) and len(packed) == len(sites):
             return "equal"
+        before = _Matrices(self.before, name)
+        after = _Matrices(self.after, name)
+        if not packed and same(before.whole(), after.whole()):
+            return "equal"
+        if sites:
+            found = {self._layer(site, before, after) for site in sites}
+            return next((what for what in found if what not in _RANK), "") or max(found, key=_RANK.index)
         if self._may_change(name):
             return "changed"
-        if before.dtype != after.dtype:
-            return f"{name} is {_dtype(after)} and was {_dtype(before)}"
-        return f"{name} was altered, which no pass was to touch"
+        return _altered(name, before.whole(), after.whole())
+
+    def _layer(self, site: LayerSite, before: _Matrices, after: _Matrices) -> str:
+        """What became of one layer, as of a parameter."""
+        packed = site.name in self.after.stored
+        if packed and self._same_packed(site.name):
+            return "equal"
+        first, second = before.matrix(site), after.matrix(site)
+        if not packed and site.name not in self.before.stored and same(first, second):
+            return "equal"
+        found = "compressed" if packed else "changed"
+        if site.name in self.taken:
+            return self._stray(site.name, first, second) or found
+        outside = site.parameter in self.outer and site.name != self.before.skeleton.head
+        if not self.known and (packed or not outside):
+            return found
+        if packed:
+            return f"{site.name} is compressed otherwise than in the input, and the report says that it was kept"
+        return _altered(f"{site.name}.weight", first, second)
+
+    def _stray(self, layer: str, first: Tensor, second: Tensor) -> str:
+        """What is wrong with a layer that was taken: that it lies further off than the run measured."""
+        limit = self.folds.limit(layer)
+        if limit is None:
+            return ""
+        dtype = self.before.skeleton.dtype
+        found = distance(first.to(dtype).float(), second.float(), self.folds.columns(layer), self.folds.rows(layer))
+        # NaN lies outside of every limit.
+        if found <= limit:
+            return ""
+        return f"{layer} is not the input's: its weight lies {found:.2g} off, and at most {limit:.2g} by the report"
 
     def _same_packed(self, layer: str) -> bool:
         if layer not in self.before.stored or self.before.stored[layer] != self.after.stored[layer]:
@@ -137,17 +172,44 @@ class _Comparison:
         return before.keys() == after.keys() and all(same(before[key], after[key]) for key in before)
 
     def _may_change(self, name: str) -> bool:
-        sites = [site.name for site in self.before.sites(name)]
-        head = self.before.skeleton.head
-        if name in self.outer:
-            return head in sites and (not self.known or head in self.taken)
-        if not self.known:
-            return True
-        return any(site in self.taken for site in sites) if sites else self._block(name) in self.scaled
+        """Whether a parameter that is no layer may have other values."""
+        return name not in self.outer and (not self.known or self.folds.scaled(name))
 
-    def _block(self, name: str) -> str:
-        """The block that a parameter or a layer stands in; empty outside of them."""
-        return next((block for block in self.before.skeleton.block_names if name.startswith(f"{block}.")), "")
+
+# From the least to the most that can become of a layer.
+_RANK = ("equal", "changed", "compressed")
+
+
+class _Matrices:
+    """The layers of one parameter of a network, which is read once."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.weights = weights
+        self.name = name
+        self._whole: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """The parameter, dequantized where it is packed."""
+        if self._whole is None:
+            skeleton = self.weights.skeleton
+            shared = skeleton.tied and self.name == f"{skeleton.head}.weight"
+            self._whole = self.weights.parameter(skeleton.embedding if shared else self.name)
+        return self._whole
+
+    def matrix(self, site: LayerSite) -> Tensor:
+        """One layer as (out, in): float32 when it is packed, else of the dtype that it has in the file."""
+        packed = self.weights.packed(site.name)
+        if packed is not None:
+            return packed.effective(torch.float32)
+        if any(other.name in self.weights.stored for other in self.weights.sites(self.name)):
+            return self.weights.dense_matrix(site)
+        return site.view(self.whole())
+
+
+def _altered(name: str, before: Tensor, after: Tensor) -> str:
+    if before.dtype != after.dtype:
+        return f"{name} is {_dtype(after)} and was {_dtype(before)}"
+    return f"{name} was altered, which no pass was to touch"
 
 
 def same(first: Tensor, second: Tensor) -> bool:

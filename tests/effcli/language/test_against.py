@@ -40,9 +40,17 @@ def compress(source: Path, target: Path, step: str) -> list[Stage]:
 
 
 def changed(folder: Path, change: Change) -> None:
-    tensors = load_file(folder / "model.safetensors")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, file, {"format": "pt"})
+
+
+def swap(tensors: dict[str, Tensor], first: str, second: str) -> None:
+    """Let two layers change places."""
+    for name in [name for name in tensors if name.startswith(f"{first}.")]:
+        other = name.replace(first, second)
+        tensors[name], tensors[other] = tensors[other], tensors[name]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +86,50 @@ def test_a_pass_that_scales_may_change_norms_and_no_more(source: Path, tmp_path:
     assert compare(tmp_path / "out", source, stages).problem == f"{TOWER} was altered, which no pass was to touch"
 
 
+def test_a_scaled_layer_is_held_against_the_error_of_the_report(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "in", torch.bfloat16)
+    stages = compress(source, tmp_path / "out", "awq:bits=4,group_size=16")
+    assert compare(tmp_path / "out", source, stages).problem == ""
+    rows = {row.name: row for row in stages[1].ledger}
+    faults: dict[str, Change] = {
+        # Behind a norm, whose weights say what the scale was; and behind a layer, which do not.
+        "layers.0.self_attn.q_proj": lambda t: t["model.layers.0.self_attn.q_proj.weight_scale"].mul_(1.2),
+        "layers.0.mlp.down_proj": lambda t: swap(t, "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        "layers.0.mlp.up_proj": lambda t: swap(t, "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"),
+    }
+    for name, fault in faults.items():
+        assert "up_proj" in name or "folded_into" in rows[f"model.{name}"].notes
+        out = shutil.copytree(tmp_path / "out", tmp_path / name)
+        changed(out, fault)
+        assert f"model.{name} is not the input's" in compare(out, source, stages).problem
+
+
+def test_a_packed_layer_that_the_report_calls_kept(source: Path, run: tuple[Path, list[Stage]]) -> None:
+    out, (first, last) = run
+    name = "model.language_model.layers.1.mlp.up_proj"
+    rows = [row.model_copy(update={"status": "kept"}) if row.name == name else row for row in last.ledger]
+    found = compare(out, source, [first, last.model_copy(update={"ledger": tuple(rows)})])
+    assert found.problem.startswith(f"{name} is compressed otherwise than in the input")
+
+
+def test_dense_experts_beside_packed_ones_are_compared(tmp_path: Path) -> None:
+    source = architectures.make("mixtral", tmp_path / "in")
+    stages = compress(source, tmp_path / "out", "linear:bits=8,group_size=16,ignore=['*experts.*.1']")
+    assert compare(tmp_path / "out", source, stages).problem == ""
+    (name,) = [row.name for row in stages[1].ledger if "0.mlp.experts.down_proj.1" in row.name]
+    changed(tmp_path / "out", lambda tensors: tensors[f"{name}.weight"].neg_())
+    assert compare(tmp_path / "out", source, stages).problem == f"{name}.weight was altered, which no pass was to touch"
+
+
+def test_a_head_of_its_own_is_held_against_the_embedding(tmp_path: Path) -> None:
+    source = architectures.make("gpt2", tmp_path / "in")
+    stages = compress(source, tmp_path / "out", "linear:bits=8,group_size=16,lm_head=true")
+    found = compare(tmp_path / "out", source, stages)
+    assert found.problem == "" and found.compressed == 9
+    changed(tmp_path / "out", lambda tensors: tensors["lm_head.weight_scale"].neg_())
+    assert compare(tmp_path / "out", source, stages).problem.startswith("lm_head is not the input's")
+
+
 FAULTS: dict[str, tuple[Change, str]] = {
     "tower": (lambda t: t[TOWER].add_(1e-3), f"{TOWER} was altered"),
     "norm": (lambda t: t[NORM].add_(1e-3), f"{NORM} was altered"),
@@ -89,6 +141,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "lost": (lambda t: t.pop(TOWER), f"lacks 1 of the network's parameters, the first is {TOWER}"),
     "head lost": (lambda t: t.pop(EXTRA), f"1 tensors are lost, such as {EXTRA}"),
     "head altered": (lambda t: t[EXTRA].neg_(), f"1 tensors were altered, such as {EXTRA}"),
+    "swapped": (
+        lambda t: swap(t, "model.language_model.layers.0.mlp.up_proj", "model.language_model.layers.1.mlp.up_proj"),
+        "model.language_model.layers.0.mlp.up_proj is not the input's: its weight lies 2 off",
+    ),
     "new": (lambda t: t.update({"new.weight": torch.ones(2)}), "1 tensors are new, such as new.weight"),
 }
 
