@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from effcli.layers.result import Swept
     from effcli.run.network import Subject
 
+# The report of a finished run, and why its exports ended early if they did.
+_Done = tuple[Report, EffcliError | None]
 # Room that a run needs beside the planned bytes: hidden states, the parts before they are joined, the report.
 _DISK_FACTOR = 2.2
 
@@ -124,15 +126,19 @@ class _Run:
                 return Report.read(self.output)
             self._open_work(request)
             try:
-                return self._carry_out(remarks, plan.weights, request)
+                report, failed = self._carry_out(remarks, plan.weights, request)
             except OutputError:
                 raise  # a disk with room again goes on from here
             except UserError:
                 # The input is at fault: nothing written so far can serve a second try.
                 self.place.remove()
                 raise
+        # The output is in its place, and what is beside it may be another process's by now.
+        if failed is not None:
+            raise failed
+        return report
 
-    def _carry_out(self, remarks: tuple[str, ...], count: int, request: str) -> Report:
+    def _carry_out(self, remarks: tuple[str, ...], count: int, request: str) -> _Done:
         try:
             return self._compress(remarks, count)
         except UnfinishedError as error:
@@ -140,7 +146,7 @@ class _Run:
             self.place.begin(request)
             return self._compress(remarks, count)
 
-    def _compress(self, remarks: tuple[str, ...], count: int) -> Report:
+    def _compress(self, remarks: tuple[str, ...], count: int) -> _Done:
         self.subject.open(self.work)
         base = self.subject.base
         stages = [self._stage(0, lambda: self._measured(base, "input", {}, count, first=True))]
@@ -213,7 +219,8 @@ class _Run:
         return [samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT, *self.recipe.data]
 
     def _check_space(self, plan: Plan) -> None:
-        free = shutil.disk_usage(existing(self.output.parent)).free
+        # What stands in the working folder is either needed no more or written already.
+        free = shutil.disk_usage(existing(self.output.parent)).free + self.place.nbytes
         needed = int(plan.output_bytes * _DISK_FACTOR)
         if free < needed:
             raise OutputError(
@@ -295,7 +302,7 @@ class _Run:
             remarks=found.remarks,
         )
 
-    def _finish(self, finished: Path, stages: list[Stage]) -> Report:
+    def _finish(self, finished: Path, stages: list[Stage]) -> _Done:
         report = Report(
             effcli_version=version("effcli"),
             model=self.recipe.model,
@@ -318,9 +325,7 @@ class _Run:
         check_output(self.output, self.overwrite)
         self._say_what_goes()
         self.place.place(finished)
-        if failed is not None:
-            raise failed
-        return report
+        return report, failed
 
     def _say_what_goes(self) -> None:
         """Name the exports in the output that is replaced which this run does not make again."""

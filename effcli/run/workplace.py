@@ -7,12 +7,13 @@ marker beside a finished output says which request it belongs to.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from effcli.errors import OutputError, UserError, writing
@@ -27,6 +28,9 @@ EXPORTS = "exports"
 MARK = ".effcli-export"
 # What an export that is being written has beside it, see `Workplace` and exporters._target.
 _BESIDE = re.compile(r"\..+\.effcli(-lock|-removed|-placed|-export|-former)?")
+# What a file system says that has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+_MOUNTS = Path("/proc/self/mountinfo")
 _SHOWN = 5
 
 
@@ -51,6 +55,11 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
         _check_apart(path, output, named)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file", "choose another --output")
+    if _is_mount(output):
+        raise OutputError(
+            f"{output} is a mount point, which cannot be replaced by a finished output",
+            f"choose a folder below it: --output {named / 'NAME'}",
+        )
     parent = existing(output.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write to {parent}", "choose a writable --output")
@@ -63,6 +72,19 @@ def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
         )
     if filled:
         _check_ours(output)
+
+
+def _is_mount(folder: Path) -> bool:
+    """Whether a file system, or a folder of another place, is mounted on `folder`."""
+    if folder.is_mount():
+        return True
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False  # no Linux
+    # Of one file system mounted twice only the kernel's table knows. It writes blanks as octal numbers.
+    points = (re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split(" ")[4]) for line in lines)
+    return str(folder) in points
 
 
 def _check_apart(path: Path, output: Path, named: Path) -> None:
@@ -165,8 +187,9 @@ class Workplace:
         self._request = self.folder / "request"
         self._marker = output.parent / f".{output.name}.effcli-placed"
         self._former = self.folder / "replaced"
-        self._done = False
         self._locked = False
+        # The marker of an output that this process has finished.
+        self._mine: bytes | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -187,9 +210,16 @@ class Workplace:
                     raise OutputError(
                         f"{who} is writing {self.output}", "wait until it has ended, or choose another --output"
                     ) from error
-                except OSError:
+                except OSError as error:
                     os.close(descriptor)
-                    raise
+                    if error.errno not in _NO_LOCKS:
+                        raise
+                    self._lock.unlink(missing_ok=True)
+                    raise OutputError(
+                        f"the file system of {self._lock.parent} cannot lock files ({os.strerror(error.errno)}), so "
+                        "two processes could write one output",
+                        "choose an --output on a local disk, or have it mounted with locks (Lustre: -o flock)",
+                    ) from error
                 # Its last holder removes the file; a lock on a file without a name keeps nobody away.
                 if _same(descriptor, self._lock):
                     break
@@ -223,34 +253,73 @@ class Workplace:
 
     def remove(self) -> None:
         """Remove the folder: at every moment it is either whole or not there under its name."""
+        self._give_back()
         with writing(self.output):
             shutil.rmtree(self._removed, ignore_errors=True)
-            if self._former.exists() and not self.output.exists():
-                # Killed while it was replaced: without the new one, the former output goes back.
-                self._former.rename(self.output)
             if self.folder.exists():
                 self.folder.rename(self._removed)
                 shutil.rmtree(self._removed, ignore_errors=True)
-            if self._done:
-                # The marker is the last to go: as long as anything is left, the same command removes it.
-                self._unlock()
-            self._marker.unlink(missing_ok=True)
+            if self._mine is None:
+                self._marker.unlink(missing_ok=True)
+                return
+            # The marker is the last to go: as long as anything is left, the same command removes it. Without the lock
+            # another process may have begun, and may have placed an output of its own.
+            self._unlock()
+            with suppress(FileNotFoundError):
+                if self._marker.read_bytes() == self._mine:
+                    self._marker.unlink()
+
+    def _give_back(self) -> None:
+        """Put a former output back that was moved away by a process which was killed before the new one came.
+
+        `OutputError` where something else stands there by now: neither may be lost.
+        """
+        if self.placed is not None:
+            shutil.rmtree(self._former, ignore_errors=True)
+        if not self._former.exists():
+            return
+        with writing(self.output):
+            if self.output.is_dir() and not any(self.output.iterdir()):
+                self.output.rmdir()
+            if self.output.exists():
+                raise OutputError(
+                    f"{self.output} is in the place of a former output, which is in {self._former}",
+                    "move one of them elsewhere",
+                )
+            self._former.rename(self.output)
 
     def finish(self) -> None:
-        """Remove everything but the finished output, which stands in its place."""
-        self._done = True
+        """Remove everything but the finished output, which stands in its place. The lock ends with it."""
+        self._mine = self._marker.read_bytes()
         self.remove()
 
     def place(self, finished: Path) -> None:
-        """Put the finished folder, which holds its report, in the output's place, and remove the rest."""
+        """Put the finished folder, which holds its report, in the output's place, and remove the rest.
+
+        Nothing of this place may be touched after that: it may be another process's.
+        """
+        self._give_back()
         request = self._request.read_text(encoding="utf-8")
         write_text(self._marker, f"{request}\n{digest.of_file(finished / report.FILE_NAME)}\n")
         with writing(self.output):
             if self.output.exists():
-                shutil.rmtree(self._former, ignore_errors=True)
                 self.output.rename(self._former)
             finished.rename(self.output)
         self.finish()
+
+    @property
+    def nbytes(self) -> int:
+        """What unfinished work takes of the disk; a former output that waits in it is no part of that."""
+        found = 0
+        for folder in (self.folder, self._removed):
+            for root, names, files in os.walk(folder):
+                if Path(root) == folder and self._former.name in names:
+                    names.remove(self._former.name)
+                for name in files:
+                    # Another process may be at work there.
+                    with suppress(FileNotFoundError):
+                        found += os.lstat(os.path.join(root, name)).st_blocks * 512
+        return found
 
     @property
     def placed(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import architectures
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from effcli.errors import OutputError, UnfinishedError
+from effcli.errors import OutputError, UnfinishedError, UnsupportedError
 from effcli.exporters import c
 from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report
@@ -267,3 +268,31 @@ def test_what_came_during_the_run_stays(work: Path) -> None:
     with pytest.raises(OutputError, match="not empty"):
         run(work, "out", listener=Busy())
     assert (work / "out" / "thesis.txt").is_file() and (work / ".out.effcli").is_dir()
+
+
+def test_after_a_failed_export_nothing_of_the_next_process_is_removed(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **options: Any) -> None:
+        raise UnsupportedError("c has no place for it")
+
+    original = workplace.Workplace.place
+
+    def place(self: workplace.Workplace, finished: Path) -> None:
+        original(self, finished)
+        workplace.Workplace(work / "out").begin("of another process")
+
+    monkeypatch.setattr(c.C, "export", fail)
+    monkeypatch.setattr(workplace.Workplace, "place", place)
+    with pytest.raises(UnsupportedError, match="is finished, but not exported to c"):
+        run(work, "out", "c")
+    assert workplace.Workplace(work / "out").holds("of another process")
+
+
+def test_unfinished_work_counts_as_room(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(monkeypatch, pipeline._Run, "_finish", lambda: run(work, "out"))
+    full = SimpleNamespace(free=0)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(OutputError, match="no space left"):
+        run(work, "another")
+    run(work, "out")

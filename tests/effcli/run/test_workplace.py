@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from effcli.errors import OutputError
+from effcli.run import workplace
 from effcli.run.workplace import MARK, Workplace, check_output, exports_in, files_in, resolved
 
 REPORT = json.dumps({"effcli_version": "1", "schema_version": 1})
@@ -133,3 +135,79 @@ def test_killed_between_the_old_and_the_new(tmp_path: Path) -> None:
     place.remove()
     assert (out / "report.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_empty_folder_does_not_cost_the_former_output(tmp_path: Path) -> None:
+    out = written(tmp_path / "out", "old")
+    place = Workplace(out)
+    place.begin("request")
+    out.rename(place.folder / "replaced")
+    out.mkdir()
+    place.remove()
+    assert (out / "report.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("act", ["remove", "place"])
+def test_neither_a_former_output_nor_what_came_after_it_is_lost(tmp_path: Path, act: str) -> None:
+    out = written(tmp_path / "out", "old")
+    place = Workplace(out)
+    place.begin("request")
+    new = written(place.folder / "checkpoint-1")
+    out.rename(place.folder / "replaced")
+    written(out, "another")
+    with pytest.raises(OutputError, match="in the place of a former output"):
+        place.remove() if act == "remove" else place.place(new)
+    assert (out / "report.json").read_text() == "another"
+    assert (place.folder / "replaced" / "report.json").read_text() == "old"
+    assert (new / "report.json").is_file()
+
+
+def test_what_the_next_process_has_placed_keeps_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, marker = Workplace(tmp_path / "out"), tmp_path / ".out.effcli-placed"
+    original = Workplace._unlock
+
+    def unlock(self: Workplace) -> None:
+        original(self)
+        marker.write_text("of another")
+
+    with place.locked():
+        place.begin("request")
+        monkeypatch.setattr(Workplace, "_unlock", unlock)
+        place.place(written(place.folder / "checkpoint-1"))
+        monkeypatch.undo()
+    assert marker.read_text() == "of another"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(workplace.fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match="cannot lock files"), Workplace(tmp_path / "out").locked():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "an out"
+    out.mkdir()
+    check_output(out, overwrite=False)
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"30 25 8:1 /srv {tmp_path}/an\\040out rw - ext4 /dev/sda rw\n")
+    monkeypatch.setattr(workplace, "_MOUNTS", mounts)
+    with pytest.raises(OutputError, match="mount point"):
+        check_output(out, overwrite=True)
+    check_output(out / "below", overwrite=False)
+    with pytest.raises(OutputError, match="mount point"):
+        check_output(Path("/proc"), overwrite=True)
+
+
+def test_what_unfinished_work_takes(tmp_path: Path) -> None:
+    place = Workplace(tmp_path / "out")
+    assert place.nbytes == 0
+    for name, size in (("pass-1", 1 << 20), ("replaced", 1 << 22)):
+        (place.folder / name).mkdir(parents=True)
+        (place.folder / name / "file").write_bytes(os.urandom(size))
+    assert 1 << 20 <= place.nbytes < 1 << 21
