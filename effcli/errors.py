@@ -133,6 +133,22 @@ def machine_condition(error: BaseException) -> EffcliError | None:
     return None
 
 
+def behind(error: BaseException) -> MachineError | None:
+    """The machine's failure behind an error, itself or what it came from; None where the machine did not fail."""
+    at: BaseException | None = error
+    while at is not None:
+        found = at if isinstance(at, EffcliError) else machine_condition(at)
+        if isinstance(found, MachineError):
+            return found
+        at = at.__cause__ or at.__context__
+    return None
+
+
+def at_fault(error: OSError) -> bool:
+    """Whether the system refuses a file for what it is or is called; else the file may be sound."""
+    return error.errno in _AT_FAULT
+
+
 def not_utf8(name: str) -> UserError:
     """The refusal of a path that is not UTF-8, which reports and weight files cannot hold."""
     return UserError(f"{name!a} has a name that is not UTF-8", "rename it, or reach it through a link in plain letters")
@@ -156,9 +172,17 @@ _REFUSED = {
     errno.EROFS: "choose a place that can be written",
     errno.EIO: "look at the disk, and at what the system's log says of it",
 }
+_REFUSED |= dict.fromkeys(
+    (errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO),
+    "look at the disk or the network that it is reached by, then give the same command again",
+)
 _MISNAMED = {
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ELOOP: "look at its symbolic links",
+}
+_AT_FAULT = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EACCES, errno.EPERM),
+    *_MISNAMED,
 }
 # Characters of a name that the system does not take.
 _SHOWN = 200

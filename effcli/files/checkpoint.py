@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from effcli.errors import CheckpointError, MachineError, first_line, writing
+from effcli.errors import CheckpointError, MachineError, at_fault, behind, first_line, writing
 from effcli.files.documents import check_model, parse_json, read_model, read_object
 
 DTYPES: dict[str, torch.dtype] = {
@@ -102,6 +102,8 @@ def read_header(file: Path) -> dict[str, Entry]:
                 )
             data = stream.read(length)
     except OSError as error:
+        if not at_fault(error):
+            raise
         missing = isinstance(error, FileNotFoundError)
         raise CheckpointError(f"{file} is missing" if missing else f"cannot read {file}: {error}", remedy) from error
     header = parse_json(data, f"the header of {file}", remedy=remedy, unique=True)
@@ -115,6 +117,8 @@ def read_header(file: Path) -> dict[str, Entry]:
         with safe_open(file, framework="np"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
+        if behind(error) is not None:
+            raise
         raise CheckpointError(f"{file} is damaged: {first_line(error)}", remedy) from error
     return entries
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from effcli.files.walk import files_below
+
 # Up to this size a file is read whole, and so is a folder whose files have this size together.
 _WHOLE = 64 << 20
 _HEAD = 1 << 20
@@ -13,12 +15,16 @@ _SAMPLES = 64
 
 
 def of_path(path: Path) -> str:
-    """The digest of a file, or of all files below a folder; of what is missing, a word that no digest equals."""
+    """The digest of a file, or of all files below a folder, links followed.
+
+    Of what is missing, a word that no digest equals.
+    """
     if path.is_file():
         return of_file(path)
     if not path.is_dir():
         return "missing"
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    below = (Path(root, name) for root, names in files_below(path) for name in names)
+    files = sorted(file for file in below if file.is_file())
     whole = sum(file.stat().st_size for file in files) <= _WHOLE
     found = hashlib.sha256()
     for file in files:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from effcli.errors import CheckpointError, UserError
+from effcli.errors import CheckpointError, UserError, at_fault
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -38,6 +38,8 @@ def read_json(
             raise error(f"{file} has {size:,} bytes, more than the {limit:,} that are read", remedy)
         data = file.read_bytes()
     except OSError as found:
+        if not at_fault(found):
+            raise
         raise error(f"cannot read {file}: {found.strerror or found}", remedy) from found
     return parse_json(data, str(file), remedy=remedy, error=error)
 

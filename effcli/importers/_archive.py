@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._export.serde import schema
 from torch._export.serde.serialize import _dict_to_dataclass
 
-from effcli.errors import CheckpointError, EffcliError, UnsupportedError, first_line
+from effcli.errors import CheckpointError, EffcliError, UnsupportedError, behind, first_line
 from effcli.files.documents import parse_json
 from effcli.graphs.graph import function
 from effcli.importers._trace import Input, Trace, assemble, source
@@ -78,6 +78,8 @@ def read_archive(path: Path) -> Trace:
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path} is truncated, or no exported graph: {error}", _REMEDY) from error
     except OSError as error:
+        if behind(error) is not None:
+            raise
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}", _REMEDY) from error
     except (EffcliError, MemoryError):
         raise

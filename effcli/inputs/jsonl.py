@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.errors import DataError, first_line
+from effcli.errors import DataError, at_fault, first_line
 from effcli.files.documents import parse_json
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def objects(file: Path, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error.reason})", "give a .jsonl file in UTF-8") from None
     except OSError as error:
+        if not at_fault(error):
+            raise
         raise DataError(f"cannot read {file}: {error.strerror}", "give a .jsonl file") from None
 
 

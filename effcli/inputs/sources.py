@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from effcli.errors import DataError, EffcliError, UserError, did_you_mean, first_line
+from effcli.errors import DataError, EffcliError, UserError, at_fault, did_you_mean, first_line
 from effcli.files.documents import parse_json
+from effcli.files.walk import files_below
 from effcli.inputs.preprocess import MOST_PIXELS, Pixels, Preprocess
 
 Rows = NDArray[np.int64]
@@ -334,21 +335,12 @@ def _is_image(name: str) -> bool:
 
 def _images_below(folder: Path) -> Iterator[str]:
     """The images in a folder and in those below it, links followed, in the order of the folders' names."""
-    found: list[tuple[str, list[str]]] = []
-    waiting: list[tuple[str, frozenset[str]]] = [(str(folder), frozenset())]
-    while waiting:
-        root, above = waiting.pop()
-        real = os.path.realpath(root)
-        if real in above:
-            raise DataError(f"{root} is a link to a folder that it lies in", "remove the link")
-        entries = list(os.scandir(root))
-        waiting += [(entry.path, above | {real}) for entry in entries if entry.is_dir()]
-        found.append((root, [entry.name for entry in entries if not entry.is_dir() and _is_image(entry.name)]))
-    for root, names in sorted(found):
-        for name in sorted(names):
-            file = os.path.join(root, name)
-            _check_file(file)
-            yield file
+    for root, names in files_below(folder):
+        for name in names:
+            if _is_image(name):
+                file = os.path.join(root, name)
+                _check_file(file)
+                yield file
 
 
 def _check_file(path: str) -> None:
@@ -356,6 +348,8 @@ def _check_file(path: str) -> None:
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not at_fault(error):
+            raise
         raise DataError(f"{path} cannot be read: {first_line(error)}", "replace or remove it") from error
     if not regular:
         raise DataError(f"{path} is not a file", "replace or remove it")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from effcli.errors import CheckpointError, DataError, first_line, foreign
+from effcli.errors import CheckpointError, DataError, at_fault, first_line, foreign
 from effcli.files import locate as samples
 from effcli.files.checkpoint import read_config
 from effcli.files.layout import network_config
@@ -270,6 +270,8 @@ def _read(file: Path, limit: int | None) -> tuple[str, bool]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error.reason})", "convert it to UTF-8") from None
     except OSError as error:
+        if not at_fault(error):
+            raise
         raise DataError(f"cannot read {file}: {error.strerror}", "check the file's permissions") from None
 
 

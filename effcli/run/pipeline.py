@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from effcli import exporters, importers
-from effcli.errors import EffcliError, OutputError, UnfinishedError, UnsupportedError, UserError, writing
+from effcli.errors import EffcliError, OutputError, UnfinishedError, UnsupportedError, UserError, behind, writing
 from effcli.files import locate as samples
 from effcli.files.checkpoint import weight_files, write_text
 from effcli.files.digest import of_path
@@ -129,9 +129,10 @@ class _Run:
                 report, failed = self._carry_out(remarks, plan.weights, request)
             except OutputError:
                 raise  # a disk with room again goes on from here
-            except UserError:
-                # The input is at fault: nothing written so far can serve a second try.
-                self.place.remove()
+            except UserError as error:
+                if behind(error) is None:
+                    # The input is at fault: nothing written so far can serve a second try.
+                    self.place.remove()
                 raise
         # The output is in its place, and what is beside it may be another process's by now.
         if failed is not None:
@@ -142,7 +143,7 @@ class _Run:
         try:
             return self._compress(remarks, count)
         except UnfinishedError as error:
-            self._begin_anew(error.cause)
+            self._begin_anew(error)
             self.place.begin(request)
             return self._compress(remarks, count)
 
@@ -183,7 +184,7 @@ class _Run:
             try:
                 self.finished = self._read_stages()
             except UnfinishedError as error:
-                self._begin_anew(error.cause)
+                self._begin_anew(error)
                 going_on = False
         if not going_on:
             self.place.remove()
@@ -194,9 +195,13 @@ class _Run:
         else:
             self.place.begin(request)
 
-    def _begin_anew(self, cause: str) -> None:
+    def _begin_anew(self, error: UnfinishedError) -> None:
+        failure = behind(error)
+        if failure is not None:
+            # What is there may be whole: the same command reads it once the machine does.
+            raise failure from error
         self.finished = []
-        self.listener.say(f"beginning anew, for unfinished work cannot be continued: {cause}")
+        self.listener.say(f"beginning anew, for unfinished work cannot be continued: {error.cause}")
 
     def _read_stages(self) -> list[Stage]:
         """The finished stages of unfinished work; `UnfinishedError` unless they and their checkpoints are whole."""

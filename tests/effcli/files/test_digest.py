@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from effcli.errors import DataError
 from effcli.files import digest
 
 
@@ -46,3 +47,16 @@ def test_a_folder_of_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found.add(digest.of_path(tmp_path))
     assert len(found) == 5
     assert digest.of_path(tmp_path / "nothing") == "missing"
+
+
+def test_a_folder_is_followed_through_links(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.png").write_bytes(b"old")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cats").symlink_to("../cats")
+    before = digest.of_path(tmp_path / "images")
+    (tmp_path / "cats" / "1.png").write_bytes(b"new")
+    assert digest.of_path(tmp_path / "images") != before
+    (tmp_path / "images" / "circle").symlink_to(".")
+    with pytest.raises(DataError, match="a folder that it lies in"):
+        digest.of_path(tmp_path / "images")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,17 @@ def test_a_model_names_the_key_that_is_wrong(tmp_path: Path) -> None:
     assert check_model(Shape, {"rows": 3, "names": ["a"]}, "x") == Shape(rows=3, names=("a",))
     with pytest.raises(CheckpointError, match="should hold an object, not a list"):
         check_model(Shape, [], "x")
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.EMFILE, OSError), (errno.EIO, OSError), (errno.EISDIR, DataError)])
+def test_a_machine_that_fails_is_not_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    file = tmp_path / "file.json"
+    file.write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(kind):
+        read_json(file, error=DataError)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from effcli.errors import OutputError, UnfinishedError, UnsupportedError
+from effcli.errors import CheckpointError, MachineError, OutputError, UnfinishedError, UnsupportedError, UserError
 from effcli.exporters import c
 from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report
@@ -296,3 +298,28 @@ def test_unfinished_work_counts_as_room(work: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OutputError, match="no space left"):
         run(work, "another")
     run(work, "out")
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, UnfinishedError])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_a_failure_of_the_machine_costs_no_finished_pass(
+    work: Path, monkeypatch: pytest.MonkeyPatch, kind: type[UserError], code: int
+) -> None:
+    original = GraphNetwork.sweep
+
+    def sweep(*arguments: Any) -> Any:
+        if (work / ".out.effcli" / "stage-1.json").exists():
+            try:
+                raise OSError(code, os.strerror(code))
+            except OSError as error:
+                raise kind("cannot read it") from error
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphNetwork, "sweep", sweep)
+        with pytest.raises(MachineError if kind is UnfinishedError else kind):
+            run(work, "out")
+    assert (work / ".out.effcli" / "stage-1.json").exists()
+    heard = Heard()
+    run(work, "out", listener=heard)
+    assert "going on from the last written block" in heard.said
