@@ -89,13 +89,8 @@ class Linear(LayerPass):
 
     @property
     def needs(self) -> Needs:
-        """Inputs where a range of activations is chosen on them, for all layers or for some."""
-        own = (self.model_dump() | options for options in self.layers.values())
-        found = any(
-            options.get("activations") == "int8" and options.get("activation_range") != "dynamic"
-            for options in (self.model_dump(), *own)
-        )
-        return Needs.GRAM | Needs.VALUES if found else Needs.NOTHING
+        """Inputs where their range is chosen on them."""
+        return Needs.GRAM | Needs.VALUES if self.static else Needs.NOTHING
 
     def for_graph(self) -> Self:
         """As for every pass; but who asks for groups, or for a group size of some layers, gets groups."""

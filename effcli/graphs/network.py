@@ -75,7 +75,7 @@ class GraphNetwork:
         return graphplan.make(self.recipe, self.graph)
 
     def calibrate(self) -> tuple[str, ...]:
-        if not any(step.config.needs for step in self.recipe.passes):
+        if not any(step.needs for step in self.recipe.passes):
             return ()
         self._calibration = calibration_inputs(self.recipe, self.source, self.graph.facts)
         return self._calibration.remarks
@@ -112,7 +112,7 @@ class GraphNetwork:
             raise CheckpointError(
                 f"{step.name} follows a pass that made the network integer", "make that pass the last one"
             )
-        batches = self._batches if step.config.needs else None
+        batches = self._batches if step.needs else None
         return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress)
 
     def _batches(self) -> Iterator[Tensor]:

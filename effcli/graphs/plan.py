@@ -57,7 +57,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
             if prepared is not None:
                 found, integers = plan_integer(graph, prepared, formats, name)
                 rows += found
-        if step.config.needs:
+        if step.needs:
             operations += 2.0 * recipe.calibration.samples * _forward_and_gram(choices, work, step.config)
     after = _total(graph, formats) if integers is None else integers
     memory = _memory(graph, recipe)
@@ -184,10 +184,10 @@ def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], op
 def _memory(graph: Graph, recipe: Recipe) -> int:
     """Twice the weights, and for a batch the tensors alive at the busiest node, with a copy of the largest."""
     live, peak = _live_numbers(graph)
-    whole = any(Needs.DENSE in step.config.needs for step in recipe.passes)
+    whole = any(Needs.DENSE in step.needs for step in recipe.passes)
     whole |= recipe.calibration.inputs == "compressed"
     count = recipe.calibration.samples if whole else recipe.calibration.batch_size
-    needed = any(step.config.needs for step in recipe.passes)
+    needed = any(step.needs for step in recipe.passes)
     activations = count * (2 * live + peak) * _FLOAT if needed else 0
     return BASE_MEMORY + 2 * graph.weights() * _FLOAT + activations
 

@@ -34,7 +34,7 @@ from effcli.layers.contract import (
     carry_out,
 )
 from effcli.layers.result import Progress, Swept, check_tensor, histogram, layer_row, ratio, worst
-from effcli.layers.selection import Choice, choose_graph
+from effcli.layers.selection import Choice, choose_graph, needs_of
 from effcli.layers.statistics import GroupedStatistics, Statistics
 from effcli.reports.report import LedgerRow
 
@@ -67,17 +67,17 @@ def graph_sweep(
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
     choices = choose_graph(graph, step)
-    if not step.config.needs:
+    if not step.needs:
         batches = None
     elif batches is None:
         raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
     if isinstance(step.config, NetworkPass):
         progress(0, len(choices))
-        dense = reference if Needs.DENSE in step.config.needs and reference != source else None
+        dense = reference if Needs.DENSE in step.needs and reference != source else None
         swept = _transform(graph, target, step.name, step.config, choices, batches, dense)
         progress(len(choices), len(choices))
         return swept
-    work = GraphWork(graph, choices, step.config.needs, progress=progress)
+    work = GraphWork(graph, choices, needs_of([choices]), progress=progress)
     if batches is None:
         for name in work.taken:
             work.compress(name, ())

@@ -58,7 +58,7 @@ class LanguageModel:
         return make(self.recipe)
 
     def calibrate(self) -> tuple[str, ...]:
-        if not any(step.config.needs for step in self.recipe.passes):
+        if not any(step.needs for step in self.recipe.passes):
             return ()
         self._windows, remarks = text.calibration_windows(self.recipe, self.source)
         return tuple(remarks)
@@ -90,7 +90,7 @@ class LanguageModel:
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
     ) -> Swept:
-        windows = self._windows if step.config.needs else None
+        windows = self._windows if step.needs else None
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code)
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:

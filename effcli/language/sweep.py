@@ -40,7 +40,7 @@ from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
-from effcli.layers.selection import choose
+from effcli.layers.selection import choose, needs_of
 from effcli.platform import memory
 from effcli.reports.report import LedgerRow
 
@@ -107,7 +107,8 @@ class _Sweep:
         # Before any work: it may refuse.
         self.carried = weights.carried()
         self.choices = choose(self.skeleton, step)
-        self.windows = windows if step.config.needs.observes else None
+        self.needs = needs_of([self.choices])
+        self.windows = windows if self.needs.observes else None
         self.journal = journal
         self.progress = progress
         self.shapes: list[tuple[int, ...]] = []
@@ -143,7 +144,7 @@ class _Sweep:
             if flow is not None and stream is not None:
                 shared = self._shared_inputs(k, stream)
                 leading = self._leaders(k, sites, shared)
-                grams = flow.observe(stream, k, sites, leading, self.step.config.needs, flow.original)
+                grams = flow.observe(stream, k, sites, leading, self.needs, flow.original)
             work = BlockWork(self.weights, block, name, sites, self.choices)
             part = work.compress(shared, grams)
             del grams
@@ -203,7 +204,7 @@ class _Sweep:
     def _head_gram(self, site: LayerSite) -> Statistics:
         """The Gram matrix of the output head's inputs, from the hidden states behind the last block."""
         assert self.windows is not None
-        gram = Statistics(site.columns, self.step.config.needs)
+        gram = Statistics(site.columns, self.needs)
         with Stream(self.weights, with_head=True) as stream:
             spool = Spool(self.journal.spool(len(self.skeleton.blocks)), self.shapes, self.skeleton.dtype)
             watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from effcli.errors import SelectionError, did_you_mean
+from effcli.errors import SelectionError, UnsupportedError, did_you_mean
 from effcli.language.skeleton import Skeleton
-from effcli.layers.contract import Needs, Pass
+from effcli.layers.contract import LayerPass, Needs, Pass
 from effcli.layers.layer import LayerSite
 
 if TYPE_CHECKING:
@@ -88,8 +88,19 @@ def _choose(sites: Sequence[LayerSite], step: PassStep, obstacle: Callable[[Laye
                 f"{step.name}.layers: {pattern!r} matches only layers that are left alone, such as {kept.site.name}",
                 f"{kept.reason}; take the entry out, or take the layer in",
             )
+    _check_needs(step.name, choices.values())
     _check_group_sizes(choices.values())
     return choices
+
+
+def _check_needs(name: str, choices: Iterable[Choice]) -> None:
+    """Raise `UnsupportedError` when a pass over layers asks for what only passes over a whole network are given."""
+    for choice in choices:
+        if isinstance(choice.config, LayerPass) and choice.config.needs & (Needs.INPUTS | Needs.DENSE):
+            raise UnsupportedError(
+                f"{name} takes one layer at a time and asks for the whole network",
+                "ask in `needs` for statistics of a layer's inputs, or make it a NetworkPass",
+            )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -72,8 +72,7 @@ class Statistics:
         """A Gram matrix that was summed elsewhere: matrix float32 (in, in), magnitude_sum float32 (in,)."""
         made = Statistics(len(magnitude_sum), Needs.NOTHING)
         made.needs, made.tokens = Needs.GRAM, tokens
-        made._gram = _Gram(0)
-        made._gram.total, made._gram.magnitudes = matrix, magnitude_sum
+        made._gram = _Gram.of(matrix, magnitude_sum)
         return made
 
     def add(self, inputs: Tensor) -> None:
@@ -194,10 +193,17 @@ class Statistics:
             )
 
     def rescaled(self, scale: Tensor) -> Statistics:
-        """The Gram matrix of the inputs divided by scale (in,)."""
+        """The statistics of the inputs divided by scale (in,), positive; without the histogram, which cannot follow."""
         inverse = 1.0 / scale.float()
-        matrix = (self.matrix * inverse.unsqueeze(1)).mul_(inverse)
-        return Statistics.of(matrix, self.gram.magnitudes * inverse, self.tokens)
+        made = Statistics(len(scale), Needs.NOTHING)
+        made.needs, made.tokens = self.needs & ~Needs.VALUES, self.tokens
+        if self._gram is not None:
+            matrix = (self.matrix * inverse.unsqueeze(1)).mul_(inverse)
+            made._gram = _Gram.of(matrix, self.gram.magnitudes * inverse)
+        made._squares, made._nonzero = self._squares * inverse.square(), self._nonzero
+        made._low, made._high = self._low * inverse, self._high * inverse
+        made._kept, made._stride = [rows * inverse for rows in self._kept], self._stride
+        return made
 
     def working(self) -> Tensor:
         """G in the dtype that multiplies fastest here: for ranking candidates, where three digits are enough."""
@@ -229,6 +235,13 @@ class _Gram:
         self.total = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.magnitudes = torch.zeros(features, dtype=torch.float32, device=device)
         self._mirrored = True
+
+    @staticmethod
+    def of(total: Tensor, magnitudes: Tensor) -> _Gram:
+        """What was summed elsewhere."""
+        made = _Gram(0)
+        made.total, made.magnitudes = total, magnitudes
+        return made
 
     def add(self, rows: Tensor) -> None:
         """Take in rows (tokens, in). Chunks are multiplied in their dtype, bf16 or float32, and summed in float32.

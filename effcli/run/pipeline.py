@@ -153,7 +153,7 @@ class _Run:
         stages = [self._stage(0, lambda: self._measured(base, "input", {}, count, first=True))]
         current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
-            said = remarks if step.config.needs else ()
+            said = remarks if step.needs else ()
             stages.append(self._pass(number, step, current, reference, said, count))
             former = current
             current, reference = self._after(number, stages[-1], current, reference)

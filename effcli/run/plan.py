@@ -129,7 +129,7 @@ def make(recipe: Recipe) -> Plan:
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
-        if step.config.needs:
+        if step.needs:
             longest = text.longest_sequence(weights.skeleton.config)
             tokens = recipe.calibration.samples * text.window_length(recipe.calibration, longest)
             operations += _operations(choices, tokens, recipe.calibration.inputs == "compressed")
@@ -301,7 +301,7 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     skeleton = weights.skeleton
     state = skeleton.model.state_dict()
     itemsize: int = skeleton.dtype.itemsize
-    inputs = any(step.config.needs for step in recipe.passes)
+    inputs = any(step.needs for step in recipe.passes)
     most = max((step.config.workspace for step in recipe.passes), default=0)
     outer = sum(state[name].numel() for name in skeleton.outer_parameters()) * itemsize
     total: int = BASE_MEMORY + outer

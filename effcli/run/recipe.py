@@ -21,7 +21,7 @@ from effcli.errors import RecipeError, UserError, did_you_mean
 from effcli.files.exporter import Exporter
 from effcli.inputs import jsonl, tables
 from effcli.inputs.preprocess import Preprocess
-from effcli.layers.contract import Change, LayerPass, NetworkPass, Pass, SearchPass
+from effcli.layers.contract import Change, LayerPass, Needs, NetworkPass, Pass, SearchPass
 from effcli.options import Options
 from effcli.platform.registry import Registry
 from effcli.run import yaml_files as yamls
@@ -192,14 +192,18 @@ class PassStep(Step):
             return None
         name, options = config.base
         if passes.REGISTRY.find(name) is not None:
-            searched = passes.load(name)
-            if "bits" not in searched.model_fields or not issubclass(searched, LayerPass):
-                mistakes.add(join(path, "using"), f"{name} has no number of bits to choose; take awq or linear")
-                return ()
-            if "bits" in options:
+            searched, keys = passes.load(name), dict.fromkeys(key for own in config.space for key in own)
+            missing = [key for key in keys if key not in searched.model_fields]
+            if missing or not issubclass(searched, LayerPass):
+                lacking = missing[0] if missing else next(iter(keys), "option")
                 mistakes.add(
-                    join(path, "options.bits"), "the bits are what is chosen; name those to choose from in `bits`"
+                    join(path, "using"), f"{name} has no {lacking} to choose layer by layer; take awq or linear"
                 )
+                return ()
+            given = [key for key in keys if key in options]
+            if given:
+                why = f"the {given[0]} are what is chosen; name those to choose from beside `using`"
+                mistakes.add(join(path, f"options.{given[0]}"), why)
                 return ()
         made = []
         for own in config.space:
@@ -215,6 +219,14 @@ class PassStep(Step):
     def for_graph(self) -> PassStep:
         """This step in a network read as a graph: defaults that differ there filled in."""
         return self.model_copy(update={"config": self.config.for_graph()})
+
+    @property
+    def needs(self) -> Needs:
+        """What the pass must be given for all layers together, those with options of their own included."""
+        needs = self.config.needs
+        for overrides in self.config.layers.values():
+            needs |= self.for_layer(overrides).needs
+        return needs
 
     def for_layer(self, overrides: Mapping[str, Any]) -> Pass:
         """The options of this step with some replaced, as `layers` asks for the layers that match a pattern."""

@@ -433,3 +433,9 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(NumericsError, match=r"layer0\.weight holds NaN"):
         swept(graph, tmp_path, {})
+
+
+def test_a_single_layer_may_ask_for_inputs() -> None:
+    """Options under `layers` are gathered for as those of the step are."""
+    assert PassStep.model_validate({"kmeans": {"layers": {"fc": {"weighted": True}}}}).needs == Needs.GRAM
+    assert PassStep.model_validate({"kmeans": {"layers": {"fc": {"bits": 2}}}}).needs is Needs.NOTHING

@@ -154,12 +154,15 @@ def test_int8_activations_say_the_format() -> None:
 
 def test_ranges_of_some_layers_need_calibration() -> None:
     own = {"activations": "int8", "activation_range": "minmax", "granularity": "channel", "symmetric": True}
-    assert linear.Linear(layers={"*.down_proj": own}).needs == Needs.GRAM | Needs.VALUES
-    assert (
-        linear.Linear(activations="int8", layers={"*.up_proj": {"activation_range": "kl"}}).needs
-        == Needs.GRAM | Needs.VALUES
+
+    def needs(options: dict[str, Any]) -> Needs:
+        return PassStep.model_validate({"linear": options}).needs
+
+    assert needs({"layers": {"*.down_proj": own}}) == Needs.GRAM | Needs.VALUES
+    assert needs({"activations": "int8", "layers": {"*.up_proj": {"activation_range": "kl"}}}) == (
+        Needs.GRAM | Needs.VALUES
     )
-    assert linear.Linear(activations="int8", layers={"*.up_proj": {"granularity": "tensor"}}).needs is Needs.NOTHING
+    assert needs({"activations": "int8", "layers": {"*.up_proj": {"granularity": "tensor"}}}) is Needs.NOTHING
     step = PassStep.model_validate({"linear": {"activations": "int8"}})
     assert step.for_layer({"activations": "none", "bits": 4}).format == Affine(4, "channel", 0, True)  # type: ignore[attr-defined]
 

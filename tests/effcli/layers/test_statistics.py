@@ -162,3 +162,20 @@ def test_groups_are_told_apart_whatever_is_gathered(needs: Needs) -> None:
     for own, rows in zip(grouped.each(), patches, strict=True):
         torch.testing.assert_close(own.squares, rows.square().sum(0))
         assert own.tokens == grouped.tokens == 20
+
+
+def test_everything_but_the_histogram_follows_a_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, scale = torch.randn(300, 5, generator=generator), torch.rand(5, generator=generator) + 0.2
+    needs = Needs.NORMS | Needs.NONZERO | Needs.EXTREMES | Needs.SAMPLE
+    first, direct = Statistics(5, needs | Needs.VALUES), Statistics(5, needs)
+    first.add(inputs)
+    direct.add(inputs / scale)
+    found = first.rescaled(scale)
+    assert found.needs == needs and found.tokens == 300
+    for name in ("squares", "nonzero", "low", "high", "sample"):
+        torch.testing.assert_close(getattr(found, name), getattr(direct, name))
+    again = inputs[:7] / scale
+    found.add(again)
+    direct.add(again)
+    torch.testing.assert_close(found.sample, direct.sample)

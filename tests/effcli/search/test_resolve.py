@@ -194,8 +194,8 @@ def test_without_a_measurement_there_is_no_such_budget(llama: Path) -> None:
     [
         ("auto", "give one budget of average_bits, size, perplexity_increase, accuracy_drop, not none"),
         ("auto:average_bits=3,size=4MB", "not average_bits and size"),
-        ("auto:average_bits=3,using=fold", "fold has no number of bits to choose"),
-        ("auto:average_bits=3,using=auto", "auto has no number of bits to choose"),
+        ("auto:average_bits=3,using=fold", "fold has no bits to choose"),
+        ("auto:average_bits=3,using=auto", "auto has no bits to choose"),
         ("auto:average_bits=3,using=awk", "there is no pass 'awk'"),
         ("auto:average_bits=3,grup_size=4", "awq has no option 'grup_size'"),
         ("auto:average_bits=3,bits=[1,4]", "not 1"),
