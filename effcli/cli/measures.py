@@ -194,8 +194,13 @@ def evaluate(
 
 def bench(
     model: Model,
-    prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt.", min=1)] = 128,
-    decode: Annotated[int, typer.Option("--decode", help="Tokens to generate.", min=1)] = 32,
+    prefill: Annotated[
+        int | None,
+        typer.Option("--prefill", help="Tokens of the prompt; 128, or as many as the model takes.", min=1),
+    ] = None,
+    decode: Annotated[
+        int | None, typer.Option("--decode", help="Tokens to generate; 32, or as many as the model takes.", min=1)
+    ] = None,
     threads: Threads = None,
     device: Device = None,
     weights: Weights = None,
@@ -217,7 +222,7 @@ def bench(
     if importers.recognises(samples.locate(model)):
         from effcli.graphs import timing
 
-        given = {"--prefill": prefill != 128, "--decode": decode != 32, "--device": device not in (None, "cpu")}
+        given = {"--prefill": prefill, "--decode": decode, "--device": device not in (None, "cpu")}
         _refuse(given, f"{model} reads no text, and is timed on the CPU")
         latencies = timing.measure(
             model, weights=path_of(weights), shape=shape, threads=threads, trust_remote_code=trust_remote_code

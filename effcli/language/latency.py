@@ -22,6 +22,9 @@ from effcli.language.modules import QuantizedLinear
 from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports.report import Speed
 
+# Tokens of the prompt, and decoded after it, unless the user says how many.
+PREFILL = 128
+DECODE = 32
 # A small network is timed as often as a few seconds allow, a large one at least this often.
 _FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 9
@@ -31,20 +34,22 @@ _SECONDS = 4.0
 def measure(
     model: str | Path,
     *,
-    prefill: int = 128,
-    decode: int = 32,
+    prefill: int | None = None,
+    decode: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Speed:
     """Time the prefill of `prefill` tokens and the decoding of `decode` tokens, one sequence at a time.
 
-    Loaded as `effcli.load` does; each figure is the median over repetitions, after a warm-up. threads: CPU threads
-    (default: torch's own); device: cpu, cuda, cuda:N or auto. torch's number of threads is restored afterwards.
+    Without one it is what `lengths` says. Loaded as `effcli.load` does; each figure is the median over repetitions,
+    after a warm-up. threads: CPU threads (default: torch's own); device: cpu, cuda, cuda:N or auto. torch's number of
+    threads is restored afterwards.
     """
     target = pick_device(device)
     with cpu_threads(threads) as used:
         network: Any = runtime.load(model, device=target, trust_remote_code=trust_remote_code)
+        prefill, decode = lengths(prefill, decode, text.longest_sequence(network.config))
         ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
         read, written = _time(network, ids, decode, target)
     return Speed(
@@ -56,6 +61,16 @@ def measure(
         threads=used,
         device=device_name(target),
     )
+
+
+def lengths(prefill: int | None, decode: int | None, longest: int | None) -> tuple[int, int]:
+    """Tokens of the prompt and tokens decoded: as given, else 128 and 32, or fewer when the model takes fewer."""
+    if longest is None:
+        return prefill or PREFILL, decode or DECODE
+    if decode is None:
+        # A fifth of the sequence where it is short, as of the defaults.
+        decode = max(1, min(DECODE, longest // 5 if prefill is None else longest - prefill))
+    return prefill or max(1, min(PREFILL, longest - decode)), decode
 
 
 def prompt(path: Path, config: Any, prefill: int, decode: int, trust_remote_code: bool = False) -> Tensor:

@@ -47,12 +47,23 @@ class LanguageModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        own = network_config(read_config(self.source))
-        longest = text.longest_sequence(load_network_config(self.source, own, self.recipe.trust_remote_code))
+        longest = self._longest()
         found = self.recipe.model_dump(mode="json")
         for name, options in (("calibration", self.recipe.calibration), ("evaluate", self.recipe.evaluate)):
             found[name]["length"] = text.window_length(options, longest)
+        found["evaluate"]["prefill"], found["evaluate"]["decode"] = self._timed(longest)
         return found
+
+    def _longest(self) -> int | None:
+        own = network_config(read_config(self.source))
+        return text.longest_sequence(load_network_config(self.source, own, self.recipe.trust_remote_code))
+
+    def _timed(self, longest: int | None) -> tuple[int, int]:
+        """Tokens of the prompt and tokens decoded whose time is taken."""
+        wanted = self.recipe.evaluate
+        given = wanted.model_fields_set
+        prefill, decode = wanted.prefill if "prefill" in given else None, wanted.decode if "decode" in given else None
+        return latency.lengths(prefill, decode, longest)
 
     def plan(self) -> Plan:
         return make(self.recipe)
@@ -78,10 +89,11 @@ class LanguageModel:
         quality = yardstick.measure(checkpoint) if yardstick is not None else None
         speed = None
         if wanted.latency:
+            prefill, decode = self._timed(self._longest())
             speed = latency.measure(
                 str(checkpoint),
-                prefill=wanted.prefill,
-                decode=wanted.decode,
+                prefill=prefill,
+                decode=decode,
                 threads=self.recipe.threads,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
@@ -101,7 +113,7 @@ class LanguageModel:
         wanted = self.recipe.evaluate
         if not wanted.latency:
             return exported
-        speed = exporter.speed(folder, wanted.prefill, wanted.decode, self.recipe.threads)
+        speed = exporter.speed(folder, *self._timed(self._longest()), self.recipe.threads)
         return exported.model_copy(update={"speed": speed})
 
     def layout(self, checkpoint: Path) -> card.Layout:

@@ -80,8 +80,14 @@ class Evaluate(Options):
     )
     limit: int | None = Field(None, ge=1, description="Take only the first questions of each file of `choices`.")
     latency: bool = Field(True, description="Time prefill and decode with the kernels that will run.")
-    prefill: int = Field(128, ge=1, description="Tokens of the prompt whose prefill is timed.")
-    decode: int = Field(32, ge=1, description="Tokens whose decoding is timed.")
+    prefill: int = Field(
+        128,
+        ge=1,
+        description="Tokens of the prompt whose prefill is timed; fewer unless set when the model takes fewer.",
+    )
+    decode: int = Field(
+        32, ge=1, description="Tokens whose decoding is timed; fewer unless set when the model takes fewer."
+    )
 
     @staticmethod
     def nothing() -> Evaluate:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 
@@ -13,10 +14,11 @@ from effcli.errors import DataError, UnsupportedError, UserError
 from effcli.files import locate as samples
 from effcli.kernels.quantized_matmul import route_name
 from effcli.language import latency
+from effcli.language.model import LanguageModel
 from effcli.language.modules import QuantizedLinear
 from effcli.language.sweep import sweep
 from effcli.run.overrides import parse_pass
-from effcli.run.recipe import PassStep
+from effcli.run.recipe import PassStep, Recipe
 
 SAMPLE = samples.SAMPLES["sample:lm"]
 
@@ -43,6 +45,39 @@ def test_names_the_kernels_that_run(compressed: Path) -> None:
     assert isinstance(layer, QuantizedLinear)
     assert speed.kernel == route_name(layer.packed, 1, torch.bfloat16)
     assert speed.prefill_kernel == route_name(layer.packed, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "taken"),
+    [
+        ((None, None), None, (128, 32)),
+        ((None, None), 4096, (128, 32)),
+        ((None, None), 160, (128, 32)),
+        ((None, None), 128, (103, 25)),
+        ((None, None), 2, (1, 1)),
+        ((120, None), 128, (120, 8)),
+        ((None, 40), 64, (24, 40)),
+        ((None, 40), None, (128, 40)),
+        ((200, None), None, (200, 32)),
+        ((500, 600), 64, (500, 600)),
+    ],
+)
+def test_the_lengths_follow_the_model(
+    given: tuple[int | None, int | None], longest: int | None, taken: tuple[int, int]
+) -> None:
+    assert latency.lengths(*given, longest) == taken
+
+
+def test_a_model_of_short_sequences_is_timed_on_fewer_tokens(tmp_path: Path) -> None:
+    source = architectures.make("gpt2", tmp_path / "in", n_positions=24)
+    assert latency.measure(source).prefill_tokens == 20
+    step = PassStep.model_validate(parse_pass("linear:bits=8,group_size=16"))
+    measured = LanguageModel(Recipe(model=str(source), passes=(step,)), source)
+    assert (measured.settings["evaluate"]["prefill"], measured.settings["evaluate"]["decode"]) == (20, 4)
+    speed = measured.measure(source, first=True).speed
+    assert speed is not None and speed.prefill_tokens == 20
+    with pytest.raises(DataError, match="do not fit the 24"):
+        latency.measure(source, prefill=128)
 
 
 def test_the_threads_are_set_and_restored() -> None:
