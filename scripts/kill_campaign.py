@@ -5,13 +5,14 @@
     python scripts/kill_campaign.py --runs graph --seed 7  one of the two, other moments
     python scripts/kill_campaign.py --at files             kill between two changes of the file system instead
     python scripts/kill_campaign.py --at end --count 9     before each of the last nine changes
+    python scripts/kill_campaign.py --over --at place      while the output of another run is replaced
     python scripts/kill_campaign.py --only graph:files:7:3 one moment again, with what effcli said
 
 Every run is a process group of its own that gets SIGKILL. The first kill of a moment is uniform over the duration of a
 whole run, or over its changes of the file system; some moments kill the resumed run as well. Then the same command runs
 until it ends by itself. Of its output everything counts except times and memory: `seconds` and `peak_memory` of the
 stages in report.json, and their figures in README.md and report.html. Exit 1 where a run was refused, where its output
-was different, or where anything else was left beside it.
+was different, where anything else was left beside it, or where a kill left neither the former output nor the new one.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]]
 
 OUT = "out"
-COUNTS = ("refused", "different", "left over", "resumed", "anew", "done before")
-BAD = COUNTS[:3]
+COUNTS = ("refused", "different", "left over", "lost", "resumed", "anew", "done before")
+BAD = COUNTS[:4]
 GOING_ON = "going on from the last written block"
 # Of a resumed run, how many are killed too, and how many kills there are at most.
 _AGAIN = 0.4
@@ -171,14 +172,16 @@ def _carry_out(words: list[str], folder: Path, log: Path, counted: Path | None, 
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    done = 0
+    done = place = 0
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal done
+        nonlocal done, place
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         # Files elsewhere are of no use to the run that comes after.
         if (event in _CHANGES or writes) and _inside(arguments[0], folder):
             done += 1
+            if event == "os.rename" and str(arguments[1]).endswith("/replaced"):
+                place = done
             if done == change:
                 os.killpg(0, signal.SIGKILL)
 
@@ -191,7 +194,7 @@ def _carry_out(words: list[str], folder: Path, log: Path, counted: Path | None, 
     sys.stderr.flush()
     total, modules = done, sorted(sys.modules)
     if counted is not None:
-        counted.write_text(json.dumps({"changes": total, "modules": modules}))
+        counted.write_text(json.dumps({"changes": total, "place": place, "modules": modules}))
     os._exit(code)
 
 
@@ -238,21 +241,46 @@ def _shown(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """A run that nobody killed."""
+    """A run that nobody killed. place: the change that moves the former output away, 0 without one."""
 
     words: list[str]
     seconds: float
     changes: int
+    place: int
+    contents: dict[str, bytes]
+    former: Former | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Former:
+    """An output that stands there before, in `folder`."""
+
+    folder: Path
     contents: dict[str, bytes]
 
+    def put(self, here: Path) -> None:
+        shutil.copytree(self.folder / OUT, here / OUT)
 
-def whole(name: str, bases: Path, folder: Path) -> Whole:
-    words = words_of(name, bases)
+
+def former_of(name: str, bases: Path, folder: Path) -> Former:
+    """The output of the same command with another seed."""
+    folder.mkdir(parents=True)
+    ended = run([*words_of(name, bases), "--set=seed=1"], folder)
+    if ended.code:
+        raise SystemExit(f"the run of the former output ends with {ended.code}: {ended.said}")
+    return Former(folder, contents(folder / OUT))
+
+
+def whole(name: str, bases: Path, folder: Path, over: bool = False) -> Whole:
+    former = former_of(name, bases, bases / f"former-{name}" / "work") if over else None
+    words = [*words_of(name, bases), *(["--overwrite"] if over else [])]
     here = folder / "work"
     found: list[dict[str, bytes]] = []
     counted: dict[str, Any] = {}
     for number in range(3):
         here.mkdir(parents=True)
+        if former is not None:
+            former.put(here)
         ended = run(words, here, count=number == 0)
         if ended.code:
             raise SystemExit(f"the run ends with {ended.code} when nobody kills it: {ended.said}")
@@ -264,7 +292,7 @@ def whole(name: str, bases: Path, folder: Path) -> Whole:
     differing = differences(found[1], found[2])
     if differing:
         raise SystemExit(f"two runs that nobody killed differ in {', '.join(differing)}")
-    return Whole(words, ended.seconds, counted["changes"], found[2])
+    return Whole(words, ended.seconds, counted["changes"], counted["place"], found[2], former)
 
 
 def preload(modules: list[str]) -> None:
@@ -286,14 +314,19 @@ def attempt(seed: str, number: int, at: str, wanted: Whole, folder: Path) -> tup
     rng = random.Random(f"{seed}/{number}")
     here = folder / "work"
     here.mkdir(parents=True)
+    if wanted.former is not None:
+        wanted.former.put(here)
     ends: list[Ended] = []
-    # Killed behind the last thing that it had to do, a run is finished: the command would find its output there.
-    while not ends or (ends[-1].code is None and [path.name for path in here.iterdir()] != [OUT]):
+    while not ends or (ends[-1].code is None and not _finished(here, wanted)):
+        if ends and not _kept(here, wanted):
+            return "lost", ends, "neither the former output nor the new one is whole"
         again = len(ends) < _KILLS and rng.random() < _AGAIN
         if ends and not again:
             ends.append(run(wanted.words, here))
         elif at == "end" and not ends:
             ends.append(run(wanted.words, here, change=max(wanted.changes - number, 1)))
+        elif at == "place" and not ends:
+            ends.append(run(wanted.words, here, change=wanted.place + number))
         elif at != "time":
             ends.append(run(wanted.words, here, change=rng.randint(1, wanted.changes)))
         else:
@@ -313,6 +346,22 @@ def attempt(seed: str, number: int, at: str, wanted: Whole, folder: Path) -> tup
     return verdict, ends, ""
 
 
+def _finished(here: Path, wanted: Whole) -> bool:
+    """Whether a run was killed behind the last thing that it had to do: the command would find its output there."""
+    if [path.name for path in here.iterdir()] != [OUT]:
+        return False
+    return wanted.former is None or contents(here / OUT) == wanted.contents
+
+
+def _kept(here: Path, wanted: Whole) -> bool:
+    """Whether a killed run has left the former output, if there was one, or has put the new one in its place."""
+    if wanted.former is None:
+        return True
+    places = (here / OUT, here / f".{OUT}.effcli" / "replaced")
+    found = [contents(path) for path in places if (path / "report.json").is_file()]
+    return wanted.former.contents in found or wanted.contents in found
+
+
 def main() -> int:
     """Kill as asked; 1 where a run did not end as one that nobody killed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -321,12 +370,15 @@ def main() -> int:
     parser.add_argument("--runs", default="language,graph", help="separated by commas")
     parser.add_argument(
         "--at",
-        choices=("time", "files", "end"),
+        choices=("time", "files", "end", "place"),
         default="time",
-        help="what a moment is uniform over; the last changes of files",
+        help="what a moment is uniform over; the last changes of files; those that replace an output",
     )
     parser.add_argument("--only", metavar="RUN:AT:SEED:NUMBER", help="one moment, with what effcli says")
+    parser.add_argument("--over", action="store_true", help="overwrite the output of another run")
     asked = parser.parse_args()
+    if asked.at == "place" and not asked.over:
+        parser.error("--at place needs --over")
     numbers = list(range(asked.count))
     if asked.only:
         asked.runs, asked.at, asked.seed, number = asked.only.split(":")
@@ -356,7 +408,7 @@ def main() -> int:
         if os.waitpid(maker, 0)[1]:
             raise SystemExit("the tiny networks could not be made")
         for name in runs:
-            wanted = whole(name, bases, bases.parent / name)
+            wanted = whole(name, bases, bases.parent / name, asked.over)
             counts: Counter[str] = Counter()
             kills = 0
             for number in numbers:
