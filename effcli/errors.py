@@ -7,6 +7,7 @@ EffcliError
 │   ├── CheckpointError       a checkpoint that is missing, truncated, or not a checkpoint
 │   ├── DataError             calibration or evaluation data that cannot serve
 │   ├── NumericsError         NaN or infinity in weights or activations
+│   ├── UnfinishedError       unfinished work of an earlier run that cannot be continued
 │   ├── OutputError           an output that exists, is read-only, or does not fit on the disk
 │   └── UnsupportedError      something this version cannot do, with what it can do instead
 └── MachineError              a failure of ours or of the machine (exit 2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from effcli.errors import DataError, NumericsError, UserError
+from effcli.errors import DataError, NumericsError
 from effcli.graphs.graph import Graph, calls
 from effcli.graphs.walk import Walk, stream
 from effcli.layers.contract import Needs, NetworkPass, Observed, Transformed
@@ -28,21 +28,17 @@ class BiasCorrection(NetworkPass):
 
     def transform(self, graph: Graph, seen: Observed) -> Transformed:
         """Correct the biases of the chosen layers of `graph`, in place."""
-        if seen.dense is None:
-            raise UserError(
-                "bias_correction compares with the network before its weights were compressed, and none were",
-                "put it after the step that compresses the weights",
-            )
+        dense = seen.before_compression("bias_correction")
         remarks: list[str] = []
         layers: dict[str, str] = {}
         for name in seen.chosen:
-            reason = _obstacle(graph, seen.dense, name)
+            reason = _obstacle(graph, dense, name)
             if reason:
                 remarks.append(f"{name} stays as it is: {reason}")
             else:
                 layers[_biased(graph, name)] = name
-        measured = {name: _biased(seen.dense, name) for name in layers.values()}
-        means = channel_means(seen.dense, set(measured.values()), seen.batches())
+        measured = {name: _biased(dense, name) for name in layers.values()}
+        means = channel_means(dense, set(measured.values()), seen.batches())
         notes: dict[str, dict[str, Any]] = {}
         walk = Walk(graph, seen.batches())
         for node in walk:

@@ -37,15 +37,11 @@ class Centroids(NetworkPass):
 
     def transform(self, graph: Graph, seen: Observed) -> Transformed:
         """Tune the tables of the chosen layers of `graph`, in place, unless no epoch lowers the error."""
-        if seen.dense is None:
-            raise UserError(
-                "centroids compares with the network before its weights were compressed, and none were",
-                "put it after the step that compresses the weights",
-            )
+        dense = seen.before_compression("centroids")
         layers, remarks = _layers(graph, seen)
         if not layers:
             raise UserError("centroids finds no layer with a table to train", "put it after a `kmeans` step")
-        teaching = _Teaching(graph, seen.dense, seen, layers)
+        teaching = _Teaching(graph, dense, seen, layers)
         before = least = teaching.error()
         best: list[Tensor] | None = None
         for _ in teaching.epochs(self):

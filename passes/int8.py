@@ -92,7 +92,7 @@ def prepare(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
 
 
 @dataclass
-class Statistics:
+class Observations:
     """What one pass over the calibration inputs leaves.
 
     observers: by tensor, for one tensor of each group that shares a scale; inputs: the first inputs, float32
@@ -104,7 +104,7 @@ class Statistics:
     means: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-def observe(graph: Graph, batches: Iterator[Tensor]) -> Statistics:
+def observe(graph: Graph, batches: Iterator[Tensor]) -> Observations:
     """Run `graph` on the calibration inputs and observe every tensor that needs a range. `DataError` without inputs."""
     fusion = fuse(graph)
     groups = {name: fusion.groups[name] for name in fusion.roots}
@@ -143,10 +143,10 @@ def observe(graph: Graph, batches: Iterator[Tensor]) -> Statistics:
         raise DataError("there are no calibration inputs", "give the pass inputs of the network's own kind")
     inputs = torch.cat(kept)
     means = {name: (total / len(inputs)).numpy() for name, total in sums.items()}
-    return Statistics(observers, inputs, means)
+    return Observations(observers, inputs, means)
 
 
-def quantize(config: Int8, graph: Graph, statistics: Statistics, remarks: tuple[str, ...] = ()) -> Transformed:
+def quantize(config: Int8, graph: Graph, statistics: Observations, remarks: tuple[str, ...] = ()) -> Transformed:
     """The integer network of a prepared `graph`."""
     ranges: dict[str, Range] = {}
     activations = []
@@ -223,7 +223,7 @@ def collapses(graph: Graph, network: IntegerNetwork, inputs: Tensor) -> tuple[st
     return tuple(remarks)
 
 
-def correct_biases(network: IntegerNetwork, statistics: Statistics) -> dict[str, float]:
+def correct_biases(network: IntegerNetwork, statistics: Observations) -> dict[str, float]:
     """Change the biases of `network`, in place, so that every channel has the mean it had; layer after layer.
 
     Returns the largest change of each layer in steps of its output.

@@ -47,7 +47,6 @@ SHORT = ["--set=calibration.samples=2", "--set=calibration.length=32", "--no-eva
 VERDICTS = ("internal error", "crash", "hang", "memory", "wrongly accepted")
 
 
-# Values that are wrong almost everywhere.
 def hostile(rng: random.Random) -> Any:
     """A value that is wrong almost everywhere."""
     values: list[Any] = [None, True, False, -1, 0, 1, 2, 3, 7, 1.5, -0.0, 1e308, float("nan"), float("inf"), 2**31]

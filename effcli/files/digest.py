@@ -15,10 +15,7 @@ _SAMPLES = 64
 
 
 def of_path(path: Path) -> str:
-    """The digest of a file, or of all files below a folder, links followed.
-
-    Of what is missing, a word that no digest equals.
-    """
+    """The digest of a file, or of all files below a folder, links followed; `missing` where there is nothing."""
     if path.is_file():
         return of_file(path)
     if not path.is_dir():

@@ -294,9 +294,7 @@ class AffineWeight(Numbers):
 
     def join(self, others: Sequence[Quantized]) -> AffineWeight:
         """As `Quantized.join`; `ValueError` when their inputs become int8 with different scales."""
-        weights = [self, *(other for other in others if isinstance(other, AffineWeight))]
-        if len(weights) <= len(others):
-            raise ValueError("weights of different formats are not one")
+        weights = [self, *self.alike(others)]
         if any(_activation(weight) != _activation(self) for weight in weights):
             raise ValueError("the inputs of one layer have one scale")
         spread = [_per_channel(weight) if weight.format.strategy == "tensor" else weight for weight in weights]

@@ -234,6 +234,13 @@ class Quantized(abc.ABC):
     def pack(self) -> dict[str, Tensor]:
         """Tensors by suffix, as they stand in a file."""
 
+    def alike(self, others: Sequence[Quantized]) -> list[Self]:
+        """The `others` as weights of this class; `ValueError` where one is of another."""
+        found = [other for other in others if isinstance(other, type(self))]
+        if len(found) < len(others):
+            raise ValueError("weights of different formats are not one")
+        return found
+
     @abc.abstractmethod
     def join(self, others: Sequence[Quantized]) -> Quantized:
         """One weight of these rows and then those of `others`, which have the same format and no input scale.

@@ -377,9 +377,7 @@ class CodebookWeight(Numbers):
 
     def join(self, others: Sequence[Quantized]) -> CodebookWeight:
         """As `Quantized.join`, for kinds whose groups divide the rows."""
-        weights = [self, *(other for other in others if isinstance(other, CodebookWeight))]
-        if len(weights) <= len(others):
-            raise ValueError("weights of different formats are not one")
+        weights = [self, *self.alike(others)]
         format = self.format
         if not format.fits_rows:
             raise ValueError(f"the blocks of {format.kind} cross the ends of rows")

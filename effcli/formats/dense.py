@@ -104,7 +104,5 @@ class DenseWeight(Numbers):
         return dataclasses.replace(self, input_scale=scale)
 
     def join(self, others: Sequence[Quantized]) -> DenseWeight:
-        weights = [self, *(other for other in others if isinstance(other, DenseWeight))]
-        if len(weights) <= len(others):
-            raise ValueError("weights of different formats are not one")
+        weights = [self, *self.alike(others)]
         return DenseWeight(self.format, torch.cat([weight.codes for weight in weights]))

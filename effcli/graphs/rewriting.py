@@ -65,7 +65,7 @@ def decompose_attention(graph: Graph) -> None:
 
 
 def count_padding(graph: Graph) -> None:
-    """Write, in place, an average whose windows are divided by different counts as one of whole windows, times a share.
+    """Rewrite, in place, averages with unequal counts as averages of whole windows times a factor per position.
 
     That is one that leaves out its padding, and one whose last windows reach beyond it (ceil_mode).
     """

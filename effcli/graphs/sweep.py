@@ -23,13 +23,13 @@ from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, 
 from effcli.graphs.patches import geometry, patches
 from effcli.graphs.walk import Walk, stream
 from effcli.layers.contract import (
+    Apply,
     Group,
     Layer,
     LayerPass,
     Needs,
     NetworkPass,
     Observed,
-    Outcome,
     ScalingPass,
     carry_out,
 )
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 Batches = Callable[[], Iterator[Tensor]]
 # The statistics of a layer's inputs, one for each group of a convolution.
 Seen = tuple[Statistics, ...]
-Apply = Callable[[LayerPass, Layer, Sequence[Statistics]], Outcome]
 
 
 def graph_sweep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from effcli.language.pairs import (
     weights_with_inputs,
 )
 from effcli.language.weights import Weights
-from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome, ScalingPass, Statistics, carry_out
+from effcli.layers.contract import Apply, Group, Layer, Needs, ScalingPass, Statistics, carry_out
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import MATRIX, dense_row, histogram, layer_row, ratio
 from effcli.layers.selection import Choice
@@ -86,9 +86,6 @@ class PartRecord(Record):
     def read(self) -> Part:
         stored = {name: layer.stored() for name, layer in self.stored.items()}
         return Part({}, stored, list(self.ledger), list(self.histograms), list(self.remarks))
-
-
-Apply = Callable[[LayerPass, Layer, Sequence[Statistics]], Outcome]
 
 
 class BlockWork:

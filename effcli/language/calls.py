@@ -82,8 +82,8 @@ class Returned:
 class Manner:
     """How a network calls its blocks.
 
-    returned: what each block returns that is not passed over; by_ids: whether other ids of one shape make for other
-    arguments.
+    returned: what each block returns that is not passed over; by_ids: whether the arguments depend on the token
+    ids, not only on their shape.
     """
 
     returned: dict[int, Returned]

@@ -42,8 +42,9 @@ class LanguageModel:
 
     @property
     def request(self) -> dict[str, str]:
-        files = {str(file): digest.of_file(file) for file in weight_files(self.source)}
-        return {**files, **digest.of_folder(self.source)}
+        found = digest.of_folder(self.source)
+        elsewhere = (f for f in weight_files(self.source) if f.parent != self.source or f.name not in found)
+        return found | {str(file): digest.of_file(file) for file in elsewhere}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from effcli.language.calls import Call, hidden_of
 from effcli.language.skeleton import find_layers
 from effcli.language.stream import Stream, WatchLayers
-from effcli.layers.contract import Group
+from effcli.layers.contract import tied
 from effcli.layers.layer import LayerSite
 from effcli.options import Options
 
@@ -297,7 +297,7 @@ def _equivalence(
     """
     generator = torch.Generator().manual_seed(2)
     scale = torch.rand(producer.channel.shape[0], generator=generator) * 1.5 + 0.5
-    scale = Group((), (), producer.channel).tied(scale)
+    scale = tied(scale, producer.channel)
     touched = {sites[name].parameter for name in names}
     touched |= {key for key, _ in trial.named_parameters() if key.startswith(f"{producer.name}.")}
     if producer.how == "rows":

@@ -178,7 +178,7 @@ class _Sweep:
         gram: Statistics | None = None
         with torch.inference_mode():
             if taken and head is not None and self.windows is not None:
-                gram = self._head_gram(sites[head])
+                gram = self._head_statistics(sites[head])
             for key in self.skeleton.outer_parameters():
                 if taken and key == f"{head}.weight":
                     continue
@@ -201,8 +201,8 @@ class _Sweep:
                     )
         self._write("outside", part)
 
-    def _head_gram(self, site: LayerSite) -> Statistics:
-        """The Gram matrix of the output head's inputs, from the hidden states behind the last block."""
+    def _head_statistics(self, site: LayerSite) -> Statistics:
+        """The statistics of the output head's inputs, from the hidden states behind the last block."""
         assert self.windows is not None
         gram = Statistics(site.columns, self.needs)
         with Stream(self.weights, with_head=True) as stream:

@@ -163,7 +163,7 @@ def _with_input(path: Path, source: Path | None, stages: Sequence[Stage], trust_
     if source is None:
         return found
     against = compare(path, source, stages, trust_remote_code)
-    if logits is not None and not against.problem:
+    if not against.problem:
         config = load_network_config(source, network_config(read_config(source)), trust_remote_code)
         load = _own if is_own(read_config(source)) else load_stock
         with running(source):
@@ -185,8 +185,8 @@ class _Logits(NamedTuple):
     dtype: torch.dtype
 
 
-def _ways(path: Path, trust_remote_code: bool) -> tuple[Verification, Tensor | None]:
-    """What the ways to load `path` give, and its logits; None where they have not been computed."""
+def _ways(path: Path, trust_remote_code: bool) -> tuple[Verification, Tensor]:
+    """What the ways to load `path` give, and its logits."""
     import transformers
 
     checkpoint = Checkpoint.open(path)

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from effcli.errors import UserError
 from effcli.formats import Packing, Quantized
 from effcli.layers.layer import Kind
 from effcli.layers.statistics import Needs, Statistics
@@ -166,12 +167,15 @@ class Group:
 
     def tied(self, values: Tensor) -> Tensor:
         """Average positive values (in,) geometrically over inputs behind one channel (the repeats of a shared head)."""
-        if self.channel is None:
-            return values
-        size = int(self.channel.max()) + 1
-        total = values.new_zeros(size).index_add_(0, self.channel, values.log())
-        count = values.new_zeros(size).index_add_(0, self.channel, torch.ones_like(values))
-        return (total / count.clamp(min=1)).exp()[self.channel]
+        return values if self.channel is None else tied(values, self.channel)
+
+
+def tied(values: Tensor, channel: Tensor) -> Tensor:
+    """Average positive values (in,) geometrically over the inputs behind one channel, int64 (in,)."""
+    size = int(channel.max()) + 1
+    total = values.new_zeros(size).index_add_(0, channel, values.log())
+    count = values.new_zeros(size).index_add_(0, channel, torch.ones_like(values))
+    return (total / count.clamp(min=1)).exp()[channel]
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,15 @@ class Observed:
     dense: Graph | None = None
     chosen: Mapping[str, Pass] = field(default_factory=dict)
 
+    def before_compression(self, name: str) -> Graph:
+        """The network that the pass `name` compares with; `UserError` where no weights were compressed."""
+        if self.dense is None:
+            raise UserError(
+                f"{name} compares with the network before its weights were compressed, and none were",
+                "put it after the step that compresses the weights",
+            )
+        return self.dense
+
 
 @dataclass(frozen=True)
 class Transformed:
@@ -230,6 +243,8 @@ class Transformed:
     remarks: tuple[str, ...] = ()
 
 
+# Hands a layer to its pass, as `carry_out` does.
+Apply = Callable[[LayerPass, Layer, Sequence[Statistics]], Outcome]
 # What a pass is given that asks for nothing.
 UNSEEN = Statistics(0, Needs.NOTHING)
 
@@ -241,6 +256,7 @@ def carry_out(options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ())
 
 __all__ = [
     "UNSEEN",
+    "Apply",
     "Change",
     "Group",
     "Layer",
@@ -255,4 +271,5 @@ __all__ = [
     "Statistics",
     "Transformed",
     "carry_out",
+    "tied",
 ]

@@ -293,11 +293,12 @@ class GroupedStatistics:
     def add(self, patches: Tensor) -> None:
         """Take in patches float32 (groups, tokens, in) of inputs that were seen."""
         self.tokens += patches.shape[1]
-        for part, own in zip(self._parts, patches, strict=False):
-            part.add_patches(own)
-        if self._matrices is not None:
-            self._matrices.baddbmm_(patches.mT, patches)
-            self._magnitudes += patches.abs().sum(1)
+        if self._matrices is None:
+            for part, own in zip(self._parts, patches, strict=True):
+                part.add_patches(own)
+            return
+        self._matrices.baddbmm_(patches.mT, patches)
+        self._magnitudes += patches.abs().sum(1)
 
     def each(self) -> tuple[Statistics, ...]:
         """The statistics of each group."""

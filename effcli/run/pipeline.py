@@ -162,7 +162,7 @@ class _Run:
         return self._finish(current, stages)
 
     def _after(self, number: int, stage: Stage, current: Path, reference: Path) -> tuple[Path, Path]:
-        """The checkpoint after a pass, and the one before weights were first compressed, from those before the pass."""
+        """The current and the reference checkpoint after a pass; reference: the last before weights were compressed."""
         target = self.work / f"checkpoint-{number}"
         dense = not any(row.status == "compressed" for row in stage.ledger)
         return target, target if reference == current and dense else reference

@@ -8,6 +8,7 @@ recipe does the same thing under a later version whose defaults differ.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -115,7 +116,7 @@ class Evaluate(Options):
         return False if value is None else value
 
 
-class Step(Options):
+class Step(Options, ABC):
     """Something by name with its options. In YAML `name` or `{name: {option: value}}`."""
 
     noun: ClassVar[str]
@@ -147,7 +148,22 @@ class Step(Options):
     @classmethod
     def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Options | None:
         """The checked options of what is called `name`; None when they hold a mistake, which is then noted."""
-        raise NotImplementedError
+        kind = cls._kind(name, path, mistakes)
+        return None if kind is None else validated(kind, options, path, mistakes, owner=name)
+
+    @staticmethod
+    @abstractmethod
+    def load(name: str) -> type[Any]:
+        """The class that is called `name`; a `UserError` when there is none."""
+
+    @classmethod
+    def _kind(cls, name: str, path: str, mistakes: Mistakes) -> type[Any] | None:
+        """The class that is called `name`; None when there is none, which is then noted."""
+        try:
+            return cls.load(name)
+        except UserError as error:
+            mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
+            return None
 
     @model_validator(mode="before")
     @classmethod
@@ -175,17 +191,19 @@ class PassStep(Step):
 
     config: SerializeAsAny[Pass]
 
+    @staticmethod
+    def load(name: str) -> type[Pass]:
+        return passes.load(name)
+
     @classmethod
     def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Pass | None:
-        try:
-            config_type = passes.load(name)
-        except UserError as error:
-            mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
+        kind: type[Pass] | None = cls._kind(name, path, mistakes)
+        if kind is None:
             return None
-        config = validated(config_type, options, path, mistakes, owner=name)
+        config = validated(kind, options, path, mistakes, owner=name)
         chosen = None if config is None else cls._chosen(config, path, mistakes)
         if chosen is None:
-            _check_layers(config_type, options, path, name, mistakes)
+            _check_layers(kind, options, path, name, mistakes)
         return config
 
     @classmethod
@@ -247,14 +265,9 @@ class ExportStep(Step):
 
     config: SerializeAsAny[Exporter]
 
-    @classmethod
-    def configured(cls, name: str, options: Mapping[str, Any], path: str, mistakes: Mistakes) -> Exporter | None:
-        try:
-            config_type = exporters.load(name)
-        except UserError as error:
-            mistakes.add(path, f"{error.cause}; {error.remedy}" if error.remedy else error.cause)
-            return None
-        return validated(config_type, options, path, mistakes, owner=name)
+    @staticmethod
+    def load(name: str) -> type[Exporter]:
+        return exporters.load(name)
 
 
 class Recipe(Options):

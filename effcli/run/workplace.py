@@ -1,8 +1,8 @@
 """Where a run writes: the output, and the hidden folder beside it that holds unfinished work.
 
 One process at a time works on an output. What is unfinished outlives a kill at any moment: a state is written down
-before anything that it replaces goes away, and a folder is renamed before it is removed. Until nothing else is left, a
-marker beside a finished output says which request it belongs to.
+before anything that it replaces goes away, and a folder is renamed before it is removed. A marker beside
+a finished output names its request; it is removed last.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ class Workplace:
 
     @property
     def placed(self) -> str | None:
-        """The request whose output stands in its place already, while what is beside it was not yet removed."""
+        """The request of a finished output that still has temporary files beside it, else None."""
         file = self.output / report.FILE_NAME
         if not self._marker.is_file() or not file.is_file():
             return None

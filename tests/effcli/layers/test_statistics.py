@@ -140,7 +140,7 @@ def test_the_histogram_counts_inputs_and_not_patches() -> None:
 
 @pytest.mark.parametrize("name", ["matrix", "magnitude", "squares", "nonzero", "low", "peak", "sample", "values"])
 def test_what_was_not_asked_for_is_not_there(name: str) -> None:
-    """No zeros in the place of sums that nobody took: a pass that forgets to ask is told."""
+    """A pass that forgets to ask for a statistic gets an error, not zeros."""
     with pytest.raises(ValueError, match="does not ask for it in `needs`"):
         getattr(Statistics(3, Needs.NOTHING), name)
     assert getattr(Statistics(3, ~Needs.NOTHING), name) is not None
