@@ -54,7 +54,7 @@ def main() -> None:
     in_python = executor.run(network, codes).reshape(len(codes), -1)
 
     name, target = "kws", targets.find(options.target)
-    done = c.export(options.output, options.output / "exports" / "c", c.Config(name=name, target=options.target))
+    done = c.C(name=name, target=options.target).export(options.output, options.output / "exports" / "c")
     print(f"written: {options.output / 'exports' / 'c'} ({done.checked})")
 
     generated = generate(network, name)

@@ -74,23 +74,25 @@ def count_padding(graph: Graph) -> None:
         if operation(node) not in _AVERAGES:
             continue
         x, *given = (_argument(node, index) for index in range(7))
-        beyond, share = _windows(shapes[x.name], shapes[node.name], *given)
-        if not any(beyond) and (given[5] is not None or bool((share == 1).all())):
+        kernel, stride, beyond, share = _windows(shapes[x.name], shapes[node.name], *given)
+        alike = bool((share == 1).all())
+        trimmed = given[3] and not any(beyond)
+        if not any(beyond) and not trimmed and (given[5] is not None or alike):
             continue
-        name = f"{node.name}_share"
-        while hasattr(graph.module, name):
-            name += "_"
-        graph.module.register_parameter(name, torch.nn.Parameter(share, requires_grad=False))
-        kernel, stride, padding = given[:3]
         with graph.module.graph.inserting_before(node):
             if any(beyond):
                 x = _call(
                     node, "aten.constant_pad_nd.default", x, [n for end in reversed(beyond) for n in (0, end)], 0.0
                 )
-            counted = _call(node, operation(node), x, kernel, stride or [], padding or 0, False, True)
-            held = node.graph.create_node("get_attr", name)
-            held.meta["source"] = node.meta.get("source", "")
-            whole = _call(node, "aten.mul.Tensor", counted, held)
+            whole = _call(node, operation(node), x, kernel, stride, given[2] or 0, False, True)
+            if not alike:
+                name = f"{node.name}_share"
+                while hasattr(graph.module, name):
+                    name += "_"
+                graph.module.register_parameter(name, torch.nn.Parameter(share, requires_grad=False))
+                held = node.graph.create_node("get_attr", name)
+                held.meta["source"] = node.meta.get("source", "")
+                whole = _call(node, "aten.mul.Tensor", whole, held)
         _replace(graph, node, whole)
     graph.module.recompile()
 
@@ -104,10 +106,11 @@ def _windows(
     ceil: Any,
     counted: Any,
     override: Any,
-) -> tuple[list[int], Tensor]:
-    """How far the last windows of an average reach beyond its padding, and window size / count, float32 (1, *after).
+) -> tuple[list[int], list[int], list[int], Tensor]:
+    """The window and the stride of an average, how far its last windows reach beyond its padding, and window / count.
 
-    before, after: (channels, *extents) of its input and its output.
+    before, after: (channels, *extents) of its input and its output; window / count: float32 (1, *after). A single
+    window ends with the padding: a network that pools all it has may name a window of any size.
     """
     axes = len(before) - 1
 
@@ -117,6 +120,9 @@ def _windows(
 
     size, around = spread(kernel), spread(padding or 0)
     step = spread(stride or kernel)
+    size = [
+        min(k, n + 2 * p) if out == 1 else k for n, out, k, p in zip(before[1:], after[1:], size, around, strict=True)
+    ]
     beyond = [
         max((out - 1) * s + k - n - 2 * p, 0)
         for n, out, k, s, p in zip(before[1:], after[1:], size, step, around, strict=True)
@@ -128,7 +134,8 @@ def _windows(
         low, high = (-around[axis], before[axis + 1] + around[axis]) if counted is not False else (0, before[axis + 1])
         count = (starts + size[axis]).clamp(max=high) - starts.clamp(min=low)
         share *= (size[axis] / count).reshape([-1 if at == axis else 1 for at in range(axes)])
-    return beyond, share[0] if override is None else torch.full_like(share[0], math.prod(size) / override)
+    share = share[0] if override is None else torch.full_like(share[0], math.prod(size) / override)
+    return size, step, beyond, share
 
 
 def _argument(node: fx.Node, index: int) -> Any:

@@ -13,7 +13,6 @@ import vision_architectures
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, MobileNetV1Config, MobileNetV2Config
 
-from effcli.errors import UnsupportedError
 from effcli.exporters.firmware import check, targets
 from effcli.exporters.firmware.generate import generate
 from effcli.graphs.graph import Graph
@@ -22,8 +21,6 @@ from effcli.importers import read
 from effcli.passes import int8
 
 ROOT = Path(__file__).resolve().parents[2]
-# Average pools whose last window reaches beyond the padding have no integer operation.
-REFUSED = {"efficientnet"}
 
 
 def integer_network(graph: Graph, count: int = 8) -> IntegerNetwork:
@@ -56,10 +53,6 @@ def same_everywhere(network: IntegerNetwork, folder: Path, *names: str) -> int:
 @pytest.mark.parametrize("name", vision_architectures.NAMES)
 def test_classifiers_of_transformers(name: str, tmp_path: Path) -> None:
     graph = read(vision_architectures.make(name, tmp_path / "source"))
-    if name in REFUSED:
-        with pytest.raises(UnsupportedError):
-            integer_network(graph)
-        return
     (tmp_path / "c").mkdir()
     same_everywhere(integer_network(graph), tmp_path / "c", "host", "cortex-m4")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -289,6 +290,24 @@ def test_averages_whose_last_windows_reach_beyond_the_padding(
     inputs = inputs_of(graph, 64)
     torch.testing.assert_close(prepared.run(inputs), graph.run(inputs), rtol=1e-5, atol=1e-5)
     assert decibels(graph, network_of(transformed(graph, inputs)), inputs_of(graph, 64, 2)) > 28
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("kernel", "padding"), [([320, 320], [0, 0]), ([9, 3], [1, 0]), ([320, 3], [150, 0])])
+def test_a_single_window_ends_with_what_it_pools(kernel: list[int], padding: list[int], counted: bool) -> None:
+    """As in EfficientNet, whose last pooling has windows as large as it has channels."""
+
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        return b.call("aten.avg_pool2d.default", x, kernel, kernel, padding, True, counted)
+
+    graph = built((3, 7, 10), build)
+    prepared = Graph(copy.deepcopy(graph.module), graph.facts)
+    count_padding(prepared)
+    inputs = inputs_of(graph, 64)
+    torch.testing.assert_close(prepared.run(inputs), graph.run(inputs), rtol=1e-5, atol=1e-5)
+    network = network_of(transformed(graph, inputs))
+    assert decibels(graph, network, inputs) > 28
+    assert max(math.prod(value.shape) for value in network.program.values.values()) <= 3 * 7 * 12
 
 
 def test_averages_over_windows_of_a_given_count() -> None:

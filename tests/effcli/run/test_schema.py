@@ -14,7 +14,7 @@ from effcli.errors import RecipeError
 from effcli.run import recipe
 from effcli.run.schema import recipe_schema
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
 # What a step needs to be valid.
 REQUIRED = {"auto": {"average_bits": 4}}
 
