@@ -11,7 +11,7 @@ import typer
 from effcli import exporters
 from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode
 from effcli.cli.printing import print_json, print_report, say, show
-from effcli.errors import UserError
+from effcli.errors import CheckpointError, UserError
 from effcli.exporters.firmware import targets
 from effcli.run import yaml_files as yamls
 
@@ -50,6 +50,8 @@ def export(
 
     step = recipe.check_export(to, _options(context.args))
     exporters.require(step.name)
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist", "give a folder that `effcli compress` wrote")
     if step.clash:
         say(step.clash)
     target = output if output is not None else source / "exports" / step.name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 from pathlib import Path
 
 from effcli.errors import CheckpointError, did_you_mean
@@ -33,7 +35,12 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
 def locate(model: str, revision: str | None = None) -> str | Path:
     """The directory or file of `model` as `resolve` finds it; `package.module:function` stays as it is."""
-    return model if is_factory(model) and not Path(model).exists() else resolve(model, revision)
+    if not is_factory(model) or Path(model).exists():
+        return resolve(model, revision)
+    package = model.partition(":")[0].partition(".")[0]
+    if difflib.get_close_matches(model, SAMPLES) and importlib.util.find_spec(package) is None:
+        raise CheckpointError(f"there is no {model}", did_you_mean(model, SAMPLES))
+    return model
 
 
 def at_hand(model: str, revision: str | None = None) -> Path | None:

@@ -4,9 +4,8 @@ A file has one JSON object per line: `{"query": ..., "choices": [...], "gold": i
 highest log-likelihood per character (lm-evaluation-harness' `acc_norm`); or `{"context": ..., "continuation": ...}`,
 answered when the continuation is what greedy decoding gives (LAMBADA's accuracy); or
 `{"contexts": [...], "continuation": ..., "gold": index}`, answered by the context behind which the one continuation is
-likeliest (WinoGrande, by partial evaluation). WinoGrande's own columns, `{"sentence": ..., "option1": ...,
-"option2": ..., "answer": "1"}`, are read so, too: each option takes the place of the blank `_`, and what stands behind
-it is the continuation. A parquet file has the same keys as columns.
+likeliest (WinoGrande, by partial evaluation). The columns of some published benchmarks are read as one of these: see
+`effcli.inputs.published`. A parquet file has the same keys as columns.
 
 Conventions are those of lm-evaluation-harness: a space joins query and choice; both are tokenized together and split
 where the query's own tokens end; a text that is too long loses its beginning.
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from effcli.errors import DataError
-from effcli.inputs import jsonl, tables
+from effcli.inputs import jsonl, published, tables
+from effcli.inputs.published import FORM
 from effcli.inputs.text import Reader
 
 _DELIMITER = " "
@@ -64,7 +64,7 @@ class Score:
 def read(file: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a jsonl or parquet file; `DataError` names the line of one that cannot serve."""
     questions: list[Question] = []
-    rows = tables.rows(file) if file.suffix.lower() == tables.SUFFIX else jsonl.objects(file, _FORM)
+    rows = tables.rows(file) if file.suffix.lower() == tables.SUFFIX else jsonl.objects(file, FORM)
     for where, data in rows:
         questions.append(_question(data, where))
         if len(questions) == limit:
@@ -74,67 +74,46 @@ def read(file: Path, limit: int | None = None) -> list[Question]:
     return questions
 
 
-_FORM = (
-    'write {"query": text, "choices": [text, ...], "gold": index}, {"context": text, "continuation": text}, '
-    '{"contexts": [text, ...], "continuation": text, "gold": index}, or give the columns of WinoGrande'
-)
-_WINOGRANDE = {"sentence", "option1", "option2", "answer"}
-
-
 def _question(data: dict[str, Any], where: str) -> Question:
+    data = published.as_question(data, where) or data
     if {"context", "continuation"} <= data.keys():
         query, choices, gold = data["context"], [data["continuation"]], None
     elif {"contexts", "continuation"} <= data.keys():
         return _partial(data, where)
-    elif data.keys() >= _WINOGRANDE:
-        return _partial(_filled(data, where), where)
     else:
         missing = [key for key in ("query", "choices", "gold") if key not in data]
         if missing:
-            raise DataError(f"{where}: no {' and no '.join(missing)}", _FORM)
+            told = f"no {' and no '.join(missing)}; it holds {jsonl.named(data)}"
+            raise DataError(f"{where}: {told}", f"{FORM}; a text of a jsonl stands under the key text")
         query, choices, gold = data["query"], data["choices"], data["gold"]
         if not isinstance(choices, list) or len(choices) < 2:
-            raise DataError(f"{where}: choices must be a list of at least two texts", _FORM)
+            raise DataError(f"{where}: choices must be a list of at least two texts", FORM)
         _check_gold(gold, len(choices), where)
     if not isinstance(query, str) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where}: query and choices must be texts", _FORM)
+        raise DataError(f"{where}: query and choices must be texts", FORM)
     if not all(choices):
-        raise DataError(f"{where}: a choice is empty", _FORM)
+        raise DataError(f"{where}: a choice is empty", FORM)
     return Question(query, tuple(choices), gold)
-
-
-def _filled(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """One row of WinoGrande as contexts and the continuation behind the blank, as lm-evaluation-harness has it."""
-    sentence, options, answer = data["sentence"], (data["option1"], data["option2"]), str(data["answer"])
-    if not all(isinstance(text, str) for text in (sentence, *options)):
-        raise DataError(f"{where}: sentence, option1 and option2 must be texts", _FORM)
-    if answer not in ("1", "2"):
-        raise DataError(f"{where}: answer must be 1 or 2, not {answer[:60]!r}", _FORM)
-    before, blank, behind = sentence.partition("_")
-    if not blank:
-        raise DataError(f"{where}: the sentence has no blank (_)", _FORM)
-    contexts = [before + option for option in options]
-    return {"contexts": contexts, "continuation": behind.strip(), "gold": int(answer) - 1}
 
 
 def _partial(data: dict[str, Any], where: str) -> Question:
     """A question whose contexts differ while the continuation is the same."""
     contexts, continuation = data["contexts"], data["continuation"]
     if not isinstance(contexts, list) or len(contexts) < 2:
-        raise DataError(f"{where}: contexts must be a list of at least two texts", _FORM)
+        raise DataError(f"{where}: contexts must be a list of at least two texts", FORM)
     if "gold" not in data:
-        raise DataError(f"{where}: no gold", _FORM)
+        raise DataError(f"{where}: no gold", FORM)
     _check_gold(data["gold"], len(contexts), where)
     if not isinstance(continuation, str) or not all(isinstance(context, str) for context in contexts):
-        raise DataError(f"{where}: contexts and continuation must be texts", _FORM)
+        raise DataError(f"{where}: contexts and continuation must be texts", FORM)
     if not continuation:
-        raise DataError(f"{where}: the continuation is empty", _FORM)
+        raise DataError(f"{where}: the continuation is empty", FORM)
     return Question("", (continuation,), data["gold"], tuple(contexts))
 
 
 def _check_gold(gold: Any, count: int, where: str) -> None:
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < count:
-        raise DataError(f"{where}: gold must be 0 to {count - 1}, not {repr(gold)[:60]}", _FORM)
+        raise DataError(f"{where}: gold must be 0 to {count - 1}, not {repr(gold)[:60]}", FORM)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ def document_ids(data: dict[str, Any], where: str, reader: Reader) -> list[int]:
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
+def named(data: dict[str, Any]) -> str:
+    """The first keys of an object, for a message."""
+    return ", ".join(repr(key)[:40] for key in list(data)[:6]) or "nothing"
+
+
 def _has_document(data: dict[str, Any]) -> bool:
     named = bool(data.keys() & {"text", "messages"}) or {"prompt", "completion"} <= data.keys()
     return named and not data.keys() & _QUESTION
@@ -90,8 +95,8 @@ def _document(data: dict[str, Any], where: str) -> str | list[Any]:
     if not _has_document(data):
         if data.keys() & _QUESTION:
             raise DataError(f"{where}: a question, not a text", "give questions with --eval or evaluate.choices")
-        keys = ", ".join(repr(key)[:40] for key in list(data)[:6]) or "nothing"
-        raise DataError(f"{where}: no text, no prompt and completion, and no messages; it holds {keys}", FORM)
+        told = f"no text, no prompt and completion, and no messages; it holds {named(data)}"
+        raise DataError(f"{where}: {told}", FORM)
     if "messages" in data:
         return _messages(data["messages"], where)
     if "text" in data:
@@ -122,7 +127,7 @@ def _templated(messages: list[Any], tools: Any, where: str, reader: Reader) -> s
     if not getattr(reader.tokenizer, "chat_template", None):
         raise DataError(
             f"{where}: messages need a chat template, and the tokenizer has none",
-            'copy the model\'s chat_template.jinja beside the tokenizer, or give {"text": ...}',
+            'give {"text": ...}, or put the model\'s chat_template.jinja beside its tokenizer',
         )
     try:
         options = {"tools": tools} if tools else {}

@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from effcli.errors import DataError, UserError, foreign
+from effcli.inputs import published
 
 SUFFIX = ".parquet"
 _AGAIN = "get the file again"
-
-
-# The columns that make up questions.
-_QUESTIONS = (
-    {"query", "choices", "gold"},
-    {"context", "continuation"},
-    {"contexts", "continuation", "gold"},
-    {"sentence", "option1", "option2", "answer"},
-)
 
 
 def holds_questions(file: Path) -> bool:
@@ -29,7 +21,7 @@ def holds_questions(file: Path) -> bool:
         names = set(_open(file).schema_arrow.names)
     except UserError:
         return False
-    return any(wanted <= names for wanted in _QUESTIONS)
+    return published.holds_questions(names)
 
 
 def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -180,7 +180,7 @@ class _Sweep:
             if taken and head is not None and self.windows is not None:
                 gram = self._head_statistics(sites[head])
             for key in self.skeleton.outer_parameters():
-                if taken and key == f"{head}.weight":
+                if key in self.weights.shared or (taken and key == f"{head}.weight"):
                     continue
                 part.keep(self.weights, key, self.choices)
             for name, tensor in part.tensors.items():

@@ -58,6 +58,8 @@ class Weights:
         # Packed layers of the files that the network does not have.
         self.foreign: dict[str, Stored] = {name: item for name, item in stored.items() if name not in known}
         self.head_note = self._settle_head() if skeleton.tied else ""
+        # Parameters that the files hold under the name of another, which they are tied to.
+        self.shared: dict[str, str] = self._shared()
 
     def _settle_head(self) -> str:
         """Tie the output head to the input embedding or not, as the files and the stock loader have it, and say so.
@@ -78,6 +80,30 @@ class Weights:
             return f"{head} is equal to the input embedding, which it is tied to: stored once, as {embedding}"
         self.skeleton.untie()
         return f"{head} differs from the input embedding although config.json ties them: kept as a head of its own"
+
+    def _shared(self) -> dict[str, str]:
+        """Have each parameter that is tied to another one, and not in the files, read from that one's tensor.
+
+        Returns parameter -> the one it is tied to. Raises `UnsupportedError` for layers that share their weights.
+        """
+        tied: dict[str, str] = getattr(self.skeleton.model, "all_tied_weights_keys", {})
+        shared = {}
+        for name, other in tied.items():
+            head = self.skeleton.tied and name == f"{self.skeleton.head}.weight"
+            if head or self.has(name) or not self.has(other):
+                continue
+            layer = next(iter(self.sites(name)), None)
+            if layer is not None or name.startswith(self.skeleton.block_path + "."):
+                raise UnsupportedError(
+                    f"{self.checkpoint.path}: {name} shares its weight with {other}, and effcli compresses each block "
+                    "by itself",
+                    "this version compresses networks whose blocks have weights of their own",
+                )
+            self._sources[name] = self._sources[other]
+            if other in self._converters:
+                self._converters[name] = self._converters[other]
+            shared[name] = other
+        return shared
 
     def _same(self, first: str, second: str) -> bool:
         """Whether two dense parameters are equal."""
@@ -173,6 +199,10 @@ class Weights:
         if kind is not None and not found:
             reason = f"in a quantized checkpoint stock transformers puts another class in the place of {kind}"
             return dict.fromkeys(stored, reason)
+        split = next(filter(_splits_weights, _conversions(self.skeleton.model)), None)
+        if split is not None and not found:
+            names = " and ".join(split.target_patterns)
+            return dict.fromkeys(stored, f"stock transformers splits a tensor into {names}, and a packed one it cannot")
         return found
 
     def has(self, name: str) -> bool:
@@ -242,7 +272,9 @@ class Weights:
         converter = copy.deepcopy(self._converters[name])
         for pattern, key in self._sources[name]:
             converter.add_tensor(name, key, pattern, lambda key=key: self.checkpoint.read(key))
-        result = converter.convert(name, model=self.skeleton.model, config=self.skeleton.config)
+        # Of several parameters that one tensor is split into, the first stands for all.
+        first = _made_of(name, converter.target_patterns)[0]
+        result = converter.convert(first, model=self.skeleton.model, config=self.skeleton.config)
         value = result[name]
         value = value[0] if isinstance(value, list) else value
         return value.contiguous()  # type: ignore[no-any-return]
@@ -306,11 +338,10 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
     and layer -> {suffix: file key} for packed layers.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    converters = _conversions(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
@@ -340,10 +371,35 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
                 f"{checkpoint.path} holds {key} beside the packed weight, which effcli does not read",
                 "start from the original checkpoint",
             )
+        names = [name]
         if pattern is not None:
-            chosen[name] = by_pattern[pattern]
-        sources.setdefault(name, []).append((pattern or key, key))
+            names = _made_of(name, by_pattern[pattern].target_patterns)
+            chosen |= dict.fromkeys(names, by_pattern[pattern])
+        for each in names:
+            sources.setdefault(each, []).append((pattern or key, key))
     return sources, chosen, packed
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    """How stock transformers makes parameters of `model` from several tensors, or several of one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+
+
+def _made_of(name: str, targets: list[str]) -> list[str]:
+    """Every parameter that the tensor of parameter `name` is split into; targets: the part of each one's name."""
+    for target in targets:
+        before, found, behind = name.partition(target)
+        if found:
+            return [f"{before}{other}{behind}" for other in targets]
+    return [name]
+
+
+def _splits_weights(converter: Any) -> bool:
+    """Whether stock transformers looks for packed tensors too that it would have to split; it refuses that."""
+    return len(converter.target_patterns) > 1 and any(name.endswith(".weight") for name in converter.source_patterns)
 
 
 def _is_packed(checkpoint: Checkpoint, layer: str) -> bool:

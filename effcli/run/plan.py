@@ -227,7 +227,7 @@ class _Sizes:
 
     def total(self) -> int:
         skeleton = self.weights.skeleton
-        names = skeleton.parameters()
+        names = [name for name in skeleton.parameters() if name not in self.weights.shared]
         if skeleton.tied and skeleton.head in self.taken:
             names.append(f"{skeleton.head}.weight")
         state = skeleton.model.state_dict()

@@ -110,6 +110,15 @@ class Evaluate(Options):
         """Whether anything is measured on text."""
         return self.perplexity is not False or self.choices is not None
 
+    @field_validator("choices")
+    @classmethod
+    def _once(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        files = [Path(file).expanduser().resolve() for file in value] if isinstance(value, tuple) else []
+        twice = [file for number, file in enumerate(files) if file in files[:number]]
+        if twice:
+            raise ValueError(f"names {twice[0]} twice, and its questions would count twice")
+        return value
+
     @field_validator("perplexity", "images", mode="before", json_schema_input_type=str | bool | None)
     @classmethod
     def _null_is_off(cls, value: Any) -> Any:

@@ -220,3 +220,14 @@ def test_unknown_architecture(model: Path, refuses: Callable[..., str]) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
     assert "lama" in refuses()
+
+
+def test_a_misspelt_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "sampel:lm", "--pass=linear", "-o", str(tmp_path / "out")]) == 1
+    assert "did you mean 'sample:lm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["c", "onnx", "safetensors", "pt2"])
+def test_an_export_of_nothing(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "nothing"), "--to", target]) == 1
+    assert f"{tmp_path / 'nothing'} does not exist" in capsys.readouterr().err

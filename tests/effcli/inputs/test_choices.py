@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from effcli.errors import DataError
 from effcli.files import locate as samples
-from effcli.inputs import choices, tables, text
+from effcli.inputs import choices, published, tables, text
 from effcli.inputs.choices import Question, Task
 from effcli.language import evaluate
 from effcli.run.recipe import Evaluate
@@ -229,6 +230,81 @@ def test_the_columns_of_winogrande_are_partial_contexts(tmp_path: Path) -> None:
     file = tmp_path / "winogrande.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in WINOGRANDE))
     assert choices.read(file) == READ
+
+
+LETTERS = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
+PUBLISHED = {
+    "arc": (
+        {"id": "x", "question": "Which colour?", "choices": LETTERS, "answerKey": "C"},
+        Question("Question: Which colour?\nAnswer:", ("red", "blue", "green"), 2),
+    ),
+    "arc with numbers": (
+        {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"},
+        Question("Question: Q?\nAnswer:", ("a", "b"), 1),
+    ),
+    "openbookqa": (
+        {"question_stem": "The sky is", "choices": LETTERS, "answerKey": "B"},
+        Question("The sky is", ("red", "blue", "green"), 1),
+    ),
+    "mmlu": (
+        {"question": " 1 + 1? ", "subject": "high_school_maths", "choices": ["0", "1", "2"], "answer": 2},
+        Question(
+            "The following are multiple choice questions (with answers) about high school maths.\n\n"
+            "1 + 1?\nA. 0\nB. 1\nC. 2\nAnswer:",
+            ("A", "B", "C"),
+            2,
+        ),
+    ),
+    "hellaswag": (
+        {
+            "activity_label": "Sawing",
+            "ctx_a": "A man saws.",
+            "ctx_b": "he",
+            "endings": ["stops. [title] Rest [step] now.", "sings."],
+            "label": "0",
+            "ctx": "A man saws. he",
+        },
+        Question("Sawing: A man saws. He", ("stops.. Rest now.", "sings."), 0),
+    ),
+    "piqa": (
+        {"goal": "Open it", "sol1": "Pull.", "sol2": "Push.", "label": 1},
+        Question("Question: Open it\nAnswer:", ("Pull.", "Push."), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_columns_of_published_benchmarks(name: str, tmp_path: Path) -> None:
+    row, question = PUBLISHED[name]
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps(row))
+    assert choices.read(file) == [question]
+    assert published.holds_questions(set(row))
+    answers = {"answerKey", "answer", "label"} & row.keys()
+    for key in answers:
+        for wrong in ("", "Z", -1, 77, None, True, [0]):
+            file.write_text(json.dumps({**row, key: wrong}))
+            with pytest.raises(DataError, match=f"line 1: {key} must be"):
+                choices.read(file)
+    for key in row.keys() - answers - {"id", "ctx"}:
+        for wrong in (3, [], {"text": []}, ["one"], {"text": ["a"], "label": ["A", "B"]}):
+            file.write_text(json.dumps({**row, key: wrong}))
+            with pytest.raises(DataError, match=r"line 1: .* must"):
+                choices.read(file)
+
+
+def test_a_line_that_is_neither_text_nor_question(tmp_path: Path) -> None:
+    file = tmp_path / "other.jsonl"
+    file.write_text(json.dumps({"content": "a text"}))
+    with pytest.raises(DataError, match="it holds 'content'") as raised:
+        choices.read(file)
+    assert "under the key text" in raised.value.remedy
+
+
+def test_a_file_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(ValidationError, match="would count twice"):
+        Evaluate(choices=(str(tmp_path / "a.jsonl"), str(tmp_path / "link.jsonl")))
 
 
 def test_questions_in_parquet(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from effcli import runtime
 from effcli.cli import main
@@ -114,3 +115,57 @@ def test_a_class_that_does_not_run_on_text_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match=r"NeedsAnImage of transformers .* does not run on text alone: .*pixel"):
         logits_of(NeedsAnImage(), torch.zeros(1, 1, dtype=torch.int64))
+
+
+COMMON: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+COMMON |= {"intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
+
+
+def save_causal(folder: Path, family: str, **options: Any) -> Path:
+    """A tiny causal model of a family of transformers, with random weights."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **COMMON, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("bert", {"is_decoder": True}),
+        ("roberta", {"is_decoder": True}),
+        ("sarvam_moe", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("hrm_text", {"head_dim": 8}),
+    ],
+)
+def test_parameters_that_have_no_tensor_of_their_own_are_found(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """A bias that is tied to another one, and queries, keys and values that stand in one tensor."""
+    source = save_causal(tmp_path / "model", family, **options)
+    weights, stock = open_weights(source), AutoModelForCausalLM.from_pretrained(source)
+    for name in weights.skeleton.parameters():
+        assert torch.equal(weights.parameter(name), stock.state_dict()[name]), name
+    swept = carry_out(source, tmp_path / "out", {"linear": {"bits": 8, "group_size": 8}})
+    assert sum(row.status == "compressed" for row in swept.ledger) >= 12
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        before, after = stock(ids).logits, logits_of(runtime.load(tmp_path / "out"), ids)
+    torch.testing.assert_close(after, before, rtol=0.02, atol=0.02)
+    left_out = set(weights.shared) & {
+        key for file in (tmp_path / "out").glob("*.safetensors") for key in load_file(file)
+    }
+    assert not left_out
+
+
+def test_blocks_that_share_their_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_causal(tmp_path / "model", "llama")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    first, second = (f"model.layers.{k}.mlp.up_proj.weight" for k in (0, 1))
+    del tensors[second]
+    save_file(tensors, file, {"format": "pt"})
+    monkeypatch.setattr(LlamaForCausalLM, "all_tied_weights_keys", {second: first}, raising=False)
+    monkeypatch.setattr(LlamaForCausalLM, "post_init", lambda self: None)
+    with pytest.raises(UnsupportedError, match="shares its weight with model"):
+        open_weights(source)
