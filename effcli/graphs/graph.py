@@ -192,6 +192,13 @@ class Graph:
         rescaled = dict.fromkeys((*self.facts.rescaled, name))
         self.facts = self.facts.model_copy(update={"rescaled": tuple(rescaled)})
 
+    def reshaped(self) -> None:
+        """Note that sizes have changed; `CheckpointError` where the graph no longer runs."""
+        try:
+            self._numbers = largest(self.module, self.facts.shape)
+        except ValueError as error:
+            raise CheckpointError(f"the network does not run: {error}", _DAMAGED) from error
+
     def weights(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters())
