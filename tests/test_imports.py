@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,27 @@ def test_imports_go_one_way(path: Path) -> None:
         if folder == "kernels" and below(name, "effcli"):
             allowed = ("effcli.kernels", "effcli.formats", "effcli.errors")
             assert name == "effcli" or any(below(name, module) for module in allowed), f"{here} imports {name}"
+
+
+def imported_modules(path: Path, known: Container[str]) -> Iterator[str]:
+    """The modules that `path` imports: of `from effcli.graphs import plan` the module plan, not its package."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in known else str(node.module)
+
+
+def test_no_module_imports_itself_on_a_detour() -> None:
+    """Imports inside functions and for types alone count as well."""
+    modules = {module_name(path): path for path in SOURCES}
+    order = {name: set(imported_modules(path, modules)) & modules.keys() - {name} for name, path in modules.items()}
+    try:
+        TopologicalSorter(order).prepare()
+    except CycleError as error:
+        pytest.fail(f"these modules import each other: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize(

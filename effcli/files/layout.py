@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import check_config, read_config
 from effcli.files.documents import check_model
-from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Strategy, format_from_json
+from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Scheme, Strategy, format_from_json
 from effcli.formats.base import Bits, ByFormat, GroupSize
 from effcli.layers.layer import Kind
 
@@ -199,7 +199,7 @@ def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
     return _unusual(kinds, "stock transformers reads mixed bits only where all layers are symmetric")
 
 
-def _standard(layers: Mapping[str, Stored]) -> dict[str, Affine]:
+def _standard(layers: Mapping[str, Stored]) -> dict[str, Scheme]:
     """The scheme of every layer that compressed-tensors has one for."""
     schemes = {name: stored.format.standard for name, stored in layers.items()}
     return {name: scheme for name, scheme in schemes.items() if scheme is not None}
@@ -323,7 +323,7 @@ def standard_config(
     """
     if not layers:
         return dict(config)
-    by_format: dict[Affine, list[str]] = {}
+    by_format: dict[Scheme, list[str]] = {}
     for name, scheme in sorted(_standard(layers).items()):
         by_format.setdefault(scheme, []).append(name)
     groups = {}

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from effcli.formats.affine import Activations, Affine, AffineWeight, quantize_codes
-from effcli.formats.base import Described, Entries, Integers, Packing, Quantized, Strategy
+from effcli.formats.affine import Affine, AffineWeight, quantize_codes
+from effcli.formats.base import Activations, Described, Entries, Integers, Packing, Quantized, Scheme, Strategy
 from effcli.formats.bits import pack_bits, unpack_bits
 from effcli.formats.codebook import Codebook, CodebookWeight, DoubleQuantized, Kind
 from effcli.formats.dense import Dense, DenseWeight
@@ -68,6 +68,7 @@ __all__ = [
     "Packing",
     "Pattern",
     "Quantized",
+    "Scheme",
     "Sparse",
     "SparseWeight",
     "Strategy",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effcli.formats.base import (
     FLOATING,
+    Activations,
     Bits,
     Described,
     GroupSize,
@@ -31,7 +32,6 @@ from effcli.formats.bits import pack_bits, unpack_bits
 
 # How a layer's inputs become int8 at run time: not at all, with a scale per token taken as they come, or with one scale
 # and zero point for all, fixed beforehand.
-Activations = Literal["none", "token", "tensor"]
 
 
 class _Described(Described):

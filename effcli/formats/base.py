@@ -9,17 +9,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model, model_validator
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from effcli.formats.affine import Affine
-
 Strategy = Literal["tensor", "channel", "group"]
+Activations = Literal["none", "token", "tensor"]
 Tensors = Mapping[str, Tensor]
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -67,6 +65,28 @@ class ByFormat:
         return core_schema.tagged_union_schema(choices, discriminator="format")
 
 
+class Scheme(Protocol):
+    """What compressed-tensors says of a layer's weights; see `Affine` for what each of these means."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def strategy(self) -> Strategy: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def symmetric(self) -> bool: ...
+
+    @property
+    def activations(self) -> Activations: ...
+
+    @property
+    def rounds_inputs(self) -> bool: ...
+
+
 class Packing(abc.ABC):
     """How the weights of a quantized matrix are stored. Formats are frozen values."""
 
@@ -104,7 +124,7 @@ class Packing(abc.ABC):
         """The weight of which `check` has passed the tensors. `ValueError` when they do not fit each other."""
 
     @property
-    def standard(self) -> Affine | None:
+    def standard(self) -> Scheme | None:
         """The scheme under which compressed-tensors stores it, None where it has no place for it."""
         return None
 

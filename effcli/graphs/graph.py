@@ -389,6 +389,22 @@ def class_count(graph: Graph) -> int | None:
     return shape[0] if len(shape) == 1 and shape != graph.facts.shape else None
 
 
+def class_names(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """The list `classes` of a config, or its `id2label` unless that only counts; None without either."""
+    classes = config.get("classes")
+    if isinstance(classes, list) and classes:
+        return tuple(str(name) for name in classes)
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or not labels:
+        return None
+    if not all(re.fullmatch(r"[0-9]{1,9}", str(key)) for key in labels):
+        raise CheckpointError(
+            "config.json is damaged: a key of id2label is no number", "restore it, or remove id2label"
+        )
+    names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+    return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
+
+
 def is_graph(folder: Path) -> bool:
     """Whether `folder` is a checkpoint that `Graph.save` wrote."""
     return holds(folder, FILE_NAME, "graph")
@@ -596,4 +612,16 @@ def macs(graph: Graph) -> dict[str, int]:
     return found
 
 
-__all__ = ["MODULES", "Builder", "Facts", "Graph", "calls", "function", "is_graph", "macs", "operation", "where"]
+__all__ = [
+    "MODULES",
+    "Builder",
+    "Facts",
+    "Graph",
+    "calls",
+    "class_names",
+    "function",
+    "is_graph",
+    "macs",
+    "operation",
+    "where",
+]

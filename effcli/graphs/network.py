@@ -23,13 +23,14 @@ from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.classify import Scores
 from effcli.inputs.images import Inputs, open_inputs
+from effcli.inputs.options import Evaluate
 from effcli.inputs.preprocess import Preprocess
 from effcli.layers.result import Progress, Swept
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Quality, Stage
 from effcli.run.network import Measured
 from effcli.run.plan import Plan
-from effcli.run.recipe import Evaluate, PassStep, Recipe
+from effcli.run.recipe import PassStep, Recipe
 
 # Files beside a model that are its own data.
 CALIBRATION = "calibration.npz"

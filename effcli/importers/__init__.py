@@ -136,6 +136,7 @@ def _read_suffix(path: Path) -> Graph:
 
 def _with_facts(graph: Graph, folder: Path, preprocess: Preprocess | None) -> Graph:
     """The graph with what the files beside it say of pixels, unless that is given, and of classes."""
+    from effcli.graphs.graph import class_names
     from effcli.inputs.preprocess import Preprocess
 
     found: dict[str, Any] = {
@@ -145,22 +146,6 @@ def _with_facts(graph: Graph, folder: Path, preprocess: Preprocess | None) -> Gr
     known = {key: value for key, value in found.items() if value is not None}
     graph.facts = graph.facts.model_copy(update=known)
     return graph
-
-
-def class_names(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """The list `classes` of a config, or its `id2label` unless that only counts; None without either."""
-    classes = config.get("classes")
-    if isinstance(classes, list) and classes:
-        return tuple(str(name) for name in classes)
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or not labels:
-        return None
-    if not all(re.fullmatch(r"[0-9]{1,9}", str(key)) for key in labels):
-        raise CheckpointError(
-            "config.json is damaged: a key of id2label is no number", "restore it, or remove id2label"
-        )
-    names = tuple(str(labels[key]) for key in sorted(labels, key=int))
-    return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -196,4 +181,4 @@ def _is_classifier(config: dict[str, Any]) -> bool:
     return model_type in tasks and model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-__all__ = ["class_names", "is_factory", "read", "recognises"]
+__all__ = ["is_factory", "read", "recognises"]

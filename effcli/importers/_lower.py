@@ -8,91 +8,45 @@ computed once.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import Builder, Facts, Graph, function, where
-from effcli.graphs.trial import MOST_NUMBERS, Sizes
 from effcli.importers import _layers
 from effcli.importers._aten import arguments, family, operation, passed
-from effcli.importers._rules import RULES, Constant
-from effcli.importers._trace import Trace, first_line
+from effcli.importers._trace import Shape, Trace, record
 
 _RANDOM = {"bernoulli", "normal", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"}
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
-def lower(trace: Trace, origin: str) -> Graph:
-    """The graph of a trace; `UnsupportedError` names the node that a graph cannot hold."""
-    return Lowering(trace).graph(origin)
+Values = dict[str, Any]
+Rule = Callable[["Lowering", fx.Node, Values], Any]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What is known of a tensor without its values."""
+class Constant:
+    """A tensor that depends on no input, and the name of the weight that it comes from."""
 
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def record(trace: Trace, batch: int) -> dict[fx.Node, Any]:
-    """What every node gives for a batch of that size: a `Shape`, a list of them, or a number."""
-    found: dict[fx.Node, Any] = {}
-
-    class Recorder(Sizes):
-        def run_node(self, n: fx.Node) -> Any:
-            try:
-                value = super().run_node(n)
-            except Exception as error:  # whatever an operator says about shapes that it cannot take
-                raise UnsupportedError(
-                    f"{where(n)} does not take a batch of {batch}: {first_line(error)}",
-                    "take the size of the batch from the input, as `x.flatten(1)` does, and export with it dynamic",
-                ) from error
-            found[n] = _shape(value)
-            for made in found[n] if isinstance(found[n], list) else [found[n]]:
-                if isinstance(made, Shape) and n.op != "placeholder" and math.prod(made.sizes) > batch * MOST_NUMBERS:
-                    raise UnsupportedError(
-                        f"{where(n)} makes {math.prod(made.sizes):,} numbers of {batch} inputs",
-                        "export a smaller network",
-                    )
-            return value
-
-    with FakeTensorMode() as mode, torch.no_grad():
-        values = [
-            mode.from_tensor(trace.weights[node.name][1])
-            if node.name in trace.weights
-            else torch.empty(batch, *trace.shape)
-            for node in trace.graph.nodes
-            if node.op == "placeholder"
-        ]
-        recorder = Recorder(nn.Module(), graph=trace.graph)
-        # It would add the graph to every error.
-        recorder.extra_traceback = False
-        recorder.run(*values)
-    return found
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return Shape(tuple(value.shape), value.dtype)
-    return [_shape(item) for item in value] if isinstance(value, list | tuple) else value
+    name: str
+    value: Tensor
 
 
 class Lowering:
     """Goes through a trace once, in order. `made` holds what each of its nodes became.
 
-    That is a node of the graph, a `Constant`, a list of them, or a number. two, three: what `record` says.
+    That is a node of the graph, a `Constant`, a list of them, or a number. two, three: what `record` says. rules: what
+    becomes of an operator, by its name; one without a rule stays as it is.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, rules: Mapping[str, Rule]) -> None:
+        self.rules = rules
         self.trace = _single(trace)
         self.remarks = in_float32(value.dtype for _, value in trace.weights.values())
         if trace.batch is not None:
@@ -154,7 +108,7 @@ class Lowering:
             raise UnsupportedError(f"{where(node)} gives other values each time", "export it again after `.eval()`")
         if name != "getitem" and not any(isinstance(leaf, fx.Node) for leaf in found):
             return self.computed(node, name, overload, values, found)
-        rule = RULES.get(name)
+        rule = self.rules.get(name)
         return rule(self, node, values) if rule else self.plain(node, name, overload, values)
 
     def computed(self, node: fx.Node, name: str, overload: str, values: dict[str, Any], found: list[Any]) -> Any:

@@ -7,30 +7,17 @@ returns what the node becomes: a node of the graph, a constant, or a list of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from effcli.errors import UnsupportedError
-from effcli.graphs.graph import where
+from effcli.graphs.graph import Graph, where
 from effcli.importers import _layers
 from effcli.importers._aten import operation
-
-if TYPE_CHECKING:
-    from effcli.importers._lower import Lowering
-
-Values = dict[str, Any]
-Rule = Callable[["Lowering", fx.Node, Values], Any]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A tensor that depends on no input, and the name of the weight that it comes from."""
-
-    name: str
-    value: Tensor
+from effcli.importers._lower import Constant, Lowering, Rule, Values
+from effcli.importers._trace import Trace
 
 
 def _first(values: Values) -> Any:
@@ -408,3 +395,8 @@ RULES: dict[str, Rule] = {
     "group_norm": _group_norm,
     "embedding": _embedded,
 }
+
+
+def lower(trace: Trace, origin: str) -> Graph:
+    """The graph of a trace; `UnsupportedError` names the node that a graph cannot hold."""
+    return Lowering(trace, RULES).graph(origin)

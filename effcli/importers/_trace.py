@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import re
 import traceback
 import warnings
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from effcli import errors
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import where
+from effcli.graphs.trial import MOST_NUMBERS, Sizes
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _TORCH = re.compile(r"-packages[/\\]torch[/\\]")
@@ -180,10 +183,59 @@ def _quietly() -> Iterator[None]:
         logging.disable(level)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a tensor without its values."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def record(trace: Trace, batch: int) -> dict[fx.Node, Any]:
+    """What every node gives for a batch of that size: a `Shape`, a list of them, or a number."""
+    found: dict[fx.Node, Any] = {}
+
+    class Recorder(Sizes):
+        def run_node(self, n: fx.Node) -> Any:
+            try:
+                value = super().run_node(n)
+            except Exception as error:  # whatever an operator says about shapes that it cannot take
+                raise UnsupportedError(
+                    f"{where(n)} does not take a batch of {batch}: {first_line(error)}",
+                    "take the size of the batch from the input, as `x.flatten(1)` does, and export with it dynamic",
+                ) from error
+            found[n] = _shape(value)
+            for made in found[n] if isinstance(found[n], list) else [found[n]]:
+                if isinstance(made, Shape) and n.op != "placeholder" and math.prod(made.sizes) > batch * MOST_NUMBERS:
+                    raise UnsupportedError(
+                        f"{where(n)} makes {math.prod(made.sizes):,} numbers of {batch} inputs",
+                        "export a smaller network",
+                    )
+            return value
+
+    with FakeTensorMode() as mode, torch.no_grad():
+        values = [
+            mode.from_tensor(trace.weights[node.name][1])
+            if node.name in trace.weights
+            else torch.empty(batch, *trace.shape)
+            for node in trace.graph.nodes
+            if node.op == "placeholder"
+        ]
+        recorder = Recorder(nn.Module(), graph=trace.graph)
+        # It would add the graph to every error.
+        recorder.extra_traceback = False
+        recorder.run(*values)
+    return found
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Shape(tuple(value.shape), value.dtype)
+    return [_shape(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _fixed_batch(module: nn.Module, example: Tensor) -> UnsupportedError:
     """Why a network runs with batches of one size only: the node that fails with another size, where one does."""
-    from effcli.importers._lower import record
-
     trace = from_program(_export(module, example, None))
     try:
         record(trace, len(example) + 1)

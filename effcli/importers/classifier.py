@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import DTYPES, Checkpoint
-from effcli.graphs.graph import Graph
-from effcli.importers import class_names
-from effcli.importers._lower import in_float32, lower
+from effcli.graphs.graph import Graph, class_names
+from effcli.importers._lower import in_float32
+from effcli.importers._rules import lower
 from effcli.importers._trace import first_line, trace_module
 from effcli.inputs.preprocess import Preprocess
 from effcli.platform.huggingface import load_network_config, quiet_transformers, restoring_verbosity

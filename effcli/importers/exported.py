@@ -6,7 +6,7 @@ from pathlib import Path
 
 from effcli.graphs.graph import Graph
 from effcli.importers._archive import read_archive
-from effcli.importers._lower import lower
+from effcli.importers._rules import lower
 
 FILE_NAME = "model.pt2"
 

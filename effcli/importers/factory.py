@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import read_entry, read_header
 from effcli.graphs.graph import Graph
-from effcli.importers._lower import lower
+from effcli.importers._rules import lower
 from effcli.importers._trace import blame, first_line, trace_module
 
 _RETURNS = "it must return a torch.nn.Module, or a module and an example input"

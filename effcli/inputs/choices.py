@@ -25,7 +25,7 @@ from torch import Tensor
 from effcli.errors import DataError
 from effcli.inputs import jsonl, published, tables
 from effcli.inputs.published import FORM
-from effcli.inputs.text import Reader
+from effcli.inputs.tokens import Reader
 
 _DELIMITER = " "
 # Lengths are rounded up to multiples of this, so that few shapes of batches occur.

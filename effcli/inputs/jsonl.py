@@ -14,7 +14,7 @@ from effcli.errors import DataError, at_fault, first_line
 from effcli.files.documents import parse_json
 
 if TYPE_CHECKING:
-    from effcli.inputs.text import Reader
+    from effcli.inputs.tokens import Reader
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 FORM = 'write {"text": text}, {"prompt": text, "completion": text} or {"messages": [{"role": ..., "content": ...}]}'

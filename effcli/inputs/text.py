@@ -11,20 +11,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from effcli.errors import CheckpointError, DataError, at_fault, first_line, foreign
+from effcli.errors import DataError, at_fault
 from effcli.files import locate as samples
-from effcli.files.checkpoint import read_config
-from effcli.files.layout import network_config
 from effcli.inputs import jsonl
-from effcli.platform.huggingface import check_causal, load_network_config, quiet_transformers
-
-if TYPE_CHECKING:
-    from effcli.run.recipe import Calibration, Evaluate, Recipe
+from effcli.inputs.options import Calibration, Evaluate
+from effcli.inputs.tokens import Reader
 
 # Characters to read for each token wanted, at first: English text has about four per token of a large vocabulary.
 _CHARACTERS_PER_TOKEN = 8
@@ -33,15 +28,6 @@ _CHARACTERS_AT_LEAST = 1 << 16
 _CUT_MARGIN = 64
 # Bytes from which on a file is not tokenized whole to find its end; calibration takes far less from its start.
 _LARGE_FILE = 32 << 20
-_TOKENIZER = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -50,81 +36,6 @@ class Windows:
 
     batches: list[Tensor]
     inputs: str = "original"
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What turns text into the token ids of one network.
-
-    vocabulary: number of token ids the network knows; longest: the longest sequence it takes, None when it names none.
-    """
-
-    tokenizer: Any
-    vocabulary: int
-    longest: int | None
-
-    @staticmethod
-    def open(path: Path, trust_remote_code: bool = False) -> Reader:
-        """The tokenizer in the checkpoint directory `path`; `DataError` when there is none that can be used."""
-        from transformers import AutoTokenizer
-
-        quiet_transformers()
-        own = network_config(read_config(path))
-        check_causal(path, own)
-        config = load_network_config(path, own, trust_remote_code)
-        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-            raise DataError(f"{path} holds no tokenizer, so no text can be read for it", _TOKENIZER)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, config=config, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except Exception as error:
-            # Each tokenizer class fails in its own way; the first line says which file or package it misses.
-            raise DataError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}", _TOKENIZER) from error
-        return Reader(tokenizer, vocabulary(config), longest_sequence(config))
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of `text`, special tokens as the tokenizer adds them by default unless `special` is False."""
-        name = getattr(self.tokenizer, "name_or_path", "")
-        with foreign(lambda cause: DataError(f"the tokenizer in {name} reads no text: {cause}", _TOKENIZER)):
-            # verbose: the text is longer than the model's context on purpose.
-            return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
-
-    def check_length(self, length: int, key: str) -> None:
-        """Raise `DataError` when windows of `length` tokens, asked for under `key`, do not fit the network."""
-        if self.longest is not None and length > self.longest:
-            raise DataError(
-                f"{key}: windows of {length} tokens are longer than the {self.longest} that the model takes",
-                f"at most {self.longest}: --set {key}={self.longest}, or --length of `effcli eval`",
-            )
-
-    def check_ids(self, ids: list[int]) -> None:
-        """Raise `DataError` when the tokenizer gives ids that the network does not know."""
-        if ids and max(ids) >= self.vocabulary:
-            raise DataError(
-                f"the tokenizer gives token {max(ids)}, the network knows only {self.vocabulary}",
-                "the tokenizer belongs to another model; copy the files of the right one",
-            )
-
-
-def vocabulary(config: Any) -> int:
-    """How many token ids a network with this transformers config knows; `CheckpointError` when it is no number."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    if type(size) is not int or size < 1:
-        raise CheckpointError(
-            f"config.json is damaged: vocab_size is {size!r}", "restore it from the original checkpoint"
-        )
-    return size
-
-
-def longest_sequence(config: Any) -> int | None:
-    """The longest sequence, in tokens, that a network with this transformers config takes; None when it has no say."""
-    text_config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
-        value = getattr(text_config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def window_length(options: Calibration | Evaluate, longest: int | None) -> int:
@@ -173,10 +84,10 @@ def last_windows(source: Path, reader: Reader, count: int, length: int, begin: i
     return _cut(ids[len(ids) - fitting * length :], count, length, f"the end of {source}", key, reader)
 
 
-def calibration_windows(recipe: Recipe, path: Path) -> tuple[Windows, list[str]]:
-    """The calibration windows of a recipe for the checkpoint `path`, and remarks."""
-    reader = Reader.open(path, recipe.trust_remote_code)
-    options, length = recipe.calibration, window_length(recipe.calibration, reader.longest)
+def calibration_windows(options: Calibration, path: Path, trust_remote_code: bool = False) -> tuple[Windows, list[str]]:
+    """The calibration windows for the checkpoint `path` that `options` ask for, and remarks."""
+    reader = Reader.open(path, trust_remote_code)
+    length = window_length(options, reader.longest)
     source = Path(options.data).expanduser() if options.data is not None else samples.CALIBRATION_TEXT
     cut = windows(source, reader, options.samples, length, "calibration.length")
     remarks = list(cut.remarks)

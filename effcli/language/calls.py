@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
-
-from effcli.errors import UnsupportedError
-from effcli.language.experts import zeros_like
-from effcli.language.weights import empty, place
-
-if TYPE_CHECKING:
-    from effcli.language.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -131,26 +123,3 @@ def _equal(first: Any, second: Any) -> bool:
         return False
     # Of what is neither a tensor nor a plain value there is one to each forward pass.
     return first == second if isinstance(first, bool | int | float | str | None) else True
-
-
-def unsupported(skeleton: Skeleton, what: str) -> UnsupportedError:
-    """The error for blocks which cannot be run one after another."""
-    return UnsupportedError(
-        f"the blocks of {type(skeleton.model).__name__} ({skeleton.block_path}) {what}",
-        "it cannot be run block by block: passes without calibration take it, with --no-eval",
-    )
-
-
-@contextmanager
-def zeros_for_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Give the parameters of `module` that are not in memory zeros, which take up none until they are written.
-
-    dtype: that of floating parameters.
-    """
-    names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-    for name in names:
-        place(module, name, zeros_like(module.get_parameter(name), dtype))
-    try:
-        yield
-    finally:
-        empty(module, "", names)

@@ -22,6 +22,7 @@ from effcli.errors import DataError, NumericsError
 from effcli.files import locate as samples
 from effcli.inputs import choices as multiple_choice
 from effcli.inputs import text
+from effcli.inputs.tokens import Reader
 from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream
@@ -29,7 +30,7 @@ from effcli.language.weights import Weights, open_weights
 from effcli.reports.report import Quality, TaskRow
 
 if TYPE_CHECKING:
-    from effcli.run.recipe import Calibration, Evaluate
+    from effcli.inputs.options import Calibration, Evaluate
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Yardstick:
         self._reference: tuple[Weights, Spool] | None = None
         remarks: list[str] = []
         if options.quality:
-            reader = text.Reader.open(original, trust_remote_code)
+            reader = Reader.open(original, trust_remote_code)
             if options.perplexity is not False:
                 cut = text.evaluation_windows(options, reader, original, calibration)
                 self._windows = cut.batches(max(1, TOKENS_PER_BATCH // cut.windows.shape[1]))

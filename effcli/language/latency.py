@@ -16,6 +16,7 @@ from effcli import runtime
 from effcli.errors import DataError
 from effcli.files import locate as samples
 from effcli.inputs import text
+from effcli.inputs.tokens import Reader, longest_sequence
 from effcli.kernels.quantized_matmul import route_name
 from effcli.language.caching import cache_name
 from effcli.language.modules import QuantizedLinear
@@ -49,7 +50,7 @@ def measure(
     target = pick_device(device)
     with cpu_threads(threads) as used:
         network: Any = runtime.load(model, device=target, trust_remote_code=trust_remote_code)
-        prefill, decode = lengths(prefill, decode, text.longest_sequence(network.config))
+        prefill, decode = lengths(prefill, decode, longest_sequence(network.config))
         ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
         read, written = _time(network, ids, decode, target)
     return Speed(
@@ -75,14 +76,14 @@ def lengths(prefill: int | None, decode: int | None, longest: int | None) -> tup
 
 def prompt(path: Path, config: Any, prefill: int, decode: int, trust_remote_code: bool = False) -> Tensor:
     """Token ids int64 (1, prefill): English text, or random ids for a checkpoint without a tokenizer."""
-    longest = text.longest_sequence(config)
+    longest = longest_sequence(config)
     if longest is not None and prefill + decode > longest:
         raise DataError(
             f"a prompt of {prefill} tokens and {decode} more do not fit the {longest} that the model takes",
             "ask for fewer: evaluate.prefill, evaluate.decode in a recipe, --prefill, --decode of `effcli bench`",
         )
     try:
-        reader = text.Reader.open(path, trust_remote_code)
+        reader = Reader.open(path, trust_remote_code)
         return text.windows(samples.EVALUATION_TEXT, reader, 1, prefill).windows
     except DataError:
         # Speed does not depend on what the prompt says, save for the experts it is routed to.

@@ -12,6 +12,7 @@ from effcli.files.exporter import Exporter
 from effcli.files.layout import is_own, network_config
 from effcli.inputs import text
 from effcli.inputs.text import Windows
+from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, verify
 from effcli.language.evaluate import Yardstick
 from effcli.language.sweep import sweep
@@ -57,7 +58,7 @@ class LanguageModel:
 
     def _longest(self) -> int | None:
         own = network_config(read_config(self.source))
-        return text.longest_sequence(load_network_config(self.source, own, self.recipe.trust_remote_code))
+        return longest_sequence(load_network_config(self.source, own, self.recipe.trust_remote_code))
 
     def _timed(self, longest: int | None) -> tuple[int, int]:
         """Tokens of the prompt and tokens decoded whose time is taken."""
@@ -72,7 +73,9 @@ class LanguageModel:
     def calibrate(self) -> tuple[str, ...]:
         if not any(step.needs for step in self.recipe.passes):
             return ()
-        self._windows, remarks = text.calibration_windows(self.recipe, self.source)
+        self._windows, remarks = text.calibration_windows(
+            self.recipe.calibration, self.source, self.recipe.trust_remote_code
+        )
         return tuple(remarks)
 
     def open(self, work: Path) -> None:

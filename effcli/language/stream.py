@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from effcli.errors import CheckpointError, EffcliError, foreign
-from effcli.inputs import text
-from effcli.language.calls import Call, Manner, Returned, alike, kind_of, split, unsupported, zeros_for_weights
+from effcli.errors import CheckpointError, EffcliError, UnsupportedError, foreign
+from effcli.inputs.tokens import vocabulary_size
+from effcli.language.calls import Call, Manner, Returned, alike, kind_of, split
 from effcli.language.experts import PRODUCTS, operands
 from effcli.language.skeleton import Skeleton
-from effcli.language.weights import Weights, empty
+from effcli.language.weights import Weights, empty, zeros_for_weights
 from effcli.layers.layer import LayerSite
 from effcli.platform.huggingface import logits_of
 
@@ -118,11 +118,11 @@ class Stream:
         """How the network calls its blocks, found once with the first few of `ids`."""
         if self.skeleton.manner is None:
             few = ids[:1, :_FEW]
-            vocabulary = text.vocabulary(self.skeleton.config)
+            vocabulary = vocabulary_size(self.skeleton.config)
             returned: dict[int, Returned] = {}
             calls = self._trace(few, 0, returned)
             if not alike(calls, self._trace(few, 1, returned)):
-                raise unsupported(self.skeleton, "hand more on to one another than hidden states")
+                raise _unsupported(self.skeleton, "hand more on to one another than hidden states")
             by_ids = not alike(calls, self._trace((few + 1) % vocabulary, 0, returned))
             self.skeleton.manner = Manner(returned, by_ids)
         return self.skeleton.manner
@@ -142,12 +142,12 @@ class Stream:
         def ask(k: int, *args: Any, **kwargs: Any) -> Any:
             hidden, call = split(args, kwargs)
             if any(calls[k:]):
-                raise unsupported(self.skeleton, "do not run once each in their order")
+                raise _unsupported(self.skeleton, "do not run once each in their order")
             if hidden.shape[:2] != ids.shape:
                 shape = tuple(hidden.shape)
-                raise unsupported(self.skeleton, f"take {shape} for {ids.shape[1]} tokens, not (batch, length, ...)")
+                raise _unsupported(self.skeleton, f"take {shape} for {ids.shape[1]} tokens, not (batch, length, ...)")
             if outputs and not (outputs[-1].shape == hidden.shape and torch.equal(outputs[-1], hidden)):
-                raise unsupported(self.skeleton, "do not take their hidden states from one another as they are")
+                raise _unsupported(self.skeleton, "do not take their hidden states from one another as they are")
             calls[k] = call
             if last is None:
                 kind = kind_of(blocks[k])
@@ -201,7 +201,7 @@ class Stream:
         stand_in = block.__dict__.pop("forward")
         try:
             with (
-                foreign(lambda cause: unsupported(self.skeleton, f"cannot be run one by one: {cause}")),
+                foreign(lambda cause: _unsupported(self.skeleton, f"cannot be run one by one: {cause}")),
                 zeros_for_weights(block, self.skeleton.dtype),
             ):
                 out = block(hidden, *call.args, **call.kwargs)
@@ -209,7 +209,7 @@ class Stream:
             block.forward = stand_in
         found = Returned.of(out, hidden)
         if found is None:
-            raise unsupported(
+            raise _unsupported(
                 self.skeleton, f"return no hidden states of the shape that they take ({type(out).__name__})"
             )
         return found
@@ -268,3 +268,11 @@ class WatchLayers(TorchFunctionMode):
                 if name is not None:
                     self._on_call(name, inputs, out)
         return out
+
+
+def _unsupported(skeleton: Skeleton, what: str) -> UnsupportedError:
+    """The error for blocks which cannot be run one after another."""
+    return UnsupportedError(
+        f"the blocks of {type(skeleton.model).__name__} ({skeleton.block_path}) {what}",
+        "it cannot be run block by block: passes without calibration take it, with --no-eval",
+    )

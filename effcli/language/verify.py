@@ -24,7 +24,7 @@ from effcli.errors import EffcliError, UserError, first_line
 from effcli.files import locate as samples
 from effcli.files.checkpoint import Checkpoint, read_config
 from effcli.files.layout import is_own, network_config, rounds_inputs
-from effcli.inputs import text
+from effcli.inputs.tokens import longest_sequence, vocabulary_size
 from effcli.language.against import Against, Moved, compare
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
@@ -263,9 +263,9 @@ def _packed(path: Path, ids: Tensor, reference: _Logits, tolerance: float, trust
 
 def tokens(config: Any) -> Tensor:
     """A fixed batch of random token ids int64 (rows, length) for a network with this config."""
-    length = min(_LENGTH, text.longest_sequence(config) or _LENGTH)
+    length = min(_LENGTH, longest_sequence(config) or _LENGTH)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(text.vocabulary(config), (_ROWS, length), generator=generator)
+    return torch.randint(vocabulary_size(config), (_ROWS, length), generator=generator)
 
 
 def load_stock(path: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:

@@ -19,6 +19,7 @@ from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import DTYPES, Checkpoint, Entry
 from effcli.files.layout import Stored, is_own, network_config, obstacles_of, own_part, stored_layers, untied
 from effcli.formats import SUFFIXES, Quantized, unpack
+from effcli.language.experts import zeros_like
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.layers.input_rounding import round_inputs
 from effcli.layers.layer import LayerSite
@@ -323,6 +324,21 @@ def empty(module: nn.Module, prefix: str, names: list[str]) -> None:
         parameter = owner._parameters.get(own)
         if parameter is not None:
             owner._parameters[own] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+@contextmanager
+def zeros_for_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Give the parameters of `module` that are not in memory zeros, which take up none until they are written.
+
+    dtype: that of floating parameters.
+    """
+    names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    for name in names:
+        place(module, name, zeros_like(module.get_parameter(name), dtype))
+    try:
+        yield
+    finally:
+        empty(module, "", names)
 
 
 Sources = dict[str, list[tuple[str, str]]]

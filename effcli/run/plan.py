@@ -14,6 +14,7 @@ from effcli.files.checkpoint import DTYPES
 from effcli.files.layout import Stored
 from effcli.formats import Packing
 from effcli.inputs import text
+from effcli.inputs.tokens import longest_sequence
 from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
@@ -130,7 +131,7 @@ def make(recipe: Recipe) -> Plan:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
         if step.needs:
-            longest = text.longest_sequence(weights.skeleton.config)
+            longest = longest_sequence(weights.skeleton.config)
             tokens = recipe.calibration.samples * text.window_length(recipe.calibration, longest)
             operations += _operations(choices, tokens, recipe.calibration.inputs == "compressed")
             if recipe.calibration.data is None:
@@ -313,7 +314,7 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     widest = max(site.rows * site.columns for site in sites[largest])
     total += numbers * itemsize + 5 * widest * 4
     if inputs:
-        longest = text.longest_sequence(skeleton.config)
+        longest = longest_sequence(skeleton.config)
         batch = recipe.calibration.batch_size * text.window_length(recipe.calibration, longest)
         total += numbers * 4
         squares = {site.columns: site.columns**2 for site in sites[largest]}

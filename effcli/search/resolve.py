@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from effcli import importers
 from effcli.errors import DataError, RecipeError, SelectionError
+from effcli.inputs.options import Evaluate
 from effcli.layers.result import Progress
 from effcli.reports.human import significant, size
 from effcli.reports.sensitivity import Point, Search, Sensitivity, Way
-from effcli.run.recipe import Evaluate, PassStep, Recipe
+from effcli.run.recipe import PassStep, Recipe
 from effcli.search.bits import Widths, with_bits
 from effcli.search.knapsack import Choice
 from effcli.search.sensitivity import sensitivity

@@ -88,7 +88,7 @@ class _Language:
         opened = open_weights(source, recipe.trust_remote_code)
         self.skeleton, self._dtype_of = opened.skeleton, opened.dtype_of
         self.weights = count_weights(self.skeleton)
-        self._windows, remarks = text.calibration_windows(recipe, source)
+        self._windows, remarks = text.calibration_windows(recipe.calibration, source, recipe.trust_remote_code)
         self.samples = sum(len(batch) for batch in self._windows.batches)
         self.inputs = sum(batch.numel() for batch in self._windows.batches)
         self.remarks = tuple(remarks)

@@ -16,7 +16,8 @@ import vision_architectures
 from safetensors.torch import load_file, save_file
 
 from effcli.errors import CheckpointError, EffcliError, UnsupportedError
-from effcli.importers import class_names, read, recognises
+from effcli.graphs.graph import class_names
+from effcli.importers import read, recognises
 from effcli.inputs.preprocess import Preprocess
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from effcli.errors import UnsupportedError
 from effcli.graphs.graph import Graph, operation, where
-from effcli.importers._lower import lower
+from effcli.importers._rules import lower
 from effcli.importers._trace import trace_module
 
 

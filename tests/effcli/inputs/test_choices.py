@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from effcli.errors import DataError
 from effcli.files import locate as samples
-from effcli.inputs import choices, published, tables, text
+from effcli.inputs import choices, published, tables
 from effcli.inputs.choices import Question, Task
+from effcli.inputs.tokens import Reader
 from effcli.language import evaluate
 from effcli.run.recipe import Evaluate
 
@@ -30,8 +31,8 @@ class Letters:
         return SimpleNamespace(input_ids=[" abcdefghijklmnopqrstuvwxyz".index(letter) for letter in text])
 
 
-def reader(longest: int | None = None) -> text.Reader:
-    return text.Reader(Letters(), 27, longest)
+def reader(longest: int | None = None) -> Reader:
+    return Reader(Letters(), 27, longest)
 
 
 def answer(task: Task, table: torch.Tensor) -> choices.Score:
@@ -359,4 +360,4 @@ def test_a_choice_that_gives_no_token_is_refused() -> None:
             return super().__call__(text.strip())
 
     with pytest.raises(DataError, match="no token behind its query"):
-        Task.build([Question("a", (" ", "b"), 0)], text.Reader(Stripping(), 27, None), 64)
+        Task.build([Question("a", (" ", "b"), 0)], Reader(Stripping(), 27, None), 64)

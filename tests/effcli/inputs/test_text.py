@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from effcli.errors import CheckpointError, DataError, RecipeError
 from effcli.files import locate as samples
 from effcli.inputs import jsonl, text
+from effcli.inputs.tokens import Reader, vocabulary_size
 from effcli.run.recipe import Calibration, Evaluate, Recipe, from_arguments
 
 SAMPLE = samples.SAMPLES["sample:lm"]
@@ -28,8 +29,8 @@ class Characters:
         return SimpleNamespace(input_ids=([1] if add_special_tokens else []) + [ord(letter) for letter in text])
 
 
-def reader(vocabulary: int = 256, longest: int | None = 16) -> text.Reader:
-    return text.Reader(Characters(), vocabulary, longest)
+def reader(vocabulary: int = 256, longest: int | None = 16) -> Reader:
+    return Reader(Characters(), vocabulary, longest)
 
 
 def recipe(**keys: Any) -> Recipe:
@@ -44,14 +45,14 @@ def test_a_tokenizer_that_fails_is_said() -> None:
             raise TypeError("no length")
 
     with pytest.raises(DataError, match=r"the tokenizer in some/folder reads no text: TypeError: no length"):
-        text.Reader(Failing(), 256, 16).encode("a")
+        Reader(Failing(), 256, 16).encode("a")
 
 
 @pytest.mark.parametrize("size", [None, True, 0, -5, 2.5, "x"])
 def test_a_vocabulary_that_is_no_number(size: Any) -> None:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=size))
     with pytest.raises(CheckpointError, match="vocab_size"):
-        text.vocabulary(config)
+        vocabulary_size(config)
 
 
 def test_windows_are_neighbours_from_the_start_and_the_rest_is_dropped() -> None:
@@ -71,7 +72,7 @@ def test_too_few_windows_are_said(tmp_path: Path) -> None:
 
 
 def test_windows_of_a_long_file_are_those_of_the_whole_text() -> None:
-    found = text.Reader.open(SAMPLE)
+    found = Reader.open(SAMPLE)
     whole = found.tokenizer(samples.CALIBRATION_TEXT.read_text(encoding="utf-8")).input_ids
     # Few windows: only the start of the file is tokenized. Many: all of it.
     for count in (4, 150):
@@ -122,7 +123,7 @@ def test_a_directory_is_no_text(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((SAMPLE / "config.json").read_bytes())
     with pytest.raises(DataError, match="holds no tokenizer"):
-        text.Reader.open(tmp_path)
+        Reader.open(tmp_path)
 
 
 def test_a_damaged_tokenizer(tmp_path: Path) -> None:
@@ -130,15 +131,15 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes((SAMPLE / "tokenizer_config.json").read_bytes())
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot be loaded"):
-        text.Reader.open(tmp_path)
+        Reader.open(tmp_path)
 
 
 def test_the_sample_reads_its_own_texts_without_a_remark() -> None:
-    found, remarks = text.calibration_windows(recipe(), SAMPLE)
+    found, remarks = text.calibration_windows(Calibration(), SAMPLE)
     assert [batch.shape for batch in found.batches] == [(4, 512)] * 8
     assert found.inputs == "original"
     assert remarks == []
-    cut = text.evaluation_windows(Evaluate(), text.Reader.open(SAMPLE), SAMPLE)
+    cut = text.evaluation_windows(Evaluate(), Reader.open(SAMPLE), SAMPLE)
     assert cut.windows.shape == (20, 512)
     assert cut.remarks == ()
     assert not torch.equal(cut.windows[0], found.batches[0][0])
@@ -147,16 +148,16 @@ def test_the_sample_reads_its_own_texts_without_a_remark() -> None:
 def test_what_was_made_from_the_sample_reads_its_texts_too(tmp_path: Path) -> None:
     for file in SAMPLE.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    cut = text.evaluation_windows(Evaluate(), text.Reader.open(tmp_path), tmp_path)
+    cut = text.evaluation_windows(Evaluate(), Reader.open(tmp_path), tmp_path)
     assert cut.windows.shape == (20, 512) and cut.remarks == ()
 
 
 def test_another_model_is_told_that_it_reads_the_sample_text(tmp_path: Path) -> None:
     for file in SAMPLE.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes() + b"\n")
-    _, remarks = text.calibration_windows(recipe(model=tmp_path, calibration={"length": 64, "samples": 2}), tmp_path)
+    _, remarks = text.calibration_windows(Calibration(length=64, samples=2), tmp_path)
     assert len(remarks) == 1 and "--calib FILE" in remarks[0]
-    cut = text.evaluation_windows(Evaluate(length=64), text.Reader.open(tmp_path), tmp_path)
+    cut = text.evaluation_windows(Evaluate(length=64), Reader.open(tmp_path), tmp_path)
     assert len(cut.remarks) == 1 and "--eval FILE" in cut.remarks[0]
 
 
@@ -207,7 +208,7 @@ class Chatting(Characters):
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 
 
-CHATTING = text.Reader(Chatting(), 256, 16)
+CHATTING = Reader(Chatting(), 256, 16)
 
 
 def test_documents_of_json_lines_are_read_one_by_one(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_calibration_takes_windows_that_the_model_takes(tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((SAMPLE / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
-    found, _ = text.calibration_windows(recipe(model=tmp_path, calibration={"samples": 4}), tmp_path)
+    found, _ = text.calibration_windows(Calibration(samples=4), tmp_path)
     assert [batch.shape for batch in found.batches] == [(4, 256)]
 
 
@@ -340,9 +341,9 @@ MISTRAL = (
 )
 
 
-def templated(template: str) -> text.Reader:
+def templated(template: str) -> Reader:
     """The sample's tokenizer with a chat template of the kind that public models have."""
-    whole = text.Reader.open(samples.SAMPLES["sample:lm"])
+    whole = Reader.open(samples.SAMPLES["sample:lm"])
     whole.tokenizer.chat_template = template
     return whole
 
