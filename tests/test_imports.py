@@ -25,9 +25,6 @@ SOURCES = sorted(
 KNOW_PASSES = {
     "effcli.cli.flags",
     "effcli.cli.passes",
-    "effcli.graphs.sweep",
-    "effcli.language.blockwork",
-    "effcli.language.sweep",
     "effcli.run.recipe",
     "effcli.run.schema",
 }

@@ -164,15 +164,17 @@ class Graph:
                 found.setdefault(name, LayerSite(name, "linear", f"{name}.weight", rows, columns))
         return list(found.values())
 
-    def set_weight(self, name: str, weight: Quantized | Tensor) -> None:
+    def set_weight(self, name: str, weight: Quantized | Tensor, effective: Tensor | None = None) -> None:
         """Give layer `name` a weight (out, in): compressed, to be stored as it is, or dense.
 
-        Where the weight asks for inputs of int8 the layer rounds them from now on.
+        effective: the weight as float32 (out, in), worked out unless given. Where the weight asks for inputs of int8
+        the layer rounds them from now on.
         """
         parameter: Tensor = self.layer(name).weight  # type: ignore[assignment]
-        dense = weight.effective(torch.float32) if isinstance(weight, Quantized) else weight
+        if effective is None:
+            effective = weight.effective(torch.float32) if isinstance(weight, Quantized) else weight
         with torch.no_grad():
-            parameter.copy_(dense.reshape(parameter.shape))
+            parameter.copy_(effective.reshape(parameter.shape))
         round_inputs(self.layer(name), weight)
         self.stored.pop(name, None)
         if isinstance(weight, Quantized):

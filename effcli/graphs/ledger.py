@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli.formats import Dense, Quantized
+from effcli.formats import Quantized
 from effcli.graphs.graph import Graph, calls, macs
 from effcli.graphs.integer import IntegerNetwork, Weighted
 from effcli.layers.layer import LayerSite
+from effcli.layers.network import Held
 from effcli.layers.result import Swept, dense_row, histogram, layer_row, ratio
 from effcli.layers.selection import Choice
 from effcli.reports.report import LedgerRow
@@ -27,6 +28,10 @@ class Costs:
 
     def parameters(self, name: str) -> int:
         return sum(parameter.numel() for parameter in self.graph.layer(name).parameters())
+
+    def held(self, name: str, weight: Quantized | Tensor) -> Held:
+        """How layer `name` is stored with `weight`."""
+        return Held.of(weight, self.macs[name], self.parameters(name))
 
 
 def integer_rows(
@@ -96,18 +101,9 @@ def dense(graph: Graph, site: LayerSite) -> Tensor:
     return weight.detach().reshape(site.shape)
 
 
-def stored(weight: Quantized | Tensor) -> tuple[int, str]:
-    """Bytes of a weight on disk, and its format."""
-    if isinstance(weight, Quantized):
-        return weight.nbytes, str(weight.format)
-    return weight.nbytes, str(Dense(weight.dtype))
-
-
 def kept_row(graph: Graph, site: LayerSite, costs: Costs, reason: str) -> LedgerRow:
     """The ledger's line for a layer as it stands in the graph."""
-    nbytes, format = stored(graph.stored.get(site.name, dense(graph, site)))
-    more = {"macs": costs.macs[site.name], "parameters": costs.parameters(site.name)}
-    return layer_row(site, format, nbytes, "kept", reason=reason, **more)
+    return costs.held(site.name, graph.stored.get(site.name, dense(graph, site))).row(site, "kept", reason=reason)
 
 
 def table_rows(graph: Graph) -> list[LedgerRow]:
@@ -121,4 +117,4 @@ def table_rows(graph: Graph) -> list[LedgerRow]:
     ]
 
 
-__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "stored", "table_rows"]
+__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "table_rows"]

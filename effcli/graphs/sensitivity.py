@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from effcli.graphs.graph import Graph, class_count
-from effcli.graphs.sweep import GraphWork
+from effcli.graphs.opened import OpenGraph
 from effcli.layers.contract import Needs
+from effcli.layers.engine import LayerEngine
 from effcli.layers.result import Progress, check_tensor
 from effcli.layers.selection import Choice, needs_of
 from effcli.reports.sensitivity import Way
@@ -91,13 +92,13 @@ def _every_second(batches: Batches, first: int) -> Iterator[Tensor]:
 def _trials(graph: Graph, choices: Mapping[str, Choice], batches: Batches) -> dict[str, Trial]:
     """What becomes of every layer, with the options of one variant."""
     probe = Probe(keep_weights=True)
-    work = GraphWork(graph, choices, needs_of([choices]) | Needs.GRAM, probe.apply)
-    probe.factors = lambda name: (work.divided.get(name), work.multiplied.get(name))
+    home = OpenGraph(graph, needs_of([choices]) | Needs.GRAM)
+    engine = LayerEngine(home, choices, probe.apply)
+    probe.factors = home.factors.of
     with torch.no_grad():
-        seen = work.observe(batches())
-        seen = work.scale(seen)
-        for name in work.taken:
-            work.compress(name, seen.pop(name))
+        seen = engine.scale(home.observe(engine.taken, batches()))
+        for name in engine.taken:
+            engine.compress(name, seen.pop(name))
     return probe.trials
 
 

@@ -29,7 +29,7 @@ from effcli.files.checkpoint import (
 )
 from effcli.files.layout import Stored, own_config, standard_config, untied
 from effcli.inputs.text import Windows
-from effcli.language.blockwork import BlockWork, Part, PartRecord
+from effcli.language.block import OpenBlock, Part, PartRecord, open_head
 from effcli.language.calls import kind_of
 from effcli.language.journal import Journal
 from effcli.language.pairs import SharedInput, SharedInputs, leaders, probe_pairs
@@ -38,6 +38,7 @@ from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
+from effcli.layers.engine import LayerEngine
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
 from effcli.layers.selection import choose, needs_of
@@ -145,9 +146,10 @@ class _Sweep:
                 shared = self._shared_inputs(k, stream)
                 leading = self._leaders(k, sites, shared)
                 grams = flow.observe(stream, k, sites, leading, self.needs, flow.original)
-            work = BlockWork(self.weights, block, name, sites, self.choices)
-            part = work.compress(shared, grams)
-            del grams
+            part = Part()
+            home = OpenBlock(self.weights, block, name + ".", part, shared)
+            home.compress(LayerEngine(home, self.choices), {name: (gram,) for name, gram in grams.items()})
+            del grams, home
             if flow is not None and stream is not None and not flow.original:
                 flow.propagate(stream, k)
         self._write(_part_name(k), part)
@@ -176,13 +178,14 @@ class _Sweep:
         taken = head is not None and head in sites and self.choices[head].config is not None
         part = Part()
         gram: Statistics | None = None
+        outside = LayerEngine(OpenBlock(self.weights, nn.Module(), "", part), self.choices)
         with torch.inference_mode():
             if taken and head is not None and self.windows is not None:
                 gram = self._head_statistics(sites[head])
             for key in self.skeleton.outer_parameters():
                 if key in self.weights.shared or (taken and key == f"{head}.weight"):
                     continue
-                part.keep(self.weights, key, self.choices)
+                part.keep(self.weights, key, outside.row)
             for name, tensor in part.tensors.items():
                 check_tensor(tensor, name)
             if head is not None and self.skeleton.tied and not taken:
@@ -191,10 +194,12 @@ class _Sweep:
                 tied = self.skeleton.tied
                 embedding = self.weights.parameter(self.skeleton.embedding if tied else sites[head].parameter)
                 check_tensor(embedding, f"{head}.weight")
-                work = BlockWork(self.weights, nn.Module(), "", [], self.choices)
+                engine = LayerEngine(open_head(self.weights, sites[head], embedding, part), self.choices)
                 if isinstance(self.step.config, ScalingPass):
-                    work.reasons[head] = "unscaled: it stands outside the blocks"
-                work.quantize(part, sites[head], embedding, gram)
+                    engine.explain([head], "unscaled: it stands outside the blocks")
+                engine.compress(head, () if gram is None else (gram,))
+                part.ledger.append(engine.row(head))
+                part.histograms += engine.histograms
                 if tied:
                     part.remarks.append(
                         f"{head} was tied to the input embedding; it is stored on its own now, the embedding stays"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from effcli.inputs.text import Windows
-from effcli.language.blockwork import BlockWork, Part
+from effcli.language.block import OpenBlock, Part, open_head
 from effcli.language.calls import Call, kind_of
 from effcli.language.evaluate import kl
 from effcli.language.forward import chunks, logits
@@ -29,6 +29,7 @@ from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights
 from effcli.layers.contract import Needs, Statistics
+from effcli.layers.engine import LayerEngine
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import Progress
 from effcli.layers.selection import Choice, needs_of
@@ -200,14 +201,15 @@ class Trials(ABC):
 
     def _tried(self, k: int, seen: _Seen) -> list[dict[str, Trial]]:
         """What becomes of the layers of block k, for each variant."""
-        name, sites = self.skeleton.block_names[k], self.skeleton.block_layers(k)
+        block, prefix = self.skeleton.blocks[k], self.skeleton.block_names[k] + "."
+        observed = {name: (gram,) for name, gram in seen.by_layer.items()}
         trials = []
         for choices in self.variants:
             with self.opened(k), torch.inference_mode():
                 probe = Probe(keep_weights=self.measures)
-                work = BlockWork(self.weights, self.skeleton.blocks[k], name, sites, choices, probe.apply)
-                probe.factors = _factors(work)
-                work.compress(seen.shared, seen.by_layer)
+                home = OpenBlock(self.weights, block, prefix, Part(), seen.shared)
+                probe.factors = home.factors.of
+                home.compress(LayerEngine(home, choices, probe.apply), observed)
             trials.append(probe.trials)
         return trials
 
@@ -247,9 +249,9 @@ class Trials(ABC):
         parameter = self.weights.parameter(self.skeleton.embedding if self.skeleton.tied else site.parameter)
         for found, choices in zip(self.costs, self.variants, strict=True):
             probe = Probe(keep_weights=self.measures)
-            work = BlockWork(self.weights, nn.Module(), "", [], choices, probe.apply)
             with torch.inference_mode():
-                work.quantize(Part(), site, parameter.clone(), gram)
+                home = open_head(self.weights, site, parameter.clone(), Part())
+                LayerEngine(home, choices, probe.apply).compress(site.name, (gram,))
             trial = probe.trials[site.name]
             cost = self._head_divergence(site, trial) if self.measures else trial.output_error
             found[site.name] = Cost(trial.output_error, cost)
@@ -277,10 +279,6 @@ class Trials(ABC):
 def _add(seen: _Seen, name: str, inputs: Tensor) -> None:
     if name in seen.grams:
         seen.grams[name].add(inputs)
-
-
-def _factors(work: BlockWork) -> Callable[[str], tuple[Tensor | None, Tensor | None]]:
-    return lambda name: (work.rows.get(name), work.columns.get(name))
 
 
 def log_probabilities(values: Tensor) -> Tensor:

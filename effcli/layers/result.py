@@ -67,7 +67,7 @@ def layer_row(site: LayerSite, format: str, nbytes: int, status: Status, **more:
         kind=site.kind,
         shape=site.shape,
         format=format,
-        bits_per_weight=8 * nbytes / (site.rows * site.columns),
+        bits_per_weight=8 * nbytes / max(site.rows * site.columns, 1),
         nbytes=nbytes,
         status=status,
         **more,

@@ -22,6 +22,8 @@ _NARROWEST = 64
 _WIDEST = 256
 # Rows of a candidate multiplied with it at once.
 _ROWS = 1024
+# Products that take more than a moment.
+_MUCH = 1 << 28
 # Inputs that a sample keeps.
 _KEPT = 128
 
@@ -214,9 +216,10 @@ class Statistics:
     def output_energy(self, difference: Tensor, quick: bool = False) -> float:
         """tr(D G Dᵀ) / tokens for D (out, in): the mean squared norm of D x over the calibration tokens.
 
-        quick: multiply in `working`'s dtype, right to about three digits unless the terms cancel.
+        quick: where there is much to multiply, do it in `working`'s dtype, right to about three digits unless the terms
+        cancel.
         """
-        gram = self.working() if quick else self.matrix
+        gram = self.working() if quick and difference.numel() * difference.shape[1] > _MUCH else self.matrix
         total = 0.0
         for start in range(0, difference.shape[0], _ROWS):
             rows = difference[start : start + _ROWS].float()

@@ -348,6 +348,29 @@ def test_a_scale_that_no_layer_can_take_in_stays_explicit(tmp_path: Path, monkey
     torch.testing.assert_close(made.run(inputs), graph.run(inputs), rtol=0.05, atol=0.05)
 
 
+def test_what_a_layer_with_an_explicit_scale_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inputs divided by the scale, whether they come from the original or from the compressed layers before it."""
+    graph = chain((3, 6, 6), nn.Conv2d(3, 4, 3), "sigmoid.default", nn.Conv2d(4, 5, 2))
+    factor = torch.tensor([2.0, 1, 3, 0.25]).repeat_interleave(4)
+    shown: list[Tensor] = []
+
+    def scale(config: Any, group: Group, seen: Statistics) -> tuple[Tensor, dict[str, Any]]:
+        return factor if len(seen.matrix) == len(factor) else torch.ones(len(seen.matrix)), {}
+
+    def apply(config: Any, layer: Layer, seen: Statistics) -> Outcome:
+        if len(seen.matrix) == len(factor):
+            shown.append(seen.matrix)
+        return Outcome(layer.weight)
+
+    monkeypatch.setattr(awq.AWQ, "scale", scale)
+    monkeypatch.setattr(awq.AWQ, "apply", apply)
+    for inputs in ("original", "compressed"):
+        for choice in ("unscaled", "explicit"):
+            sweep(graph, tmp_path, {"awq": {"without_pair": choice}}, inputs=inputs)
+        plain, divided = shown[-2:]
+        torch.testing.assert_close(divided, plain / factor / factor[:, None])
+
+
 def test_a_compressed_network_is_taken_again(tmp_path: Path) -> None:
     """What is left alone keeps its bytes; what is taken is rounded from what it stands for now."""
     graph = small_graphs.separable()

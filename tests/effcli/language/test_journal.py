@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from effcli.errors import UnfinishedError
-from effcli.language.blockwork import Part, PartRecord
+from effcli.language.block import Part, PartRecord
 from effcli.language.journal import Journal
 from effcli.language.pairs import SharedInputs
 
