@@ -8,148 +8,93 @@ calibration inputs: it takes no labels.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
-from effcli.errors import DataError, NumericsError, UserError
 from effcli.formats import CodebookWeight
-from effcli.graphs.graph import Graph
-from effcli.layers.contract import Needs, NetworkPass, Observed, Transformed
+from effcli.layers.contract import Layer, Needs, Outcome, Step, TrainPass
 from effcli.passes._tables import ascending
 
 
-class Centroids(NetworkPass):
+class Centroids(TrainPass):
     """A `centroids` step."""
+
+    takes: ClassVar[str] = "table of shared weights"
+    remedy: ClassVar[str] = "put it after a `kmeans` step"
+    trains_weights: ClassVar[bool] = False
+    measured: ClassVar[str] = "error of the outputs on the calibration inputs"
 
     epochs: int = Field(5, ge=1, description="Times that all calibration inputs are seen; the best one's tables stay.")
     learning_rate: float = Field(
         3e-3, gt=0, description="Of Adam (arXiv:1412.6980), as a share of the mean magnitude of a layer's weights."
     )
+    shuffle: bool = Field(False, description="Take the inputs in another order in each epoch.")
 
     @property
     def needs(self) -> Needs:
         return Needs.INPUTS | Needs.DENSE
 
-    def transform(self, graph: Graph, seen: Observed) -> Transformed:
-        """Tune the tables of the chosen layers of `graph`, in place, unless no epoch lowers the error."""
-        dense = seen.before_compression("centroids")
-        layers, remarks = _layers(graph, seen)
-        if not layers:
-            raise UserError("centroids finds no layer with a table to train", "put it after a `kmeans` step")
-        teaching = _Teaching(graph, dense, seen, layers)
-        before = least = teaching.error()
-        best: list[Tensor] | None = None
-        for _ in teaching.epochs(self):
-            error = teaching.error()
-            if error < least:
-                least, best = error, [entries.detach().clone() for entries in teaching.entries]
-        if best is None:
-            kept = f"the tables stay as they are: {self.epochs} epochs at {self.learning_rate} lower no error"
-            return Transformed(graph, remarks=(*remarks, kept))
-        notes = {}
-        for name, entries in zip(layers, best, strict=True):
-            weight = layers[name]
-            moved = float((entries - weight.table.float()).norm() / weight.table.float().norm())
-            table, codes = ascending(entries.to(weight.table.dtype), weight.codes)
-            graph.set_weight(name, dataclasses.replace(weight, table=table, codes=codes))
-            notes[name] = {"moved": round(moved, 6)}
-        told = f"{before:.3g} before training the tables, {least:.3g} after"
-        told = f"error of the outputs on the calibration inputs: {told}"
-        return Transformed(graph, notes, remarks=(*remarks, told))
+    def attach(self, layer: Layer) -> nn.Module | None:
+        """The table of a layer, to be trained; None of a layer that has none."""
+        weight = layer.stored
+        learned = isinstance(weight, CodebookWeight) and weight.format.learned and weight.codes.numel()
+        return _Table(weight) if isinstance(weight, CodebookWeight) and learned else None
 
+    def loss(self, step: Step) -> Tensor:
+        """Σ (y - ŷ)² over the mean Σ y² of a batch."""
+        assert step.dense is not None
+        return (step.outputs - step.dense).square().sum() / max(step.scale, 1e-30)
 
-def _layers(graph: Graph, seen: Observed) -> tuple[dict[str, CodebookWeight], list[str]]:
-    """The layers with a table that may change, and why the other chosen ones stay as they are."""
-    layers, remarks = {}, []
-    for name in seen.chosen:
-        weight = graph.stored.get(name)
-        if isinstance(weight, CodebookWeight) and weight.format.learned:
-            if weight.codes.numel():
-                layers[name] = weight
-        else:
-            remarks.append(f"{name} stays as it is: it has no table of shared weights")
-    return layers, remarks
+    def measure(self, step: Step) -> tuple[float, float]:
+        """Σ (y - ŷ)² and Σ y²."""
+        assert step.dense is not None
+        difference = (step.outputs - step.dense).square().sum(dtype=torch.float64)
+        return float(difference), float(step.dense.square().sum(dtype=torch.float64))
 
-
-class _Teaching:
-    """The tables of a graph as they are trained. entries: float32, like the table of each layer."""
-
-    def __init__(self, graph: Graph, reference: Graph, seen: Observed, layers: dict[str, CodebookWeight]) -> None:
-        self._graph, self._reference, self._batches = graph, reference, seen.batches
-        self._layers = layers
-        self.entries = [weight.table.float().clone() for weight in layers.values()]
-        # An entry at 0 is that of pruned weights.
-        self._free = [entries != 0 for entries in self.entries]
-        self._index = [weight.codes.reshape(len(weight.table), -1).long() for weight in layers.values()]
-        # Batches, and Σ y² of one, which the first look at the error finds out.
-        self._steps, self._energy = 0, 0.0
-
-    def error(self) -> float:
-        """Σ (y - ŷ)² / Σ y² over the calibration inputs."""
-        total, energy, batches, count = 0.0, 0.0, 0, 0
-        with torch.no_grad():
-            weights = self._weights()
-            for inputs, wanted in self._pairs():
-                total += float((self._outputs(weights, inputs) - wanted).square().sum(dtype=torch.float64))
-                energy += float(wanted.square().sum(dtype=torch.float64))
-                batches, count = batches + 1, count + len(inputs)
-        if not count:
-            raise DataError("no calibration input reached the network", "give calibration data that is not empty")
-        if not math.isfinite(total + energy):
-            raise NumericsError("the outputs are NaN or infinite on the calibration data", "check the network")
-        self._steps, self._energy = batches, energy / batches
-        return total / energy if energy > 0 else total
-
-    def epochs(self, config: Centroids) -> Iterator[None]:
-        """Train, and pause after every epoch. Steps shrink to nothing, along a cosine."""
-        units = [float(entries.abs().mean()) for entries in self.entries]
-        for entries in self.entries:
-            entries.requires_grad_()
+    def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> Optimizer:
+        """Adam, with steps in units of the mean magnitude of a table, and no floor under small gradients."""
+        tables = [table for layer in parameters.values() for table in layer]
         groups = [
-            {"params": [entries], "lr": config.learning_rate * unit}
-            for entries, unit in zip(self.entries, units, strict=True)
+            {"params": [table], "lr": self.learning_rate * float(table.detach().abs().mean())} for table in tables
         ]
-        optimizer = torch.optim.Adam(groups, eps=torch.finfo(torch.float32).tiny)
-        steps = config.epochs * self._steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)))
-        for _ in range(config.epochs):
-            for inputs, wanted in self._pairs():
-                optimizer.zero_grad()
-                loss = (self._outputs(self._weights(), inputs) - wanted).square().sum() / max(self._energy, 1e-30)
-                loss.backward()  # type: ignore[no-untyped-call]
-                for entries, free in zip(self.entries, self._free, strict=True):
-                    assert entries.grad is not None
-                    entries.grad.mul_(free)
-                optimizer.step()
-                schedule.step()
-            yield
+        return Adam(groups, eps=torch.finfo(torch.float32).tiny)
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs, and the outputs of the network before its weights were compressed."""
-        for inputs in self._batches():
-            with torch.no_grad():
-                wanted = self._reference.module(inputs)
-            yield inputs, wanted
+    def finish(self, layer: Layer, trained: nn.Module) -> Outcome:
+        """The layer with its new table, and how far it has moved."""
+        weight = layer.stored
+        assert isinstance(weight, CodebookWeight) and isinstance(trained, _Table)
+        entries = trained.entries.detach()
+        moved = float((entries - weight.table.float()).norm() / weight.table.float().norm())
+        table, codes = ascending(entries.to(weight.table.dtype), weight.codes)
+        return Outcome(dataclasses.replace(weight, table=table, codes=codes), {"moved": round(moved, 6)})
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The weights of the tuned layers by parameter, as functions of the entries."""
-        found = {}
-        for (name, weight), entries, index in zip(self._layers.items(), self.entries, self._index, strict=True):
-            dense = entries.gather(1, index).view_as(weight.codes)
-            if weight.input_scale is not None:
-                dense = dense / weight.input_scale.float()
-            parameter: Tensor = self._graph.layer(name).weight  # type: ignore[assignment]
-            found[f"{name}.weight"] = dense.view_as(parameter)
-        return found
 
-    def _outputs(self, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(self._graph.module, weights, (inputs,))
-        return outputs
+class _Table(nn.Module):
+    """A weight (out, in) as a function of its table. entries: float32 (tables, entries)."""
+
+    index: Tensor
+    free: Tensor
+    scale: Tensor | None
+
+    def __init__(self, weight: CodebookWeight) -> None:
+        super().__init__()
+        entries = weight.table.float()
+        scale = weight.input_scale
+        self.entries = nn.Parameter(entries.clone())
+        self.register_buffer("index", weight.codes.reshape(len(entries), -1).long(), persistent=False)
+        # An entry at 0 is that of pruned weights.
+        self.register_buffer("free", entries != 0, persistent=False)
+        self.register_buffer("scale", None if scale is None else scale.float(), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        entries = torch.where(self.free, self.entries, 0)
+        dense = entries.gather(1, self.index).view_as(weight)
+        return dense if self.scale is None else dense / self.scale
 
 
 __all__ = ["Centroids"]

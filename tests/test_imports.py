@@ -41,7 +41,9 @@ ABOVE = (
     "language.sweep",
     "language.model",
     "graphs.sweep",
+    "graphs.training",
     "graphs.network",
+    "training.loop",
 )
 # What a package of the tool may not know of: of two kinds of networks neither needs the other, inputs need none.
 STRANGERS = {
@@ -49,6 +51,7 @@ STRANGERS = {
     "effcli.graphs": ("effcli.language",),
     "effcli.importers": ("effcli.language", "effcli.reports"),
     "effcli.inputs": ("effcli.language", "effcli.graphs"),
+    "effcli.training": ("effcli.language", "effcli.graphs", "effcli.importers", "effcli.inputs", "effcli.layers"),
     "effcli.reports": ("effcli.language", "effcli.graphs", "effcli.inputs"),
 }
 

@@ -21,10 +21,12 @@ from effcli.graphs import verify as graphverify
 from effcli.graphs.graph import Facts, Graph, class_count
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.graphs.sweep import graph_sweep
+from effcli.graphs.training import train_graph
 from effcli.inputs.classify import Scores
 from effcli.inputs.images import Inputs, open_inputs
 from effcli.inputs.options import Evaluate
 from effcli.inputs.preprocess import Preprocess
+from effcli.layers.contract import Needs, TrainPass
 from effcli.layers.result import Progress, Swept
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Quality, Stage
@@ -78,7 +80,11 @@ class GraphNetwork:
     def calibrate(self) -> tuple[str, ...]:
         if not any(step.needs for step in self.recipe.passes):
             return ()
-        self._calibration = calibration_inputs(self.recipe, self.source, self.graph.facts)
+        labelled = any(Needs.LABELS in step.needs for step in self.recipe.passes)
+        classes = class_count(self.graph) if labelled else None
+        self._calibration = calibration_inputs(
+            self.recipe, self.source, self.graph.facts, classes=classes, labelled=labelled
+        )
         return self._calibration.remarks
 
     def open(self, work: Path) -> None:
@@ -112,6 +118,19 @@ class GraphNetwork:
         if is_integer(source):
             raise CheckpointError(
                 f"{step.name} follows a pass that made the network integer", "make that pass the last one"
+            )
+        if isinstance(step.config, TrainPass):
+            return train_graph(
+                source,
+                target,
+                step,
+                self._calibration,
+                batch_size=self.recipe.calibration.batch_size,
+                reference=reference,
+                original=self.base,
+                work=work,
+                device=self.recipe.device,
+                progress=progress,
             )
         batches = self._batches if step.needs else None
         return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress)
@@ -224,10 +243,12 @@ def _open(
     return graph.facts, graph.run
 
 
-def calibration_inputs(recipe: Recipe, source: Path, facts: Facts) -> Inputs:
+def calibration_inputs(
+    recipe: Recipe, source: Path, facts: Facts, *, classes: int | None = None, labelled: bool = False
+) -> Inputs:
     """The calibration inputs of a recipe, those beside the model where it names none; `DataError` without any.
 
-    source: where the model was found; facts: of its graph.
+    source: where the model was found; facts: of its graph; classes, labelled: see `open_inputs`.
     """
     wanted = recipe.calibration
     data = wanted.data or _beside(source, CALIBRATION)
@@ -235,7 +256,7 @@ def calibration_inputs(recipe: Recipe, source: Path, facts: Facts) -> Inputs:
         raise DataError(
             f"{recipe.model} brings no calibration inputs", "give them: --calib DATA (npz, folder, parquet)"
         )
-    return open_inputs(data, facts.shape, facts.preprocess, samples=wanted.samples)
+    return open_inputs(data, facts.shape, facts.preprocess, classes=classes, samples=wanted.samples, labelled=labelled)
 
 
 def _beside(source: Path, name: str) -> Path | None:

@@ -38,17 +38,23 @@ class Inputs:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, size: int, order: Rows | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Inputs float32 (at most `size`, *shape) with labels int64 (at most `size`,) or None.
 
+        order: which of them, int64 (k,), all as they are stored if None; those of one batch come as they are stored.
         Decoded as they are asked for; may be asked for again. `DataError` names an image that cannot serve.
         """
-        begin = 0
-        for values in self._source.read(self._rows, size):
-            end = begin + len(values)
-            labels = None if self.labels is None else torch.from_numpy(self.labels[begin:end])
-            yield self._preprocess.normalize(values), labels
-            begin = end
+        wanted = np.arange(len(self), dtype=np.int64) if order is None else order
+        stored = bool((np.diff(wanted) > 0).all())
+        # A source reads on from row to row.
+        parts = (np.sort(wanted[k : k + size]) for k in range(0, len(wanted), size))
+        for part in (wanted,) if stored else parts:
+            begin = 0
+            for values in self._source.read(self._rows[part], size):
+                end = begin + len(values)
+                labels = None if self.labels is None else torch.from_numpy(self.labels[part[begin:end]])
+                yield self._preprocess.normalize(values), labels
+                begin = end
 
 
 def open_inputs(

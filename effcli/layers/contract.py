@@ -5,6 +5,7 @@ A pass is one class with its options and its mathematics:
 - a `LayerPass` turns one layer's weight into another, a `ScalingPass` also finds a factor for the channels of an input
   that several layers share;
 - a `NetworkPass` takes a network read as a graph as a whole;
+- a `TrainPass` trains the layers of such a network, step by step, towards less of a loss;
 - a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass.
 
 `needs` names what the engine gathers for it, `changes` what plan and recipe must expect of the result.
@@ -23,18 +24,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 from effcli.errors import UserError
 from effcli.formats import Packing, Quantized
 from effcli.layers.layer import Kind
 from effcli.layers.statistics import Needs, Statistics
 from effcli.options import Options
+from effcli.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from effcli.graphs.graph import Graph
     from effcli.graphs.integer import IntegerNetwork
-    from effcli.reports.report import ActivationRange
+    from effcli.reports.report import ActivationRange, Training
 
 
 class Change(enum.Flag):
@@ -125,6 +128,48 @@ class NetworkPass(Pass):
         return None
 
 
+class TrainPass(TrainingOptions, Pass):
+    """A pass that trains the layers of a network read as a graph. The engine runs the loop (`effcli.training.loop`).
+
+    Batch norms keep their statistics, and what belongs to no layer stays as it is.
+    """
+
+    # What a layer must have to be trained, and what to do where none has it.
+    takes: ClassVar[str] = "weight"
+    remedy: ClassVar[str] = "make `ignore` narrower"
+    # Whether the weights themselves are trained, beside the parameters of what `attach` returns.
+    trains_weights: ClassVar[bool] = True
+    # What `measure` measures.
+    measured: ClassVar[str] = "loss on the calibration inputs"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS
+
+    @abstractmethod
+    def attach(self, layer: Layer) -> nn.Module | None:
+        """What makes the weight that runs, float32 (out, in), of the layer's own; None leaves the layer as it is.
+
+        It runs before every forward. `nn.Identity()` trains the weight as it is.
+        """
+
+    @abstractmethod
+    def loss(self, step: Step) -> Tensor:
+        """What is to become less, a scalar; best a mean over the inputs of the batch."""
+
+    @abstractmethod
+    def finish(self, layer: Layer, trained: nn.Module) -> Outcome:
+        """What becomes of one layer; trained: what `attach` returned. `layer.weight` is trained, too, where that is."""
+
+    def measure(self, step: Step) -> tuple[float, float]:
+        """Two numbers whose sums over all inputs are divided: the error by which the best weights are kept."""
+        return float(self.loss(step)) * len(step.inputs), float(len(step.inputs))
+
+    def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> Optimizer:
+        """The optimizer of the parameters of each layer; the schedule multiplies its learning rates."""
+        return Adam([own for layer in parameters.values() for own in layer], lr=self.learning_rate)
+
+
 class SearchPass(Pass):
     """A pass that chooses options of another one for every layer. What is carried out is that other pass."""
 
@@ -144,13 +189,15 @@ class Layer:
     """A weight with inputs, as a pass sees it.
 
     weight: float32 (out, in); for a convolution in = in_channels / groups · kernel height · kernel width, the inputs
-    being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in.
+    being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in. stored: the weight as
+    an earlier pass compressed it, for a pass that trains; None where it is dense.
     """
 
     name: str
     kind: Kind
     weight: Tensor
     dtype: torch.dtype
+    stored: Quantized | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +281,25 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A batch on its way through a network in training, as a loss sees it.
+
+    inputs: float32 (n, *shape); outputs: of the network, float32 (n, ...); dense, original: those of the networks that
+    `Needs.DENSE` and `Needs.ORIGINAL` name, None unless asked for; labels: int64 (n,), None without `Needs.LABELS`;
+    progress: the share of all steps that are done, in [0, 1); scale: the sum of the second numbers of
+    `TrainPass.measure` before training, as a mean over the batches, 1 while that is being found out.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    dense: Tensor | None = None
+    original: Tensor | None = None
+    labels: Tensor | None = None
+    progress: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Transformed:
     """What became of a whole graph. notes: for the ledger, by layer; a layer without any was left as it was."""
 
@@ -241,6 +307,7 @@ class Transformed:
     notes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     activations: tuple[ActivationRange, ...] = ()
     remarks: tuple[str, ...] = ()
+    training: Training | None = None
 
 
 # Hands a layer to its pass, as `carry_out` does.
@@ -269,6 +336,8 @@ __all__ = [
     "ScalingPass",
     "SearchPass",
     "Statistics",
+    "Step",
+    "TrainPass",
     "Transformed",
     "carry_out",
     "tied",

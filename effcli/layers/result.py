@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from effcli.errors import NumericsError
 from effcli.formats import Dense
 from effcli.layers.layer import LayerSite
-from effcli.reports.report import ActivationRange, Histogram, LedgerRow
+from effcli.reports.report import ActivationRange, Histogram, LedgerRow, Training
 
 WORST_LAYERS = 6
 
 _DAMAGED = "the checkpoint is damaged; download or train it again"
 
-# Told how many blocks are done, of how many; of a graph, how many layers.
+# Told how many blocks are done, of how many; of a graph, how many layers, or steps where a pass trains.
 Progress = Callable[[int, int], None]
 Status = Literal["compressed", "changed", "kept"]
 
@@ -35,6 +35,7 @@ class Swept:
     histograms: list[Histogram] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     activations: list[ActivationRange] = field(default_factory=list)
+    training: Training | None = None
 
 
 def check_finite(module: nn.Module, name: str) -> None:

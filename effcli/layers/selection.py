@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from effcli.errors import SelectionError, UnsupportedError, did_you_mean
 from effcli.language.skeleton import Skeleton
-from effcli.layers.contract import LayerPass, Needs, Pass
+from effcli.layers.contract import LayerPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 
 if TYPE_CHECKING:
@@ -94,12 +94,22 @@ def _choose(sites: Sequence[LayerSite], step: PassStep, obstacle: Callable[[Laye
 
 
 def _check_needs(name: str, choices: Iterable[Choice]) -> None:
-    """Raise `UnsupportedError` when a pass over layers asks for what only passes over a whole network are given."""
-    for choice in choices:
-        if isinstance(choice.config, LayerPass) and choice.config.needs & (Needs.INPUTS | Needs.DENSE):
+    """Raise `UnsupportedError` when a pass asks for what passes of its kind are not given."""
+    training = Needs.ORIGINAL | Needs.LABELS
+    for config in (choice.config for choice in choices if choice.config is not None):
+        if isinstance(config, LayerPass) and config.needs & (Needs.INPUTS | Needs.DENSE | training):
             raise UnsupportedError(
                 f"{name} takes one layer at a time and asks for the whole network",
                 "ask in `needs` for statistics of a layer's inputs, or make it a NetworkPass",
+            )
+        if isinstance(config, NetworkPass) and config.needs & training:
+            raise UnsupportedError(
+                f"{name} asks for labels or the network as the run found it, which only a pass that trains is given",
+                "make it a TrainPass",
+            )
+        if isinstance(config, TrainPass) and config.needs.observes:
+            raise UnsupportedError(
+                f"{name} trains the network and asks for statistics of single layers", "make it a LayerPass"
             )
 
 

@@ -43,11 +43,13 @@ class Needs(enum.Flag):
     VALUES = enum.auto()  # a histogram of all inputs
     INPUTS = enum.auto()  # the calibration inputs of the network, for a pass that runs it
     DENSE = enum.auto()  # the network before its weights were first compressed, for a pass that compares with it
+    ORIGINAL = enum.auto()  # the network as the run found it, for a pass that trains
+    LABELS = enum.auto()  # the classes of the calibration inputs, for a pass that trains
 
     @property
     def observes(self) -> bool:
         """Whether the inputs of single layers must be looked at."""
-        return bool(self & ~(Needs.INPUTS | Needs.DENSE))
+        return bool(self & ~(Needs.INPUTS | Needs.DENSE | Needs.ORIGINAL | Needs.LABELS))
 
 
 class Statistics:

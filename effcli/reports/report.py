@@ -77,6 +77,20 @@ class ActivationRange(Record):
     observer: str = Field(description="how the range was chosen, e.g. 'percentile'")
 
 
+class Training(Record):
+    """How a pass trained the network. Steps are counted from 1; an error at step 0 is that before training."""
+
+    steps: Count = Field(description="steps of the optimizer")
+    curve: tuple[tuple[Count, float], ...] = Field(
+        default=(), description="a step, and the mean loss of the steps after the point before"
+    )
+    errors: tuple[tuple[Count, float], ...] = Field(
+        default=(), description="a step, and the error then on all calibration inputs"
+    )
+    kept: Count = Field(description="the step whose weights were kept; 0: those before training")
+    measured: str = Field(default="", description="what the error is, e.g. 'loss on the calibration inputs'")
+
+
 class ClassRow(Record):
     """How well one class is recognised."""
 
@@ -173,6 +187,7 @@ class Stage(Record):
     ledger: tuple[LedgerRow, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     activations: tuple[ActivationRange, ...] = ()
+    training: Training | None = Field(default=None, description="of a pass that trains")
 
 
 class Exported(Record):

@@ -272,10 +272,14 @@ class _Run:
                     "ledger": tuple(swept.ledger),
                     "histograms": tuple(swept.histograms),
                     "activations": tuple(swept.activations),
+                    "training": swept.training,
                 }
             )
 
-        return self._stage(number, measure)
+        stage = self._stage(number, measure)
+        # What the pass kept to go on from serves no more.
+        shutil.rmtree(self.work / f"pass-{number}", ignore_errors=True)
+        return stage
 
     def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> Swept:
         started = False

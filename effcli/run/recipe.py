@@ -23,7 +23,7 @@ from effcli.files.exporter import Exporter
 from effcli.inputs import jsonl, tables
 from effcli.inputs.options import Calibration, Evaluate
 from effcli.inputs.preprocess import Preprocess
-from effcli.layers.contract import Change, LayerPass, Needs, NetworkPass, Pass, SearchPass
+from effcli.layers.contract import Change, LayerPass, Needs, NetworkPass, Pass, SearchPass, TrainPass
 from effcli.options import Options
 from effcli.platform.registry import Registry
 from effcli.run import yaml_files as yamls
@@ -280,8 +280,9 @@ class Recipe(Options):
         if given:
             raise RecipeError(f"{given[0]}: {self.model} is a language model", "leave the key out")
         for number, step in enumerate(self.passes):
-            if isinstance(step.config, NetworkPass):
-                known = [name for name in passes.PASSES if not issubclass(passes.load(name), NetworkPass)]
+            if isinstance(step.config, NetworkPass | TrainPass):
+                whole = (NetworkPass, TrainPass)
+                known = [name for name in passes.PASSES if not issubclass(passes.load(name), whole)]
                 raise RecipeError(
                     f"passes.{number}: {step.name} takes networks read as a graph; {self.model} is a language model",
                     f"take {', '.join(known[:-1])} or {known[-1]}",

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import small_graphs
 import torch
-from small_graphs import chain
+from small_graphs import Held, chain
 from torch import Tensor, nn
 
 from effcli.errors import DataError, NumericsError, UserError
 from effcli.formats import Codebook, CodebookWeight
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
-from effcli.layers.contract import Layer, Needs, NetworkPass, Observed, Pass, Transformed
+from effcli.graphs.training import train, train_graph
+from effcli.layers.contract import Layer, Needs, Pass, TrainPass, Transformed
 from effcli.passes import centroids, kmeans
 from effcli.run.recipe import PassStep
 
@@ -37,8 +38,9 @@ def tuned(
     graph: Graph, reference: Graph | None, *ignored: str, count: int = 60, size: int = 20, **options: Any
 ) -> Transformed:
     chosen: dict[str, Pass] = {site.name: centroids.Centroids() for site in graph.sites() if site.name not in ignored}
-    seen = Observed(small_graphs.batches(graph, count, size), reference, chosen)
-    return centroids.Centroids(**options).transform(graph, seen)
+    data = Held(small_graphs.inputs(graph, count))
+    config = centroids.Centroids(**options)
+    return train(graph, "centroids", config, data, chosen, batch_size=size, dense=reference)
 
 
 def error(graph: Graph, reference: Graph) -> float:
@@ -60,8 +62,8 @@ def test_by_hand() -> None:
     codes = torch.tensor([[0, 0, 1]], dtype=torch.uint8)
     weight = CodebookWeight(Codebook("kmeans", 1, "tensor"), codes, torch.tensor([[2.0, 9.0]]))
     graph.set_weight("layer0", weight)
-    seen = Observed(lambda: iter([torch.tensor([[0.0, 1.0, 0.0]])]), reference, {"layer0": centroids.Centroids()})
-    made = centroids.Centroids(epochs=600, learning_rate=0.01).transform(graph, seen)
+    config, data = centroids.Centroids(epochs=600, learning_rate=0.01), Held(torch.tensor([[0.0, 1.0, 0.0]]))
+    made = train(graph, "centroids", config, data, {"layer0": config}, batch_size=1, dense=reference)
     torch.testing.assert_close(table(graph), torch.tensor([[3.0, 9.0]]), rtol=1e-4, atol=0)
     parameter: Any = graph.layer("layer0").weight
     torch.testing.assert_close(parameter, torch.tensor([[3.0, 3.0, 9.0]]), rtol=1e-4, atol=0)
@@ -194,11 +196,18 @@ def test_after_kmeans_in_a_run(tmp_path: Path) -> None:
     steps = [PassStep.model_validate(step).for_graph() for step in ({"kmeans": {"bits": 3}}, "centroids")]
     batches = small_graphs.batches(graph)
     graph_sweep(tmp_path / "input", tmp_path / "kmeans", steps[0], batches)
-    swept = graph_sweep(tmp_path / "kmeans", tmp_path / "centroids", steps[1], batches, reference=tmp_path / "input")
+    swept = train_graph(
+        tmp_path / "kmeans",
+        tmp_path / "centroids",
+        steps[1],
+        Held(small_graphs.inputs(graph)),
+        batch_size=5,
+        reference=tmp_path / "input",
+    )
     assert all(row.status == "changed" and row.format.startswith("kmeans3") for row in swept.ledger)
     made = Graph.read(tmp_path / "centroids")
     assert error(made, graph) < error(Graph.read(tmp_path / "kmeans"), graph)
 
 
 def test_what_the_pass_asks_for() -> None:
-    assert isinstance(centroids.Centroids(), NetworkPass) and centroids.Centroids().needs == Needs.INPUTS | Needs.DENSE
+    assert isinstance(centroids.Centroids(), TrainPass) and centroids.Centroids().needs == Needs.INPUTS | Needs.DENSE

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from effcli.graphs.graph import Builder, Facts, Graph
@@ -84,3 +87,19 @@ def inputs(graph: Graph, count: int = 12, seed: int = 0) -> Tensor:
 def batches(graph: Graph, count: int = 12, size: int = 5) -> Callable[[], Iterator[Tensor]]:
     """The same inputs in batches, the last one smaller."""
     return lambda: iter(inputs(graph, count).split(size))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Inputs in memory, float32 (n, *shape), with labels int64 (n,) or without, for what trains."""
+
+    inputs: Tensor
+    labels: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        rows = torch.arange(len(self)) if order is None else torch.from_numpy(order)
+        for part in rows.split(size) if len(rows) else ():
+            yield self.inputs[part], None if self.labels is None else torch.from_numpy(self.labels)[part]

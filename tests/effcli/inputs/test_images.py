@@ -56,6 +56,37 @@ def class_folders(root: Path, suffix: str = ".png") -> np.ndarray:
     return images
 
 
+@pytest.mark.parametrize("kind", ["npz", "folder", "parquet", "dataset"])
+def test_batches_in_another_order(kind: str, tmp_path: Path) -> None:
+    images = pixels(9, 8, 6, 3)
+    if kind == "npz":
+        source = savez(tmp_path / "data.npz", images=images, labels=np.arange(9))
+    elif kind == "folder":
+        source = tmp_path / "data"
+        for k, image in enumerate(images):
+            (source / f"class{k}").mkdir(parents=True)
+            Image.fromarray(image).save(source / f"class{k}" / "one.png")
+    else:
+        datasets = importlib.import_module("datasets")
+        columns = {"image": [Image.fromarray(image) for image in images], "label": list(range(9))}
+        made = datasets.Dataset.from_dict(
+            columns, datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        )
+        source = tmp_path / ("data.parquet" if kind == "parquet" else "data")
+        made.to_parquet(source, batch_size=4) if kind == "parquet" else made.save_to_disk(source)
+    inputs = open_inputs(source, (3, 8, 6), UNIT, samples=8)
+    stored, _ = whole(inputs)
+    assert inputs.labels is not None
+    order = np.array([5, 0, 7, 2, 6, 1, 4], np.int64)
+    parts = list(inputs.batches(3, order))
+    for (values, labels), rows in zip(parts, ([0, 5, 7], [1, 2, 6], [4]), strict=True):
+        assert labels is not None and labels.tolist() == inputs.labels[rows].tolist()
+        assert torch.equal(values, stored[rows])
+    (values, labels), *others = inputs.batches(9, np.array([2, 3, 6], np.int64))
+    assert not others and torch.equal(values, stored[[2, 3, 6]])
+    assert list(inputs.batches(3, np.zeros(0, np.int64))) == []
+
+
 @pytest.mark.parametrize(
     ("data", "shape", "axes"),
     [

@@ -1,0 +1,262 @@
+"""A pass that trains, carried out on a network read as a graph: layers attached, the loop run, the outcome written."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from effcli.errors import DataError, UserError
+from effcli.files.digest import of_folder
+from effcli.graphs.graph import Graph, class_count
+from effcli.graphs.ledger import Costs, dense, kept_row, table_rows
+from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import Progress, Swept, check_tensor, histogram, worst
+from effcli.layers.selection import choose_graph
+from effcli.training import loop
+from effcli.training.loop import Batch, Examples, Objective
+
+if TYPE_CHECKING:
+    from effcli.run.recipe import PassStep
+
+
+def train_graph(
+    source: Path,
+    target: Path,
+    step: PassStep,
+    data: Examples | None,
+    *,
+    batch_size: int,
+    reference: Path | None = None,
+    original: Path | None = None,
+    work: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = lambda done, total: None,
+) -> Swept:
+    """Carry out a step that trains on the graph in `source` and write a checkpoint into `target`, which exists.
+
+    data: the calibration inputs; batch_size: of the recipe; reference: the checkpoint before weights were first
+    compressed, `source` itself where none were; original: the one before the first pass; work: a folder for
+    snapshots, from which an unfinished training of the same request goes on.
+    """
+    options = step.config
+    assert isinstance(options, TrainPass)
+    graph = Graph.read(source)
+    for name, tensor in graph.module.state_dict().items():
+        check_tensor(tensor, name)
+    choices = choose_graph(graph, step)
+    if data is None:
+        raise DataError(f"{step.name} trains on inputs of the network", "give calibration data")
+    before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}
+    compressed = set(graph.stored)
+    made = train(
+        graph,
+        step.name,
+        options,
+        data,
+        {name: choice.config for name, choice in choices.items() if choice.config is not None},
+        batch_size=batch_size,
+        dense=Graph.read(reference) if Needs.DENSE in step.needs and reference not in (None, source) else None,
+        original=Graph.read(original) if Needs.ORIGINAL in step.needs and original is not None else None,
+        work=work,
+        key=_key(source, step, len(data), batch_size),
+        device=device,
+        progress=progress,
+    )
+    graph.save(target)
+    swept = Swept(remarks=list(made.remarks), training=made.training)
+    costs = Costs(graph)
+    for name, choice in choices.items():
+        row = kept_row(graph, choice.site, costs, choice.reason or f"{name} had nothing to change here")
+        if name in made.notes:
+            status = "compressed" if name in graph.stored and name not in compressed else "changed"
+            row = row.model_copy(update={"status": status, "reason": "", "notes": dict(made.notes[name])})
+            swept.histograms.append(histogram(name, before[name], dense(graph, choice.site)))
+        swept.ledger.append(row)
+    swept.ledger += table_rows(graph)
+    swept.histograms = worst(swept)
+    return swept
+
+
+def train(
+    graph: Graph,
+    name: str,
+    options: TrainPass,
+    data: Examples,
+    chosen: Mapping[str, Pass],
+    *,
+    batch_size: int,
+    dense: Graph | None = None,
+    original: Graph | None = None,
+    work: Path | None = None,
+    key: str = "",
+    device: str = "cpu",
+    progress: Progress = lambda done, total: None,
+) -> Transformed:
+    """Train the `chosen` layers of `graph`, in place, with the pass called `name`; the others stay as they are.
+
+    dense, original: the networks that `Needs.DENSE` and `Needs.ORIGINAL` name. Raises `UserError` where no layer can
+    be trained and where a network that the pass compares with is missing, `DataError` without labels that it learns
+    from, and what `loop.train` raises.
+    """
+    teachers: dict[str, Graph] = {}
+    if Needs.DENSE in options.needs:
+        teachers["dense"] = Observed(dense=dense).before_compression(name)
+    if Needs.ORIGINAL in options.needs:
+        # Before the first pass the network is the original.
+        teachers["original"] = original or Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
+    if Needs.LABELS in options.needs:
+        _check_labels(name, graph, data)
+    attached = _Attached(graph, options, teachers)
+    with (
+        loop.seeded(options.seed),
+        attached.to({site.name: site for site in graph.sites() if site.name in chosen}, chosen),
+    ):
+        if not attached.layers:
+            raise UserError(f"{name} finds no layer with a {options.takes} to train", options.remedy)
+        training = loop.train(
+            attached.objective(),
+            data,
+            options,
+            batch_size=batch_size,
+            device=device,
+            folder=work,
+            key=key,
+            progress=progress,
+        )
+    notes: dict[str, dict[str, Any]] = {}
+    for each, (site, own, module) in attached.layers.items():
+        layer = _layer(graph, site)
+        with torch.no_grad():
+            same = training.kept == 0 and torch.equal(module(layer.weight), layer.weight)
+        if not same:
+            outcome = own.finish(layer, module)
+            graph.set_weight(each, outcome.weight)
+            notes[each] = dict(outcome.notes)
+    first, least = training.errors[0][1], dict(training.errors)[training.kept]
+    told = f"{options.measured}: {first:.3g} before training, {least:.3g} after"
+    if not notes:
+        lost = f"{training.steps} steps at a learning rate of {options.learning_rate} lower no error"
+        told = f"the weights stay as they are: {lost}"
+    return Transformed(graph, notes, remarks=(*attached.remarks, told), training=training)
+
+
+class _Attached:
+    """A graph whose layers run with the weights that a pass makes of their own.
+
+    layers: by name the site, the options, and what they attach; remarks: why other chosen layers stay as they are.
+    """
+
+    def __init__(self, graph: Graph, options: TrainPass, teachers: Mapping[str, Graph]) -> None:
+        self.graph = graph
+        self.options = options
+        self.teachers = teachers
+        self.layers: dict[str, tuple[LayerSite, TrainPass, nn.Module]] = {}
+        self.remarks: list[str] = []
+
+    @contextmanager
+    def to(self, sites: Mapping[str, LayerSite], chosen: Mapping[str, Pass]) -> Iterator[None]:
+        """Attach to the layers; afterwards they are as they were, but for what was trained of them."""
+        try:
+            for name, site in sites.items():
+                own = chosen[name]
+                assert isinstance(own, TrainPass)
+                module = own.attach(_layer(self.graph, site))
+                if module is None:
+                    self.remarks.append(f"{name} stays as it is: it has no {self.options.takes}")
+                    continue
+                layer = self.graph.layer(name)
+                parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape))
+                layer.parametrizations.weight.original.requires_grad_(own.trains_weights)  # type: ignore[union-attr]
+                self.layers[name] = site, own, module
+            yield
+        finally:
+            for name in self.layers:
+                layer = self.graph.layer(name)
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+                layer.weight.requires_grad_(False)
+
+    def objective(self) -> Objective:
+        """What the loop trains."""
+        parameters = {
+            name: [own for own in self.graph.layer(name).parametrizations.parameters() if own.requires_grad]  # type: ignore[union-attr]
+            for name in self.layers
+        }
+        return Objective(
+            module=self.graph.module,
+            optimizer=self.options.optimizer(parameters),
+            loss=lambda batch: self.options.loss(self._step(batch)),
+            error=lambda batch: self.options.measure(self._step(batch)),
+            measured=self.options.measured,
+            beside=tuple(teacher.module for teacher in self.teachers.values()),
+        )
+
+    def _step(self, batch: Batch) -> Step:
+        with torch.no_grad():
+            taught = {name: teacher.module(batch.inputs).float() for name, teacher in self.teachers.items()}
+        # A layer that runs more than once has one weight.
+        with parametrize.cached():
+            outputs = self.graph.module(batch.inputs).float()
+        labels = batch.labels if Needs.LABELS in self.options.needs else None
+        return Step(batch.inputs, outputs, labels=labels, progress=batch.progress, scale=batch.scale, **taught)
+
+
+class _Matrix(nn.Module):
+    """The weight that runs, in the shape of the layer's parameter, made by a module that takes matrices (out, in)."""
+
+    def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shape = shape
+
+    def forward(self, weight: Tensor) -> Tensor:
+        made: Tensor = self.inner(weight.view(self.shape))
+        return made.view_as(weight)
+
+
+def _layer(graph: Graph, site: LayerSite) -> Layer:
+    return Layer(site.name, site.kind, dense(graph, site).clone(), torch.float32, graph.stored.get(site.name))
+
+
+def _check_labels(name: str, graph: Graph, data: Examples) -> None:
+    """Raise `DataError` unless the inputs have labels that are classes of the network."""
+    if data.labels is None:
+        raise DataError(
+            f"{name} learns from labels, and the calibration inputs have none",
+            "give labelled ones: --calib DATA with one folder per class, or an array or a column of class numbers",
+        )
+    classes = class_count(graph)
+    if classes is None:
+        raise DataError(
+            f"{name} learns from labels, and the network's output is no vector of logits",
+            "train towards the outputs of the original network",
+        )
+    if len(data) and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < classes:
+        raise DataError(
+            f"the calibration inputs have labels {data.labels.min()} to {data.labels.max()}, the network's classes "
+            f"are 0 to {classes - 1}",
+            "number the classes from 0, as the network was trained, and leave out what has no class",
+        )
+
+
+def _key(source: Path, step: PassStep, count: int, batch_size: int) -> str:
+    """What decides how a training goes, as far as one folder of snapshots may see it change."""
+    request = {
+        "step": step.model_dump(mode="json"),
+        "source": of_folder(source),
+        "inputs": [count, batch_size],
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+__all__ = ["train", "train_graph"]

@@ -1,0 +1,50 @@
+"""The options that every training pass shares."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from effcli.options import Options
+
+
+class TrainingOptions(Options):
+    """How long, how fast and on what a pass trains."""
+
+    epochs: int = Field(3, ge=1, description="Times that all calibration inputs are seen.")
+    steps: int | None = Field(None, ge=1, description="Steps of the optimizer, in place of epochs.")
+    learning_rate: float = Field(1e-4, gt=0, description="The highest one, of Adam (arXiv:1412.6980) unless it says.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="How the learning rate goes on after its warm-up: along a cosine to 0, or as it is."
+    )
+    warmup: int = Field(0, ge=0, description="Steps in which the learning rate rises to its highest.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Inputs per forward; without it, that of the calibration inputs."
+    )
+    accumulation: int = Field(1, ge=1, description="Batches whose gradients are summed up for one step.")
+    clip: float | None = Field(None, gt=0, description="The largest norm of the gradient; longer ones are shortened.")
+    shuffle: bool = Field(True, description="Take the inputs in another order in each epoch.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the order of the inputs and of other random choices.")
+    keep_best: bool = Field(
+        True, description="Keep the weights of the epoch with the least error on the calibration inputs, not the last."
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the arithmetic; weights and the optimizer stay float32. float16 needs a GPU."
+    )
+
+    def total(self, per_epoch: int) -> int:
+        """Steps of the whole training, at `per_epoch` steps in an epoch."""
+        return self.epochs * per_epoch if self.steps is None else self.steps
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in step `step`, from 0 on, of `total`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(total - self.warmup, 1)))
+
+
+__all__ = ["TrainingOptions"]
