@@ -290,6 +290,11 @@ class Quantized(abc.ABC):
         """Bytes on disk."""
         return sum(tensor.nbytes for tensor in self.pack().values())
 
+    @property
+    def nonzeros(self) -> int:
+        """How many of the weights are not 0."""
+        return int(torch.count_nonzero(self.dequantize(torch.float32)))
+
     def effective(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in) floating: the dequantized weight with the explicit input scale divided in."""
         dense = self.dequantize(torch.float32)

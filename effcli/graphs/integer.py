@@ -129,6 +129,19 @@ class IntegerNetwork:
     def array(self, step: Operation, suffix: str) -> Array:
         return self.arrays[f"{step.name}.{suffix}"]
 
+    def parameters(self) -> list[Array]:
+        """The constants that stand for the network's parameters, scales and tables of functions left out."""
+        suffixes = ("weight", "bias", "value")
+        return [self.array(step, name) for step in self.program.steps for name in suffixes if name in step.arrays]
+
+    @property
+    def macs(self) -> int:
+        """Multiplications of all layers for one input."""
+        weighted = (step for step in self.program.steps if isinstance(step, Weighted))
+        return sum(
+            math.prod(self.program.values[step.output].shape) * self.array(step, "weight")[0].size for step in weighted
+        )
+
     def codebook(self, step: Weighted) -> Array | None:
         """The table int8 (1 or out, entries) of a step's weights, None where they are stored themselves."""
         return self.arrays.get(f"{step.name}.{CODEBOOK}")

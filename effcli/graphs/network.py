@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from effcli.files.exporter import Exporter
 from effcli.graphs import executor, timing
 from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
-from effcli.graphs.graph import Facts, Graph, class_count
+from effcli.graphs.graph import Facts, Graph, class_count, macs
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.training import train_graph
@@ -30,7 +31,7 @@ from effcli.layers.contract import Needs, TrainPass
 from effcli.layers.result import Progress, Swept
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Quality, Stage
-from effcli.run.network import Measured
+from effcli.run.network import Counts, Measured
 from effcli.run.plan import Plan
 from effcli.run.recipe import PassStep, Recipe
 
@@ -97,6 +98,16 @@ class GraphNetwork:
         self._yardstick = Yardstick.open(
             self.graph, self.recipe.evaluate, self.source, self._calibration, self.recipe.calibration.data
         )
+
+    def count(self, checkpoint: Path) -> Counts:
+        if is_integer(checkpoint):
+            integer = IntegerNetwork.read(checkpoint)
+            numbers = integer.parameters()
+            nonzeros = sum(int(np.count_nonzero(array)) for array in numbers)
+            return Counts(sum(array.size for array in numbers), nonzeros, integer.macs)
+        graph = Graph.read(checkpoint)
+        nonzeros = sum(int(torch.count_nonzero(parameter)) for parameter in graph.module.parameters())
+        return Counts(graph.weights(), nonzeros, sum(macs(graph).values()))
 
     def measure(self, checkpoint: Path, first: bool) -> Measured:
         yardstick = self._yardstick

@@ -16,12 +16,13 @@ from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, verify
 from effcli.language.evaluate import Yardstick
 from effcli.language.sweep import sweep
+from effcli.language.weights import open_weights
 from effcli.layers.result import Progress, Swept
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.reports import card
 from effcli.reports.report import Exported, Stage
-from effcli.run.network import Measured
-from effcli.run.plan import Plan, make
+from effcli.run.network import Counts, Measured
+from effcli.run.plan import Plan, all_sites, count_weights, make
 from effcli.run.recipe import PassStep, Recipe
 
 # What prepares images or sound beside the text.
@@ -87,6 +88,13 @@ class LanguageModel:
                 calibration=self.recipe.calibration,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
+
+    def count(self, checkpoint: Path) -> Counts:
+        weights = open_weights(checkpoint, self.recipe.trust_remote_code)
+        sites = all_sites(weights.skeleton)
+        routed = any(site.kind == "expert" for site in sites)
+        macs = None if routed else sum(site.rows * site.columns for site in sites)
+        return Counts(count_weights(weights.skeleton), weights.nonzeros(), macs)
 
     def measure(self, checkpoint: Path, first: bool) -> Measured:
         wanted, yardstick = self.recipe.evaluate, self._yardstick

@@ -280,6 +280,23 @@ class Weights:
         value = value[0] if isinstance(value, list) else value
         return value.contiguous()  # type: ignore[no-any-return]
 
+    def nonzeros(self) -> int:
+        """How many of the parameters are not 0, tied ones counted once; one parameter is in memory at a time."""
+        buffers = {name for name, _ in self.skeleton.model.named_buffers()}
+        total = 0
+        for name in self.skeleton.parameters():
+            sites = self.sites(name)
+            if name in buffers:
+                continue
+            if any(site.name in self.stored for site in sites):
+                parts = (self.packed(site.name) or self.dense_matrix(site) for site in sites)
+                total += sum(
+                    part.nonzeros if isinstance(part, Quantized) else int(torch.count_nonzero(part)) for part in parts
+                )
+            else:
+                total += int(torch.count_nonzero(self.parameter(name)))
+        return total
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a dense parameter has in the file."""
 

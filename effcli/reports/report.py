@@ -177,6 +177,12 @@ class Stage(Record):
     options: dict[str, Any] = Field(default_factory=dict)
     nbytes: int = Field(description="size of the weight files on disk")
     weights: int = Field(description="number of weights and other parameters, tied ones counted once")
+    nonzeros: int | None = Field(default=None, description="how many of them are not 0")
+    macs: int | None = Field(
+        default=None,
+        description="multiplications of the layers for one input, of a language model for one token; None where the "
+        "token decides which layers run",
+    )
     bits_per_weight: float
     quality: Quality | None = None
     speed: Speed | None = None

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a checkpoint consists of. See `effcli.reports.report.Stage` for what is counted."""
+
+    weights: int
+    nonzeros: int
+    macs: int | None
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of one checkpoint, and what the user should know of it."""
 
@@ -55,6 +64,9 @@ class Subject(Protocol):
 
     def open(self, work: Path) -> None:
         """Make `base`, if need be below the folder `work`."""
+
+    def count(self, checkpoint: Path) -> Counts:
+        """How many weights a checkpoint has, how many are not 0, and what an input takes."""
 
     def measure(self, checkpoint: Path, first: bool) -> Measured:
         """Measure quality and speed as the recipe asks; first: the input itself, before any pass."""

@@ -126,7 +126,7 @@ class _Run:
                 return Report.read(self.output)
             self._open_work(request)
             try:
-                report, failed = self._carry_out(remarks, plan.weights, request)
+                report, failed = self._carry_out(remarks, request)
             except OutputError:
                 raise  # a disk with room again goes on from here
             except UserError as error:
@@ -139,22 +139,22 @@ class _Run:
             raise failed
         return report
 
-    def _carry_out(self, remarks: tuple[str, ...], count: int, request: str) -> _Done:
+    def _carry_out(self, remarks: tuple[str, ...], request: str) -> _Done:
         try:
-            return self._compress(remarks, count)
+            return self._compress(remarks)
         except UnfinishedError as error:
             self._begin_anew(error)
             self.place.begin(request)
-            return self._compress(remarks, count)
+            return self._compress(remarks)
 
-    def _compress(self, remarks: tuple[str, ...], count: int) -> _Done:
+    def _compress(self, remarks: tuple[str, ...]) -> _Done:
         self.subject.open(self.work)
         base = self.subject.base
-        stages = [self._stage(0, lambda: self._measured(base, "input", {}, count, first=True))]
+        stages = [self._stage(0, lambda: self._measured(base, "input", {}, first=True))]
         current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
             said = remarks if step.needs else ()
-            stages.append(self._pass(number, step, current, reference, said, count))
+            stages.append(self._pass(number, step, current, reference, said))
             former = current
             current, reference = self._after(number, stages[-1], current, reference)
             if former not in (base, reference):
@@ -250,7 +250,6 @@ class _Run:
         source: Path,
         reference: Path,
         said: tuple[str, ...],
-        count: int,
     ) -> Stage:
         """Carry out one step and measure what came out."""
         target = self.work / f"checkpoint-{number}"
@@ -263,7 +262,7 @@ class _Run:
             started = time.perf_counter()
             swept = self._sweep(number, step, source, target, reference)
             seconds, peak = time.perf_counter() - started, memory.peak()
-            measured = self._measured(target, step.name, step.config.model_dump(mode="json"), count)
+            measured = self._measured(target, step.name, step.config.model_dump(mode="json"))
             return measured.model_copy(
                 update={
                     "seconds": seconds,
@@ -296,15 +295,17 @@ class _Run:
         finally:
             self.listener.progress_end()
 
-    def _measured(self, path: Path, name: str, options: dict[str, Any], count: int, first: bool = False) -> Stage:
-        found = self.subject.measure(path, first)
+    def _measured(self, path: Path, name: str, options: dict[str, Any], first: bool = False) -> Stage:
+        counts, found = self.subject.count(path), self.subject.measure(path, first)
         nbytes = sum(file.stat().st_size for file in weight_files(path))
         return Stage(
             name=name,
             options=options,
             nbytes=nbytes,
-            weights=count,
-            bits_per_weight=8 * nbytes / count,
+            weights=counts.weights,
+            nonzeros=counts.nonzeros,
+            macs=counts.macs,
+            bits_per_weight=8 * nbytes / max(counts.weights, 1),
             quality=found.quality,
             speed=found.speed,
             latencies=found.latencies,

@@ -168,7 +168,7 @@ def inspect(model: str, trust_remote_code: bool = False) -> Inspection:
     path = samples.resolve(model)
     weights = open_weights(path, trust_remote_code)
     skeleton, sizes = weights.skeleton, _Sizes(weights)
-    rows = [sizes.row(Choice(site, None)) for site in _all_sites(skeleton)]
+    rows = [sizes.row(Choice(site, None)) for site in all_sites(skeleton)]
     rows += [row.model_copy(update={"reason": ""}) for row in sizes.others()]
     nbytes, count = weights.checkpoint.nbytes, count_weights(skeleton)
     remarks = [
@@ -192,7 +192,8 @@ def count_weights(skeleton: Skeleton) -> int:
     return sum(parameter.numel() for parameter in skeleton.model.parameters())
 
 
-def _all_sites(skeleton: Skeleton) -> list[LayerSite]:
+def all_sites(skeleton: Skeleton) -> list[LayerSite]:
+    """Every layer of a language model, those outside its blocks last."""
     inner = [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)]
     return inner + skeleton.outer_layers()
 
@@ -213,7 +214,7 @@ class _Sizes:
 
     def obstacles(self) -> dict[str, str]:
         """The layers that the standard format has no place for as things stand, and why."""
-        kinds = {site.name: site.kind for site in _all_sites(self.weights.skeleton)}
+        kinds = {site.name: site.kind for site in all_sites(self.weights.skeleton)}
         layers = {name: Stored(format, kinds[name]) for name, format in self.formats.items()}
         return self.weights.obstacles({**layers, **self.weights.foreign})
 
@@ -323,4 +324,4 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     return total
 
 
-__all__ = ["Inspection", "Layers", "Plan", "Row", "count_weights", "inspect", "make", "summary"]
+__all__ = ["Inspection", "Layers", "Plan", "Row", "all_sites", "count_weights", "inspect", "make", "summary"]

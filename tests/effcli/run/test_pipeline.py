@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import effcli
 from effcli.errors import CheckpointError, MachineError, OutputError, UnfinishedError, UnsupportedError, UserError
 from effcli.exporters import c
 from effcli.graphs.network import GraphNetwork
@@ -237,6 +238,54 @@ def test_the_report_records_the_lengths_that_were_used(tmp_path: Path) -> None:
     assert Report.read(tmp_path / "out").recipe == report.recipe
     again = recipes.load(tmp_path / "out" / "recipe.yaml")
     assert "length" not in again.calibration.model_fields_set
+
+
+def test_every_stage_counts_its_own_weights(tmp_path: Path) -> None:
+    """Folding takes parameters away, rounding makes zeros, and the network of integers is counted as it runs."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(1, 4, 3, bias=False)
+    with torch.no_grad():
+        convolution.weight[0] = 0
+    network = nn.Sequential(convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
+    torch.export.save(torch.export.export(network, (torch.zeros(1, 1, 8, 8),)), tmp_path / "net.pt2")
+    arrays(tmp_path / "calibration.npz", 0)
+    recipe = recipes.from_arguments(
+        str(tmp_path / "net.pt2"),
+        passes=["fold", {"linear": {"bits": 2, "ignore": ["4"]}}, "int8"],
+        output=str(tmp_path / "out"),
+        calib=str(tmp_path / "calibration.npz"),
+        no_eval=True,
+    )
+    before, folded, rounded, integer = pipeline.run(recipe).stages
+    # The batch norm has a shift of 0, which becomes the convolution's bias.
+    assert (before.weights, before.nonzeros) == (36 + 8 + 576 + 4, 27 + 4 + 576 + 4)
+    assert (folded.weights, folded.nonzeros) == (36 + 4 + 576 + 4, 27 + 576 + 4)
+    assert rounded.weights == folded.weights and rounded.nonzeros is not None and folded.nonzeros is not None
+    assert rounded.nonzeros < folded.nonzeros
+    assert integer.weights == folded.weights and integer.nonzeros is not None
+    # Some small weights of the last layer round to 0, and biases are corrected.
+    assert abs(integer.nonzeros - rounded.nonzeros) <= 10
+    assert {stage.macs for stage in (before, folded, rounded, integer)} == {36 * 36 + 576}
+    for stage in (before, folded, rounded, integer):
+        assert stage.bits_per_weight == pytest.approx(8 * stage.nbytes / stage.weights)
+
+
+@pytest.mark.parametrize(("family", "routed"), [("llama", False), ("mixtral", True)])
+def test_a_language_model_counts_every_stage(family: str, routed: bool, tmp_path: Path) -> None:
+    source = architectures.make(family, tmp_path / "model")
+    recipe = recipes.from_arguments(
+        str(source), passes=["linear:bits=2,granularity=channel"], output=str(tmp_path / "out"), no_eval=True
+    )
+    report = pipeline.run(recipe)
+    for stage, path in zip(report.stages, (source, tmp_path / "out"), strict=True):
+        network = effcli.load(path, packed=False)
+        parameters = list(network.parameters())
+        assert stage.weights == sum(parameter.numel() for parameter in parameters)
+        assert stage.nonzeros == sum(int(torch.count_nonzero(parameter)) for parameter in parameters)
+        linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        assert stage.macs == (None if routed else sum(linear.weight.numel() for linear in linears))
+    first, last = report.stages
+    assert first.nonzeros is not None and last.nonzeros is not None and last.nonzeros < first.nonzeros
 
 
 def test_only_what_the_former_run_wrote_is_replaced(work: Path) -> None:
