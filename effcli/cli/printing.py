@@ -24,6 +24,7 @@ def print_report(report: Report, layers: int | None) -> None:
     if layers is not None:
         for stage in report.stages[1:]:
             show(tables.ledger_table(stage, layers))
+    show(tables.trainings(report))
     show(tables.remarks(report))
 
 

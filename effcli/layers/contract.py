@@ -51,6 +51,8 @@ class Pass(Options, ABC):
     """The options that every pass has, and what the engine asks of each."""
 
     changes: ClassVar[Change] = Change.VALUES
+    # What its progress is counted in.
+    unit: ClassVar[str] = "block"
     # How many float32 matrices (in, in) of one layer a pass makes at a time, beside the Gram matrix it is given.
     workspace: ClassVar[int] = 0
     # Defaults that differ in networks read as a graph: their layers are too narrow for groups of weights.
@@ -134,6 +136,7 @@ class TrainPass(TrainingOptions, Pass):
     Batch norms keep their statistics, and what belongs to no layer stays as it is.
     """
 
+    unit: ClassVar[str] = "step"
     # What a layer must have to be trained, and what to do where none has it.
     takes: ClassVar[str] = "weight"
     remedy: ClassVar[str] = "make `ignore` narrower"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from effcli.reports import human, latencies
 
 if TYPE_CHECKING:
-    from effcli.reports.report import Classification, Latency, Report, Speed, Stage
+    from effcli.reports.report import Classification, Latency, Report, Speed, Stage, Training
 
     Maker = Callable[[Stage, Stage], "Cell | None"]
 
@@ -99,6 +99,16 @@ def export_lines(report: Report) -> list[str]:
             parts.append(f"{found.speed.kernel}: {speeds} with {human.count(found.speed.threads, 'thread')}")
         lines.append(f"{found.target}: " + "; ".join([*parts, *filter(None, [found.checked]), *found.remarks]))
     return lines
+
+
+def training_text(training: Training) -> str:
+    """How many steps, from what loss to what, and whose weights were kept."""
+    parts = [human.count(training.steps, "step")]
+    if training.curve:
+        first, last = (human.significant(training.curve[at][1]) for at in (0, -1))
+        parts.append(f"loss {first} to {last}")
+    kept = f"the weights of step {training.kept:,} are kept" if training.kept else "no step made the error less"
+    return f"{', '.join(parts)}; {kept}"
 
 
 def conditions(stages: Sequence[Stage]) -> list[str]:

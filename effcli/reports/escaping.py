@@ -14,6 +14,7 @@ _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 _HIDDEN_IN_LINES = re.compile(_HIDDEN.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 # What the tool itself prints beyond ASCII, for a terminal that has no more.
 _ASCII = {"±": "+-", "×": "x", "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "→": "->", "Δ": "d"}
+_ASCII |= dict(zip("▁▂▃▄▅▆▇█", "__--==##", strict=True))
 ENCODING_ERRORS = "effcli-visible"
 
 

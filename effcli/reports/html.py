@@ -8,11 +8,12 @@ from typing import Any
 
 from effcli.errors import writing
 from effcli.reports import html_ledger, html_vision, svg
-from effcli.reports.columns import Column, became, columns, conditions, export_lines
+from effcli.reports.columns import Column, became, columns, conditions, export_lines, training_text
 from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import breakable, figure, right, value_text
 from effcli.reports.html_style import CSS, SORT
-from effcli.reports.report import Report, Stage
+from effcli.reports.report import Report, Stage, Training
+from effcli.reports.svg_training import training_plot
 from effcli.run import yaml_files as yamls
 
 FILE_NAME = "report.html"
@@ -127,6 +128,8 @@ def _remarks(report: Report) -> str:
 def _stage(stage: Stage) -> str:
     parts = [f'<section class="pass"><h2>{escape(stage.name)}</h2>', _options(stage.options)]
     parts.append(f'<p class="lead">{became(stage)}</p>')
+    if stage.training is not None:
+        parts.append(_training(stage.training))
     if stage.ledger:
         parts.append(html_ledger.plots(stage.ledger))
     if stage.histograms:
@@ -140,6 +143,15 @@ def _stage(stage: Stage) -> str:
     if stage.ledger:
         parts.append(html_ledger.table(stage.ledger))
     return "".join(parts) + "</section>"
+
+
+def _training(training: Training) -> str:
+    measured = f"error: {training.measured}" if training.measured else "error"
+    key = f'<span><i class="s0"></i>loss</span><span><i class="s1"></i>{escape(measured)}</span>'
+    return (
+        f"<h3>Training <small>{escape(training_text(training))}</small></h3>"
+        f'<p class="legend">{key}</p><div class="curve">{training_plot(training)}</div>'
+    )
 
 
 def _options(options: Mapping[str, Any]) -> str:

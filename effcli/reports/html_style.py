@@ -86,6 +86,8 @@ svg text { fill: var(--faint); font-size: 12px; font-variant-numeric: tabular-nu
 .mark { fill: currentColor; stroke: var(--paper); stroke-width: 1; }
 .mark:hover { stroke: var(--ink); stroke-width: 2; }
 .mark.kept { fill: var(--paper); stroke: currentColor; stroke-width: 1.5; }
+.loss { fill: none; stroke: currentColor; stroke-width: 1.5; }
+.curve { max-width: 560px; margin-top: 10px; }
 .sx { color: var(--faint); }
 SERIES
 .histograms { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 24px 28px;

@@ -50,8 +50,8 @@ class Screen:
         self._stages.append(stage)
         self.say(stage_line(self._report()))
 
-    def progress_start(self, name: str, total: int) -> None:
-        self._bar.start(name, total)
+    def progress_start(self, name: str, total: int, unit: str = "block") -> None:
+        self._bar.start(name, total, unit)
 
     def progress(self, done: int) -> None:
         self._bar.advance(done)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,16 @@ from rich.table import Table
 
 from effcli.platform import memory
 from effcli.reports import human
-from effcli.reports.columns import EMPTY_TEXT, Cell, Column, became, columns, conditions, export_lines
+from effcli.reports.columns import (
+    EMPTY_TEXT,
+    Cell,
+    Column,
+    became,
+    columns,
+    conditions,
+    export_lines,
+    training_text,
+)
 from effcli.reports.shown import Console, Text
 
 if TYPE_CHECKING:
@@ -28,6 +39,7 @@ _SHORT_TITLES = {"memory": "memory", "sqnr": "SQNR, dB"}
 # A long name that is two words in its project's own spelling.
 _NARROW_TITLES = {"onnxruntime": "ONNX\nRuntime"}
 _LONG_NAME = 7
+_HEIGHTS = "▁▂▃▄▅▆▇█"
 _UNITS: dict[Unit, Callable[[float], str]] = {
     "bytes": human.size,
     "ratio": human.ratio,
@@ -141,6 +153,17 @@ def remarks(report: Report) -> Group:
     return Group(*lines)
 
 
+def trainings(report: Report) -> Group:
+    """How each pass that trained went, in a line with its loss as a row of blocks."""
+    lines = []
+    for stage in report.stages:
+        if stage.training is not None:
+            curve = _blocks([loss for _, loss in stage.training.curve if math.isfinite(loss)])
+            line = Text(f"{stage.name}: ", style="bold").append(training_text(stage.training), "default")
+            lines.append(line.append(f" {curve}", "dim") if curve else line)
+    return Group(*lines)
+
+
 def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:
     """Two runs side by side, what makes them hard to compare, and the layers in which they differ (None: all)."""
     from effcli.reports.compare import compare
@@ -169,7 +192,7 @@ def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:
 
 
 class SweepProgress:
-    """The progress of one pass after another: block k of n, time left, resident memory.
+    """The progress of one pass after another: block or step k of n, time left, resident memory.
 
     Silent with `quiet`. Where the console is no terminal, one plain line when a pass ends. As a context manager it
     takes the bar away when the sweep fails.
@@ -186,14 +209,18 @@ class SweepProgress:
         self._clock = clock
         self._bar: Progress | None = None
         self._name = ""
+        self._unit = "block"
         self._total = 0
         self._done = 0
         self._began = 0.0
+        # From when and from how many on the pace is taken.
+        self._pace: tuple[float, int] | None = None
 
-    def start(self, name: str, total: int) -> None:
-        """Begin the pass `name` over `total` blocks."""
+    def start(self, name: str, total: int, unit: str = "block") -> None:
+        """Begin the pass `name` over `total` blocks, or whatever `unit` says."""
         self._stop()
-        self._name, self._total, self._done, self._began = name, total, 0, self._clock()
+        self._name, self._unit, self._total, self._done, self._began = name, unit, total, 0, self._clock()
+        self._pace = None
         if self._quiet or not self._console.is_terminal:
             return
         self._bar = Progress(
@@ -213,13 +240,15 @@ class SweepProgress:
         self._done = done
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, state=self._state())
+        # A pass that goes on after a crash begins in the middle.
+        self._pace = self._pace or (self._clock(), done)
 
     def finish(self) -> None:
         """End the pass: take the bar away, and leave one line where there is no terminal."""
         self._stop()
         if self._name and not self._quiet and not self._console.is_terminal:
             spent = human.duration(self._clock() - self._began)
-            line = f"{self._name}: {human.count(self._done, 'block')} in {spent}"
+            line = f"{self._name}: {human.count(self._done, self._unit)} in {spent}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._name = ""
 
@@ -238,12 +267,22 @@ class SweepProgress:
 
     def _state(self) -> str:
         """'block 7 of 30, 1m20s left, 812 MB': the first block's time is not known before it is over."""
-        parts = [f"block {min(self._done + 1, self._total)} of {self._total}"]
-        if 0 < self._done < self._total:
-            left = (self._clock() - self._began) / self._done * (self._total - self._done)
+        parts = [f"{self._unit} {min(self._done + 1, self._total)} of {self._total}"]
+        began, first = self._pace or (self._began, 0)
+        if first < self._done < self._total:
+            left = (self._clock() - began) / (self._done - first) * (self._total - self._done)
             parts.append(f"{human.duration(left)} left")
         parts.append(human.size(memory.current()))
         return ", ".join(parts)
+
+
+def _blocks(values: Sequence[float], most: int = 24) -> str:
+    """A row of at most `most` blocks whose heights go from the least of the values, or of their means, to the most."""
+    wide = min(len(values), most)
+    ends = [len(values) * k // wide for k in range(wide + 1)] if wide else []
+    means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(ends)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join(_HEIGHTS[round((mean - low) / ((high - low) or 1) * (len(_HEIGHTS) - 1))] for mean in means)
 
 
 def _table() -> Table:
@@ -340,4 +379,5 @@ __all__ = [
     "remarks",
     "stage_line",
     "stage_table",
+    "trainings",
 ]

@@ -46,11 +46,11 @@ _DISK_FACTOR = 2.2
 
 
 class Listener(Protocol):
-    """Whom a run tells how it goes."""
+    """Whom a run tells how it goes. unit: what a pass has `total` of."""
 
     def stage(self, stage: Stage) -> None: ...
 
-    def progress_start(self, name: str, total: int) -> None: ...
+    def progress_start(self, name: str, total: int, unit: str = "block") -> None: ...
 
     def progress(self, done: int) -> None: ...
 
@@ -64,7 +64,7 @@ class Silent:
 
     def stage(self, stage: Stage) -> None: ...
 
-    def progress_start(self, name: str, total: int) -> None: ...
+    def progress_start(self, name: str, total: int, unit: str = "block") -> None: ...
 
     def progress(self, done: int) -> None: ...
 
@@ -286,7 +286,7 @@ class _Run:
         def progress(done: int, total: int) -> None:
             nonlocal started
             if not started:
-                self.listener.progress_start(step.name, total)
+                self.listener.progress_start(step.name, total, step.config.unit)
                 started = True
             self.listener.progress(done)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pages import checked
 
-from effcli.reports import html, svg
-from effcli.reports.report import Histogram, LedgerRow, Quality, Report
+from effcli.reports import html, svg, svg_training
+from effcli.reports.report import Histogram, LedgerRow, Quality, Report, Training
 
 
 def with_ledger(report: Report, rows: list[LedgerRow]) -> Report:
@@ -201,3 +201,35 @@ def test_layers_of_a_small_network_stand_in_order() -> None:
 def test_written_to_its_file(report: Report, tmp_path: Path) -> None:
     html.write(report, tmp_path)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == html.render(report)
+
+
+def test_a_training_is_drawn(report: Report) -> None:
+    training = Training(
+        steps=40,
+        curve=((20, 0.5), (40, 0.25)),
+        errors=((0, 0.6), (20, 0.2), (40, 0.3)),
+        kept=20,
+        measured="loss on <these> inputs",
+    )
+    stage = report.stages[1].model_copy(update={"training": training, "ledger": ()})
+    page = html.render(report.model_copy(update={"stages": (report.stages[0], stage)}))
+    found = checked(page)
+    text = "".join(found.text)
+    assert "40 steps, loss 0.500 to 0.250; the weights of step 20 are kept" in text
+    assert "error: loss on <these> inputs" in text and "step 20: 0.200 (kept)" in text
+    assert found.counts["circle"] == 3 and found.counts["polyline"] == 1
+
+
+@pytest.mark.parametrize(
+    "values", [(), (0.0,), (0.0, 0.0), (-1.0, 2.0), (math.inf, 1.0), (math.nan,), (1e-30, 1e30), (5.0, 5.0)]
+)
+def test_any_training_can_be_drawn(values: tuple[float, ...]) -> None:
+    points = tuple(enumerate(values))
+    for training in (
+        Training(steps=len(values), curve=points, errors=points, kept=0),
+        Training(steps=0, errors=points[:1], kept=0),
+    ):
+        plot = svg_training.training_plot(training)
+        numbers = [float(number) for number in re.findall(r' (?:[xy][12]?|c[xy]|r)="([^"]*)"', plot)]
+        assert all(map(math.isfinite, numbers)) and all(0 <= number <= 480 for number in numbers)
+        assert ("<svg" in plot) == bool(values)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 from vision_report import latency, vision_report
 
-from effcli.reports.report import LedgerRow, Report, Stage
+from effcli.reports.report import LedgerRow, Report, Stage, Training
 from effcli.reports.terminal import (
     SweepProgress,
     compare_table,
@@ -17,6 +17,7 @@ from effcli.reports.terminal import (
     remarks,
     stage_line,
     stage_table,
+    trainings,
 )
 
 
@@ -162,6 +163,26 @@ def test_two_runs_side_by_side(make_report: Callable[..., Report]) -> None:
     assert "2 layers are the same in both" in text
 
 
+def trained(report: Report, training: Training) -> Report:
+    stage = report.stages[1].model_copy(update={"training": training})
+    return report.model_copy(update={"stages": (report.stages[0], stage)})
+
+
+def test_a_training_in_a_line(report: Report) -> None:
+    assert drawn(trainings(report)) == []
+    curve = tuple((k, 8.0 - k) for k in range(1, 8))
+    made = trained(report, Training(steps=7, curve=curve, errors=((0, 0.5), (7, 0.25)), kept=7))
+    name = report.stages[1].name
+    assert drawn(trainings(made), 120) == [
+        f"{name}: 7 steps, loss 7.00 to 1.00; the weights of step 7 are kept \N{FULL BLOCK}▇▆▅▃▂▁"
+    ]
+    long = tuple((k, 1.0 + (k > 500)) for k in range(1, 1001))
+    (line,) = drawn(trainings(trained(report, Training(steps=1000, curve=long, kept=0))), 120)
+    assert line.endswith(f"no step made the error less {12 * '▁'}{12 * '█'}")
+    for curve in ((), ((1, 2.0),), ((1, float("nan")), (2, 1.0), (3, float("inf")))):
+        assert len(drawn(trainings(trained(report, Training(steps=3, curve=curve, kept=0))), 120)) == 1
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -209,6 +230,26 @@ def test_progress_on_a_terminal_says_block_time_left_and_memory() -> None:
     text = console.file.getvalue()
     assert "block 11 of 30, 1m20s left" in text
     assert " MB" in text or " GB" in text
+
+
+def test_progress_of_what_began_in_the_middle() -> None:
+    """The time left follows the steps that were seen, not those of a run before."""
+    console = Console(file=Terminal(), width=100, force_terminal=True, color_system=None)
+    clock = Clock()
+    progress = SweepProgress(console=console, clock=clock)
+    progress.start("tune", 1000, "step")
+    progress.advance(900)
+    clock.now = 10.0
+    progress.advance(910)
+    progress.finish()
+    assert isinstance(console.file, io.StringIO)
+    assert "step 911 of 1000, 1m30s left" in console.file.getvalue()
+    plain = Console(file=io.StringIO(), width=80)
+    progress = SweepProgress(console=plain, clock=clock)
+    progress.start("tune", 2, "step")
+    progress.advance(2)
+    progress.finish()
+    assert isinstance(plain.file, io.StringIO) and plain.file.getvalue().startswith("tune: 2 steps in ")
 
 
 def test_a_failed_sweep_takes_the_bar_away_and_claims_nothing() -> None:
