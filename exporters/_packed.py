@@ -22,7 +22,7 @@ from effcli.files.checkpoint import (
     write_shard,
     write_text,
 )
-from effcli.files.layout import Stored
+from effcli.files.layout import Stored, check_uniform
 from effcli.formats import Quantized
 from effcli.graphs.graph import is_graph
 from effcli.graphs.integer import is_integer
@@ -89,6 +89,7 @@ def export_packed(
     layer's two weights. Raises `MachineError` beyond it.
     """
     source = weights.checkpoint.path
+    check_uniform(weights.checkpoint.config)
     with replacing(source, target, overwrite) as folder:
         copy_companions(source, folder)
         write_tensors(weights, folder, pack)

@@ -17,7 +17,7 @@ from effcli.errors import UnsupportedError
 from effcli.exporters._target import nbytes, replacing
 from effcli.files.checkpoint import copy_companions, read_config, write_text
 from effcli.files.exporter import Exporter
-from effcli.files.layout import network_config
+from effcli.files.layout import check_uniform, network_config
 from effcli.graphs.graph import is_graph
 from effcli.graphs.integer import is_integer
 from effcli.platform import onnx_session
@@ -85,6 +85,7 @@ def _graph(source: Path, folder: Path, config: ONNX) -> str:
 def _language(source: Path, folder: Path, config: ONNX) -> tuple[str, tuple[str, ...]]:
     from effcli.exporters._onnx_language import export_language
 
+    check_uniform(read_config(source))
     # Tokenizer and config go along, so that the folder is all that a program needs.
     copy_companions(source, folder)
     text = json.dumps(network_config(read_config(source)), indent=2, sort_keys=True)

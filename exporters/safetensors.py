@@ -23,7 +23,7 @@ from effcli.exporters._packed import write_tensors
 from effcli.exporters._target import replacing
 from effcli.files.checkpoint import STOCK_STEM, Checkpoint, copy_companions, weight_files, write_shard, write_text
 from effcli.files.exporter import Exporter
-from effcli.files.layout import is_own, network_config, stored_layers
+from effcli.files.layout import check_uniform, is_own, network_config, stored_layers
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.weights import open_weights
@@ -48,6 +48,7 @@ class Safetensors(Exporter):
             return _export_graph(source, target, self, overwrite)
         checkpoint = Checkpoint.open(source)
         own = is_own(checkpoint.config)
+        check_uniform(checkpoint.config)
         if own and not self.dequantize:
             raise _no_place(checkpoint)
         with replacing(source, target, overwrite) as folder:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import check_config, read_config
@@ -46,7 +46,8 @@ StoredLayer = Annotated[_Layer, ByFormat(tuple(FORMATS.values()), _Layer)]
 class Own(BaseModel):
     """What stands under `effcli` in the config of effcli's own layout.
 
-    config: of a language model, the network's own; facts: of a graph or an integer network.
+    config: of a language model, the network's own; widths: what single blocks of it say otherwise, by their number;
+    facts: of a graph or an integer network.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,6 +55,7 @@ class Own(BaseModel):
     version: int
     kind: Literal["graph", "integer"] | None = None
     config: dict[str, Any] | None = None
+    widths: dict[NonNegativeInt, dict[str, PositiveInt]] = Field(default_factory=dict)
     facts: dict[str, Any] | None = None
     layers: dict[str, StoredLayer]
 
@@ -306,10 +308,29 @@ def _scheme_of(name: str, quantization: _Quantization, has_zero: bool) -> Affine
         raise CheckpointError(f"quantization_config in config.json: {name}: {error}", _RESTORE) from error
 
 
-def own_config(config: dict[str, Any], layers: Mapping[str, Stored]) -> dict[str, Any]:
-    """`config.json` of a checkpoint in effcli's own layout."""
-    described = {name: stored.to_json() for name, stored in sorted(layers.items())}
-    return {"model_type": OWN_TYPE, "effcli": {"version": LAYOUT_VERSION, "config": config, "layers": described}}
+def own_config(
+    config: dict[str, Any], layers: Mapping[str, Stored], widths: Mapping[int, Mapping[str, int]] | None = None
+) -> dict[str, Any]:
+    """`config.json` of a checkpoint in effcli's own layout; widths: what single blocks say otherwise than `config`."""
+    described: dict[str, Any] = {"version": LAYOUT_VERSION, "config": config}
+    if widths:
+        described["widths"] = {str(k): dict(values) for k, values in sorted(widths.items())}
+    described["layers"] = {name: stored.to_json() for name, stored in sorted(layers.items())}
+    return {"model_type": OWN_TYPE, "effcli": described}
+
+
+def check_uniform(config: dict[str, Any]) -> None:
+    """Raise `UnsupportedError` where blocks have widths of their own, which no config of transformers can say."""
+    if own_widths(config):
+        raise UnsupportedError(
+            "its blocks differ in width, which a config of transformers cannot say",
+            "effcli.load reads the checkpoint as it is; cut the same number from every block for other targets",
+        )
+
+
+def own_widths(config: dict[str, Any]) -> dict[int, dict[str, int]]:
+    """What single blocks of a language model say otherwise than its config, by their number."""
+    return own_part(config).widths if is_own(config) else {}
 
 
 def standard_config(

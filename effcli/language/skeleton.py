@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from effcli.errors import UnsupportedError, first_line
+from effcli.errors import CheckpointError, UnsupportedError, first_line
 from effcli.language.experts import stacks_of
 from effcli.layers.layer import LayerSite
 from effcli.platform.huggingface import (
@@ -35,11 +35,19 @@ class Skeleton:
     """A causal language model on the meta device, its blocks and its layers.
 
     head: the module name of the output head, None without one; tied: whether it shares the input embedding's weight;
-    was_tied: whether the config says that it does.
+    was_tied: whether the config says that it does; widths: what single blocks say otherwise than the config.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        trust_remote_code: bool = False,
+        widths: Mapping[int, Mapping[str, int]] | None = None,
+    ) -> None:
         quiet_transformers()
+        self.trust_remote_code = trust_remote_code
+        self.widths = {k: dict(values) for k, values in sorted((widths or {}).items())}
         check_causal(path, config)
         self.config = load_network_config(path, config, trust_remote_code)
         check_decoder(path, self.config)
@@ -68,11 +76,23 @@ class Skeleton:
         self.was_tied = self.tied
         self.embedding = next(f"{name}.weight" for name, m in self.model.named_modules() if m is inputs)
         self.block_path, self.blocks = find_blocks(self.model)
+        self._set_widths(path, config)
         # Where the class for the text alone has the same blocks, None without one.
         self.text_path = self._find_text_path(loader)
         self.block_names = [f"{self.block_path}.{k}" for k in range(len(self.blocks))]
         # How the blocks are called, once it was found.
         self.manner: Manner | None = None
+
+    def _set_widths(self, path: Path, config: dict[str, Any]) -> None:
+        """Put blocks of other widths, from networks whose configs say these, in their places."""
+        made: dict[tuple[tuple[str, int], ...], nn.ModuleList] = {}
+        for k, values in self.widths.items():
+            key = tuple(sorted(values.items()))
+            if key not in made:
+                made[key] = Skeleton(path, with_widths(config, values), self.trust_remote_code).blocks
+            if k >= len(self.blocks):
+                raise CheckpointError(f"{path} gives widths for block {k} of {len(self.blocks)}", "restore config.json")
+            self.blocks[k] = made[key][k]
 
     def _find_text_path(self, loader: Any) -> str | None:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
@@ -120,6 +140,14 @@ class Skeleton:
     def parameters(self) -> list[str]:
         """All state-dict keys: those outside the blocks, then block by block."""
         return self.outer_parameters() + [name for k in range(len(self.blocks)) for name in self.block_parameters(k)]
+
+
+def with_widths(config: dict[str, Any], values: Mapping[str, int]) -> dict[str, Any]:
+    """A network's config that says other widths, those of its language model where it has other parts."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        return {**config, "text_config": {**text, **values}}
+    return {**config, **values}
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -257,10 +257,11 @@ class _Sweep:
                 f"written in effcli's own layout, which effcli.load reads and stock loaders refuse: "
                 f"{len(obstacles)} layers have no place in the standard format, such as {first} ({reason})"
             )
-        described = own_config(config, stored) if obstacles else self._standard(config, stored)
+        own = bool(obstacles or self.skeleton.widths)
+        described = own_config(config, stored, self.skeleton.widths) if own else self._standard(config, stored)
         copy_companions(self.weights.checkpoint.path, target)
         parts = [self.journal.part(name) for name in names]
-        assemble(parts, target, OWN_STEM if obstacles else STOCK_STEM, SHARD_BYTES, self.carried)
+        assemble(parts, target, OWN_STEM if own else STOCK_STEM, SHARD_BYTES, self.carried)
         write_text(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
         self.journal.remove()
         self.progress(len(names), len(names))

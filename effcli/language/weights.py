@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import DTYPES, Checkpoint, Entry
-from effcli.files.layout import Stored, is_own, network_config, obstacles_of, own_part, stored_layers, untied
+from effcli.files.layout import (
+    Stored,
+    is_own,
+    network_config,
+    obstacles_of,
+    own_part,
+    own_widths,
+    stored_layers,
+    untied,
+)
 from effcli.formats import SUFFIXES, Quantized, unpack
 from effcli.language.experts import zeros_like
 from effcli.language.skeleton import Skeleton, find_layers
@@ -35,7 +44,7 @@ def open_weights(path: Path, trust_remote_code: bool = False, dtype: str | None 
     config = network_config(checkpoint.config)
     if dtype is not None:
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
-    weights = Weights(checkpoint, Skeleton(path, config, trust_remote_code))
+    weights = Weights(checkpoint, Skeleton(path, config, trust_remote_code, own_widths(checkpoint.config)))
     weights.check_complete()
     return weights
 
