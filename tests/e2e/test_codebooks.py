@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,44 @@ def test_shared_weights_are_trained_in_a_run(tmp_path: Path, capsys: pytest.Capt
     # On images that were not trained on, in decibels.
     assert sqnr[3] is not None and sqnr[2] is not None and sqnr[3] > sqnr[2] + 1
     assert any("error of the outputs" in remark for remark in report.stages[-1].remarks)
+
+
+@pytest.mark.slow
+def test_killed_while_tables_are_trained(tmp_path: Path) -> None:
+    """What the same command makes after a kill is what a run without one makes, from the step that was reached."""
+    killing = (
+        "import os, signal, sys\n"
+        "from effcli.cli import main\n"
+        "from effcli.training import loop\n"
+        "loop.SNAPSHOT_SECONDS = 0.0\n"
+        "save, begun = loop._Run._save, int(sys.argv[1])\n"
+        "def saving(run):\n"
+        "    save(run)\n"
+        "    if run.step == begun:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop._Run._save = saving\n"
+        "epoch = loop._Run._epoch\n"
+        "def telling(run):\n"
+        "    print('from', run.step)\n"
+        "    epoch(run)\n"
+        "loop._Run._epoch = telling\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    steps = ["--pass=fold", "--pass=kmeans:bits=3", "--pass=centroids:epochs=3", "--threads=1", "--no-eval", "--quiet"]
+    command = ["compress", "sample:cnn", *steps, "--set=calibration.samples=32", "--set=calibration.batch_size=8"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert main([*command, "-o", str(whole)]) == 0
+    # In the second of three epochs of four steps.
+    for at, begins in ((6, "from 0"), (99, "from 6")):
+        call = [sys.executable, "-c", killing, str(at), *command, "-o", str(out)]
+        done = subprocess.run(call, capture_output=True, text=True)
+        assert done.returncode == (0 if at == 99 else -signal.SIGKILL), done.stderr
+        assert done.stdout.splitlines()[0] == begins
+    for name in ("effcli.safetensors", "graph.json", "config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    one, other = (effcli.Report.read(folder).stages[-1].training for folder in (out, whole))
+    assert one == other and one is not None
+    assert not (tmp_path / ".out.effcli").exists()
 
 
 def test_tables_of_a_language_model_are_refitted_instead(source: Path, tmp_path: Path) -> None:

@@ -88,6 +88,35 @@ def test_the_pass_is_short_and_prunes_the_smallest(install: Install) -> None:
     assert torch.equal(kind(sparsity=0).apply(Layer("layer", "linear", weight, torch.float32), UNSEEN).weight, weight)
 
 
+def test_training(install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels are learnt; and what rounding cost comes back from the outputs of the original network."""
+    assert len((TEMPLATES / "train_template.py").read_text(encoding="utf-8").splitlines()) < 60
+    install("train", "effcli.passes", "tune", "FineTune")
+    small = ("--set", "calibration.samples=64", "--set", "calibration.batch_size=16", "--no-eval")
+    learnt, restored = tmp_path / "learnt", tmp_path / "restored"
+    assert main(["plan", "sample:cnn", "--pass", "tune"]) == 0
+    command = ["compress", "sample:cnn", *small]
+    assert main([*command, "--pass", "tune:epochs=4", "-o", str(learnt)]) == 0
+    rounded = ["--pass", "linear:bits=3", "--pass", "tune:epochs=2,labels=false"]
+    assert main([*command, *rounded, "-o", str(restored)]) == 0
+    assert "8 steps, loss" in capsys.readouterr().out
+    for out, factor in ((learnt, 0.7), (restored, 0.7)):
+        training = json.loads((out / "report.json").read_text(encoding="utf-8"))["stages"][-1]["training"]
+        errors = dict(training["errors"])
+        assert errors[training["kept"]] < factor * errors[0] and len(training["curve"]) == training["steps"]
+    with np.load(ROOT / "effcli" / "data" / "cnn" / "evaluation.npz") as data:
+        unlabelled = {"images": data["images"][:32]}
+    np.savez(tmp_path / "unlabelled.npz", **unlabelled)
+    calib = ["--calib", str(tmp_path / "unlabelled.npz"), "--no-eval", "-o", str(tmp_path / "none")]
+    assert main(["compress", "sample:cnn", "--pass", "tune", *calib]) == 1
+    assert "unlabelled.npz has no labels" in capsys.readouterr().err
+    assert main(["run", str(learnt / "recipe.yaml"), "--no-eval", "-o", str(tmp_path / "again")]) == 0
+    again = layers(tmp_path / "again")
+    assert all(torch.equal(weight, again[name]) for name, weight in layers(learnt).items())
+    assert main(["compress", "sample:lm", "--pass", "tune", "--no-eval", "-o", str(tmp_path / "none")]) == 1
+    assert "tune takes networks read as a graph; sample:lm is a language model" in capsys.readouterr().err
+
+
 def test_an_exporter(install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install("exporter", "effcli.exporters", "npz", "Npz")
     out = tmp_path / "out"
