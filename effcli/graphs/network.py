@@ -81,7 +81,7 @@ class GraphNetwork:
     def calibrate(self) -> tuple[str, ...]:
         if not any(step.needs for step in self.recipe.passes):
             return ()
-        labelled = any(Needs.LABELS in step.needs for step in self.recipe.passes)
+        labelled = any(Needs.LABELS in step.needs or step.needs.gradients for step in self.recipe.passes)
         classes = class_count(self.graph) if labelled else None
         self._calibration = calibration_inputs(
             self.recipe, self.source, self.graph.facts, classes=classes, labelled=labelled
@@ -144,11 +144,15 @@ class GraphNetwork:
                 progress=progress,
             )
         batches = self._batches if step.needs else None
-        return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress)
+        labelled = self._labelled if step.needs.gradients else None
+        return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress, labelled)
 
     def _batches(self) -> Iterator[Tensor]:
+        return (inputs for inputs, _ in self._labelled())
+
+    def _labelled(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         assert self._calibration is not None
-        return (inputs for inputs, _ in self._calibration.batches(self.recipe.calibration.batch_size))
+        return self._calibration.batches(self.recipe.calibration.batch_size)
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
         return graphverify.verify(checkpoint).line

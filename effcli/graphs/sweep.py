@@ -14,19 +14,23 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from effcli.errors import DataError
+from effcli.graphs.backward import gradients
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, table_rows
 from effcli.graphs.opened import OpenGraph
 from effcli.layers.contract import Needs, NetworkPass, Observed, ScalingPass
-from effcli.layers.engine import LayerEngine, Seen
+from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.result import Progress, Swept, check_tensor, histogram, worst
 from effcli.layers.selection import Choice, choose_graph, needs_of
+from effcli.layers.statistics import Gradients
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
 
 Batches = Callable[[], Iterator[Tensor]]
+# With labels int64 (n,), None without.
+Labelled = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
 
 
 def graph_sweep(
@@ -37,13 +41,15 @@ def graph_sweep(
     inputs: Literal["original", "compressed"] = "original",
     reference: Path | None = None,
     progress: Progress = lambda done, total: None,
+    labelled: Labelled | None = None,
 ) -> Swept:
     """Carry out `step` on the graph in `source` and write a checkpoint into `target`, a directory that exists.
 
     batches: the calibration inputs, float32 (n, *shape), anew on each call; inputs: whether a layer sees what the
     original layers before it return or, walking all batches through the graph node by node, the compressed ones;
     reference: the checkpoint before weights were first compressed, for passes that compare with it; `source` itself
-    where none were. The target is a graph, or an integer network where the pass makes one.
+    where none were; labelled: the same batches with their labels, for passes that ask for gradients, which are those of
+    the network as it is before this pass. The target is a graph, or an integer network where the pass makes one.
     """
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
@@ -61,7 +67,11 @@ def graph_sweep(
         return swept
     home = OpenGraph(graph, needs_of([choices]))
     engine = LayerEngine(home, choices)
-    for number, (name, seen) in enumerate(_seen(home, engine, batches, inputs)):
+    found: dict[str, Gradients] = {}
+    if home.needs.gradients and batches is not None:
+        given = labelled or (lambda: ((batch, None) for batch in batches()))
+        found = gradients(graph, (choices[name].site for name in engine.taken), given(), home.needs)
+    for number, (name, seen) in enumerate(_seen(home, engine, batches, inputs, found)):
         progress(number, len(engine.taken))
         engine.compress(name, seen)
     graph.save(target)
@@ -72,21 +82,31 @@ def graph_sweep(
 
 
 def _seen(
-    home: OpenGraph, engine: LayerEngine, batches: Batches | None, inputs: Literal["original", "compressed"]
+    home: OpenGraph,
+    engine: LayerEngine,
+    batches: Batches | None,
+    inputs: Literal["original", "compressed"],
+    gradients: Mapping[str, Gradients],
 ) -> Iterator[tuple[str, Seen]]:
-    """The layers that `engine` takes, one after the other and each once for all before it, with what reaches them."""
+    """The layers that `engine` takes, one after the other and each once for all before it, with what reaches them.
+
+    gradients: of the weights, where they are asked for.
+    """
     if batches is None:
         yield from ((name, ()) for name in engine.taken)
         return
     scales = any(isinstance(engine.options(name), ScalingPass) for name in engine.taken)
     seen = home.observe(engine.taken, batches()) if inputs == "original" or scales else {}
-    seen = engine.scale(seen)
+    seen = engine.scale({name: with_gradients(own, gradients.get(name)) for name, own in seen.items()})
     if inputs == "original":
         yield from ((name, seen.pop(name)) for name in engine.taken)
         return
     seen.clear()
     engine.explain(filter(home.repeated, engine.taken), "it runs more than once; its inputs were those of the first")
-    yield from home.walk(engine.taken, batches())
+    for name, own in home.walk(engine.taken, batches()):
+        found, columns = gradients.get(name), home.factors.columns.get(name)
+        # What reaches the layer stands scaled by now, and its gradients do not.
+        yield name, with_gradients(own, found.scaled(1 / columns) if found and columns is not None else found)
 
 
 def _transform(

@@ -17,6 +17,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.network import Network, Readers
 from effcli.layers.result import histogram, ratio
 from effcli.layers.selection import Choice
+from effcli.layers.statistics import Gradients
 from effcli.reports.report import Histogram, LedgerRow
 
 # The statistics of a layer's inputs, one for each group of a convolution.
@@ -99,7 +100,11 @@ class LayerEngine:
             notes = {**notes, "folded_into": readers.producer}
             # One for all: what a pass remembers of shared inputs is worked out once.
             rescaled = tuple(own.rescaled(factor) for own in seen[first])
-            seen.update(dict.fromkeys(chosen, rescaled))
+            if seen[first][0].needs.gradients:
+                # Gradients are of one layer each.
+                seen.update({name: tuple(own.rescaled(factor) for own in seen[name]) for name in chosen})
+            else:
+                seen.update(dict.fromkeys(chosen, rescaled))
         for name in chosen:
             self.network.multiply(self._site(name), factor)
         self._note(chosen, notes)
@@ -132,6 +137,10 @@ class LayerEngine:
         site, options = self._site(name), self.options(name)
         assert isinstance(options, LayerPass)
         layer, explicit = self.network.read(site), self._explicit.get(name)
+        rows, _ = self.network.factors.of(name)
+        if rows is not None and seen:
+            parts = rows.chunk(len(seen))
+            seen = tuple(own.with_rows_divided(part) for own, part in zip(seen, parts, strict=True))
         if explicit is not None:
             seen = tuple(_divided(own, explicit) for own in seen)
         if seen and not seen[0].tokens:
@@ -175,6 +184,13 @@ class LayerEngine:
         return self.network.held(choice.site).row(choice.site, "kept", reason=choice.reason)
 
 
+def with_gradients(seen: Seen, gradients: Gradients | None) -> Seen:
+    """What was gathered of the inputs of a layer's groups, with the gradients of its weight where there are any."""
+    if gradients is None:
+        return seen
+    return tuple(own.with_gradients(part) for own, part in zip(seen, gradients.chunk(len(seen)), strict=True))
+
+
 def _divided(seen: Statistics, factor: Tensor) -> Statistics:
     """The statistics of the inputs divided by factor (in,), one object for all layers that share both."""
     made = seen.remember("divided", lambda: (factor, seen.rescaled(factor)))
@@ -187,4 +203,4 @@ def _energy(seen: Seen, matrix: Tensor, quick: bool = False) -> float:
     return sum(own.output_energy(part, quick) for own, part in zip(seen, parts, strict=True))
 
 
-__all__ = ["LayerEngine", "Seen"]
+__all__ = ["LayerEngine", "Seen", "with_gradients"]

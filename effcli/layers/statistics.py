@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import enum
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from effcli.errors import NumericsError
+from effcli.errors import NumericsError, UnsupportedError
 from effcli.layers.ranges import Observer
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class Needs(enum.Flag):
     EXTREMES = enum.auto()  # the least and the largest input of each channel
     SAMPLE = enum.auto()  # some of the inputs themselves
     VALUES = enum.auto()  # a histogram of all inputs
+    GRADIENTS = enum.auto()  # Σ ∂L/∂W over the samples of the calibration data, L the loss of one
+    SQUARED_GRADIENTS = enum.auto()  # Σ (∂L/∂W)² over the samples
     INPUTS = enum.auto()  # the calibration inputs of the network, for a pass that runs it
     DENSE = enum.auto()  # the network before its weights were first compressed, for a pass that compares with it
     ORIGINAL = enum.auto()  # the network as the run found it, for a pass that trains
@@ -50,6 +53,72 @@ class Needs(enum.Flag):
     def observes(self) -> bool:
         """Whether the inputs of single layers must be looked at."""
         return bool(self & ~(Needs.INPUTS | Needs.DENSE | Needs.ORIGINAL | Needs.LABELS))
+
+    @property
+    def gradients(self) -> Needs:
+        """What is asked for of gradients."""
+        return self & (Needs.GRADIENTS | Needs.SQUARED_GRADIENTS)
+
+
+class Gradients:
+    """What the losses of single samples say of one weight: Σ ∂L/∂W and Σ (∂L/∂W)², float32 (out, in).
+
+    needs: which of the two are summed up.
+    """
+
+    def __init__(self, shape: tuple[int, int], needs: Needs, device: torch.device | str = "cpu") -> None:
+        self.needs = needs.gradients
+        self.samples = 0
+        self._sums = {need: torch.zeros(shape, device=device) for need in self.needs}
+        self._sample = torch.zeros(shape, device=device)
+
+    @staticmethod
+    def of(sums: Mapping[Needs, Tensor], samples: int) -> Gradients:
+        """What was summed up elsewhere."""
+        made = Gradients((0, 0), Needs.NOTHING)
+        made._sums, made.samples = dict(sums), samples
+        for need in sums:
+            made.needs |= need
+        return made
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Take in inputs (..., in) and gradients at the outputs (..., out) of the sample at hand."""
+        rows = gradients.reshape(-1, gradients.shape[-1]).float()
+        self._sample.addmm_(rows.t(), inputs.reshape(-1, inputs.shape[-1]).float())
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Take in ∂L/∂W (out, in) of the sample at hand."""
+        self._sample += gradient
+
+    def end_sample(self, samples: int = 1) -> None:
+        """The next inputs are those of another sample. samples: how many they were together, without squares."""
+        for need, total in self._sums.items():
+            total += self._sample if need is Needs.GRADIENTS else self._sample.square()
+        self._sample.zero_()
+        self.samples += samples
+
+    @property
+    def sums(self) -> Mapping[Needs, Tensor]:
+        """By what they are sums of, float32 (out, in)."""
+        return self._sums
+
+    def scaled(self, factor: Tensor) -> Gradients:
+        """Those of a weight divided by factor, which broadcasts with (out, in): ∂L/∂(W / f) = f · ∂L/∂W."""
+        powers = {Needs.GRADIENTS: factor, Needs.SQUARED_GRADIENTS: factor.square()}
+        return Gradients.of({need: total * powers[need] for need, total in self._sums.items()}, self.samples)
+
+    def chunk(self, count: int) -> list[Gradients]:
+        """Equal parts of the rows."""
+        parts = {need: total.chunk(count) for need, total in self._sums.items()}
+        return [Gradients.of({need: part[k] for need, part in parts.items()}, self.samples) for k in range(count)]
+
+    def check_finite(self, name: str) -> None:
+        """Raise `NumericsError` when those of layer `name` are NaN or infinite."""
+        if not all(bool(torch.isfinite(total).all()) for total in self._sums.values()):
+            raise NumericsError(
+                f"the gradients of {name} are NaN or infinite on the calibration data",
+                "the checkpoint overflows or is damaged; check it with `effcli eval`",
+            )
 
 
 class Statistics:
@@ -69,6 +138,7 @@ class Statistics:
         self._stride = 1
         self._values = Observer("inputs")
         self._finite = True
+        self._gradients: Gradients | None = None
         self._remembered: dict[Hashable, Any] = {}
 
     @staticmethod
@@ -187,6 +257,42 @@ class Statistics:
         self._check(Needs.VALUES)
         return self._values
 
+    def with_gradients(self, gradients: Gradients) -> Statistics:
+        """The same of one layer, with its gradients."""
+        made = copy.copy(self)
+        made._gradients, made._remembered = gradients, {}
+        return made
+
+    @property
+    def gradients(self) -> Gradients:
+        """The gradients of the layer's weight as the pass is shown it."""
+        if not self.needs.gradients:
+            raise ValueError("a pass reads gradients and does not ask for them in `needs`")
+        if self._gradients is None:
+            raise UnsupportedError(
+                "a pass asks for gradients, which are not gathered where its options are searched for",
+                "give it options without `auto`",
+            )
+        return self._gradients
+
+    @property
+    def gradient(self) -> Tensor:
+        """Σ ∂L/∂W over the samples, float32 (out, in); times W it is the loss's first-order change without a weight."""
+        return self._of_gradients(Needs.GRADIENTS)
+
+    @property
+    def squared_gradient(self) -> Tensor:
+        """Σ (∂L/∂W)² over the samples, float32 (out, in); times W² it is the sum of squares of W ∘ ∂L/∂W."""
+        return self._of_gradients(Needs.SQUARED_GRADIENTS)
+
+    def _of_gradients(self, wanted: Needs) -> Tensor:
+        self._check(wanted)
+        return self.gradients.sums[wanted]
+
+    def with_rows_divided(self, factor: Tensor) -> Statistics:
+        """The same for a weight whose rows were divided by factor (out,); inputs know nothing of it."""
+        return self if self._gradients is None else self.with_gradients(self._gradients.scaled(factor.unsqueeze(1)))
+
     def check_finite(self, name: str) -> None:
         """Raise `NumericsError` when the inputs of layer `name` held NaN or infinity."""
         sums = [self._low, self._high, self._squares] if self._gram is None else [self._gram.total.diagonal()]
@@ -207,6 +313,8 @@ class Statistics:
         made._squares, made._nonzero = self._squares * inverse.square(), self._nonzero
         made._low, made._high = self._low * inverse, self._high * inverse
         made._kept, made._stride = [rows * inverse for rows in self._kept], self._stride
+        # The weight is multiplied by what its inputs are divided by.
+        made._gradients = None if self._gradients is None else self._gradients.scaled(inverse)
         return made
 
     def working(self) -> Tensor:
@@ -313,4 +421,4 @@ class GroupedStatistics:
         return tuple(Statistics.of(matrix, own, self.tokens) for matrix, own in sums)
 
 
-__all__ = ["GroupedStatistics", "Needs", "Statistics"]
+__all__ = ["Gradients", "GroupedStatistics", "Needs", "Statistics"]

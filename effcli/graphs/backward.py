@@ -1,0 +1,85 @@
+"""Gradients of the weights of a network read as a graph: of the cross-entropy with the labels of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from effcli.errors import DataError, UnsupportedError
+from effcli.graphs.graph import Graph, class_count
+from effcli.layers.layer import LayerSite
+from effcli.layers.statistics import Gradients, Needs
+
+
+def gradients(
+    graph: Graph, sites: Iterable[LayerSite], batches: Iterable[tuple[Tensor, Tensor | None]], needs: Needs
+) -> dict[str, Gradients]:
+    """What `needs` asks for of the gradients of the layers `sites`, by name. A sample is one input.
+
+    batches: inputs float32 (n, *shape) with labels int64 (n,). Raises `UnsupportedError` for a network that is no
+    classifier or rounds the inputs of its layers, `DataError` without labels, or with labels that are no classes.
+    """
+    classes = class_count(graph)
+    if classes is None:
+        raise UnsupportedError(
+            "gradients need a loss, and the network's output is no vector of one number for each class",
+            "use a pass that needs no gradients",
+        )
+    if graph.rounds_inputs:
+        raise UnsupportedError(
+            "the inputs of some layers are rounded to int8, and nothing of a gradient gets through that",
+            "put the pass before the one that rounds them",
+        )
+    sites = list(sites)
+    found = {site.name: Gradients(site.shape, needs) for site in sites}
+    weights: list[Tensor] = [graph.layer(site.name).weight for site in sites]  # type: ignore[misc]
+    single = Needs.SQUARED_GRADIENTS in needs
+    held = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for inputs, labels in batches:
+            _check(labels, classes)
+            assert labels is not None
+            # Squares are of single inputs.
+            size = 1 if single else max(len(inputs), 1)
+            for part, own in zip(torch.split(inputs, size), torch.split(labels, size), strict=True):
+                with torch.enable_grad():
+                    loss = functional.cross_entropy(graph.module(part), own, reduction="sum")
+                    made = torch.autograd.grad(loss, weights, allow_unused=True)
+                _add(found, sites, made, len(part))
+    finally:
+        for weight, before in zip(weights, held, strict=True):
+            weight.requires_grad_(before)
+    for name, own_sums in found.items():
+        own_sums.check_finite(name)
+    return found
+
+
+def _add(
+    found: Mapping[str, Gradients], sites: Iterable[LayerSite], made: Iterable[Tensor | None], samples: int
+) -> None:
+    for site, gradient in zip(sites, made, strict=True):
+        if gradient is not None:
+            found[site.name].add_gradient(site.view(gradient.contiguous()))
+        found[site.name].end_sample(samples)
+
+
+def _check(labels: Tensor | None, classes: int) -> None:
+    if labels is None:
+        raise DataError(
+            "gradients are of the loss of labelled inputs, and the calibration data has no labels",
+            "give one folder per class, or an array or a column of class numbers",
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"the labels of the calibration data go from {int(labels.min())} to {int(labels.max())}, and the network "
+            f"has {classes} classes",
+            "give data with the classes that the network was trained on",
+        )
+
+
+__all__ = ["gradients"]
