@@ -36,11 +36,11 @@ def main() -> None:
 
     import torch
 
-    from effcli.files import locate as samples
     from effcli.run import pipeline
     from effcli.run.recipe import PassStep, Recipe, from_arguments
-    from effcli.search.bits import Widths, with_bits
-    from effcli.search.sensitivity import sensitivity
+    from effcli.search.bits import Widths
+    from effcli.search.inspect import inspect
+    from effcli.search.stage import with_bits
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -64,8 +64,7 @@ def main() -> None:
         recipes = {bits: recipe(using, bits) for bits in sorted(options.bits)}
         base = recipes[min(recipes)]
         started = time.perf_counter()
-        source = Path(samples.locate(options.checkpoint, None))
-        found = sensitivity(base, [each.passes[0] for each in recipes.values()], source)
+        found = inspect(list(recipes.values()))
         print(f"{using}: costs by {found.way} in {time.perf_counter() - started:.0f} s", flush=True)
         widths = Widths(found)
         uniform = widths.uniform

@@ -11,7 +11,7 @@ from effcli.reports.report import Report
 from effcli.run import recipe as recipes
 
 if TYPE_CHECKING:
-    from effcli.run.pipeline import Listener
+    from effcli.run.listener import Listener
 
 
 def compress(
@@ -29,8 +29,8 @@ def compress(
     keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
     """
     from effcli.platform.huggingface import restoring_verbosity
-    from effcli.search import resolve as search
+    from effcli.run import pipeline
 
     recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
     with restoring_verbosity():
-        return search.run(recipe, overwrite=overwrite, listener=listener)[0]
+        return pipeline.run(recipe, overwrite=overwrite, listener=listener)

@@ -1,4 +1,4 @@
-"""The base of everything that a user can set: in a recipe, on the command line, from Python."""
+"""The base of everything that a user can set: in a recipe, on the command line, from Python; and of every record."""
 
 from __future__ import annotations
 
@@ -11,4 +11,10 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-__all__ = ["Options"]
+class Record(Options):
+    """A part of a report. An infinite perplexity is a finding: JSON must not turn it into "not measured"."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+__all__ = ["Options", "Record"]

@@ -17,9 +17,9 @@ from effcli.errors import UnsupportedError, writing
 from effcli.exporters._target import nbytes, replacing
 from effcli.exporters.firmware import check, project, targets
 from effcli.exporters.firmware.cost import LayerCost
-from effcli.exporters.firmware.generate import Generated, generate, inputs
+from effcli.exporters.firmware.generate import Generated, generate, inputs, planned
 from effcli.files.documents import read_model
-from effcli.files.exporter import Exporter
+from effcli.files.exporter import Exporter, Footprint
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.options import Options
 from effcli.reports.human import count
@@ -93,11 +93,7 @@ class C(Exporter):
         `OutputError` when `target` exists (without `overwrite`) or cannot be written, `MachineError` when the C
         computes something else than the reference executor.
         """
-        if not is_integer(source):
-            raise UnsupportedError(
-                f"{source} holds no integer network, which C is made from", "make it one: let `int8` be the last pass"
-            )
-        network = IntegerNetwork.read(source)
+        network = _read(source)
         with replacing(source, target, overwrite) as folder:
             generated = generate(
                 network,
@@ -118,6 +114,10 @@ class C(Exporter):
         )
         return Exported(target="c", nbytes=nbytes(target), checked=checked, remarks=remarks)
 
+    def footprint(self, source: Path) -> Footprint:
+        found = planned(_read(source)).cost
+        return Footprint(found.ram, found.flash)
+
     def table(self, folder: Path) -> list[LayerRow]:
         """What each layer of the export in `folder` costs."""
         costs = read_model(_Plan, folder / "plan.json", remedy="export it again").layers
@@ -132,6 +132,14 @@ class C(Exporter):
             )
             for cost in costs
         ]
+
+
+def _read(source: Path) -> IntegerNetwork:
+    if not is_integer(source):
+        raise UnsupportedError(
+            f"{source} holds no integer network, which C is made from", "make it one: let `int8` be the last pass"
+        )
+    return IntegerNetwork.read(source)
 
 
 def _checked(network: IntegerNetwork, generated: Generated, name: str) -> str:

@@ -393,7 +393,7 @@ def main() -> int:
     import effcli.exporters.c
     import effcli.graphs.network
     import effcli.language.model
-    import effcli.search.resolve  # noqa: F401
+    import effcli.run.pipeline  # noqa: F401
 
     torch.set_num_threads(1)
     table: list[tuple[str, Whole, Counter[str], int]] = []

@@ -99,17 +99,18 @@ def _sensitivity(
     ]
     from effcli.reports import screen
     from effcli.reports.html_sensitivity import write
-    from effcli.reports.sensitivity import Way, table
-    from effcli.search import resolve as search
+    from effcli.reports.sensitivity import Way
+    from effcli.reports.terminal_search import sensitivity_table
+    from effcli.search.inspect import inspect as inspect_layers
 
     with screen.Screen(recipes[0], quiet=json) as shown:
-        found = search.inspect(recipes, cast("Way | None", by), shown)
+        found = inspect_layers(recipes, cast("Way | None", by), shown)
     if output is not None:
         write(found, output)
     if json:
         print_json(found.model_dump_json(indent=1))
     else:
-        show(table(found))
+        show(sensitivity_table(found))
         if output is not None:
             say(f"written: {output}")
 

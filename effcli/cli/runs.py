@@ -128,7 +128,7 @@ def plan(
             revision=revision,
             trust_remote_code=trust_remote_code or None,
         )
-    undecided = next((step.name for step in made.passes if step.chosen), None)
+    undecided = next((step.name for step in made.passes if step.candidates), None)
     if undecided is not None:
         raise RecipeError(
             f"{undecided} measures the layers before it can say what it does to each",
@@ -159,16 +159,17 @@ def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
     # Known before torch is imported and the model looked for.
     target = recipe.target
     from effcli.reports.screen import Screen
-    from effcli.search import resolve as search
+    from effcli.run import pipeline
 
     with Screen(recipe, quiet=quiet) as screen:
-        result, searches = search.run(recipe, overwrite=overwrite, listener=screen)
+        result = pipeline.run(recipe, overwrite=overwrite, listener=screen)
     if json:
         print_json(result.model_dump_json(indent=1))
     elif not quiet:
-        from effcli.reports.sensitivity import search_table
+        from effcli.reports.terminal_search import search_table
 
-        for found in searches:
-            show(search_table(found))
+        for stage in result.stages:
+            if stage.search is not None:
+                show(search_table(stage.search))
         print_report(result, layers=None)
         say(f"written: {target}" + (f" ({result.verified})" if result.verified else ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,14 @@ from effcli.options import Options
 
 if TYPE_CHECKING:
     from effcli.reports.report import Exported, Latency, Speed
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an exported network takes of a microcontroller, in bytes."""
+
+    ram: int
+    flash: int
 
 
 class Exporter(Options, ABC):
@@ -24,6 +33,13 @@ class Exporter(Options, ABC):
         Raises `UnsupportedError` for what the target has no place for, and `OutputError` when `target` exists (without
         `overwrite`) or cannot be written: `replacing` makes the directory and sees to that.
         """
+
+    def footprint(self, source: Path) -> Footprint | None:
+        """What the checkpoint `source` would take of a microcontroller; None where the target is for none.
+
+        Raises `UnsupportedError` as `export` does; a limit that is not kept is none of its concern.
+        """
+        return None
 
     def table(self, folder: Path) -> Sequence[Options]:
         """Records of one kind that the command line shows of the export in `folder`, one row each; empty for none."""
@@ -41,4 +57,4 @@ class Exporter(Options, ABC):
         return None
 
 
-__all__ = ["Exporter", "nbytes", "replacing"]
+__all__ = ["Exporter", "Footprint", "nbytes", "replacing"]

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effcli import importers
+from effcli import exporters, importers
 from effcli.errors import CheckpointError, DataError, writing
 from effcli.files import locate as samples
 from effcli.files.digest import of_file
-from effcli.files.exporter import Exporter
+from effcli.files.exporter import Exporter, Footprint
 from effcli.graphs import executor, timing
 from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
@@ -34,6 +34,7 @@ from effcli.reports.report import Exported, Latency, Quality, Stage
 from effcli.run.network import Counts, Measured
 from effcli.run.plan import Plan
 from effcli.run.recipe import PassStep, Recipe
+from effcli.search.budget import Figure, Quantity
 
 # Files beside a model that are its own data.
 CALIBRATION = "calibration.npz"
@@ -44,6 +45,8 @@ _BATCH = 64
 
 class GraphNetwork:
     """See `effcli.run.network.Subject`."""
+
+    quality: Figure = "accuracy"
 
     def __init__(self, recipe: Recipe, source: str | Path) -> None:
         self.recipe = recipe.for_graph()
@@ -75,8 +78,23 @@ class GraphNetwork:
     def settings(self) -> dict[str, Any]:
         return self.recipe.model_dump(mode="json")
 
-    def plan(self) -> Plan:
-        return graphplan.make(self.recipe, self.graph)
+    def with_defaults(self, step: PassStep) -> PassStep:
+        return step.for_graph()
+
+    def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
+        recipe = self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)})
+        return graphplan.make(recipe, self.graph)
+
+    def unlimited(self, quantity: Quantity) -> str:
+        match quantity:
+            case "perplexity_increase":
+                return "accuracy is measured, not perplexity"
+            case "macs":
+                count = sum(macs(self.graph).values())
+                return f"bits do not change how many multiplications a network takes, {count:,} here"
+            case "latency":
+                return "its weights are multiplied as floating-point numbers, which takes as long whatever their bits"
+        return ""
 
     def calibrate(self) -> tuple[str, ...]:
         if not any(step.needs for step in self.recipe.passes):
@@ -109,19 +127,23 @@ class GraphNetwork:
         nonzeros = sum(int(torch.count_nonzero(parameter)) for parameter in graph.module.parameters())
         return Counts(graph.weights(), nonzeros, sum(macs(graph).values()))
 
-    def measure(self, checkpoint: Path, first: bool) -> Measured:
-        yardstick = self._yardstick
-        quality = yardstick.of(outputs_of(checkpoint), compare=not first) if yardstick is not None else None
+    def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
+        yardstick, known = self._yardstick, None
+        if quality and yardstick is not None:
+            known = yardstick.of(outputs_of(checkpoint), compare=not first)
         remarks = yardstick.remarks if yardstick is not None and first else ()
         latencies: tuple[Latency, ...] = ()
         if first:
             remarks = (*self.graph.facts.remarks, *remarks)
-        if self.recipe.evaluate.latency:
+        if speed and self.recipe.evaluate.latency:
             # Between the input and an integer network only an export that is asked for is timed.
             latencies = timing.of_checkpoint(checkpoint, self.recipe.threads, onnx=first)
             if first:
                 remarks += timing.remarks()
-        return Measured(quality, latencies=latencies, remarks=remarks)
+        return Measured(known, latencies=latencies, remarks=remarks)
+
+    def footprint(self, checkpoint: Path) -> Footprint | None:
+        return exporters.load("c")().footprint(checkpoint) if is_integer(checkpoint) else None
 
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress

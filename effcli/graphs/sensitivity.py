@@ -30,6 +30,7 @@ from effcli.layers.result import Progress, check_tensor
 from effcli.layers.selection import Choice, needs_of
 from effcli.reports.sensitivity import Way
 from effcli.search.costs import Cost, Probe, Trial, steadied
+from effcli.search.journal import Journal
 
 Batches = Callable[[], Iterator[Tensor]]
 _SEED = 0
@@ -41,11 +42,12 @@ def layer_costs(
     batches: Batches,
     way: Way,
     progress: Progress = lambda done, total: None,
+    journal: Journal | None = None,
 ) -> list[dict[str, Cost]]:
     """The cost of each layer that `variants` choose, one mapping by name for each variant.
 
     variants: every layer with its options; batches: the calibration inputs, float32 (n, *shape), anew
-    on each call.
+    on each call; journal: what an earlier try has found already, by variant, or of all at once where `way` is fisher.
     """
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
@@ -54,21 +56,41 @@ def layer_costs(
     if way != "gram" and needs_of(variants) and _several(batches):
         given, measured = (partial(_every_second, batches, first) for first in (0, 1))
 
-    def tried() -> Iterator[dict[str, Trial]]:
-        for number, choices in enumerate(variants):
-            progress(number, len(variants))
-            yield _trials(Graph.read(source), choices, given)
-        progress(len(variants), len(variants))
+    def tried(number: int) -> dict[str, Trial]:
+        progress(number, len(variants))
+        return _trials(Graph.read(source), variants[number], given)
 
-    if way == "gram":
-        return [
-            {name: Cost(trial.output_error, trial.output_error) for name, trial in made.items()} for made in tried()
-        ]
-    if way == "loss":
-        return [_costs(made, _divergences(graph, made, measured)) for made in tried()]
-    trials = list(tried())
-    predicted, samples = _predictions(graph, trials, measured)
-    return steadied([_costs(made, own) for made, own in zip(trials, predicted, strict=True)], 2 / max(samples, 1))
+    def priced(number: int) -> list[dict[str, Cost]]:
+        trials = tried(number)
+        if way == "gram":
+            return [{name: Cost(trial.output_error, trial.output_error) for name, trial in trials.items()}]
+        return [_costs(trials, _divergences(graph, trials, measured))]
+
+    def predicted() -> list[dict[str, Cost]]:
+        trials = [tried(number) for number in range(len(variants))]
+        found, samples = _predictions(graph, trials, measured)
+        return steadied([_costs(made, own) for made, own in zip(trials, found, strict=True)], 2 / max(samples, 1))
+
+    if way == "fisher":
+        costs = _once(journal, "fisher", len(variants), predicted)
+    else:
+        numbers = range(len(variants))
+        costs = [_once(journal, f"variant-{number}", 1, partial(priced, number))[0] for number in numbers]
+    progress(len(variants), len(variants))
+    return costs
+
+
+def _once(
+    journal: Journal | None, name: str, variants: int, price: Callable[[], list[dict[str, Cost]]]
+) -> list[dict[str, Cost]]:
+    """The costs that the journal has under `name`, else what `price` finds, which is recorded there."""
+    found = None if journal is None else journal.costs(name, variants)
+    if found is not None:
+        return list(found)
+    costs = price()
+    if journal is not None:
+        journal.record_costs(name, costs)
+    return costs
 
 
 def _costs(trials: Mapping[str, Trial], costs: Mapping[str, float]) -> dict[str, Cost]:

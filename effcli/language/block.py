@@ -25,7 +25,8 @@ from effcli.layers.engine import LayerEngine, Seen
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Factors, Held, Readers
 from effcli.layers.result import MATRIX, dense_row
-from effcli.reports.report import Histogram, LedgerRow, Record
+from effcli.options import Record
+from effcli.reports.report import Histogram, LedgerRow
 
 
 @dataclass

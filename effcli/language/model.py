@@ -24,13 +24,23 @@ from effcli.reports.report import Exported, Stage
 from effcli.run.network import Counts, Measured
 from effcli.run.plan import Plan, all_sites, count_weights, make
 from effcli.run.recipe import PassStep, Recipe
+from effcli.search.budget import Figure, Quantity
 
 # What prepares images or sound beside the text.
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+# Why no choice of bits can keep a budget.
+_UNLIMITED: dict[Quantity, str] = {
+    "accuracy_drop": "perplexity is measured, not accuracy",
+    "macs": "bits do not change how many multiplications a network takes",
+    "ram": "no C code is made of a language model",
+    "flash": "no C code is made of a language model",
+}
 
 
 class LanguageModel:
     """See `effcli.run.network.Subject`."""
+
+    quality: Figure = "perplexity"
 
     def __init__(self, recipe: Recipe, source: Path) -> None:
         self.recipe = recipe.for_language()
@@ -68,8 +78,14 @@ class LanguageModel:
         prefill, decode = wanted.prefill if "prefill" in given else None, wanted.decode if "decode" in given else None
         return latency.lengths(prefill, decode, longest)
 
-    def plan(self) -> Plan:
-        return make(self.recipe)
+    def with_defaults(self, step: PassStep) -> PassStep:
+        return step
+
+    def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
+        return make(self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)}))
+
+    def unlimited(self, quantity: Quantity) -> str:
+        return _UNLIMITED.get(quantity, "")
 
     def calibrate(self) -> tuple[str, ...]:
         if not any(step.needs for step in self.recipe.passes):
@@ -96,20 +112,23 @@ class LanguageModel:
         macs = None if routed else sum(site.rows * site.columns for site in sites)
         return Counts(count_weights(weights.skeleton), weights.nonzeros(), macs)
 
-    def measure(self, checkpoint: Path, first: bool) -> Measured:
+    def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
         wanted, yardstick = self.recipe.evaluate, self._yardstick
-        quality = yardstick.measure(checkpoint) if yardstick is not None else None
-        speed = None
-        if wanted.latency:
+        known = yardstick.measure(checkpoint) if quality and yardstick is not None else None
+        timed = None
+        if speed and wanted.latency:
             prefill, decode = self._timed(self._longest())
-            speed = latency.measure(
+            timed = latency.measure(
                 str(checkpoint),
                 prefill=prefill,
                 decode=decode,
                 threads=self.recipe.threads,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
-        return Measured(quality, speed, remarks=tuple(yardstick.remarks) if yardstick is not None and first else ())
+        return Measured(known, timed, remarks=tuple(yardstick.remarks) if yardstick is not None and first else ())
+
+    def footprint(self, checkpoint: Path) -> None:
+        return None
 
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress

@@ -11,12 +11,13 @@ measure that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from effcli.errors import UnfinishedError
 from effcli.inputs.text import Windows
 from effcli.language.evaluate import kl
 from effcli.language.forward import logits
@@ -27,6 +28,7 @@ from effcli.layers.result import Progress, check_finite
 from effcli.layers.selection import Choice
 from effcli.reports.sensitivity import Way
 from effcli.search.costs import Cost, Slopes, Trial, steadied
+from effcli.search.journal import Journal
 
 _SEED = 0
 # Samples of the gradient, in all windows together, that bring a layer's cost within about a fifth of its mean.
@@ -41,12 +43,13 @@ def layer_costs(
     way: Way,
     progress: Progress = lambda done, total: None,
     trust_remote_code: bool = False,
+    journal: Journal | None = None,
 ) -> list[dict[str, Cost]]:
     """The cost of each layer that `variants` choose, one mapping by name for each variant.
 
     variants: every layer with its options, such as other bits in each variant; work: a folder for
-    hidden states, those behind every block at once unless `way` is gram. Calibration windows always see the original
-    network.
+    hidden states, those behind every block at once unless `way` is gram, which must be the same for a second try with
+    one `journal`. Calibration windows always see the original network.
     """
     weights = open_weights(path, trust_remote_code)
     if way != "gram":
@@ -55,7 +58,7 @@ def layer_costs(
         weights.skeleton.dtype = torch.float32
     with WayOut(weights, with_head=True) as stream:
         check_finite(weights.skeleton.model, "")
-        return _WAYS[way](stream, variants, windows, work, progress).carry_out()
+        return _WAYS[way](stream, variants, windows, work, progress, journal).carry_out()
 
 
 class _OutputError(Trials):
@@ -82,21 +85,30 @@ class _Fisher(Trials):
         """How often the tokens of each measured window are drawn."""
         return -(-_SAMPLES // max(len(self.measured), 1))
 
-    def blocks(self) -> Iterator[int]:
-        """From the last to the first, as gradients go."""
-        self._last_gradients()
-        yield from reversed(range(self.count))
-
     @property
-    def _gradients(self) -> Spool:
-        """The gradients at the hidden states before the last block that was seen: of each measured batch, by draw."""
+    def order(self) -> Sequence[int]:
+        """From the last to the first, as gradients go."""
+        return range(self.count)[::-1]
+
+    def start(self, done: int) -> None:
+        super().start(done)
+        if not done:
+            self._last_gradients()
+        elif done < self.count and not self._gradients(self.order[done]).whole():
+            raise UnfinishedError(f"{self._gradients(self.order[done]).file} is not whole")
+
+    def _gradients(self, k: int) -> Spool:
+        """The gradients at the hidden states behind block k: of each measured batch, by draw.
+
+        Two files take turns, so that those of a block that was interrupted are whole.
+        """
         shapes = [self.shapes[number] for number in self.measured for _ in range(self.draws)]
-        return Spool(self.work / "gradients.bin", shapes, self.skeleton.dtype)
+        return Spool(self.work / f"gradients-{k % 2}.bin", shapes, self.skeleton.dtype)
 
     def _last_gradients(self) -> None:
         """The gradients behind the last block, of the loss of tokens drawn from the network's predictions."""
         generator = torch.Generator().manual_seed(_SEED)
-        incoming, outgoing = self.hidden(self.count), self._gradients
+        incoming, outgoing = self.hidden(self.count), self._gradients(self.count - 1)
         for at, number in enumerate(self.measured):
             hidden = incoming.read(number)
             flat = hidden.flatten(0, 1)
@@ -115,11 +127,8 @@ class _Fisher(Trials):
                 outgoing.write(at * self.draws + draw, gradient.view(hidden.shape))
 
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
-        """Run the measured windows through block k and back; takes the slope of each loss along every trial's error.
-
-        The gradients at the inputs of the block take the place of those behind it.
-        """
-        gradients = self._gradients
+        """Run the measured windows through block k and back; takes the slope of each loss along every trial's error."""
+        gradients, before = self._gradients(k), self._gradients(k - 1)
         with self.opened(k):
             weights = self.block_weights(k)
             with torch.inference_mode():
@@ -137,9 +146,11 @@ class _Fisher(Trials):
                     out = self.stream.through(k, hidden.requires_grad_(), self.call(k, number))
                 for sample in range(at * self.draws, (at + 1) * self.draws):
                     (gradient,) = torch.autograd.grad(out, hidden, gradients.read(sample), retain_graph=True)
-                    gradients.write(sample, gradient)
+                    before.write(sample, gradient)
                     for each in slopes.values():
                         each.end_sample()
+        if self.journal is not None and self.measured:
+            before.sync()
         for name, each in slopes.items():
             for costs, made, total in zip(self.costs, trials, each.squares, strict=True):
                 costs[name] = Cost(made[name].output_error, 0.5 * total / (self.draws * self.tokens))

@@ -12,6 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +37,7 @@ from effcli.layers.result import Progress
 from effcli.layers.selection import Choice, needs_of
 from effcli.platform import memory
 from effcli.search.costs import Cost, Probe, Trial
+from effcli.search.journal import Journal
 
 
 class WayOut(Stream):
@@ -64,7 +67,7 @@ class Trials(ABC):
     """The trials of all variants, block after block, and what each costs: `costs`, one mapping for each variant.
 
     stream: entered, with its head; variants: every layer with its options; work: a folder for hidden states, those
-    behind every block at once unless `measures` is off.
+    behind every block at once unless `measures` is off; journal: what an earlier try has found already.
     """
 
     # Whether costs are measured on windows that the pass was not given, and trials keep their weights.
@@ -79,6 +82,7 @@ class Trials(ABC):
         windows: Windows,
         work: Path,
         progress: Progress,
+        journal: Journal | None = None,
     ) -> None:
         self.stream = stream
         self.weights: Weights = stream.weights
@@ -97,6 +101,7 @@ class Trials(ABC):
             self.given, self.measured = self.given[:middle], self.given[middle:]
         self.work = work
         self.progress = progress
+        self.journal = journal
         self.count = len(self.skeleton.blocks)
         self.costs: list[dict[str, Cost]] = [{} for _ in variants]
         self.shapes: list[tuple[int, ...]] = []
@@ -106,31 +111,60 @@ class Trials(ABC):
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Put what the trials of block k cost, one mapping for each variant, into `costs`."""
 
-    def blocks(self) -> Iterator[int]:
+    @property
+    def order(self) -> Sequence[int]:
         """The blocks in the order in which they are taken."""
-        yield from range(self.count)
+        return range(self.count)
+
+    def start(self, done: int) -> None:
+        """Make ready for the blocks of the order but for the first `done`, which are priced already."""
+        if self.measures:
+            for k in range(self.count):
+                self._propagate(k)
 
     def carry_out(self) -> list[dict[str, Cost]]:
         """Take all layers; returns `costs`."""
         self._enter()
         self.take_blocks()
         self.progress(self.count, self.count + 1)
-        self._head()
+        self._once("head", self._head)
         self.progress(self.count + 1, self.count + 1)
         return self.costs
 
     def take_blocks(self) -> None:
         """Take the layers of all blocks."""
-        if self.measures:
-            for k in range(self.count):
-                self._propagate(k)
-        for number, k in enumerate(self.blocks()):
+        # A gap would be of another try: what follows it is measured again.
+        done = len(list(takewhile(lambda k: self._recall(_record(k)), self.order)))
+        self.start(done)
+        for number, k in enumerate(self.order):
             self.progress(number, self.count + 1)
-            seen = self._observe(k)
-            self.price(k, self._tried(k, seen))
-            memory.trim()
+            if number >= done:
+                self._once(_record(k), partial(self._take_block, k), again=True)
+                memory.trim()
+            elif not self.measures:
+                self._propagate(k)
             if not self.measures:
                 self.hidden(k).remove()
+
+    def _take_block(self, k: int) -> None:
+        self.price(k, self._tried(k, self._observe(k)))
+
+    def _recall(self, name: str) -> bool:
+        """Whether costs were recorded under `name` by an earlier try of the same search; they are then taken over."""
+        found = None if self.journal is None else self.journal.costs(name, len(self.variants))
+        for costs, own in zip(self.costs, found or (), strict=False):
+            costs.update(own)
+        return found is not None
+
+    def _once(self, name: str, price: Callable[[], None], again: bool = False) -> None:
+        """Have layers priced and their costs recorded under `name`; not where they are, unless `again`."""
+        if not again and self._recall(name):
+            return
+        before = set(self.costs[0])
+        price()
+        if self.journal is not None:
+            new = [{layer: cost for layer, cost in costs.items() if layer not in before} for costs in self.costs]
+            self.journal.record_costs(name, new)
 
     def _enter(self) -> None:
         for number, batch in enumerate(self.batches):
@@ -274,6 +308,11 @@ class Trials(ABC):
                     total += kl(found[0], found[1])
         head.weight = original
         return max(0.0, total / self.tokens)
+
+
+def _record(k: int) -> str:
+    """The name of the record of block k."""
+    return f"block-{k}"
 
 
 def _add(seen: _Seen, name: str, inputs: Tensor) -> None:

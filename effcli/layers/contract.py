@@ -20,7 +20,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from effcli.graphs.graph import Graph
     from effcli.graphs.integer import IntegerNetwork
     from effcli.reports.report import ActivationRange, Training
+    from effcli.reports.sensitivity import Search, Sensitivity, Way
+    from effcli.search.budget import Budget, Figure
 
 
 class Change(enum.Flag):
@@ -174,7 +176,11 @@ class TrainPass(TrainingOptions, Pass):
 
 
 class SearchPass(Pass):
-    """A pass that chooses options of another one for every layer. What is carried out is that other pass."""
+    """A pass that chooses options of another one for every layer. What is carried out is that other pass.
+
+    The engine finds what each alternative of `space` costs each layer, `choose` decides, and may have whole choices
+    carried out and measured on the way.
+    """
 
     @property
     @abstractmethod
@@ -185,6 +191,51 @@ class SearchPass(Pass):
     @abstractmethod
     def space(self) -> Sequence[Mapping[str, Any]]:
         """The options that each layer may get, one mapping for each alternative."""
+
+    @property
+    @abstractmethod
+    def budget(self) -> Budget:
+        """What limits the choice."""
+
+    @property
+    def way(self) -> Way | None:
+        """How the costs of layers are found; None leaves it to the engine."""
+        return None
+
+    @property
+    def measures_quality(self) -> bool:
+        """Whether the quality of carried-out choices is measured."""
+        return self.budget.of_quality
+
+    @abstractmethod
+    def choose(self, costs: Sensitivity, evaluator: Evaluator) -> Search:
+        """The bits of every layer that keep the budget at the least cost, with what was tried on the way.
+
+        costs: of each layer with each alternative, in bytes and in lost quality. Raises `SelectionError` for a budget
+        that no choice keeps.
+        """
+
+
+class Evaluator(Protocol):
+    """What a search may ask of the network at hand. Every figure is computed or measured, once for each choice."""
+
+    @property
+    def name(self) -> str:
+        """The step, for messages."""
+
+    @property
+    def quality(self) -> Figure:
+        """By which figure the quality of this network is told: perplexity or accuracy."""
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the weight files besides the weights of the layers that are chosen for, headers included."""
+
+    def original(self) -> float:
+        """The quality of the network that came in; `DataError` where it was not measured."""
+
+    def measure(self, figure: Figure, bits: Mapping[str, int]) -> float:
+        """The figure of a choice that is really carried out; bits: of every layer by name."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +379,7 @@ __all__ = [
     "UNSEEN",
     "Apply",
     "Change",
+    "Evaluator",
     "Group",
     "Layer",
     "LayerPass",

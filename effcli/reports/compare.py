@@ -9,9 +9,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from effcli.options import Record
 from effcli.reports import human, latencies
 from effcli.reports.columns import kernel_text
-from effcli.reports.report import Classification, LedgerRow, Quality, Record, Report, Stage
+from effcli.reports.report import Classification, LedgerRow, Quality, Report, Stage
 
 Unit = Literal["bytes", "ratio", "bits", "number", "fraction", "decibels", "milliseconds", "rate", "seconds"]
 _MILLISECONDS: Unit = "milliseconds"

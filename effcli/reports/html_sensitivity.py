@@ -26,6 +26,14 @@ def write(found: Sensitivity | Search, path: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def write_all(found: Sequence[Search], folder: Path) -> None:
+    """Write each search to search.json and search.html in `folder`, or to search-1.json and so on of several."""
+    for at, each in enumerate(found, start=1):
+        stem = "search" if len(found) == 1 else f"search-{at}"
+        for suffix in (".json", ".html"):
+            write(each, folder / f"{stem}{suffix}")
+
+
 def render(found: Sensitivity | Search) -> str:
     """The whole page."""
     layers = found.sensitivity if isinstance(found, Search) else found
@@ -168,4 +176,4 @@ def _row(layer: LayerCosts, at: int) -> LedgerRow:
     )
 
 
-__all__ = ["front_plot", "render", "write"]
+__all__ = ["front_plot", "render", "write", "write_all"]

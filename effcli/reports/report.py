@@ -9,23 +9,18 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from effcli.errors import CheckpointError, writing
 from effcli.files.documents import check_model, read_object
-from effcli.options import Options
+from effcli.options import Record
+from effcli.reports.sensitivity import Search
 
 SCHEMA_VERSION = 1
 FILE_NAME = "report.json"
 # What is drawn and reckoned with these takes roots and logarithms.
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Record(Options):
-    """A part of a report. An infinite perplexity is a finding: JSON must not turn it into "not measured"."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
 class LedgerRow(Record):
@@ -194,6 +189,7 @@ class Stage(Record):
     histograms: tuple[Histogram, ...] = ()
     activations: tuple[ActivationRange, ...] = ()
     training: Training | None = Field(default=None, description="of a pass that trains")
+    search: Search | None = Field(default=None, description="how the options of the pass were chosen, if a search did")
 
 
 class Exported(Record):

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from effcli.reports.report import Exported, Latency, Quality, Speed, Stage
 
 if TYPE_CHECKING:
-    from effcli.files.exporter import Exporter
+    from effcli.files.exporter import Exporter, Footprint
     from effcli.layers.result import Progress, Swept
     from effcli.reports.card import Layout
     from effcli.run.plan import Plan
     from effcli.run.recipe import PassStep, Recipe
+    from effcli.search.budget import Figure, Quantity
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Measured:
     latencies: tuple[Latency, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    @property
+    def milliseconds(self) -> float | None:
+        """The time of one decoded token of a language model, else of one input; None where it was not taken."""
+        if self.speed is not None:
+            return 1000 / self.speed.decode_tokens_per_second
+        return self.latencies[-1].milliseconds if self.latencies else None
+
 
 class Subject(Protocol):
     """One network on its way through a run. recipe: with the defaults of its kind filled in.
@@ -44,6 +52,8 @@ class Subject(Protocol):
 
     recipe: Recipe
     source: Path
+    # The figure that tells the network's quality.
+    quality: Figure
 
     @property
     def base(self) -> Path: ...
@@ -56,8 +66,17 @@ class Subject(Protocol):
     def settings(self) -> dict[str, Any]:
         """The recipe as JSON, with what follows the network filled in: as it is carried out."""
 
-    def plan(self) -> Plan:
-        """What the recipe will do; raises what a run would raise over its patterns and sizes."""
+    def with_defaults(self, step: PassStep) -> PassStep:
+        """The step with the defaults of the network's kind for what it does not say."""
+
+    def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
+        """What the recipe will do, or would with other passes; raises what a run would raise over patterns and sizes.
+
+        No step may be one that searches.
+        """
+
+    def unlimited(self, quantity: Quantity) -> str:
+        """Why bits of layers cannot keep a budget of `quantity` in this network, empty where they can."""
 
     def calibrate(self) -> tuple[str, ...]:
         """Read the calibration data, if a pass wants any; what the user should know of them."""
@@ -68,8 +87,17 @@ class Subject(Protocol):
     def count(self, checkpoint: Path) -> Counts:
         """How many weights a checkpoint has, how many are not 0, and what an input takes."""
 
-    def measure(self, checkpoint: Path, first: bool) -> Measured:
-        """Measure quality and speed as the recipe asks; first: the input itself, before any pass."""
+    def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
+        """Measure quality and speed as the recipe asks; first: the input itself, before any pass.
+
+        quality, speed: False leaves it out.
+        """
+
+    def footprint(self, checkpoint: Path) -> Footprint | None:
+        """What the checkpoint takes of a microcontroller; None where it has no C code.
+
+        `UnsupportedError` for an operation of an integer network that has none.
+        """
 
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress

@@ -12,10 +12,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,15 +25,19 @@ from effcli.files import locate as samples
 from effcli.files.checkpoint import weight_files, write_text
 from effcli.files.digest import of_path
 from effcli.files.documents import read_model
+from effcli.layers.contract import SearchPass
 from effcli.platform import memory
 from effcli.platform.machine import cpu_threads, device_name
-from effcli.reports import card, html
+from effcli.reports import card, html, html_sensitivity
 from effcli.reports.human import size
 from effcli.reports.report import Exported, Report, Stage
 from effcli.run import recipe as recipes
+from effcli.run.listener import Listener, Silent
 from effcli.run.plan import Plan
 from effcli.run.recipe import ExportStep, PassStep, Recipe, Step
 from effcli.run.workplace import EXPORTS, Workplace, check_output, existing, exports_in, files_in, resolved
+from effcli.search import stage as searching
+from effcli.search.stage import Position
 
 if TYPE_CHECKING:
     from effcli.layers.result import Swept
@@ -45,50 +49,18 @@ _Done = tuple[Report, EffcliError | None]
 _DISK_FACTOR = 2.2
 
 
-class Listener(Protocol):
-    """Whom a run tells how it goes. unit: what a pass has `total` of."""
-
-    def stage(self, stage: Stage) -> None: ...
-
-    def progress_start(self, name: str, total: int, unit: str = "block") -> None: ...
-
-    def progress(self, done: int) -> None: ...
-
-    def progress_end(self) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-
-class Silent:
-    """A listener for scripts."""
-
-    def stage(self, stage: Stage) -> None: ...
-
-    def progress_start(self, name: str, total: int, unit: str = "block") -> None: ...
-
-    def progress(self, done: int) -> None: ...
-
-    def progress_end(self) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-
 def run(
     recipe: Recipe,
     *,
     overwrite: bool = False,
     listener: Listener | None = None,
-    beside: Callable[[Path], None] = lambda folder: None,
 ) -> Report:
-    """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`.
-
-    beside: writes what else shall stand there.
-    """
+    """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`."""
     output = resolved(recipe.target.absolute())
     check_output(output, overwrite, recipe.inputs)
     for step in recipe.export:
         exporters.require(step.name)
-    for clash in filter(None, (step.clash for step in (*recipe.passes, *recipe.export))):
+    for clash in filter(None, (step.clash for step in (*_named(recipe.passes), *recipe.export))):
         (listener or Silent()).say(clash)
     if recipe.device not in ("cpu", "auto"):
         raise UnsupportedError(
@@ -97,33 +69,33 @@ def run(
         )
     torch.manual_seed(recipe.seed)
     with cpu_threads(recipe.threads):
-        return _Run(recipe, output, overwrite, listener or Silent(), beside).carry_out()
+        return _Run(recipe, output, overwrite, listener or Silent()).carry_out()
 
 
 class _Run:
-    def __init__(
-        self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener, beside: Callable[[Path], None]
-    ) -> None:
+    def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener) -> None:
         self.subject = subject_of(recipe)
         self.recipe = self.subject.recipe
         self.output = output
         self.overwrite = overwrite
         self.listener = listener
-        self.beside = beside
         self.place = Workplace(output)
         self.work = self.place.folder
         self.finished: list[Stage] = []
 
     def carry_out(self) -> Report:
-        plan = self.subject.plan()
+        plan = searching.plan(self.subject)
         self._check_space(plan)
         remarks = self.subject.calibrate()
         with self.place.locked():
             request = self._request()
-            if self.place.placed == request and Report.read(self.output).recipe == self.subject.settings:
-                # Killed when all was done but the removal of what is beside the output.
-                self.place.finish()
-                return Report.read(self.output)
+            if self.place.placed == request:
+                report = Report.read(self.output)
+                # What the request leaves out must be the same; its steps may stand there as a search chose them.
+                if self._settings(()) == {**report.recipe, "passes": []}:
+                    # Killed when all was done but the removal of what is beside the output.
+                    self.place.finish()
+                    return report
             self._open_work(request)
             try:
                 report, failed = self._carry_out(remarks, request)
@@ -151,15 +123,18 @@ class _Run:
         self.subject.open(self.work)
         base = self.subject.base
         stages = [self._stage(0, lambda: self._measured(base, "input", {}, first=True))]
+        searching.check_measured(self.subject, stages[0])
+        steps: list[PassStep] = []
         current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
-            said = remarks if step.needs else ()
-            stages.append(self._pass(number, step, current, reference, said))
+            position = Position(step, tuple(steps), self.recipe.passes[number:], current, reference, stages[0])
+            stages.append(self._pass(number, position, remarks))
+            steps.append(_as_carried_out(step, stages[-1]))
             former = current
             current, reference = self._after(number, stages[-1], current, reference)
             if former not in (base, reference):
                 shutil.rmtree(former, ignore_errors=True)
-        return self._finish(current, stages)
+        return self._finish(current, stages, steps)
 
     def _after(self, number: int, stage: Stage, current: Path, reference: Path) -> tuple[Path, Path]:
         """The current and the reference checkpoint after a pass; reference: the last before weights were compressed."""
@@ -173,7 +148,7 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
             "files": self.subject.request,
             "data": {str(path): of_path(path) for path in self._data()},
-            "versions": _software(self.recipe.passes),
+            "versions": _software(_named(self.recipe.passes)),
         }
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
@@ -243,41 +218,39 @@ class _Run:
         self.listener.stage(stage)
         return stage
 
-    def _pass(
-        self,
-        number: int,
-        step: PassStep,
-        source: Path,
-        reference: Path,
-        said: tuple[str, ...],
-    ) -> Stage:
-        """Carry out one step and measure what came out."""
+    def _pass(self, number: int, position: Position, remarks: tuple[str, ...]) -> Stage:
+        """Carry out one step, or what it searches for, and measure what came out; remarks: on the calibration data."""
         target = self.work / f"checkpoint-{number}"
 
         def measure() -> Stage:
+            step, found = position.step, None
+            if isinstance(step.config, SearchPass):
+                step, found = searching.carry_out(self.subject, position, self._search_folder(number), self.listener)
             with writing(target):
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir()
             memory.reset_peak()
             started = time.perf_counter()
-            swept = self._sweep(number, step, source, target, reference)
+            swept = self._sweep(number, step, position.source, target, position.reference)
             seconds, peak = time.perf_counter() - started, memory.peak()
             measured = self._measured(target, step.name, step.config.model_dump(mode="json"))
             return measured.model_copy(
                 update={
                     "seconds": seconds,
                     "peak_memory": peak,
-                    "remarks": (*said, *swept.remarks, *measured.remarks),
+                    "remarks": (*(remarks if step.needs else ()), *swept.remarks, *measured.remarks),
                     "ledger": tuple(swept.ledger),
                     "histograms": tuple(swept.histograms),
                     "activations": tuple(swept.activations),
                     "training": swept.training,
+                    "search": found,
                 }
             )
 
         stage = self._stage(number, measure)
-        # What the pass kept to go on from serves no more.
-        shutil.rmtree(self.work / f"pass-{number}", ignore_errors=True)
+        # What was kept to go on from serves no more.
+        for folder in (self.work / f"pass-{number}", self._search_folder(number)):
+            shutil.rmtree(folder, ignore_errors=True)
         return stage
 
     def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> Swept:
@@ -312,22 +285,31 @@ class _Run:
             remarks=found.remarks,
         )
 
-    def _finish(self, finished: Path, stages: list[Stage]) -> _Done:
+    def _search_folder(self, number: int) -> Path:
+        """The folder of the search of a step."""
+        return self.work / f"search-{number}"
+
+    def _settings(self, steps: Sequence[PassStep]) -> dict[str, Any]:
+        """The recipe as JSON, as it is carried out, with these steps."""
+        return {**self.subject.settings, "passes": [step.model_dump(mode="json") for step in steps]}
+
+    def _finish(self, finished: Path, stages: list[Stage], steps: list[PassStep]) -> _Done:
+        """Describe and place the finished checkpoint; steps: as they were carried out."""
         report = Report(
             effcli_version=version("effcli"),
             model=self.recipe.model,
             output=self.recipe.output,
             machine=_machine(),
-            software=_software((*self.recipe.passes, *self.recipe.export)),
+            software=_software((*steps, *self.recipe.export)),
             stages=tuple(stages),
             verified=self.subject.verify(finished, stages) if self.recipe.evaluate.enabled else None,
-            recipe=self.subject.settings,
+            recipe=self._settings(steps),
         )
         exported, failed = self._exports(finished)
         report = report.model_copy(update={"exports": exported})
         self._describe(report, finished)
-        write_text(finished / "recipe.yaml", recipes.dump(self.recipe))
-        self.beside(finished)
+        write_text(finished / "recipe.yaml", recipes.dump(self.recipe.model_copy(update={"passes": tuple(steps)})))
+        html_sensitivity.write_all([stage.search for stage in stages if stage.search is not None], finished)
         # The last to be written, for it lists the others.
         report = report.model_copy(update={"files": files_in(finished)})
         report.write(finished)
@@ -401,6 +383,16 @@ class _Run:
         exported = self.subject.time_export(step.config, exported, folder)
         self.listener.say(f"exported to {step.name}: {exported.checked or size(exported.nbytes)}")
         return exported
+
+
+def _as_carried_out(step: PassStep, stage: Stage) -> PassStep:
+    """A step of the recipe, or what a search has made of it."""
+    return step if stage.search is None else PassStep.model_validate({stage.name: stage.options})
+
+
+def _named(steps: Iterable[PassStep]) -> list[PassStep]:
+    """The steps, and behind each one that searches a step of what it searches for."""
+    return [each for step in steps for each in (step, *step.candidates[:1])]
 
 
 def _key(step: ExportStep) -> str:

@@ -131,14 +131,13 @@ class PassStep(Step):
         if kind is None:
             return None
         config = validated(kind, options, path, mistakes, owner=name)
-        chosen = None if config is None else cls._chosen(config, path, mistakes)
-        if chosen is None:
+        if config is None or cls._candidates(config, path, mistakes) is None:
             _check_layers(kind, options, path, name, mistakes)
         return config
 
     @classmethod
-    def _chosen(cls, config: Pass, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
-        """For a step that chooses the bits of another, that other with each number of bits; None for any other step.
+    def _candidates(cls, config: Pass, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
+        """For a step that searches, the pass that it searches for with each of its alternatives; None for any other.
 
         What cannot be carried out is noted, and then left out.
         """
@@ -166,9 +165,9 @@ class PassStep(Step):
         return tuple(made)
 
     @property
-    def chosen(self) -> tuple[PassStep, ...]:
-        """The step that this one stands for with each number of bits it may choose; empty when it stands for itself."""
-        return self._chosen(self.config, "", Mistakes()) or ()
+    def candidates(self) -> tuple[PassStep, ...]:
+        """The steps among which a search chooses for every layer; empty for a step that is carried out as it is."""
+        return self._candidates(self.config, "", Mistakes()) or ()
 
     def for_graph(self) -> PassStep:
         """This step in a network read as a graph: defaults that differ there filled in."""

@@ -1,16 +1,161 @@
-"""Choices of bits per layer by what they cost, and the step that carries one out."""
+"""The bits of every layer under a budget, from what each number of bits costs each layer.
+
+A budget of bytes follows from the formats alone: the cheapest choice of so many bytes. Any other figure is measured of
+choices along the front, the cheapest for each number of bytes, by bisection: more bytes mean more quality, and more of
+what else they take.
+"""
 
 from __future__ import annotations
 
-import glob
-from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
-from effcli.layers.selection import matches
-from effcli.reports.sensitivity import Sensitivity
-from effcli.run.recipe import PassStep
+from effcli.errors import RecipeError, SelectionError
+from effcli.layers.contract import Evaluator
+from effcli.reports.human import significant, size
+from effcli.reports.sensitivity import Point, Search, Sensitivity
+from effcli.search.budget import Budget, Figure, figure_title
 from effcli.search.knapsack import Choice, Frontier
+
+_POINTS = 33
+# Repeated measurements of time differ by so much of it.
+_NOISE = 0.05
+
+
+def choose_bits(costs: Sensitivity, budget: Budget, evaluator: Evaluator, measured: int = 0) -> Search:
+    """The bits of every layer that keep `budget` at the least cost, with the front and the uniform choices beside them.
+
+    measured: the quality of so many points along the front is measured, and that of the choice. Raises
+    `SelectionError` for a budget that no choice keeps, and for one that every choice keeps or misses alike.
+    """
+    return _Chooser(costs, budget, evaluator).choose(measured)
+
+
+class _Chooser:
+    def __init__(self, costs: Sensitivity, budget: Budget, evaluator: Evaluator) -> None:
+        self.costs = costs
+        self.budget = budget
+        self.evaluator = evaluator
+        self.widths = Widths(costs)
+        self.frontier = self.widths.frontier
+        self.front = self.frontier.points(_POINTS)
+        # What was measured of each choice.
+        self.found: dict[Figure, dict[tuple[int, ...], float]] = {}
+
+    def choose(self, measured: int) -> Search:
+        chosen = self._chosen()
+        quality, figure = self.evaluator.quality, self.budget.figure
+        for at in range(measured):
+            self._measure(quality, self.front[round(at * (len(self.front) - 1) / max(measured - 1, 1))])
+        if measured:
+            self._measure(quality, chosen)
+        shown = {choice.options: choice for choice in (*self.front, chosen)}
+        return Search(
+            sensitivity=self.costs,
+            budget=str(self.budget),
+            front=tuple(self._point(choice, "") for choice in sorted(shown.values(), key=lambda c: c.nbytes)),
+            uniform=tuple(self._point(choice, f"{width} bits") for width, choice in self.widths.uniform.items()),
+            chosen=self._point(chosen, "chosen"),
+            bits=self.widths.bits(chosen),
+            measure=quality if quality in self.found else "",
+            limited="" if figure in (None, quality) else figure_title(figure),
+        )
+
+    def _chosen(self) -> Choice:
+        """The choice that keeps the budget."""
+        figure, limit = self.budget.figure, self.budget.limit
+        match self.budget.quantity:
+            case "average_bits":
+                return self._at(self._average(limit))
+            case "size":
+                fixed = self.evaluator.fixed_bytes
+                return self._at(int(limit) - fixed, fixed)
+        if figure is None:
+            raise RecipeError(
+                f"{self._key}: bits do not change the {self.budget.quantity}", "give another budget, such as size"
+            )
+        return self._smallest(figure) if self.budget.of_quality else self._largest(figure)
+
+    @property
+    def _key(self) -> str:
+        return f"{self.evaluator.name}.{self.budget.quantity}"
+
+    def _at(self, nbytes: int, fixed: int = 0) -> Choice:
+        smallest, largest = self.frontier.smallest, self.frontier.largest
+        if nbytes < smallest:
+            raise SelectionError(
+                f"{self.evaluator.name}: the budget is {size(nbytes + fixed)}, and the fewest bits everywhere take "
+                f"{size(smallest + fixed)}",
+                "raise the budget, offer fewer `bits`, or take larger groups",
+            )
+        if nbytes > largest:
+            raise SelectionError(
+                f"{self.evaluator.name}: the budget is {size(nbytes + fixed)}, and the most bits everywhere take only "
+                f"{size(largest + fixed)}",
+                "lower the budget or offer more `bits`",
+            )
+        return self.frontier.at(nbytes)
+
+    def _average(self, bits: float) -> int:
+        nbytes = self.widths.nbytes(bits)
+        if nbytes is None:
+            uniform = self.widths.uniform
+            raise SelectionError(
+                f"{self._key}: {bits:g} is outside of the bits to choose from, {min(uniform)} to {max(uniform)}",
+                "choose a number between them, or offer other `bits`",
+            )
+        return nbytes
+
+    def _smallest(self, figure: Figure) -> Choice:
+        """The smallest choice on the front whose measured quality keeps the budget."""
+        original = self.evaluator.original()
+        most = self._measure(figure, self.front[-1])
+        if not self.budget.keeps(most, original):
+            raise SelectionError(
+                f"{self.evaluator.name}: even the most bits take {figure} from {significant(original, 4)} to "
+                f"{significant(most, 4)}",
+                "raise the budget or offer more `bits`",
+            )
+        return self.front[_first(len(self.front) - 1, lambda at: self._keeps(figure, at, original))]
+
+    def _largest(self, figure: Figure) -> Choice:
+        """The largest choice on the front, whose quality is best, with a measured figure that keeps the budget."""
+        fewest, most = (self._measure(figure, self.front[at]) for at in (0, -1))
+        shown = f"{_figure(figure, fewest)} with the fewest and {_figure(figure, most)} with the most"
+        if abs(most - fewest) <= (_NOISE * max(fewest, most) if figure == "latency" else 0):
+            raise SelectionError(
+                f"{self._key}: bits do not change it here: it is {shown} bits", "give another budget, such as size"
+            )
+        if not self.budget.keeps(fewest, fewest):
+            raise SelectionError(
+                f"{self.evaluator.name}: the budget is {self.budget}, and it is {shown} bits",
+                "raise the budget, offer fewer `bits`, or take larger groups",
+            )
+        if self.budget.keeps(most, fewest):
+            return self.front[-1]
+        return self.front[_first(len(self.front) - 1, lambda at: not self._keeps(figure, at, fewest)) - 1]
+
+    def _keeps(self, figure: Figure, at: int, original: float) -> bool:
+        return self.budget.keeps(self._measure(figure, self.front[at]), original)
+
+    def _measure(self, figure: Figure, choice: Choice) -> float:
+        """The figure of a choice, really carried out."""
+        found = self.found.setdefault(figure, {})
+        if choice.options not in found:
+            found[choice.options] = self.evaluator.measure(figure, self.widths.bits(choice))
+        return found[choice.options]
+
+    def _point(self, choice: Choice, name: str) -> Point:
+        bits = self.widths.bits(choice)
+        weights = {layer.name: layer.shape[0] * layer.shape[1] for layer in self.costs.layers}
+        quality, figure = self.evaluator.quality, self.budget.figure
+        return Point(
+            name=name,
+            nbytes=choice.nbytes,
+            average_bits=sum(weights[layer] * own for layer, own in bits.items()) / max(sum(weights.values()), 1),
+            cost=choice.cost,
+            measured=self.found.get(quality, {}).get(choice.options),
+            limited=None if figure in (None, quality) else self.found.get(figure, {}).get(choice.options),
+        )
 
 
 class Widths:
@@ -48,17 +193,17 @@ class Widths:
         return {layer.name: layer.options[at].bits for layer, at in zip(self._layers, choice.options, strict=True)}
 
 
-def with_bits(step: PassStep, bits: Mapping[str, int]) -> PassStep:
-    """The step with these bits for these layers: the most frequent for all, the others under `layers` by name."""
-    config: Any = step.config
-    (usual, _), *_ = Counter(bits.values()).most_common()
-    layers = dict(config.layers)
-    for name, own in bits.items():
-        matching = [options for pattern, options in config.layers.items() if matches(name, pattern)]
-        told = matching[-1] if matching else {}
-        if told.get("bits", usual) != own:
-            layers[glob.escape(name)] = {**told, "bits": own}
-    return PassStep(name=step.name, config=config.model_copy(update={"bits": usual, "layers": layers}))
+def _first(count: int, holds: Callable[[int], bool]) -> int:
+    """The first of `count` places from which on `holds`, by bisection; `count` where it holds nowhere."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return high
 
 
-__all__ = ["Widths", "with_bits"]
+def _figure(figure: Figure, value: float) -> str:
+    return size(int(value)) if figure in ("ram", "flash") else f"{significant(value)} ms"
+
+
+__all__ = ["Widths", "choose_bits"]

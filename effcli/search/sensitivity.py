@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,28 +17,54 @@ from effcli.layers.selection import Choice, choose, choose_graph, needs_of
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Unit, Way
 from effcli.run.recipe import PassStep, Recipe
 from effcli.search.costs import Cost
+from effcli.search.journal import Journal
+
+if TYPE_CHECKING:
+    from effcli.run.listener import Listener
 
 # Weights below which putting every layer into the network by itself is a matter of a minute.
 SMALL = 20_000_000
+
+
+def told(listener: Listener, name: str, unit: str = "block") -> Progress:
+    """Progress as a listener is told of it, under `name`; unit: what is counted."""
+    started = False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal started
+        if not started:
+            listener.progress_start(name, total, unit)
+            started = True
+        listener.progress(done)
+        if done == total:
+            listener.progress_end()
+
+    return progress
 
 
 def sensitivity(
     recipe: Recipe,
     steps: Sequence[PassStep],
     source: Path,
+    work: Path,
     way: Way | None = None,
     progress: Progress = lambda done, total: None,
+    journal: Journal | None = None,
 ) -> Sensitivity:
     """What quantizing each layer of the checkpoint `source` alone costs with each of `steps`, one pass with other bits.
 
-    recipe: names the calibration data, with the defaults of its kind of network filled in. way: None takes `loss` for
-    small networks and `fisher` for others.
+    recipe: names the calibration data, with the defaults of its kind of network filled in. work: a folder for hidden
+    states. way: None takes `loss` for small networks and `fisher` for others. journal: what an earlier try with the
+    same folder has found already.
     """
+    known = None if journal is None else journal.recall(Sensitivity, "sensitivity")
+    if known is not None:
+        return known
     started = time.perf_counter()
     network = _Graph(recipe, source) if importers.recognises(source) else _Language(recipe, source)
     variants = [network.choose(step) for step in steps]
     way = way or ("loss" if network.weights < SMALL else "fisher")
-    found = network.costs(variants, way, progress)
+    found = network.costs(variants, way, work, progress, journal)
     layers = []
     for name, first in variants[0].items():
         if first.config is None:
@@ -61,7 +86,7 @@ def sensitivity(
     if way != "gram" and network.samples > 1 and needs_of(variants):
         remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
     settings = steps[0].config.model_dump(mode="json", exclude={"bits"}, exclude_defaults=True)
-    return Sensitivity(
+    made = Sensitivity(
         model=recipe.model,
         step=steps[0].name,
         settings=settings,
@@ -72,6 +97,9 @@ def sensitivity(
         seconds=time.perf_counter() - started,
         remarks=tuple(remarks),
     )
+    if journal is not None:
+        journal.record("sensitivity", made)
+    return made
 
 
 class _Language:
@@ -99,19 +127,18 @@ class _Language:
     def itemsize(self, choice: Choice) -> int:
         return self._dtype_of(choice.site.parameter).itemsize
 
-    def costs(self, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress) -> list[dict[str, Cost]]:
+    def costs(
+        self,
+        variants: Sequence[Mapping[str, Choice]],
+        way: Way,
+        work: Path,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> list[dict[str, Cost]]:
         from effcli.language.sensitivity import layer_costs
 
-        with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
-            return layer_costs(
-                self.source,
-                variants,
-                self._windows,
-                Path(folder),
-                way,
-                progress,
-                self.recipe.trust_remote_code,
-            )
+        trust = self.recipe.trust_remote_code
+        return layer_costs(self.source, variants, self._windows, work, way, progress, trust, journal)
 
 
 class _Graph:
@@ -136,13 +163,20 @@ class _Graph:
     def itemsize(self, choice: Choice) -> int:
         return 4
 
-    def costs(self, variants: Sequence[Mapping[str, Choice]], way: Way, progress: Progress) -> list[dict[str, Cost]]:
+    def costs(
+        self,
+        variants: Sequence[Mapping[str, Choice]],
+        way: Way,
+        work: Path,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> list[dict[str, Cost]]:
         from effcli.graphs.sensitivity import layer_costs
 
         def batches() -> Iterator[Tensor]:
             return (inputs for inputs, _ in self._data.batches(self.recipe.calibration.batch_size))
 
-        return layer_costs(self.source, variants, batches, way, progress)
+        return layer_costs(self.source, variants, batches, way, progress, journal)
 
 
-__all__ = ["SMALL", "sensitivity"]
+__all__ = ["SMALL", "sensitivity", "told"]

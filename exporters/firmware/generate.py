@@ -39,9 +39,8 @@ def generate(
 
     max_ram, max_flash: bytes. Raises `UnsupportedError` for what has no C code and for a limit that is not kept.
     """
-    program, plan = arena.plan(lowering.lower(network))
-    written = source.body(program, plan)
-    found = cost(program, plan, written.specialised.texts)
+    made = planned(network)
+    program, plan, written, found = made.program, made.plan, made.written, made.cost
     limits.check(program, plan, found, max_ram, max_flash)
     sizes = source.Sizes(plan.nbytes, found.constants, found.flash)
     tested = vectors.test_file(network, program, inputs(network, tests))
@@ -50,6 +49,23 @@ def generate(
         sources = {f"{name}.h": source.single_header(sources, name)}
     documents = {"plan.json": description(program, plan, found, name), "arena.svg": arena_svg(program, plan)}
     return Generated(program, plan, found, sources, documents)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A program whose memory is planned, the C code of its layers, and what it costs."""
+
+    program: Program
+    plan: Plan
+    written: source.Body
+    cost: Cost
+
+
+def planned(network: IntegerNetwork) -> Planned:
+    """The program of `network` with its costs; `UnsupportedError` for what has no C code."""
+    program, plan = arena.plan(lowering.lower(network))
+    written = source.body(program, plan)
+    return Planned(program, plan, written, cost(program, plan, written.specialised.texts))
 
 
 def inputs(network: IntegerNetwork, count: int) -> Array:

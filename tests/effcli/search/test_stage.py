@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,26 @@ from effcli.run import pipeline
 from effcli.run import recipe as recipes
 from effcli.run import yaml_files as yamls
 from effcli.run.recipe import PassStep, Recipe
-from effcli.search import bits as widths
-from effcli.search import resolve as search
+from effcli.search import stage as stages
 
 SMALL = ["calibration.samples=4", "calibration.length=32", "evaluate.samples=4", "evaluate.length=32"]
 QUICK = ["calibration.samples=16", "evaluate.samples=40"]
+# A run, told what becomes of a recipe.
+Resolve = Callable[[Recipe], tuple[Recipe, tuple[Search, ...]]]
+
+
+@pytest.fixture
+def resolve(tmp_path: Path) -> Resolve:
+    """Carry out a recipe; what it says with the bits of every layer, and what each search found."""
+
+    def carried_out(given: Recipe) -> tuple[Recipe, tuple[Search, ...]]:
+        untimed = given.evaluate.model_copy(update={"latency": False})
+        output = str(tmp_path / "resolved")
+        report = pipeline.run(given.model_copy(update={"output": output, "evaluate": untimed}), overwrite=True)
+        searches = tuple(stage.search for stage in report.stages if stage.search is not None)
+        return recipes.load(tmp_path / "resolved" / "recipe.yaml"), searches
+
+    return carried_out
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +57,15 @@ def auto(**options: Any) -> dict[str, Any]:
     return {"auto": {"using": "linear", "group_size": 32, "by": "gram", **options}}
 
 
-def test_a_recipe_without_a_search_stays_as_it_is(llama: Path) -> None:
+def test_a_recipe_without_a_search_stays_as_it_is(llama: Path, resolve: Resolve) -> None:
     given = recipe(llama, "linear:bits=4,group_size=32")
-    assert search.resolve(given) == (given, ())
+    resolved, searches = resolve(given)
+    assert (resolved.passes, searches) == (given.passes, ())
 
 
 @pytest.mark.parametrize("bits", [2.5, 3, 3.7, 4, 8])
-def test_average_bits(llama: Path, bits: float) -> None:
-    resolved, (found,) = search.resolve(recipe(llama, auto(average_bits=bits)))
+def test_average_bits(llama: Path, bits: float, resolve: Resolve) -> None:
+    resolved, (found,) = resolve(recipe(llama, auto(average_bits=bits)))
     uniform = {round(point.average_bits): point for point in found.uniform}
 
     assert list(uniform) == [2, 3, 4, 8]
@@ -60,7 +77,7 @@ def test_average_bits(llama: Path, bits: float) -> None:
         assert found.chosen.cost <= uniform[below].cost
     assert set(found.bits.values()) <= {2, 3, 4, 8}
     assert resolved.passes[0].name == "linear"
-    assert resolved.passes[0].chosen == ()
+    assert resolved.passes[0].candidates == ()
     assert [layer.name for layer in found.sensitivity.layers] == list(found.bits)
 
 
@@ -83,12 +100,12 @@ def test_what_is_written_gives_the_same_bytes_again(llama: Path, tmp_path: Path)
     assert "<svg" in (tmp_path / "a" / "search.html").read_text()
 
 
-def test_a_size_in_bytes_is_kept(llama: Path, tmp_path: Path) -> None:
+def test_a_size_in_bytes_is_kept(llama: Path, tmp_path: Path, resolve: Resolve) -> None:
     plain = pipeline.run(recipe(llama, "linear:bits=3,group_size=32", output=str(tmp_path / "plain"), no_eval=True))
     limit = plain.stages[-1].nbytes + 20_000
     given = recipe(llama, auto(size=limit), output=str(tmp_path / "out"), no_eval=True)
-    resolved, (found,) = search.resolve(given)
-    report = pipeline.run(resolved)
+    resolved, (found,) = resolve(given)
+    report = pipeline.run(resolved, overwrite=True)
 
     assert report.stages[-1].nbytes <= limit
     assert found.chosen.average_bits > 3
@@ -106,13 +123,13 @@ def test_a_size_in_bytes_is_kept(llama: Path, tmp_path: Path) -> None:
         ({"perplexity_increase": 1e-9, "bits": [2, 3]}, "even the most bits take perplexity from"),
     ],
 )
-def test_a_budget_that_cannot_be_kept(llama: Path, options: dict[str, Any], message: str) -> None:
+def test_a_budget_that_cannot_be_kept(llama: Path, options: dict[str, Any], message: str, resolve: Resolve) -> None:
     with pytest.raises(SelectionError, match=message):
-        search.resolve(recipe(llama, auto(**options)))
+        resolve(recipe(llama, auto(**options)))
 
 
-def test_the_smallest_choice_that_keeps_the_perplexity(llama: Path) -> None:
-    resolved, (found,) = search.resolve(recipe(llama, auto(perplexity_increase="0.5%", bits=[2, 3, 4])))
+def test_the_smallest_choice_that_keeps_the_perplexity(llama: Path, resolve: Resolve) -> None:
+    resolved, (found,) = resolve(recipe(llama, auto(perplexity_increase="0.5%", bits=[2, 3, 4])))
     base = 1000.0  # of a network of random weights over 1,024 tokens, about
 
     assert found.measure == "perplexity"
@@ -125,15 +142,15 @@ def test_the_smallest_choice_that_keeps_the_perplexity(llama: Path) -> None:
     assert resolved.passes[0].name == "linear"
 
 
-def test_points_are_measured_on_request(llama: Path) -> None:
-    _, (found,) = search.resolve(recipe(llama, auto(average_bits=3, measured=2)))
+def test_points_are_measured_on_request(llama: Path, resolve: Resolve) -> None:
+    _, (found,) = resolve(recipe(llama, auto(average_bits=3, measured=2)))
     measured = {point.nbytes for point in found.front if point.measured is not None}
     assert {found.front[0].nbytes, found.front[-1].nbytes, found.chosen.nbytes} == measured
 
 
-def test_bits_of_its_own_stay_with_a_layer(llama: Path) -> None:
+def test_bits_of_its_own_stay_with_a_layer(llama: Path, resolve: Resolve) -> None:
     layers = {"*.down_proj": {"bits": 8}, "*.q_proj": {"group_size": 16}}
-    resolved, (found,) = search.resolve(recipe(llama, auto(average_bits=3.5, layers=layers, bits=[2, 3, 4])))
+    resolved, (found,) = resolve(recipe(llama, auto(average_bits=3.5, layers=layers, bits=[2, 3, 4])))
 
     assert all((bits == 8) == name.endswith("down_proj") for name, bits in found.bits.items())
     config: Any = resolved.passes[0].config
@@ -147,20 +164,20 @@ def test_bits_of_its_own_stay_with_a_layer(llama: Path) -> None:
 
 def test_layers_with_brackets_in_their_names() -> None:
     step = PassStep.model_validate({"linear": {"bits": 2, "group_size": 16}})
-    config: Any = widths.with_bits(step, {"a[0].b": 4, "c": 3, "d": 3}).config
+    config: Any = stages.with_bits(step, {"a[0].b": 4, "c": 3, "d": 3}).config
     assert config.bits == 3
     assert config.layers == {"a[[]0].b": {"bits": 4}}
 
 
-def test_the_same_again(llama: Path) -> None:
-    first, second = (search.resolve(recipe(llama, auto(average_bits=3, by="fisher"))) for _ in range(2))
+def test_the_same_again(llama: Path, resolve: Resolve) -> None:
+    first, second = (resolve(recipe(llama, auto(average_bits=3, by="fisher"))) for _ in range(2))
     assert first[0] == second[0]
     assert first[1][0].front == second[1][0].front
 
 
-def test_a_graph_behind_another_step(tmp_path: Path) -> None:
+def test_a_graph_behind_another_step(tmp_path: Path, resolve: Resolve) -> None:
     given = recipe("sample:cnn", "fold", {"auto": {"average_bits": 4, "using": "linear"}}, output=str(tmp_path / "out"))
-    resolved, (found,) = search.resolve(given)
+    resolved, (found,) = resolve(given)
 
     assert [step.name for step in resolved.passes] == ["fold", "linear"]
     assert found.sensitivity.way == "loss"
@@ -168,31 +185,30 @@ def test_a_graph_behind_another_step(tmp_path: Path) -> None:
     uniform = next(point for point in found.uniform if point.average_bits == 4)
     assert found.chosen.nbytes <= uniform.nbytes
     assert found.chosen.cost < uniform.cost
-    report = pipeline.run(resolved)
+    report = pipeline.run(resolved, overwrite=True)
     ledger = {row.name: row for row in report.stages[-1].ledger}
     assert sum(ledger[name].nbytes for name in found.bits) == found.chosen.nbytes
 
 
-def test_accuracy_of_a_graph() -> None:
-    _, (found,) = search.resolve(
-        recipe("sample:cnn", {"auto": {"accuracy_drop": "5%", "using": "linear", "by": "gram"}})
-    )
+def test_accuracy_of_a_graph(resolve: Resolve) -> None:
+    _, (found,) = resolve(recipe("sample:cnn", {"auto": {"accuracy_drop": "5%", "using": "linear", "by": "gram"}}))
     assert found.measure == "accuracy"
     assert found.chosen.measured is not None
     assert found.chosen.measured > 0.5
     with pytest.raises(RecipeError, match="accuracy is measured, not perplexity"):
-        search.resolve(recipe("sample:cnn", {"auto": {"perplexity_increase": "5%", "using": "linear", "by": "gram"}}))
+        resolve(recipe("sample:cnn", {"auto": {"perplexity_increase": "5%", "using": "linear", "by": "gram"}}))
 
 
-def test_without_a_measurement_there_is_no_such_budget(llama: Path) -> None:
+def test_without_a_measurement_there_is_no_such_budget(llama: Path, resolve: Resolve) -> None:
     with pytest.raises(DataError, match="perplexity is not measured"):
-        search.resolve(recipe(llama, auto(perplexity_increase="5%"), no_eval=True))
+        resolve(recipe(llama, auto(perplexity_increase="5%"), no_eval=True))
 
 
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ("auto", "give one budget of average_bits, size, perplexity_increase, accuracy_drop, not none"),
+        ("auto", "give one budget of average_bits, size, perplexity_increase, accuracy_drop, macs, latency, ram, "),
+        ("auto", "flash, not none"),
         ("auto:average_bits=3,size=4MB", "not average_bits and size"),
         ("auto:average_bits=3,using=fold", "fold has no bits to choose"),
         ("auto:average_bits=3,using=auto", "auto has no bits to choose"),
@@ -226,7 +242,7 @@ def test_sizes(text: Any, nbytes: int) -> None:
 def test_bits_are_sorted_and_once() -> None:
     config: Any = PassStep.model_validate({"auto": {"average_bits": 3, "bits": [8, 3, 3]}}).config
     assert config.bits == (3, 8)
-    assert [step.config.bits for step in PassStep(name="auto", config=config).chosen] == [3, 8]  # type: ignore[attr-defined]
+    assert [step.config.bits for step in PassStep(name="auto", config=config).candidates] == [3, 8]  # type: ignore[attr-defined]
 
 
 def test_a_plan_says_that_it_cannot_know(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,71 @@
+"""What quantizing each layer alone costs, and what a search found, as tables in a terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from effcli.reports import human
+from effcli.reports.sensitivity import Search, Sensitivity
+from effcli.reports.shown import Text
+
+# Points of a front that a terminal shows.
+_SHOWN = 12
+
+
+def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableType:
+    """Every layer with its cost at each number of bits, the dearest first (at most `most`; None: all)."""
+    widths = sorted({option.bits for layer in found.layers for option in layer.options})
+    ranked = sorted(found.layers, key=lambda layer: -layer.options[0].cost)
+    shown = ranked if most is None else ranked[:most]
+    result = _table("layer", "shape", *(f"{bits} bits" for bits in widths), "")
+    top = max((layer.options[0].cost for layer in ranked), default=0.0)
+    for layer in shown:
+        costs = {option.bits: human.significant(option.cost) for option in layer.options}
+        bar = "\N{FULL BLOCK}" * round(12 * layer.options[0].cost / top) if top > 0 else ""
+        cells = (costs.get(bits, "") for bits in widths)
+        result.add_row(Text(layer.name, overflow="fold"), human.shape(layer.shape), *cells, Text(bar, style="cyan"))
+    which = f"{len(shown)} of {human.count(len(ranked), 'layer')}, dearest first" if len(shown) < len(ranked) else ""
+    lines = [found.explained, *([which] if which else [])]
+    sums = {bits: sum(o.cost for layer in ranked for o in layer.options if o.bits == bits) for bits in widths}
+    total = ", ".join(f"{bits} bits {human.significant(value)}" for bits, value in sums.items())
+    lines += [f"sum over the layers: {total}"]
+    return Group(
+        Text(f"{found.model}: each layer alone with {found.step}", style="bold"),
+        result,
+        *(Text(line, style="dim") for line in lines),
+        *(Text(remark, style="yellow") for remark in found.remarks),
+    )
+
+
+def search_table(found: Search) -> RenderableType:
+    """The front of a search, with the uniform choices beside it, and what was chosen."""
+    step = max(1, -(-len(found.front) // _SHOWN))
+    some = [point for at, point in enumerate(found.front) if at % step == 0 or point.measured is not None]
+    rows = [*some, *found.uniform, *([found.chosen] if found.chosen not in some else [])]
+    result = _table("choice", "layers", "bits", f"cost, {found.sensitivity.unit}", found.measure)
+    for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
+        measured = "" if point.measured is None else human.significant(point.measured, 4)
+        style = "bold" if point.name == "chosen" else ""
+        cells = (human.size(point.nbytes), f"{point.average_bits:.2f}", human.significant(point.cost), measured)
+        result.add_row(point.name or "front", *cells, style=style)
+    counts = {bits: list(found.bits.values()).count(bits) for bits in sorted(set(found.bits.values()))}
+    taken = ", ".join(f"{human.count(count, 'layer')} of {bits} bits" for bits, count in counts.items())
+    return Group(
+        Text(f"bits per layer for {found.sensitivity.step}: {found.budget}", style="bold"),
+        result,
+        Text(f"chosen: {taken}", style="dim"),
+        Text(found.sensitivity.explained, style="dim"),
+        *(Text(remark, style="yellow") for remark in found.sensitivity.remarks),
+    )
+
+
+def _table(*titles: str) -> Table:
+    result = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for number, title in enumerate(titles):
+        result.add_column(title, justify="left" if number == 0 else "right", overflow="fold")
+    return result
+
+
+__all__ = ["search_table", "sensitivity_table"]

@@ -1,0 +1,29 @@
+"""Sensitivities without a run: what quantizing each layer of a network alone would cost."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from effcli.inputs.options import Evaluate
+from effcli.reports.sensitivity import Sensitivity, Way
+from effcli.run.listener import Listener, Silent
+from effcli.run.pipeline import subject_of
+from effcli.run.recipe import Recipe
+from effcli.search.sensitivity import sensitivity, told
+
+
+def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listener | None = None) -> Sensitivity:
+    """What quantizing each layer alone costs with the only step of each recipe; they differ in its bits alone."""
+    with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
+        steps = tuple(recipe.passes[0] for recipe in recipes)
+        unmeasured = {"passes": steps[:1], "evaluate": Evaluate.nothing(), "export": ()}
+        subject = subject_of(recipes[0].model_copy(update=unmeasured))
+        subject.plan()
+        subject.open(Path(folder))
+        own, shown = tuple(map(subject.with_defaults, steps)), told(listener or Silent(), "sensitivity")
+        return sensitivity(subject.recipe, own, subject.base, Path(folder), way, shown)
+
+
+__all__ = ["inspect"]

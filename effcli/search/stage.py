@@ -1,0 +1,260 @@
+"""A search as a stage of a run: what it is refused, what it is planned as, and how it finds what to carry out.
+
+It works on the checkpoint that the passes before it left. Costs of layers and figures of carried-out choices go into a
+journal in the run's working folder, so that the same command finds them there after a crash.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effcli.errors import DataError, RecipeError, UnfinishedError, behind, writing
+from effcli.layers.contract import Change, SearchPass
+from effcli.layers.selection import matches
+from effcli.options import Record
+from effcli.reports.report import Quality, Stage
+from effcli.reports.sensitivity import Search, Sensitivity
+from effcli.run.plan import Plan
+from effcli.run.recipe import PassStep
+from effcli.search.budget import Figure
+from effcli.search.journal import Journal
+from effcli.search.sensitivity import sensitivity, told
+
+if TYPE_CHECKING:
+    from effcli.run.listener import Listener
+    from effcli.run.network import Subject
+
+# Bytes that a header of a weight file spends on a tensor besides its name, and on itself.
+_HEADER = 120
+_HEADERS = 256
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a search stands in a run.
+
+    before: the passes before it, as they were carried out; behind: those after it. source: the checkpoint that they
+    left; reference: the last one before any weight was compressed; original: the stage of the network that came in.
+    """
+
+    step: PassStep
+    before: Sequence[PassStep]
+    behind: Sequence[PassStep]
+    source: Path
+    reference: Path
+    original: Stage
+
+
+def check(subject: Subject) -> None:
+    """Refuse a budget that no choice could keep or that nothing measures, before any work is done.
+
+    Raises `RecipeError`, and `DataError` for a figure that the recipe does not have measured.
+    """
+    passes = subject.recipe.passes
+    for number, step in enumerate(passes):
+        if not isinstance(step.config, SearchPass):
+            continue
+        quantity = step.config.budget.quantity
+        key, why = f"{step.name}.{quantity}", subject.unlimited(quantity)
+        if why:
+            raise RecipeError(
+                f"{key}: of {subject.recipe.model} {why}", "give another budget, such as average_bits or size"
+            )
+        if quantity == "latency" and not subject.recipe.evaluate.latency:
+            raise DataError(f"{key}: latency is not measured", "leave evaluate.latency on")
+        if quantity in ("ram", "flash"):
+            _integer(key, passes[number + 1 :])
+
+
+def check_measured(subject: Subject, original: Stage) -> None:
+    """Raise `DataError` where a search needs a quality that was not measured of the network that came in."""
+    for step in subject.recipe.passes:
+        if isinstance(step.config, SearchPass) and step.config.measures_quality:
+            _quality(step.name, subject, original.quality)
+
+
+def plan(subject: Subject) -> Plan:
+    """The plan of a recipe; a step that searches stands with the largest and the smallest that it may choose."""
+    passes = subject.recipe.passes
+    if not any(isinstance(step.config, SearchPass) for step in passes):
+        return subject.plan()
+    check(subject)
+    first, last = (
+        subject.plan([subject.with_defaults((step.candidates or (step,))[at]) for step in passes]) for at in (0, -1)
+    )
+    return last if last.output_bytes >= first.output_bytes else first
+
+
+def carry_out(subject: Subject, position: Position, folder: Path, listener: Listener) -> tuple[PassStep, Search]:
+    """The step that a search chooses, and what it found; folder: of its own, for its journal and what it tries.
+
+    Raises `SelectionError` for a budget that no choice keeps.
+    """
+    journal = Journal(folder)
+    search = _Running(subject, position, journal, listener)
+    try:
+        return search.carry_out()
+    except UnfinishedError as error:
+        failure = behind(error)
+        if failure is not None:
+            # The journal may be whole: the same command reads it once the machine does.
+            raise failure from error
+        listener.say(f"beginning the search of {position.step.name} anew, for its journal is damaged: {error.cause}")
+        journal.begin()
+        return search.carry_out()
+
+
+class _Found(Record):
+    """A figure of one choice that was carried out."""
+
+    value: float
+
+
+class _Running:
+    """A search that is carried out; see `effcli.layers.contract.Evaluator`."""
+
+    def __init__(self, subject: Subject, position: Position, journal: Journal, listener: Listener) -> None:
+        assert isinstance(position.step.config, SearchPass)
+        self.options: SearchPass = position.step.config
+        self.subject = subject
+        self.position = position
+        self.journal = journal
+        self.listener = listener
+        self.steps = tuple(map(subject.with_defaults, position.step.candidates))
+        self._costs: Sensitivity | None = None
+
+    def carry_out(self) -> tuple[PassStep, Search]:
+        found = self.journal.recall(Search, "found")
+        if found is None:
+            found = self.options.choose(self.costs, self)
+            self.journal.record("found", found)
+        return with_bits(self.steps[0], found.bits), found
+
+    @property
+    def costs(self) -> Sensitivity:
+        """What each layer costs with each alternative."""
+        if self._costs is None:
+            states = self.journal.folder / "states"
+            with writing(states):
+                states.mkdir(exist_ok=True)
+            self._costs = sensitivity(
+                self.subject.recipe,
+                self.steps,
+                self.position.source,
+                states,
+                self.options.way,
+                told(self.listener, f"{self.name}: sensitivity"),
+                self.journal,
+            )
+            shutil.rmtree(states)
+        return self._costs
+
+    @property
+    def name(self) -> str:
+        return self.position.step.name
+
+    @property
+    def quality(self) -> Figure:
+        return self.subject.quality
+
+    @property
+    def fixed_bytes(self) -> int:
+        # Of a plan with each layer's first option.
+        plan = self.subject.plan((*self.position.before, self.steps[0]))
+        layers = sum(layer.options[0].nbytes for layer in self.costs.layers)
+        tensors = sum(4 * (len(layer.name) + _HEADER) for layer in self.costs.layers)
+        others = sum(len(row.name) + _HEADER for row in plan.rows)
+        return plan.output_bytes - layers + tensors + others + _HEADERS
+
+    def original(self) -> float:
+        return _quality(self.name, self.subject, self.position.original.quality)
+
+    def measure(self, figure: Figure, bits: Mapping[str, int]) -> float:
+        key = hashlib.sha256(json.dumps([figure, dict(bits)], sort_keys=True).encode()).hexdigest()[:16]
+        known = self.journal.recall(_Found, f"{figure}-{key}")
+        if known is None:
+            target = self._sweep(with_bits(self.steps[0], bits), self.position.source, "trial")
+            known = _Found(value=self._measured(figure, target))
+            self.journal.record(f"{figure}-{key}", known)
+            shutil.rmtree(target)
+        return known.value
+
+    def _measured(self, figure: Figure, checkpoint: Path) -> float:
+        """A figure of the network whose layers have the bits of a choice."""
+        if figure == "latency":
+            found = self.subject.measure(checkpoint, False, quality=False).milliseconds
+            if found is None:
+                raise DataError(f"{self.name}: latency is not measured", "leave evaluate.latency on")
+            return found
+        if figure in ("ram", "flash"):
+            return self._footprint(figure, checkpoint)
+        measured = self.subject.measure(checkpoint, False, speed=False)
+        return _quality(self.name, self.subject, measured.quality)
+
+    def _footprint(self, figure: Figure, checkpoint: Path) -> int:
+        """The RAM or the flash of the network once the passes behind have made it integer."""
+        key = f"{self.name}.{figure}"
+        for step in _integer(key, self.position.behind):
+            former, checkpoint = checkpoint, self._sweep(step, checkpoint, f"integer-{step.name}")
+            shutil.rmtree(former)
+        found = self.subject.footprint(checkpoint)
+        if found is None:
+            raise RecipeError(f"{key}: no C code is made of {self.subject.recipe.model}", "give another budget")
+        return found.ram if figure == "ram" else found.flash
+
+    def _sweep(self, step: PassStep, source: Path, name: str) -> Path:
+        """Carry out a step; the checkpoint that it left."""
+        target = self.journal.folder / name
+        with writing(target):
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+        shown = told(self.listener, f"{self.name}: {step.name}", step.config.unit)
+        self.subject.sweep(step, source, target, self.position.reference, self.journal.folder / "pass", shown)
+        return target
+
+
+def _quality(name: str, subject: Subject, found: Quality | None) -> float:
+    """The perplexity or the accuracy of a network; `DataError` where it was not measured."""
+    value = None
+    if found is not None:
+        value = found.perplexity if found.classification is None else found.classification.top1
+    if value is None:
+        raise DataError(
+            f"{name}: {subject.quality} is not measured",
+            "give a text for perplexity or labelled images for accuracy with --eval",
+        )
+    return value
+
+
+def _integer(key: str, passes: Sequence[PassStep]) -> Sequence[PassStep]:
+    """The first passes up to the one that makes the network integer; `RecipeError` without one."""
+    for number, step in enumerate(passes, start=1):
+        if isinstance(step.config, SearchPass):
+            raise RecipeError(f"{key}: {step.name} follows, whose choice is not known yet", "let it come first")
+        if Change.INTEGER in step.config.changes:
+            return passes[:number]
+    raise RecipeError(f"{key}: no later pass makes the network integer, as C code needs", "let int8 be the last pass")
+
+
+def with_bits(step: PassStep, bits: Mapping[str, int]) -> PassStep:
+    """The step with these bits for these layers: the most frequent for all, the others under `layers` by name."""
+    config: Any = step.config
+    (usual, _), *_ = Counter(bits.values()).most_common()
+    layers = dict(config.layers)
+    for name, own in bits.items():
+        matching = [options for pattern, options in config.layers.items() if matches(name, pattern)]
+        given = matching[-1] if matching else {}
+        if given.get("bits", usual) != own:
+            layers[glob.escape(name)] = {**given, "bits": own}
+    return PassStep(name=step.name, config=config.model_copy(update={"bits": usual, "layers": layers}))
+
+
+__all__ = ["Position", "carry_out", "check", "check_measured", "plan", "with_bits"]
