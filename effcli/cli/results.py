@@ -100,7 +100,7 @@ def verify(
         typer.Option(
             "--against",
             metavar="MODEL",
-            help="The language model that OUT was made from.",
+            help="The network that OUT was made from.",
             show_default="(as report.json says)",
         ),
     ] = None,
@@ -113,11 +113,9 @@ def verify(
 
     result: Verification | GraphVerification
     if target is not None or importers.recognises(path):
-        if against is not None:
-            raise UserError("--against compares language models", f"leave it out: {path} is verified by its outputs")
         from effcli.graphs import verify as graphverify
 
-        result = graphverify.verify(path, target)
+        result = graphverify.verify(path, target, against=against, trust_remote_code=trust_remote_code)
     else:
         from effcli.language import verify as verification
 

@@ -177,7 +177,7 @@ class GraphNetwork:
         return self._calibration.batches(self.recipe.calibration.batch_size)
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
-        return graphverify.verify(checkpoint).line
+        return graphverify.verify(checkpoint, against=self.graph, stages=stages).line
 
     def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
         found = exporter.latency(folder, self.recipe.threads) if self.recipe.evaluate.latency else None

@@ -1,6 +1,7 @@
 """Load a graph or an integer network as its users will, and hold the outputs against effcli's own arithmetic.
 
-onnxruntime is the independent reader where it is installed. C for a microcontroller is compiled and run, here and in
+onnxruntime is the independent reader where it is installed. The network that it was made from is the measure of what
+compression cost. C for a microcontroller is compiled and run, here and in
 QEMU, and every layer of it compared. Stock loaders must refuse the checkpoint itself: a file that loads with random
 weights is worse than one that does not load.
 """
@@ -10,24 +11,29 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from effcli import exporters
+from effcli import exporters, importers
 from effcli.errors import EffcliError, MachineError, UnsupportedError
 from effcli.exporters.firmware import targets
+from effcli.files import locate as samples
 from effcli.graphs import executor
+from effcli.graphs.against import compare, moved
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.options import Options
 from effcli.platform import onnx_session
 from effcli.platform.huggingface import restoring_verbosity
+from effcli.reports.against import Against
 from effcli.reports.human import count
+from effcli.reports.report import FILE_NAME, Report, Stage
 
-_ROWS = 4
+_ROWS = 16
 # Inputs on which the C is compared.
 _CODES = 16
 
@@ -66,11 +72,14 @@ class GraphVerification(Options):
     refused: bool = Field(description="whether the stock loader refuses it, as it must")
     checked: str = Field(default="", description="what onnxruntime made of its ONNX export")
     firmware: Firmware | None = None
+    against: Against | None = Field(default=None, description="its tensors and outputs next to those of its input")
+    absent: str = Field(default="", description="the input that it was made from, which is not at hand")
     problem: str = ""
 
     @property
     def passed(self) -> bool:
-        return self.refused and not self.problem
+        altered = self.against is not None and bool(self.against.problem)
+        return self.refused and not self.problem and not altered
 
     @property
     def line(self) -> str:
@@ -80,24 +89,44 @@ class GraphVerification(Options):
         stock += "" if self.problem or not self.refused else "; effcli.load reads it"
         compiled = self.firmware.checked if self.firmware else ""
         found = [part for part in (self.problem, stock, self.checked, compiled) if part]
+        if self.against is not None:
+            found.append(str(self.against))
+        if self.absent:
+            found.append(f"not compared with its input {self.absent}, which is not here: name it with --against")
         return f"{'verified' if self.passed else 'NOT VERIFIED'}: {'; '.join(found)}"
 
     def to_json(self) -> str:
         return json.dumps({"passed": self.passed, "line": self.line, **self.model_dump(mode="json")}, indent=1)
 
 
-def verify(path: Path, target: str | None = None) -> GraphVerification:
+def verify(
+    path: Path,
+    target: str | None = None,
+    *,
+    against: str | Path | Graph | None = None,
+    stages: Sequence[Stage] | None = None,
+    trust_remote_code: bool = False,
+) -> GraphVerification:
     """Read the checkpoint `path` again, run it on a few fixed inputs, and let onnxruntime run its ONNX export.
 
-    target: a processor to which an integer network is also compiled as C, see `_firmware`. Raises `UnsupportedError`
-    for a target that there is not or a checkpoint that has no C, `UserError` where there is no C compiler.
+    target: a processor to which an integer network is also compiled as C, see `_firmware`. against: the network that it
+    was made from, or its name; what `report.json` names unless given, where that is a file at hand. stages: of the run
+    between the two; those of `report.json` unless given. Raises `UnsupportedError` for a target that there is not or a
+    checkpoint that has no C, `UserError` where there is no C compiler.
     """
     integer = is_integer(path)
     if target is not None:
         _require_compilable(path, target)
     found: dict[str, Any] = {"path": str(path), "layout": "integer" if integer else "graph", "refused": _refused(path)}
+    report = Report.read(path) if (path / FILE_NAME).is_file() else None
     try:
-        outputs = _outputs(path)
+        inputs, outputs = _outputs(path)
+        source, before = _input(report, against, trust_remote_code)
+        if before is not None:
+            known = stages if stages is not None else report.stages if report is not None else ()
+            found["against"] = _against(path, before, source, known, inputs, outputs)
+        else:
+            found["absent"] = source
     except EffcliError as error:
         return GraphVerification(**found, problem=error.cause)
     if not bool(outputs.isfinite().all()):
@@ -167,14 +196,61 @@ def _firmware(path: Path, name: str) -> Firmware:
     return Firmware(target=name, checked=checked, emulated=emulated)
 
 
-def _outputs(path: Path) -> torch.Tensor:
+def _input(
+    report: Report | None, against: str | Path | Graph | None, trust_remote_code: bool
+) -> tuple[str, Graph | None]:
+    """The name of the input, empty where nothing says it, and the input itself where it is at hand.
+
+    A function that report.json names is not called: whoever sent the checkpoint wrote that name.
+    """
+    if isinstance(against, Graph):
+        return against.facts.origin, against
+    recipe = report.recipe if report is not None else {}
+    if against is not None:
+        source: str | Path | None = samples.locate(str(against))
+    elif report is not None:
+        revision = recipe.get("revision")
+        source = samples.at_hand(report.model, revision if isinstance(revision, str) else None)
+    else:
+        return "", None
+    if source is None:
+        return str(report.model) if report is not None else "", None
+    shape, weights = recipe.get("shape"), recipe.get("weights")
+    graph = importers.read(
+        source,
+        weights=Path(weights) if isinstance(weights, str) and against is not None else None,
+        shape=tuple(shape) if isinstance(shape, list) else None,
+        trust_remote_code=trust_remote_code,
+    )
+    return str(source), graph
+
+
+def _against(
+    path: Path, before: Graph, source: str, stages: Sequence[Stage], inputs: torch.Tensor, outputs: torch.Tensor
+) -> Against:
+    if before.facts.shape != tuple(inputs.shape[1:]):
+        return Against(
+            input=source, problem=f"it takes inputs {tuple(inputs.shape[1:])}, its input {before.facts.shape}"
+        )
+    found = Against(input=source) if is_integer(path) else compare(before, Graph.read(path), source, stages)
+    return found if found.problem else found.model_copy(update={"moved": moved(before, inputs, outputs)})
+
+
+def _outputs(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few fixed inputs, and what the network gives for them."""
     generator = torch.Generator().manual_seed(0)
     if is_integer(path):
         network = IntegerNetwork.read(path)
-        inputs = torch.randn(_ROWS, *network.facts.shape, generator=generator)
-        return torch.from_numpy(executor.run_float(network, inputs.numpy()))
+        if network.probe is not None:
+            # Random numbers lie outside the ranges that it was calibrated for.
+            codes = torch.from_numpy(network.probe).float()
+            inputs = (codes - network.input.zero) * network.input.scale
+        else:
+            inputs = torch.randn(_ROWS, *network.facts.shape, generator=generator)
+        return inputs, torch.from_numpy(executor.run_float(network, inputs.numpy()))
     graph = Graph.read(path)
-    return graph.run(graph.examples(_ROWS, generator))
+    inputs = graph.examples(_ROWS, generator)
+    return inputs, graph.run(inputs)
 
 
 def _refused(path: Path) -> bool:

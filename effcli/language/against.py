@@ -11,45 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from effcli.errors import EffcliError
 from effcli.language.folding import Folds, distance
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
-from effcli.options import Options
+from effcli.reports.against import Against
 from effcli.reports.report import Stage
-
-
-class Moved(Options):
-    """How far the outputs of two networks lie apart on the same tokens."""
-
-    relative: float = Field(description="‖a - b‖ / ‖b‖ over all logits, b those of the input")
-    top1: float = Field(description="fraction of positions with the same likeliest token, 0 to 1")
-
-    def __str__(self) -> str:
-        return f"its logits moved by {self.relative:.1e} relative, top-1 {self.top1:.1%}"
-
-
-class Against(Options):
-    """What became of the tensors of the input. Counts are of parameters and of tensors that no parameter is made of."""
-
-    input: str
-    network: str = Field(default="", description="the class that both were built as")
-    equal: int = Field(default=0, description="carried over bit for bit")
-    compressed: int = 0
-    changed: int = Field(default=0, description="dense, of other values, as a pass that scales or rounds leaves them")
-    problem: str = Field(default="", description="what was lost, added or altered")
-    moved: Moved | None = Field(default=None, description="the loss by compression")
-
-    def __str__(self) -> str:
-        if self.problem:
-            return f"against its input: {self.problem}"
-        parts = [f"{self.equal} tensors equal bit for bit", f"{self.compressed} compressed"]
-        parts += [f"{self.changed} changed"] if self.changed else []
-        found = f"against its input, as {self.network}: {', '.join(parts)}"
-        return found if self.moved is None else f"{found}; {self.moved}"
 
 
 def compare(path: Path, source: Path, stages: Sequence[Stage], trust_remote_code: bool = False) -> Against:

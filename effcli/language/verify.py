@@ -25,12 +25,13 @@ from effcli.files import locate as samples
 from effcli.files.checkpoint import Checkpoint, read_config
 from effcli.files.layout import is_own, network_config, rounds_inputs
 from effcli.inputs.tokens import longest_sequence, vocabulary_size
-from effcli.language.against import Against, Moved, compare
+from effcli.language.against import compare
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
 from effcli.layers.input_rounding import keep_inputs
 from effcli.options import Options
 from effcli.platform.huggingface import language_loader, load_network_config, logits_of, quiet_transformers
+from effcli.reports.against import Against, Moved
 from effcli.reports.report import FILE_NAME, Report, Stage
 
 # Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
@@ -168,8 +169,7 @@ def _with_input(path: Path, source: Path | None, stages: Sequence[Stage], trust_
         load = _own if is_own(read_config(source)) else load_stock
         with running(source):
             original = _logits(lambda: load(source, trust_remote_code), tokens(config)).logits
-        agreement = Agreement.of(logits, original, 0.0)
-        against = against.model_copy(update={"moved": Moved(relative=agreement.relative, top1=agreement.top1)})
+        against = against.model_copy(update={"moved": Moved.of(logits, original)})
     return found.model_copy(update={"against": against})
 
 

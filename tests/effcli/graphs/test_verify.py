@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from firmware_tools import need_target
+from safetensors.torch import load_file, save_file
 from small_graphs import batches, chain, residual
-from torch import nn
+from torch import Tensor, nn
 
+import effcli
 from effcli import exporters
 from effcli.cli import main
 from effcli.errors import MachineError, UnsupportedError, UserError
@@ -23,6 +25,7 @@ from effcli.graphs.integer import IntegerNetwork
 from effcli.layers.contract import Observed
 from effcli.passes import int8
 from effcli.platform import onnx_session
+from effcli.reports.report import Report
 
 
 def integer(folder: Path) -> Path:
@@ -132,7 +135,7 @@ def test_the_weights_are_where_no_stock_loader_looks(tmp_path: Path) -> None:
     path = floating(tmp_path / "out")
     assert "head.weight" in read_header(path / "effcli.safetensors")
     assert not (path / "model.safetensors").exists() and verify._refused(path)
-    assert np.isfinite(verify._outputs(path).numpy()).all()
+    assert np.isfinite(verify._outputs(path)[1].numpy()).all()
 
 
 def test_c_for_a_microcontroller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,3 +191,68 @@ def test_c_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["verify", str(path), "--target", "cortex-m9"]) == 1
     printed = capsys.readouterr().err
     assert "there is no target 'cortex-m9'" in printed and "did you mean" in printed and "Traceback" not in printed
+
+
+def run(tmp_path: Path, *steps: str) -> Path:
+    out = tmp_path / "out"
+    effcli.compress(
+        "sample:cnn", passes=list(steps), output=str(out), no_eval=True, overrides=["calibration.samples=16"]
+    )
+    return out
+
+
+def test_the_tensors_and_outputs_of_the_input_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(tmp_path, "linear:bits=8")
+    found = verify.verify(out)
+    assert found.passed and found.against is not None and found.against.moved is not None
+    assert found.against.compressed == sum(row.status == "compressed" for row in Report.read(out).stages[1].ledger)
+    assert found.against.equal > 0 and found.against.changed == 0
+    assert 0 < found.against.moved.relative < 0.1 and found.against.moved.top1 is not None
+    assert "against its input: " in found.line and "its logits moved by" in found.line
+    assert main(["verify", str(out), "--against", "sample:cnn"]) == 0
+    assert "against its input: " in capsys.readouterr().out
+
+
+def change(path: Path, key: str, how: Callable[[Tensor], Tensor]) -> None:
+    file = path / "effcli.safetensors"
+    tensors = load_file(file)
+    tensors[key] = how(tensors[key])
+    save_file(tensors, file)
+
+
+def test_what_no_pass_was_to_touch_is_found(tmp_path: Path) -> None:
+    out = run(tmp_path, "linear:bits=8")
+    tensors = load_file(out / "effcli.safetensors")
+    layers = [row.name for row in Report.read(out).stages[1].ledger if row.status == "compressed"]
+    other = next(
+        key
+        for key, t in tensors.items()
+        if t.ndim == 1 and key.rpartition(".")[0] not in layers and t.is_floating_point()
+    )
+    change(out, other, lambda tensor: tensor + 1e-3)
+    found = verify.verify(out)
+    assert not found.passed and "was altered, which no pass was to touch" in found.line
+
+
+def test_a_layer_further_off_than_its_error_is_found(tmp_path: Path) -> None:
+    out = run(tmp_path, "linear:bits=8")
+    key = next(key for key in load_file(out / "effcli.safetensors") if key.endswith("weight_scale"))
+    change(out, key, lambda tensor: tensor * 1.1)
+    found = verify.verify(out)
+    assert not found.passed and "lies further from the input than the ledger says" in found.line
+
+
+def test_an_integer_network_is_compared_by_its_outputs(tmp_path: Path) -> None:
+    found = verify.verify(run(tmp_path, "int8"))
+    assert found.passed and found.against is not None and found.against.moved is not None
+    assert found.against.equal == found.against.compressed == 0
+    assert found.against.moved.relative < 0.2
+
+
+def test_a_function_that_a_report_names_is_not_called(tmp_path: Path) -> None:
+    out = run(tmp_path, "linear:bits=8")
+    data = json.loads((out / "report.json").read_text())
+    (out / "report.json").write_text(json.dumps({**data, "model": "os:getcwd"}))
+    found = verify.verify(out)
+    assert found.passed and found.against is None and found.absent == "os:getcwd"
+    assert "name it with --against" in found.line

@@ -17,8 +17,9 @@ from effcli.cli import main
 from effcli.files import locate as samples
 from effcli.inputs.text import Windows
 from effcli.language import verify
-from effcli.language.against import Against, compare, same
+from effcli.language.against import compare, same
 from effcli.language.sweep import sweep
+from effcli.reports.against import Against
 from effcli.reports.report import Report, Stage
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import PassStep
