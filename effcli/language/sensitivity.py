@@ -11,7 +11,7 @@ measure that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from effcli.errors import UnfinishedError
 from effcli.inputs.text import Windows
+from effcli.language.backward import Backward, WayOut
 from effcli.language.evaluate import kl
 from effcli.language.forward import logits
 from effcli.language.spool import Spool
-from effcli.language.trials import Trials, WayOut, log_probabilities
+from effcli.language.trials import Trials, log_probabilities
 from effcli.language.weights import open_weights
 from effcli.layers.result import Progress, check_finite
 from effcli.layers.selection import Choice
@@ -92,68 +93,42 @@ class _Fisher(Trials):
 
     def start(self, done: int) -> None:
         super().start(done)
+        windows = {number: self.batches[number] for number in self.measured}
+        self._backward = Backward(self.stream, windows, self.hidden, self.work, self.draws)
         if not done:
-            self._last_gradients()
-        elif done < self.count and not self._gradients(self.order[done]).whole():
-            raise UnfinishedError(f"{self._gradients(self.order[done]).file} is not whole")
-
-    def _gradients(self, k: int) -> Spool:
-        """The gradients at the hidden states behind block k: of each measured batch, by draw.
-
-        Two files take turns, so that those of a block that was interrupted are whole.
-        """
-        shapes = [self.shapes[number] for number in self.measured for _ in range(self.draws)]
-        return Spool(self.work / f"gradients-{k % 2}.bin", shapes, self.skeleton.dtype)
-
-    def _last_gradients(self) -> None:
-        """The gradients behind the last block, of the loss of tokens drawn from the network's predictions."""
-        generator = torch.Generator().manual_seed(_SEED)
-        incoming, outgoing = self.hidden(self.count), self._gradients(self.count - 1)
-        for at, number in enumerate(self.measured):
-            hidden = incoming.read(number)
-            flat = hidden.flatten(0, 1)
-            gradients = [torch.empty_like(flat) for _ in range(self.draws)]
-            for part in self.parts(number):
-                leaf = flat[part].clone().requires_grad_()
-                out = self.stream.logits(leaf)
-                predicted = torch.softmax(out.detach().float(), dim=-1)
-                drawn = torch.multinomial(predicted, self.draws, replacement=True, generator=generator)
-                for gradient, tokens in zip(gradients, drawn.unbind(1), strict=True):
-                    # The gradient of -log p at the logits: the prediction less the token.
-                    predicted.scatter_add_(1, tokens[:, None], torch.full_like(predicted[:, :1], -1))
-                    (gradient[part],) = torch.autograd.grad(out, leaf, predicted.to(out.dtype), retain_graph=True)
-                    predicted.scatter_add_(1, tokens[:, None], torch.ones_like(predicted[:, :1]))
-            for draw, gradient in enumerate(gradients):
-                outgoing.write(at * self.draws + draw, gradient.view(hidden.shape))
+            self._backward.begin(_Drawn(self.draws))
+        elif done < self.count and not self._backward.behind(self.order[done]).whole():
+            raise UnfinishedError(f"{self._backward.behind(self.order[done]).file} is not whole")
 
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
-        """Run the measured windows through block k and back; takes the slope of each loss along every trial's error."""
-        gradients, before = self._gradients(k), self._gradients(k - 1)
+        """Take the losses back through block k; takes the slope of each along every trial's error."""
         with self.opened(k):
             weights = self.block_weights(k)
             with torch.inference_mode():
                 slopes = {name: Slopes([_error(found[name], weights[name]) for found in trials]) for name in trials[0]}
-
-            def look(name: str, inputs: Tensor, output: Tensor) -> None:
-                if output.requires_grad:
-                    seen = inputs.detach()
-                    output.register_hook(lambda gradient: slopes[name].add(seen, gradient))  # type: ignore[no-untyped-call]
-
-            incoming = self.hidden(k)
-            for at, number in enumerate(self.measured):
-                hidden = incoming.read(number)
-                with torch.enable_grad(), self.watch(k, look):
-                    out = self.stream.through(k, hidden.requires_grad_(), self.call(k, number))
-                for sample in range(at * self.draws, (at + 1) * self.draws):
-                    (gradient,) = torch.autograd.grad(out, hidden, gradients.read(sample), retain_graph=True)
-                    before.write(sample, gradient)
-                    for each in slopes.values():
-                        each.end_sample()
+            self._backward.through(k, self._taken(self.skeleton.block_layers(k)), slopes)
         if self.journal is not None and self.measured:
-            before.sync()
+            self._backward.behind(k - 1).sync()
         for name, each in slopes.items():
             for costs, made, total in zip(self.costs, trials, each.squares, strict=True):
                 costs[name] = Cost(made[name].output_error, 0.5 * total / (self.draws * self.tokens))
+
+
+class _Drawn:
+    """The losses of tokens drawn from the network's own predictions."""
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        self._generator = torch.Generator().manual_seed(_SEED)
+
+    def __call__(self, number: int, logits: Tensor, part: slice) -> Iterator[Tensor]:
+        predicted = torch.softmax(logits.float(), dim=-1)
+        drawn = torch.multinomial(predicted, self.draws, replacement=True, generator=self._generator)
+        for tokens in drawn.unbind(1):
+            # The gradient of -log p at the logits: the prediction less the token.
+            predicted.scatter_add_(1, tokens[:, None], torch.full_like(predicted[:, :1], -1))
+            yield predicted
+            predicted.scatter_add_(1, tokens[:, None], torch.ones_like(predicted[:, :1]))
 
 
 class _Loss(Trials):

@@ -29,6 +29,7 @@ from effcli.files.checkpoint import (
 )
 from effcli.files.layout import Stored, own_config, standard_config, untied
 from effcli.inputs.text import Windows
+from effcli.language.backward import StoredGradients
 from effcli.language.block import OpenBlock, Part, PartRecord, open_head
 from effcli.language.calls import kind_of
 from effcli.language.journal import Journal
@@ -38,7 +39,7 @@ from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
-from effcli.layers.engine import LayerEngine
+from effcli.layers.engine import LayerEngine, with_gradients
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
 from effcli.layers.selection import choose, needs_of
@@ -113,6 +114,19 @@ class _Sweep:
         self.journal = journal
         self.progress = progress
         self.shapes: list[tuple[int, ...]] = []
+        self.gradients = self._gradients()
+
+    def _gradients(self) -> StoredGradients | None:
+        """The gradients of the layers that are taken, made when they are first asked for; None where none are."""
+        if self.windows is None or not self.needs.gradients:
+            return None
+        blocks = [self._taken(self.skeleton.block_layers(k)) for k in range(len(self.skeleton.blocks))]
+        head = next((site for site in self._taken(self.skeleton.outer_layers())), None)
+        path, trust = self.weights.checkpoint.path, self.skeleton.trust_remote_code
+        return StoredGradients(path, blocks, head, self.windows.batches, self.needs, self.journal.folder, trust)
+
+    def _taken(self, sites: Sequence[LayerSite]) -> list[LayerSite]:
+        return [site for site in sites if self.choices[site.name].config is not None]
 
     def blocks(self) -> None:
         """Every block from the last finished one on."""
@@ -138,6 +152,7 @@ class _Sweep:
         name = self.skeleton.block_names[k]
         block, parameters = self.skeleton.blocks[k], self.skeleton.block_parameters(k)
         sites = self.skeleton.block_layers(k)
+        gradients = {} if self.gradients is None else self.gradients.of(k)
         with self.weights.opened(block, name + ".", parameters), torch.inference_mode():
             check_finite(block, name)
             shared: list[SharedInput] = []
@@ -148,8 +163,9 @@ class _Sweep:
                 grams = flow.observe(stream, k, sites, leading, self.needs, flow.original)
             part = Part()
             home = OpenBlock(self.weights, block, name + ".", part, shared)
-            home.compress(LayerEngine(home, self.choices), {name: (gram,) for name, gram in grams.items()})
-            del grams, home
+            seen = {name: with_gradients((gram,), gradients.get(name)) for name, gram in grams.items()}
+            home.compress(LayerEngine(home, self.choices), seen)
+            del grams, gradients, seen, home
             if flow is not None and stream is not None and not flow.original:
                 flow.propagate(stream, k)
         self._write(_part_name(k), part)
@@ -158,7 +174,7 @@ class _Sweep:
         memory.trim()
 
     def _leaders(self, k: int, sites: Sequence[LayerSite], shared: Sequence[SharedInput]) -> dict[str, str]:
-        taken = [site.name for site in sites if self.choices[site.name].config is not None]
+        taken = [site.name for site in self._taken(sites)]
         return leaders(taken, self.skeleton.block_names[k] + ".", shared)
 
     def _shared_inputs(self, k: int, stream: Stream) -> list[SharedInput]:
@@ -178,6 +194,7 @@ class _Sweep:
         taken = head is not None and head in sites and self.choices[head].config is not None
         part = Part()
         gram: Statistics | None = None
+        gradients = {} if self.gradients is None else self.gradients.of(len(self.skeleton.blocks))
         outside = LayerEngine(OpenBlock(self.weights, nn.Module(), "", part), self.choices)
         with torch.inference_mode():
             if taken and head is not None and self.windows is not None:
@@ -197,7 +214,7 @@ class _Sweep:
                 engine = LayerEngine(open_head(self.weights, sites[head], embedding, part), self.choices)
                 if isinstance(self.step.config, ScalingPass):
                     engine.explain([head], "unscaled: it stands outside the blocks")
-                engine.compress(head, () if gram is None else (gram,))
+                engine.compress(head, () if gram is None else with_gradients((gram,), gradients.get(head)))
                 part.ledger.append(engine.row(head))
                 part.histograms += engine.histograms
                 if tied:

@@ -19,16 +19,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from effcli.inputs.text import Windows
+from effcli.language.backward import WayOut, differentiable
 from effcli.language.block import OpenBlock, Part, open_head
 from effcli.language.calls import Call, kind_of
 from effcli.language.evaluate import kl
 from effcli.language.forward import chunks, logits
 from effcli.language.pairs import SharedInput, leaders, probe_pairs
 from effcli.language.spool import Spool
-from effcli.language.stream import Stream, WatchLayers
+from effcli.language.stream import WatchLayers
 from effcli.language.weights import Weights
 from effcli.layers.contract import Needs, Statistics
 from effcli.layers.engine import LayerEngine
@@ -38,16 +38,6 @@ from effcli.layers.selection import Choice, needs_of
 from effcli.platform import memory
 from effcli.search.costs import Cost, Probe, Trial
 from effcli.search.journal import Journal
-
-
-class WayOut(Stream):
-    """A stream whose way out can be differentiated."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (n, vocabulary) of hidden states (n, hidden) behind the last block, with a gradient."""
-        ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64)
-        with torch.enable_grad():
-            return self._leave(ids, hidden.unsqueeze(0))[0]
 
 
 @dataclass
@@ -183,9 +173,7 @@ class Trials(ABC):
 
     def call(self, k: int, number: int) -> Call | None:
         """How block k is called for batch `number`; None for one that is passed over."""
-        call = self.stream.call(k, self.batches[number])
-        # Tensors made in inference mode cannot take part in a backward pass; clones can.
-        return call and Call(*tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs)))
+        return differentiable(self.stream.call(k, self.batches[number]))
 
     def _propagate(self, k: int) -> None:
         outgoing = self.hidden(k + 1)
@@ -325,4 +313,4 @@ def log_probabilities(values: Tensor) -> Tensor:
     return torch.log_softmax(values.float(), dim=-1)
 
 
-__all__ = ["Trials", "WayOut", "log_probabilities"]
+__all__ = ["Trials", "log_probabilities"]
