@@ -7,6 +7,7 @@
 | codebook: k-means, NF4, binary, ternary | `codebook_matmul` |
 | dense | `dense_matmul` |
 | sparse | `sparse_matmul`: that of its values, with zeros filled in |
+| of another package | `dense_matmul`: a dense copy |
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from effcli.kernels._packed import Packed, matmul, route_name
 
 def prepare(weight: Quantized, device: torch.device | str | None = None) -> Packed:
     """Lay `weight` out for `device` (default: where its codes are). The input scale is left to the caller."""
-    return KERNELS[type(weight)](weight, device)
+    return KERNELS.get(type(weight), dense_matmul.prepare)(weight, device)
 
 
 def _affine(weight: AffineWeight, device: torch.device | str | None) -> Packed:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import check_config, read_config
 from effcli.files.documents import check_model
-from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Scheme, Strategy, format_from_json
+from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Scheme, Strategy, find, format_from_json
 from effcli.formats.base import Bits, ByFormat, GroupSize
 from effcli.layers.layer import Kind
 
@@ -40,7 +40,7 @@ class _Layer(Described):
         return Stored(self.made(), self.kind, self.input_scale)
 
 
-StoredLayer = Annotated[_Layer, ByFormat(tuple(FORMATS.values()), _Layer)]
+StoredLayer = Annotated[_Layer, ByFormat(tuple(FORMATS.values()), _Layer, find)]
 
 
 class Own(BaseModel):

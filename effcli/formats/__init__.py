@@ -20,18 +20,35 @@ from effcli.formats.codebook import Codebook, CodebookWeight, DoubleQuantized, K
 from effcli.formats.dense import Dense, DenseWeight
 from effcli.formats.patterns import Bitmask, Blocks, Gaps, Pattern
 from effcli.formats.sparse import VALUES, Sparse, SparseWeight
+from effcli.platform import registry
+from effcli.platform.registry import Registry
 
 _KINDS: tuple[type[Packing], ...] = (*VALUES, Sparse)
-# Every format by the name that its description has.
+# Every format of effcli by the name that its description has.
 FORMATS: Mapping[str, type[Packing]] = MappingProxyType({kind.name: kind for kind in _KINDS})
+_OTHERS: Registry[Packing] = Registry("format", registry.FORMATS, ("effcli.formats.base:Packing",), {})
 
-# The tensors that a quantized layer may consist of, by the end of their names.
+# The tensors that a layer quantized in a format of effcli may consist of, by the end of their names.
 SUFFIXES = frozenset[str]().union(*(kind.suffixes for kind in FORMATS.values()))
+
+
+def find(name: str) -> type[Packing] | None:
+    """The format of this name, effcli's own or of an installed package; None where there is none.
+
+    Raises `UserError` when that of another package cannot serve.
+    """
+    own = FORMATS.get(name)
+    if own is None and _OTHERS.find(name) is not None:
+        return _OTHERS.load(name)
+    return own
 
 
 def format_from_json(data: Mapping[str, Any]) -> Packing:
     """The inverse of a format's `to_json`."""
-    return FORMATS[data["format"]].from_json(data)
+    kind = find(data["format"])
+    if kind is None:
+        raise KeyError(data["format"])
+    return kind.from_json(data)
 
 
 def unpack(format: Packing, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> Quantized:
@@ -72,6 +89,7 @@ __all__ = [
     "Sparse",
     "SparseWeight",
     "Strategy",
+    "find",
     "format_from_json",
     "pack_bits",
     "quantize_codes",

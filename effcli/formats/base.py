@@ -7,12 +7,20 @@ tables. The two are packed apart, so that a pattern of zeros can hold the codes 
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidatorFunctionWrapHandler,
+    create_model,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 
@@ -51,18 +59,34 @@ class Described(BaseModel):
 class ByFormat:
     """Tells pydantic to check a description against the model of the format that it names.
 
-    formats: those that it may name; beside: what stands beside the format in the description.
+    formats: those that it may name; beside: what stands beside the format in the description; others: finds a format
+    of another package by its name.
     """
 
     formats: tuple[type[Packing], ...]
     beside: type[Described] | None = None
+    others: Callable[[str], type[Packing] | None] = lambda name: None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        models = {kind.name: kind.description for kind in self.formats}
-        if self.beside is not None:
-            models = {name: create_model(name, __base__=(self.beside, model)) for name, model in models.items()}
-        choices = {name: handler.generate_schema(model) for name, model in models.items()}
-        return core_schema.tagged_union_schema(choices, discriminator="format")
+        choices = {kind.name: handler.generate_schema(self._model(kind)) for kind in self.formats}
+        own = core_schema.tagged_union_schema(choices, discriminator="format")
+
+        def validate(data: Any, ours: ValidatorFunctionWrapHandler) -> Any:
+            name = data.get("format") if isinstance(data, dict) else None
+            if not isinstance(name, str) or name in choices:
+                return ours(data)
+            other = self.others(name)
+            if other is None:
+                raise ValueError(f"there is no format {name[:60]!r}: neither effcli nor an installed package has it")
+            return self._model(other).model_validate(data)
+
+        return core_schema.no_info_wrap_validator_function(validate, own)
+
+    def _model(self, kind: type[Packing]) -> type[Described]:
+        """The model of a format's description, with what stands beside it."""
+        if self.beside is None:
+            return kind.description
+        return create_model(kind.name, __base__=(self.beside, kind.description))
 
 
 class Scheme(Protocol):

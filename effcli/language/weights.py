@@ -388,7 +388,8 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
     state = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
     own = is_own(checkpoint.config)
-    described = own_part(checkpoint.config).layers if own else {}
+    layers = own_part(checkpoint.config).stored() if own else {}
+    described = {name: layer.format.suffixes for name, layer in layers.items()}
 
     def rename(key: str) -> tuple[str, str | None]:
         if own:
@@ -403,7 +404,7 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
     packed: dict[str, dict[str, str]] = {}
     for key in sorted(checkpoint.entries, key=_natural):
         stem, _, suffix = key.rpartition(".")
-        if suffix in SUFFIXES and (stem in described or _is_packed(checkpoint, stem)):
+        if suffix in described.get(stem, SUFFIXES if _is_packed(checkpoint, stem) else ()):
             layer = rename(f"{stem}.weight")[0].removesuffix(".weight")
             packed.setdefault(layer, {})[suffix] = key
             continue

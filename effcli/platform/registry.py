@@ -19,7 +19,7 @@ from effcli.errors import UserError, first_line
 T = TypeVar("T")
 
 # The groups of entry points through which other packages offer classes.
-PASSES, EXPORTERS = GROUPS = "effcli.passes", "effcli.exporters"
+PASSES, EXPORTERS, FORMATS = GROUPS = "effcli.passes", "effcli.exporters", "effcli.formats"
 
 
 class Entry(NamedTuple):
@@ -168,4 +168,4 @@ def _source(module: str) -> Path | None:
     return None
 
 
-__all__ = ["EXPORTERS", "GROUPS", "PASSES", "Entry", "Registry", "package_at_fault"]
+__all__ = ["EXPORTERS", "FORMATS", "GROUPS", "PASSES", "Entry", "Registry", "package_at_fault"]

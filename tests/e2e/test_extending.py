@@ -117,6 +117,55 @@ def test_training(install: Install, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "tune takes networks read as a graph; sample:lm is a language model" in capsys.readouterr().err
 
 
+SHIFT_PASS = '''
+
+from effcli.layers.contract import Layer, LayerPass, Outcome, Statistics
+from effcli.formats import Packing
+
+
+class Shifts(LayerPass):
+    """Rounds weights to powers of two."""
+
+    @property
+    def format(self) -> Packing:
+        return Shift(torch.float32)
+
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        return Outcome(Shift(layer.dtype).quantize(layer.weight))
+'''
+
+
+@pytest.mark.parametrize(("model", "small"), [("sample:cnn", SMALL_IMAGES), ("sample:lm", SMALL_TEXT)])
+def test_a_format_of_a_package(
+    model: str,
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Written, read again and computed with where the package is installed, and refused by name where it is not."""
+    text = (TEMPLATES / "format_template.py").read_text(encoding="utf-8") + SHIFT_PASS
+    groups = {"effcli.formats": {"shift": "effcli_shift:Shift"}, "effcli.passes": {"shifts": "effcli_shift:Shifts"}}
+    packages.install(tmp_path / "site", "effcli-shift", groups, {"effcli_shift.py": text})
+    out, again = tmp_path / "out", tmp_path / "again"
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(tmp_path / "site")
+        assert main(["compress", model, "--pass", "shifts", *small, "-o", str(out)]) == 0
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert {row["format"] for row in report["stages"][1]["ledger"] if row["status"] == "compressed"} == {"shift4"}
+        assert report["stages"][1]["nbytes"] < report["stages"][0]["nbytes"]
+        assert report["verified"].startswith("verified: ")
+        assert main(["verify", str(out)]) == 0
+        assert main(["compress", str(out), "--pass", "linear:bits=8", *small, "--no-eval", "-o", str(again)]) == 0
+    sys.modules.pop("effcli_shift")
+    capsys.readouterr()
+    assert main(["verify", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert "there is no format 'shift'" in captured.err + captured.out
+    assert main(["compress", str(out), "--pass", "linear", *small, "--no-eval", "-o", str(tmp_path / "none")]) == 1
+    assert "there is no format 'shift'" in capsys.readouterr().err
+
+
 def test_an_exporter(install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install("exporter", "effcli.exporters", "npz", "Npz")
     out = tmp_path / "out"
