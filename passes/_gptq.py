@@ -83,7 +83,8 @@ def factorize(gram: Tensor, damping: float, act_order: bool, name: str) -> Feedb
     the damping is raised tenfold until it is; the caller tells of it. `NumericsError` when that never comes.
     """
     diagonal = gram.diagonal()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    ascending = torch.arange(len(diagonal), device=diagonal.device)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else ascending
     mean = diagonal.mean()
     # Factored from the last column to the first: flipped, an ordinary Cholesky factor is the upper one.
     flipped = order.flip(0)

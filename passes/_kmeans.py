@@ -108,7 +108,9 @@ class _Line:
         The density is that between evenly spaced ranks, some for each entry.
         """
         count, entries = self.values.shape[1], 1 << bits
-        ranks = torch.linspace(0, count - 1, min(_RANKS * entries, count - 1) + 1, dtype=torch.float64).round().long()
+        taken = min(_RANKS * entries, count - 1) + 1
+        # On the CPU, for another device may round the middle between two ranks otherwise.
+        ranks = torch.linspace(0, count - 1, taken, dtype=torch.float64).round().long().to(self.values.device)
         known = self.values[:, ranks]
         share = (self.moments[0, :, ranks].diff(dim=1) * known.diff(dim=1).square()).pow(1 / 3)
         places = torch.cat([torch.zeros_like(share[:, :1]), share.cumsum(1)], 1)

@@ -58,7 +58,7 @@ class GPTQ(Scaled):
         if all(wanted):
             return find_scale([options.format for options in group.options], group, seen)
         notes = {"unscaled": "a layer with the same input has scales off"} if any(wanted) else {}
-        return torch.ones(group.layers[0].weight.shape[1]), notes
+        return torch.ones_like(group.layers[0].weight[0]), notes
 
     def apply(self, layer: Layer, seen: Statistics) -> Outcome:
         """Quantize one weight (out, in), already scaled, under the Gram matrix of its scaled inputs.
@@ -86,7 +86,7 @@ def _range(config: GPTQ, layer: Layer, seen: Statistics, feedback: Feedback | No
     """The range behind each scale (low, high), shaped like the scales; without inputs those that need none."""
     weight, format, dtype = layer.weight, config.format, layer.dtype
     if config.range == "least_squares":
-        return weighted_range(weight, torch.ones(weight.shape[1]), format, dtype, SHRINKS)
+        return weighted_range(weight, weight.new_ones(weight.shape[1]), format, dtype, SHRINKS)
     if feedback is None or config.range == "minmax":
         return extremes(weight, format)
     if config.range == "gram":

@@ -67,7 +67,7 @@ class KMeans(Shared):
         draws = None
         if self.init == "kmeans++":
             generator = torch.Generator().manual_seed(self.seed)
-            draws = torch.rand(len(values), 1 << self.bits, generator=generator, dtype=torch.float64)
+            draws = torch.rand(len(values), 1 << self.bits, generator=generator, dtype=torch.float64).to(weight.device)
         table = cluster(
             values,
             importance,

@@ -72,7 +72,6 @@ Overrides = Annotated[
     ),
 ]
 # Compressing runs on the CPU only.
-RunDevice = Annotated[str | None, typer.Option("--device", help="cpu, or auto.", show_default="cpu")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or auto.", show_default="cpu")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", show_default="as torch chooses")]
 Revision = Annotated[

@@ -34,16 +34,17 @@ def gradients(
             "put the pass before the one that rounds them",
         )
     sites = list(sites)
-    found = {site.name: Gradients(site.shape, needs) for site in sites}
+    found = {site.name: Gradients(site.shape, needs, graph.device) for site in sites}
     weights: list[Tensor] = [graph.layer(site.name).weight for site in sites]  # type: ignore[misc]
     single = Needs.SQUARED_GRADIENTS in needs
     held = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for inputs, labels in batches:
-            _check(labels, classes)
-            assert labels is not None
+        for given, targets in batches:
+            _check(targets, classes)
+            assert targets is not None
+            inputs, labels = given.to(graph.device), targets.to(graph.device)
             # Squares are of single inputs.
             size = 1 if single else max(len(inputs), 1)
             for part, own in zip(torch.split(inputs, size), torch.split(labels, size), strict=True):

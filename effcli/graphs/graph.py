@@ -143,6 +143,20 @@ class Graph:
         assert isinstance(value, fx.Node)
         return value
 
+    @property
+    def device(self) -> torch.device:
+        """Where the graph runs: where its tensors are."""
+        return next((tensor.device for tensor in self.module.state_dict().values()), torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Graph:
+        """The graph itself, moved to `device`; one whose nodes name a device stays where it is."""
+        named = any(
+            isinstance(value, torch.device) for node in self.nodes for value in (*node.args, *node.kwargs.values())
+        )
+        if not named and device != self.device:
+            self.module.to(device)
+        return self
+
     def layer(self, name: str) -> nn.Module:
         return self.module.get_submodule(name)
 
@@ -206,14 +220,15 @@ class Graph:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def run(self, inputs: Tensor) -> Tensor:
-        """The output of a batch of inputs float32 (n, *shape)."""
+        """The output of a batch of inputs float32 (n, *shape), on the CPU wherever the graph runs."""
         if tuple(inputs.shape[1:]) != self.facts.shape:
             raise DataError(
                 f"inputs of shape {tuple(inputs.shape[1:])} for a network that takes {self.facts.shape}",
                 "the first axis is the batch; reshape or preprocess the inputs",
             )
         with _running(), torch.inference_mode():
-            parts = [self.module(part) for part in torch.split(inputs, self._fitting(len(inputs)))]
+            device = self.device
+            parts = [self.module(part.to(device)).cpu() for part in torch.split(inputs, self._fitting(len(inputs)))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _fitting(self, count: int) -> int:
@@ -245,7 +260,7 @@ class Graph:
                 return value
 
         with _running(), torch.inference_mode():
-            Recorder(self.module).run(torch.zeros(1, *self.facts.shape))
+            Recorder(self.module).run(torch.zeros(1, *self.facts.shape, device=self.device))
         return found
 
     def save(self, folder: Path) -> None:
@@ -255,9 +270,9 @@ class Graph:
             owner, _, own = key.rpartition(".")
             if own == "weight" and owner in self.stored:
                 packed = self.stored[owner].pack()
-                tensors.update({f"{owner}.{suffix}": tensor for suffix, tensor in packed.items()})
+                tensors.update({f"{owner}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()})
             elif own != "num_batches_tracked":
-                tensors[key] = value.contiguous()
+                tensors[key] = value.cpu().contiguous()
         kinds = {site.name: site.kind for site in self.sites()}
         layers = {
             name: Stored(weight.format, kinds[name], weight.input_scale is not None).to_json()

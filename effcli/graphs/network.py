@@ -21,7 +21,7 @@ from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
 from effcli.graphs.graph import Facts, Graph, class_count, macs
 from effcli.graphs.integer import IntegerNetwork, is_integer
-from effcli.graphs.sweep import graph_sweep
+from effcli.graphs.sweep import CPU, graph_sweep
 from effcli.graphs.training import train_graph
 from effcli.inputs.classify import Scores
 from effcli.inputs.images import Inputs, open_inputs
@@ -29,6 +29,7 @@ from effcli.inputs.options import Evaluate
 from effcli.inputs.preprocess import Preprocess
 from effcli.layers.contract import Needs, TrainPass
 from effcli.layers.result import Progress, Swept
+from effcli.platform.machine import pick_device
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Quality, Stage
 from effcli.run.network import Counts, Measured
@@ -58,6 +59,7 @@ class GraphNetwork:
             preprocess=recipe.preprocess,
             trust_remote_code=recipe.trust_remote_code,
         )
+        self._device = pick_device(self.recipe.device)
         self._calibration: Inputs | None = None
         self._yardstick: Yardstick | None = None
         self._work: Path | None = None
@@ -113,8 +115,9 @@ class GraphNetwork:
                 shutil.rmtree(self.base, ignore_errors=True)
                 self.base.mkdir()
             self.graph.save(self.base)
+        original = self.graph if self._device.type == "cpu" else Graph.read(self.base).to(self._device)
         self._yardstick = Yardstick.open(
-            self.graph, self.recipe.evaluate, self.source, self._calibration, self.recipe.calibration.data
+            original, self.recipe.evaluate, self.source, self._calibration, self.recipe.calibration.data
         )
 
     def count(self, checkpoint: Path) -> Counts:
@@ -130,7 +133,7 @@ class GraphNetwork:
     def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
         yardstick, known = self._yardstick, None
         if quality and yardstick is not None:
-            known = yardstick.of(outputs_of(checkpoint), compare=not first)
+            known = yardstick.of(outputs_of(checkpoint, self._device), compare=not first)
         remarks = yardstick.remarks if yardstick is not None and first else ()
         latencies: tuple[Latency, ...] = ()
         if first:
@@ -167,7 +170,8 @@ class GraphNetwork:
             )
         batches = self._batches if step.needs else None
         labelled = self._labelled if step.needs.gradients else None
-        return graph_sweep(source, target, step, batches, self.recipe.calibration.inputs, reference, progress, labelled)
+        inputs = self.recipe.calibration.inputs
+        return graph_sweep(source, target, step, batches, inputs, reference, progress, labelled, self._device)
 
     def _batches(self) -> Iterator[Tensor]:
         return (inputs for inputs, _ in self._labelled())
@@ -262,12 +266,15 @@ def evaluate(
     return Yardstick(original, inputs, facts).of(network)
 
 
-def outputs_of(checkpoint: Path) -> Callable[[Tensor], Tensor]:
-    """A graph or an integer network as a function of a batch of inputs float32 (n, *shape)."""
+def outputs_of(checkpoint: Path, device: torch.device = CPU) -> Callable[[Tensor], Tensor]:
+    """A graph or an integer network as a function of a batch of inputs float32 (n, *shape).
+
+    device: where a graph runs; integers are computed on the CPU.
+    """
     if is_integer(checkpoint):
         integer = IntegerNetwork.read(checkpoint)
         return lambda inputs: torch.from_numpy(executor.run_float(integer, inputs.numpy()))
-    return Graph.read(checkpoint).run
+    return Graph.read(checkpoint).to(device).run
 
 
 def _open(

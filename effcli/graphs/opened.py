@@ -57,7 +57,7 @@ class OpenGraph:
             if node.op == "call_module" and name in sums:
                 self._add(sums[name], name, inputs)
 
-        stream(self.graph, batches, look)
+        stream(self.graph, (batch.to(self.graph.device) for batch in batches), look)
         each = {name: self._checked(found, name) for name, found in sums.items()}
         return {name: each[names[0]] for names in members for name in names}
 
@@ -68,7 +68,7 @@ class OpenGraph:
         """
         latest: tuple[object, Seen] | None = None
         left = set(taken)
-        walk = Walk(self.graph, batches)
+        walk = Walk(self.graph, (batch.to(self.graph.device) for batch in batches))
         for node in walk:
             name = str(node.target)
             if node.op != "call_module" or name not in left:
@@ -88,7 +88,7 @@ class OpenGraph:
 
     def _sums(self, name: str) -> GroupedStatistics:
         site = self._sites[name]
-        return GroupedStatistics(site.groups, site.columns, self.needs)
+        return GroupedStatistics(site.groups, site.columns, self.needs, self.graph.device)
 
     def _add(self, sums: GroupedStatistics, name: str, inputs: Tensor) -> None:
         sums.see(inputs)
@@ -124,7 +124,7 @@ class OpenGraph:
 
     def _columns(self, name: str, channel: Tensor) -> Tensor:
         """What stands behind each column of a layer's weight, for int64 (channels,) of its inputs."""
-        return column_factors(self.graph, name, channel)[0]
+        return column_factors(self.graph, name, channel)[0].to(self.graph.device)
 
     def _reason(self, names: tuple[str, ...], link: Link | None) -> str:
         """Why no module can take in a factor of the input of `names`; empty when one can."""
@@ -150,8 +150,8 @@ class OpenGraph:
     def divide(self, readers: Readers, factor: Tensor) -> Tensor:
         link = self._links[readers.number]
         assert link is not None and readers.columns is not None
-        outputs = torch.ones(link.channels)
-        outputs.index_copy_(0, link.consumers[readers.layers[0]], among(readers.columns, factor))
+        channel = link.consumers[readers.layers[0]].to(factor.device)
+        outputs = factor.new_ones(link.channels).index_copy_(0, channel, among(readers.columns, factor))
         divide_outputs(self.graph, link.producer, outputs)
         self.factors.divide(link.producer, outputs)
         return factor

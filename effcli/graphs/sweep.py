@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from effcli.errors import DataError
@@ -28,6 +29,8 @@ from effcli.layers.statistics import Gradients
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
 
+CPU = torch.device("cpu")
+
 Batches = Callable[[], Iterator[Tensor]]
 # With labels int64 (n,), None without.
 Labelled = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
@@ -42,6 +45,7 @@ def graph_sweep(
     reference: Path | None = None,
     progress: Progress = lambda done, total: None,
     labelled: Labelled | None = None,
+    device: torch.device = CPU,
 ) -> Swept:
     """Carry out `step` on the graph in `source` and write a checkpoint into `target`, a directory that exists.
 
@@ -49,7 +53,8 @@ def graph_sweep(
     original layers before it return or, walking all batches through the graph node by node, the compressed ones;
     reference: the checkpoint before weights were first compressed, for passes that compare with it; `source` itself
     where none were; labelled: the same batches with their labels, for passes that ask for gradients, which are those of
-    the network as it is before this pass. The target is a graph, or an integer network where the pass makes one.
+    the network as it is before this pass; device: where passes over layers compute, and the graph runs for them. The
+    target is a graph, or an integer network where the pass makes one.
     """
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
@@ -65,7 +70,7 @@ def graph_sweep(
         swept = _transform(graph, target, step.name, step.config, choices, batches, dense)
         progress(len(choices), len(choices))
         return swept
-    home = OpenGraph(graph, needs_of([choices]))
+    home = OpenGraph(graph.to(device), needs_of([choices]))
     engine = LayerEngine(home, choices)
     found: dict[str, Gradients] = {}
     if home.needs.gradients and batches is not None:

@@ -49,7 +49,7 @@ class Part:
         packed = [site for site in sites if site.name in weights.stored]
         if not packed:
             # Integer buffers keep their dtype; floating values return to the one they had in the file.
-            self.tensors[key] = weights.parameter(key) if value is None else value.to(dtype).contiguous()
+            self.tensors[key] = weights.parameter(key) if value is None else value.to("cpu", dtype).contiguous()
         for site in sites:
             if packed:
                 self.keep_site(weights, site)
@@ -119,8 +119,9 @@ class OpenBlock:
             if producer is None:
                 found.append(Readers(number, names, None, item.reason))
             else:
+                channel = producer.channel.to(self._weights.device)
                 produces = self._prefix + producer.name if producer.how == "rows" else ""
-                found.append(Readers(number, names, producer.name, produces=produces, channel=producer.channel))
+                found.append(Readers(number, names, producer.name, produces=produces, channel=channel))
         return found
 
     def _full(self, names: Iterable[str]) -> list[str]:
@@ -161,10 +162,10 @@ class OpenBlock:
     def write(self, site: LayerSite, weight: Quantized | Tensor, effective: Tensor) -> Held:
         if isinstance(weight, Quantized):
             self.part.stored[site.name] = Stored(weight.format, site.kind, weight.input_scale is not None)
-            tensors = {f"{site.name}.{suffix}": tensor for suffix, tensor in weight.pack().items()}
+            tensors = {f"{site.name}.{suffix}": tensor.cpu() for suffix, tensor in weight.pack().items()}
             format = str(weight.format)
         else:
-            dense = weight.to(self._weights.dtype_of(site.parameter))
+            dense = weight.to("cpu", self._weights.dtype_of(site.parameter))
             tensors = {f"{site.name}.weight": dense.t().contiguous() if site.kind == "conv1d" else dense}
             format = str(Dense(dense.dtype))
         self.part.tensors.update(tensors)
@@ -210,5 +211,5 @@ class OpenBlock:
 def open_head(weights: Weights, site: LayerSite, weight: Tensor, part: Part) -> OpenBlock:
     """The output head `site` by itself, with `weight` (out, in) for its own."""
     holder = nn.Module()
-    holder.weight = nn.Parameter(weight, requires_grad=False)
+    holder.weight = nn.Parameter(weight.to(weights.device), requires_grad=False)
     return OpenBlock(weights, holder, f"{site.name}.", part)

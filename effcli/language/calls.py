@@ -56,7 +56,7 @@ class Returned:
             if not isinstance(item, Tensor):
                 return item
             if item.is_floating_point():
-                return torch.randn(item.shape, generator=generator).to(item.dtype)
+                return torch.randn(item.shape, generator=generator).to(item.device, item.dtype)
             return item ^ bool(seed) if item.dtype == torch.bool else item + seed
 
         return self._with(

@@ -26,7 +26,7 @@ from effcli.inputs.tokens import Reader
 from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream
-from effcli.language.weights import Weights, open_weights
+from effcli.language.weights import CPU, Weights, open_weights
 from effcli.reports.report import Quality, TaskRow
 
 if TYPE_CHECKING:
@@ -69,11 +69,16 @@ class Yardstick:
         calibration: Calibration | None = None,
         trust_remote_code: bool = False,
         compare: bool = True,
+        device: torch.device = CPU,
     ) -> None:
-        """Read the texts; nothing runs yet. calibration: where the end of its text serves; compare: measure KL too."""
+        """Read the texts; nothing runs yet. calibration: where the end of its text serves; compare: measure KL too.
+
+        device: where the networks run.
+        """
         self.original = original
         self.workdir = workdir
         self.trust_remote_code = trust_remote_code
+        self.device = device
         self.compare = compare and options.perplexity is not False
         self._windows: list[Tensor] = []
         self._task: multiple_choice.Task | None = None
@@ -103,7 +108,7 @@ class Yardstick:
             return Quality()
         if path.resolve() == self.original.resolve():
             return self._measure_original()
-        weights = open_weights(path, self.trust_remote_code)
+        weights = open_weights(path, self.trust_remote_code, device=self.device)
         file = self.workdir / "measured.spool"
         try:
             with ExitStack() as stack:
@@ -128,7 +133,7 @@ class Yardstick:
         return self._windows + (self._task.batches if self._task is not None else [])
 
     def _measure_original(self) -> Quality:
-        weights = open_weights(self.original, self.trust_remote_code)
+        weights = open_weights(self.original, self.trust_remote_code, device=self.device)
         with Stream(weights, with_head=True) as stream:
             spool = last_hidden(stream, self._batches(), self.workdir / "original.spool")
             quality = self._judge(stream, spool)
@@ -136,12 +141,12 @@ class Yardstick:
             spool.remove()
             return quality
         # Only the windows serve again.
-        self._reference = weights, Spool(spool.file, spool.shapes[: len(self._windows)], spool.dtype)
+        self._reference = weights, Spool(spool.file, spool.shapes[: len(self._windows)], spool.dtype, spool.device)
         return quality.model_copy(update={"kl": 0.0})
 
     def _original_hidden(self) -> tuple[Weights, Spool]:
         if self._reference is None:
-            weights = open_weights(self.original, self.trust_remote_code)
+            weights = open_weights(self.original, self.trust_remote_code, device=self.device)
             with Stream(weights) as stream:
                 self._reference = weights, last_hidden(stream, self._windows, self.workdir / "original.spool")
         return self._reference
@@ -167,7 +172,7 @@ class Yardstick:
         nll, divergence, tokens = 0.0, 0.0, 0
         for number, batch in enumerate(self._windows):
             hidden = spool.read(number)[:, :-1].flatten(0, 1)
-            targets = batch[:, 1:].flatten()
+            targets = batch[:, 1:].flatten().to(hidden.device)
             original = None
             if against is not None and spooled is not None:
                 original = spooled.read(number)[:, :-1].flatten(0, 1)
@@ -195,7 +200,7 @@ class Yardstick:
                 parts = [
                     _log_probabilities(stream, wanted[part]) for part in _parts(stream, len(wanted), batch.shape[1])
                 ]
-                task.add(targets, torch.cat(parts))
+                task.add(targets, torch.cat(parts).cpu())
         return task.score()
 
 

@@ -33,10 +33,10 @@ def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
         hidden, _ = stream.enter(ids)
         if spool is None:
             shapes = [(*each.shape, *hidden.shape[2:]) for each in batches]
-            spool = Spool(file, shapes, hidden.dtype)
+            spool = Spool(file, shapes, hidden.dtype, weights.device)
         spool.write(k, hidden)
     if spool is None:
-        return Spool(file, [], skeleton.dtype)
+        return Spool(file, [], skeleton.dtype, weights.device)
     for k, block in enumerate(skeleton.blocks):
         with (
             weights.opened(block, skeleton.block_names[k] + ".", skeleton.block_parameters(k)),

@@ -19,6 +19,7 @@ from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
 from effcli.layers.result import Progress, Swept
 from effcli.platform.huggingface import language_loader, load_network_config
+from effcli.platform.machine import pick_device
 from effcli.reports import card
 from effcli.reports.report import Exported, Stage
 from effcli.run.network import Counts, Measured
@@ -45,6 +46,7 @@ class LanguageModel:
     def __init__(self, recipe: Recipe, source: Path) -> None:
         self.recipe = recipe.for_language()
         self.source = source
+        self._device = pick_device(self.recipe.device)
         self._windows: Windows | None = None
         self._yardstick: Yardstick | None = None
 
@@ -103,6 +105,7 @@ class LanguageModel:
                 work,
                 calibration=self.recipe.calibration,
                 trust_remote_code=self.recipe.trust_remote_code,
+                device=self._device,
             )
 
     def count(self, checkpoint: Path) -> Counts:
@@ -123,6 +126,7 @@ class LanguageModel:
                 prefill=prefill,
                 decode=decode,
                 threads=self.recipe.threads,
+                device=self.recipe.device,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
         return Measured(known, timed, remarks=tuple(yardstick.remarks) if yardstick is not None and first else ())
@@ -134,7 +138,7 @@ class LanguageModel:
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
     ) -> Swept:
         windows = self._windows if step.needs else None
-        return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code)
+        return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
         trust = self.recipe.trust_remote_code

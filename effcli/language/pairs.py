@@ -111,8 +111,8 @@ class _Seen:
 
 def output_factors(producer: Producer, scale: Tensor) -> Tensor:
     """scale (in,) of the consumers -> the divisor of each of the producer's output channels, float32 (outputs,)."""
-    factors = torch.ones(producer.outputs, dtype=torch.float32)
-    factors[producer.channel] = scale.float()
+    factors = torch.ones(producer.outputs, dtype=torch.float32, device=scale.device)
+    factors[producer.channel.to(scale.device)] = scale.float()
     return factors
 
 
@@ -134,7 +134,7 @@ def divide_norm(block: nn.Module, producer: Producer, scale: Tensor) -> Tensor:
     weight.copy_(torch.where(lost, weight, divided))
     taken = torch.where(before != 0, before / after, factors).masked_fill_(lost, 1.0)
     divide_bias(block, producer.name, taken)
-    return taken[producer.channel]
+    return taken[producer.channel.to(taken.device)]
 
 
 def divide_bias(block: nn.Module, name: str, factors: Tensor) -> list[str]:
@@ -246,7 +246,7 @@ class _Candidates:
         before = [item for item in before if item.output.requires_grad and inputs.requires_grad]
         if not before:
             return _Candidates(names, [], "no norm or linear before it sees the same tokens")
-        weighting = torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(1)) + 0.5
+        weighting = (torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(1)) + 0.5).to(flat.device)
         target = (flat * weighting).sum()
         outputs = [item.output for item in before]
         gradients = torch.autograd.grad(target, outputs, retain_graph=True, allow_unused=True)
@@ -297,7 +297,7 @@ def _equivalence(
     """
     generator = torch.Generator().manual_seed(2)
     scale = torch.rand(producer.channel.shape[0], generator=generator) * 1.5 + 0.5
-    scale = tied(scale, producer.channel)
+    scale = tied(scale, producer.channel).to(baseline.device)
     touched = {sites[name].parameter for name in names}
     touched |= {key for key, _ in trial.named_parameters() if key.startswith(f"{producer.name}.")}
     if producer.how == "rows":
@@ -319,7 +319,7 @@ def match_channels(products: Tensor, inputs: Tensor) -> Tensor | None:
     Columns that are zero on every token (a ReLU that never fired) say nothing; they are filled in when all others
     stand in their own place, and else the match fails.
     """
-    left, right = _unit_columns(products), _unit_columns(inputs)
+    left, right = (_unit_columns(columns.cpu()) for columns in (products, inputs))
     live = right.norm(dim=0) > 0.5
     if not live.any():
         return None

@@ -15,13 +15,20 @@ from effcli.errors import MachineError, writing
 class Spool:
     """Batches of known shapes in a file; what is read is a copy, so nothing of it stays in memory.
 
-    shapes: the shape of every batch, e.g. (windows, length, hidden).
+    shapes: the shape of every batch, e.g. (windows, length, hidden); device: where they go when they are read.
     """
 
-    def __init__(self, file: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        file: Path,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.file = file
         self.shapes = list(shapes)
         self.dtype = dtype
+        self.device = device
         self._offsets = [0]
         for shape in self.shapes:
             self._offsets.append(self._offsets[-1] + torch.Size(shape).numel() * dtype.itemsize)
@@ -33,7 +40,7 @@ class Spool:
         return (self.read(k) for k in range(len(self)))
 
     def read(self, k: int) -> Tensor:
-        tensor = torch.empty(self.shapes[k], dtype=self.dtype)
+        tensor = torch.empty(self.shapes[k], dtype=self.dtype, device="cpu")
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self._offsets[k])
             view = _bytes(tensor)
@@ -42,7 +49,7 @@ class Spool:
                 if not got:
                     raise MachineError(f"{self.file} is shorter than what was written to it", "run it again")
                 view = view[got:]
-        return tensor
+        return tensor.to(self.device)
 
     def write(self, k: int, tensor: Tensor) -> None:
         data = tensor.to("cpu", self.dtype).contiguous()

@@ -65,6 +65,7 @@ class Stream:
 
         None for a block that the network passes over, as one that attends to images where there are none.
         """
+        ids = ids.to(self.weights.device)
         manner = self._manner(ids)
         calls: list[Call | None] = [None] * len(self.skeleton.blocks)
         first: list[Tensor] = []
@@ -107,6 +108,7 @@ class Stream:
             return self._leave(ids, hidden)
 
     def _leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        ids = ids.to(self.weights.device)
         manner = self._manner(ids)
         with self._running(), self._replaced(lambda k, *args, **kwargs: manner.returned[k].around(hidden)):
             return logits_of(self.skeleton.model, ids)  # type: ignore[no-any-return]
@@ -156,7 +158,7 @@ class Stream:
                 returned[k] = kinds[kind]
             elif k == last:
                 raise _Entered
-            outputs.append(torch.randn(hidden.shape, generator=generator).to(hidden.dtype))
+            outputs.append(torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype))
             return returned[k].changed(outputs[-1], seed)
 
         with (
@@ -202,7 +204,7 @@ class Stream:
         try:
             with (
                 foreign(lambda cause: _unsupported(self.skeleton, f"cannot be run one by one: {cause}")),
-                zeros_for_weights(block, self.skeleton.dtype),
+                zeros_for_weights(block, self.skeleton.dtype, self.weights.device),
             ):
                 out = block(hidden, *call.args, **call.kwargs)
         finally:

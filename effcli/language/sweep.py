@@ -37,7 +37,7 @@ from effcli.language.pairs import SharedInput, SharedInputs, leaders, probe_pair
 from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
-from effcli.language.weights import Weights, open_weights
+from effcli.language.weights import CPU, Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
 from effcli.layers.engine import LayerEngine, with_gradients
 from effcli.layers.layer import LayerSite
@@ -60,13 +60,15 @@ def sweep(
     work: Path,
     progress: Progress = lambda done, total: None,
     trust_remote_code: bool = False,
+    device: torch.device = CPU,
 ) -> Swept:
     """Carry out `step` on the checkpoint `source` and write the checkpoint `target`, a directory that exists.
 
     work: a folder for what is unfinished; when it holds unfinished work of the same request, that is continued.
+    device: where blocks run and passes compute, one block at a time.
     Raises `UnfinishedError` when that is damaged.
     """
-    weights = open_weights(source, trust_remote_code)
+    weights = open_weights(source, trust_remote_code, device=device)
     checkpoint = weights.checkpoint
     journal = Journal.open(work, fingerprint(checkpoint, step, windows))
     if journal.damage:
@@ -226,9 +228,10 @@ class _Sweep:
     def _head_statistics(self, site: LayerSite) -> Statistics:
         """The statistics of the output head's inputs, from the hidden states behind the last block."""
         assert self.windows is not None
-        gram = Statistics(site.columns, self.needs)
+        gram = Statistics(site.columns, self.needs, self.weights.device)
         with Stream(self.weights, with_head=True) as stream:
-            spool = Spool(self.journal.spool(len(self.skeleton.blocks)), self.shapes, self.skeleton.dtype)
+            file = self.journal.spool(len(self.skeleton.blocks))
+            spool = Spool(file, self.shapes, self.skeleton.dtype, self.weights.device)
             watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
             for batch, hidden in zip(self.windows.batches, spool, strict=True):
                 with watch:
@@ -303,6 +306,7 @@ class _Flow:
     journal: Journal
     shapes: list[tuple[int, ...]]
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def original(self) -> bool:
@@ -311,7 +315,7 @@ class _Flow:
 
     @staticmethod
     def start(stream: Stream, windows: Windows, journal: Journal) -> _Flow:
-        flow = _Flow(windows, journal, [], stream.skeleton.dtype)
+        flow = _Flow(windows, journal, [], stream.skeleton.dtype, stream.weights.device)
         for number, batch in enumerate(windows.batches):
             # What is done holds the hidden states; their width is asked of the first batch.
             if flow.shapes and journal.done:
@@ -324,7 +328,7 @@ class _Flow:
         return flow
 
     def spool(self, k: int) -> Spool:
-        return Spool(self.journal.spool(k), self.shapes, self.dtype)
+        return Spool(self.journal.spool(k), self.shapes, self.dtype, self.device)
 
     def observe(
         self,
@@ -338,7 +342,8 @@ class _Flow:
         """Run all windows through block k and sum up the inputs of its layers, once for all with the same leader."""
         prefix = stream.skeleton.block_names[k] + "."
         by_name = {site.name: site for site in sites}
-        grams = {leader: Statistics(by_name[leader].columns, needs) for leader in dict.fromkeys(leaders.values())}
+        first = dict.fromkeys(leaders.values())
+        grams = {leader: Statistics(by_name[leader].columns, needs, self.device) for leader in first}
 
         def add(name: str, inputs: Tensor, output: Tensor) -> None:
             grams[name].add(inputs)

@@ -34,27 +34,40 @@ from effcli.layers.input_rounding import round_inputs
 from effcli.layers.layer import LayerSite
 from effcli.platform.huggingface import replaced_class
 
+CPU = torch.device("cpu")
 
-def open_weights(path: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Weights:
+
+def open_weights(
+    path: Path,
+    trust_remote_code: bool = False,
+    dtype: str | None = None,
+    device: torch.device = CPU,
+) -> Weights:
     """The network in `path`, dense or compressed, ready to be read block by block; every parameter must be there.
 
-    dtype: what it is to be read in, such as float32; its own unless given.
+    dtype: what it is to be read in, such as float32; its own unless given. device: where it runs.
     """
     checkpoint = Checkpoint.open(path)
     config = network_config(checkpoint.config)
     if dtype is not None:
         config = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
-    weights = Weights(checkpoint, Skeleton(path, config, trust_remote_code, own_widths(checkpoint.config)))
+    skeleton = Skeleton(path, config, trust_remote_code, own_widths(checkpoint.config))
+    weights = Weights(checkpoint, skeleton, device)
     weights.check_complete()
     return weights
 
 
 class Weights:
-    """The parameters of a network, read from its checkpoint by their names in the modules."""
+    """The parameters of a network, read from its checkpoint by their names in the modules.
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    device: where parameters are while their block is open. What is read without opening a block is on the CPU.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, device: torch.device = CPU) -> None:
         self.checkpoint = checkpoint
         self.skeleton = skeleton
+        self.device = device
+        _move_buffers(skeleton.model, device)
         self._sources, self._converters, packed = _route(checkpoint, skeleton.model)
         self._packed = packed
         self._sites: dict[str, list[LayerSite]] = {}
@@ -328,7 +341,15 @@ class Weights:
             value = self.parameter(name)
             # Integer buffers keep their dtype.
             dtype = self.skeleton.dtype if value.is_floating_point() else value.dtype
-            place(module, name.removeprefix(prefix), value.to(dtype))
+            place(module, name.removeprefix(prefix), value.to(self.device, dtype))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put the buffers that are in memory, such as the frequencies of position embeddings, on `device`."""
+    for owner in module.modules():
+        for name, value in owner._buffers.items():
+            if value is not None and not value.is_meta:
+                owner._buffers[name] = value.to(device)
 
 
 def place(module: nn.Module, path: str, value: Tensor) -> None:
@@ -353,14 +374,14 @@ def empty(module: nn.Module, prefix: str, names: list[str]) -> None:
 
 
 @contextmanager
-def zeros_for_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def zeros_for_weights(module: nn.Module, dtype: torch.dtype, device: torch.device = CPU) -> Iterator[None]:
     """Give the parameters of `module` that are not in memory zeros, which take up none until they are written.
 
-    dtype: that of floating parameters.
+    dtype: that of floating parameters; device: where the zeros are.
     """
     names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     for name in names:
-        place(module, name, zeros_like(module.get_parameter(name), dtype))
+        place(module, name, zeros_like(module.get_parameter(name), dtype).to(device))
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ class Observer:
         # Bins outward from (-_SIDE - ½) · width to (_SIDE + ½) · width; all zeros need no width.
         bound = (_SIDE + 0.5) * (self.width or 1.0)
         for part in torch.split(values.detach().float().flatten(), _COUNTED):
-            self.counts += torch.histc(part, len(self.counts), -bound, bound).long().numpy()
+            self.counts += torch.histc(part, len(self.counts), -bound, bound).long().cpu().numpy()
 
     def _fit(self, largest: float) -> None:
         """Widen the bins until `largest` falls into one: three bins become one, so that zero stays in the middle."""

@@ -144,7 +144,7 @@ class Statistics:
     @staticmethod
     def of(matrix: Tensor, magnitude_sum: Tensor, tokens: int) -> Statistics:
         """A Gram matrix that was summed elsewhere: matrix float32 (in, in), magnitude_sum float32 (in,)."""
-        made = Statistics(len(magnitude_sum), Needs.NOTHING)
+        made = Statistics(len(magnitude_sum), Needs.NOTHING, matrix.device)
         made.needs, made.tokens = Needs.GRAM, tokens
         made._gram = _Gram.of(matrix, magnitude_sum)
         return made
@@ -305,7 +305,7 @@ class Statistics:
     def rescaled(self, scale: Tensor) -> Statistics:
         """The statistics of the inputs divided by scale (in,), positive; without the histogram, which cannot follow."""
         inverse = 1.0 / scale.float()
-        made = Statistics(len(scale), Needs.NOTHING)
+        made = Statistics(len(scale), Needs.NOTHING, scale.device)
         made.needs, made.tokens = self.needs & ~Needs.VALUES, self.tokens
         if self._gram is not None:
             matrix = (self.matrix * inverse.unsqueeze(1)).mul_(inverse)
@@ -391,11 +391,13 @@ class _Gram:
 class GroupedStatistics:
     """What is gathered of the inputs of the groups of one convolution, side by side. tokens: of each group."""
 
-    def __init__(self, groups: int, features: int, needs: Needs = Needs.GRAM) -> None:
+    def __init__(
+        self, groups: int, features: int, needs: Needs = Needs.GRAM, device: torch.device | str = "cpu"
+    ) -> None:
         # Gram matrices alone are summed by one batched product.
-        self._matrices = torch.zeros(groups, features, features) if needs == Needs.GRAM else None
-        self._magnitudes = torch.zeros(groups, features)
-        self._parts = tuple(Statistics(features, needs) for _ in range(groups if self._matrices is None else 0))
+        self._matrices = torch.zeros(groups, features, features, device=device) if needs == Needs.GRAM else None
+        self._magnitudes = torch.zeros(groups, features, device=device)
+        self._parts = tuple(Statistics(features, needs, device) for _ in range(groups if self._matrices is None else 0))
         self.tokens = 0
 
     def see(self, inputs: Tensor) -> None:

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from effcli import exporters, importers
-from effcli.errors import EffcliError, OutputError, UnfinishedError, UnsupportedError, UserError, behind, writing
+from effcli.errors import EffcliError, OutputError, UnfinishedError, UserError, behind, writing
 from effcli.files import locate as samples
 from effcli.files.checkpoint import weight_files, write_text
 from effcli.files.digest import of_path
 from effcli.files.documents import read_model
 from effcli.layers.contract import SearchPass
 from effcli.platform import memory
-from effcli.platform.machine import cpu_threads, device_name
+from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports import card, html, html_sensitivity
 from effcli.reports.human import size
 from effcli.reports.report import Exported, Report, Stage
@@ -62,11 +62,8 @@ def run(
         exporters.require(step.name)
     for clash in filter(None, (step.clash for step in (*_named(recipe.passes), *recipe.export))):
         (listener or Silent()).say(clash)
-    if recipe.device not in ("cpu", "auto"):
-        raise UnsupportedError(
-            f"this version compresses on the CPU, not on {recipe.device}",
-            "leave out --device; `effcli bench --device cuda` measures the result on a GPU",
-        )
+    # Before any work: it may not be there.
+    pick_device(recipe.device)
     torch.manual_seed(recipe.seed)
     with cpu_threads(recipe.threads):
         return _Run(recipe, output, overwrite, listener or Silent()).carry_out()
@@ -299,7 +296,7 @@ class _Run:
             effcli_version=version("effcli"),
             model=self.recipe.model,
             output=self.recipe.output,
-            machine=_machine(),
+            machine=_machine(pick_device(self.recipe.device)),
             software=_software((*steps, *self.recipe.export)),
             stages=tuple(stages),
             verified=self.subject.verify(finished, stages) if self.recipe.evaluate.enabled else None,
@@ -412,8 +409,9 @@ def subject_of(recipe: Recipe) -> Subject:
     return LanguageModel(recipe, Path(source))
 
 
-def _machine() -> str:
-    return f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
+def _machine(device: torch.device) -> str:
+    found = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
+    return found if device.type == "cpu" else f"{found}, {device_name(device)}"
 
 
 def _software(steps: Iterable[Step]) -> dict[str, str]:

@@ -280,6 +280,6 @@ def test_the_shape_that_inspect_asks_for(
     assert "is a language model" in fails(capsys, "inspect", "sample:lm", "--set", "shape=[3,8,8]")
 
 
-def test_compress_offers_only_devices_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compress", "--help"]) == 0
-    assert "cuda" not in capsys.readouterr().out
+def test_a_device_that_is_not_there_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    told = fails(capsys, "compress", "sample:lm", "--pass", "linear", "-o", "never-made", "--device", "cuda:99")
+    assert "there is no device cuda:99 on this machine" in told and not Path("never-made").exists()
