@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -106,6 +106,30 @@ def kept_row(graph: Graph, site: LayerSite, costs: Costs, reason: str) -> Ledger
     return costs.held(site.name, graph.stored.get(site.name, dense(graph, site))).row(site, "kept", reason=reason)
 
 
+def whole_rows(
+    graph: Graph,
+    choices: Mapping[str, Choice],
+    before: Mapping[str, Tensor],
+    compressed: Collection[str],
+    notes: Mapping[str, dict[str, Any]],
+    swept: Swept,
+) -> list[LedgerRow]:
+    """The ledger of a graph that a pass took as a whole; the histograms of what changed go to `swept`.
+
+    before: the weights (out, in) that were; compressed: the layers whose weights were compressed already; notes: by
+    layer, of those that changed.
+    """
+    costs, rows = Costs(graph), []
+    for name, choice in choices.items():
+        row = kept_row(graph, choice.site, costs, choice.reason or f"{name} had nothing to change here")
+        if name in notes:
+            status = "compressed" if name in graph.stored and name not in compressed else "changed"
+            row = row.model_copy(update={"status": status, "reason": "", "notes": dict(notes[name])})
+            swept.histograms.append(histogram(name, before[name], dense(graph, choice.site)))
+        rows.append(row)
+    return [*rows, *table_rows(graph)]
+
+
 def table_rows(graph: Graph) -> list[LedgerRow]:
     """Matrices that are no layer: embeddings, and parameters that operators read."""
     layers = {site.parameter for site in graph.sites()}
@@ -117,4 +141,4 @@ def table_rows(graph: Graph) -> list[LedgerRow]:
     ]
 
 
-__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "table_rows"]
+__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "table_rows", "whole_rows"]

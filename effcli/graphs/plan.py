@@ -13,7 +13,8 @@ from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
-from effcli.layers.contract import Change, Needs, NetworkPass, Pass
+from effcli.inputs.options import Calibration
+from effcli.layers.contract import Change, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, choose_graph
 from effcli.reports.human import size
@@ -58,7 +59,8 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
                 found, integers = plan_integer(graph, prepared, formats, name)
                 rows += found
         if step.needs:
-            operations += 2.0 * recipe.calibration.samples * _forward_and_gram(choices, work, step.config)
+            times = _forwards(step.config, recipe.calibration)
+            operations += 2.0 * recipe.calibration.samples * times * _forward_and_gram(choices, work, step.config)
     after = _total(graph, formats) if integers is None else integers
     memory = _memory(graph, recipe)
     first = [
@@ -66,7 +68,10 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
         f"memory: about {size(memory)} at the peak",
     ]
     if operations:
-        first.append(f"arithmetic: {operations / 1e9:.1f} GFLOP of forwards and Gram matrices, then the searches")
+        what = (
+            "forwards, gradients" if any(isinstance(step.config, TrainPass) for step in recipe.passes) else "forwards"
+        )
+        first.append(f"arithmetic: {operations / 1e9:.1f} GFLOP of {what} and Gram matrices, then the searches")
     return Plan(
         model=recipe.model,
         rows=tuple(rows),
@@ -181,15 +186,42 @@ def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], op
     return total
 
 
+def _forwards(options: Pass, calibration: Calibration) -> float:
+    """How many forwards of all calibration inputs a pass comes to; a backward is about two."""
+    if not isinstance(options, TrainPass):
+        return 1.0
+    batch = (options.batch_size or calibration.batch_size) * options.accumulation
+    per_epoch = math.ceil(calibration.samples / batch)
+    epochs = options.total(per_epoch) / per_epoch
+    return epochs * (3 + _teachers(options)) + (math.ceil(epochs) + 1) * (1 + _teachers(options))
+
+
+def _teachers(options: TrainPass) -> int:
+    """How many networks a training compares with."""
+    return sum(flag in options.needs for flag in (Needs.DENSE, Needs.ORIGINAL))
+
+
 def _memory(graph: Graph, recipe: Recipe) -> int:
-    """Twice the weights, and for a batch the tensors alive at the busiest node, with a copy of the largest."""
+    """Twice the weights, and for a batch the tensors alive at the busiest node, with a copy of the largest.
+
+    A training keeps every tensor of a batch with its gradient, and of the weights a gradient, two moments of the
+    optimizer, the best so far, and the networks that it compares with.
+    """
     live, peak = _live_numbers(graph)
-    whole = any(Needs.DENSE in step.needs for step in recipe.passes)
-    whole |= recipe.calibration.inputs == "compressed"
-    count = recipe.calibration.samples if whole else recipe.calibration.batch_size
+    weights, calibration = graph.weights(), recipe.calibration
+    training = [step.config for step in recipe.passes if isinstance(step.config, TrainPass)]
+    whole = any(Needs.DENSE in step.needs for step in recipe.passes if not isinstance(step.config, TrainPass))
+    whole |= calibration.inputs == "compressed"
+    count = calibration.samples if whole else calibration.batch_size
     needed = any(step.needs for step in recipe.passes)
-    activations = count * (2 * live + peak) * _FLOAT if needed else 0
-    return BASE_MEMORY + 2 * graph.weights() * _FLOAT + activations
+    numbers = [2 * weights + (count * (2 * live + peak) if needed else 0)]
+    shapes = graph.shapes() if training else {}
+    made = [node.name for node in graph.nodes if node.op not in ("get_attr", "output")]
+    every = sum(math.prod(shapes[name]) for name in made if name in shapes)
+    for options in training:
+        batch = options.batch_size or calibration.batch_size
+        numbers.append((6 + _teachers(options)) * weights + 2 * batch * every)
+    return BASE_MEMORY + max(numbers) * _FLOAT
 
 
 def _live_numbers(graph: Graph) -> tuple[int, int]:

@@ -18,11 +18,11 @@ from effcli.errors import DataError
 from effcli.graphs.backward import gradients
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
-from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, kept_row, table_rows
+from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
 from effcli.graphs.opened import OpenGraph
 from effcli.layers.contract import Needs, NetworkPass, Observed, ScalingPass
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
-from effcli.layers.result import Progress, Swept, check_tensor, histogram, worst
+from effcli.layers.result import Progress, Swept, check_tensor, worst
 from effcli.layers.selection import Choice, choose_graph, needs_of
 from effcli.layers.statistics import Gradients
 
@@ -130,6 +130,7 @@ def _transform(
     if batches is not None:
         observed = dataclasses.replace(observed, batches=batches)
     costs = Costs(graph)
+    compressed = set(graph.stored)
     normed = {name for name in choices if beside_batch_norm(graph, name)}
     made = options.transform(graph, observed)
     network: Graph | IntegerNetwork = made.network
@@ -139,15 +140,7 @@ def _transform(
         rounded = {name: None if name in normed else weight for name, weight in before.items()}
         swept.ledger = integer_rows(network, rounded, choices, costs, made.notes, swept)
     else:
-        costs = Costs(network)
-        for name, choice in choices.items():
-            reason = choice.reason or f"{name} had nothing to change here"
-            row = kept_row(network, choice.site, costs, reason)
-            if name in made.notes:
-                row = row.model_copy(update={"status": "changed", "reason": "", "notes": dict(made.notes[name])})
-                swept.histograms.append(histogram(name, before[name], dense(network, choice.site)))
-            swept.ledger.append(row)
-        swept.ledger += table_rows(network)
+        swept.ledger = whole_rows(network, choices, before, compressed, made.notes, swept)
     swept.histograms = worst(swept)
     return swept
 

@@ -17,10 +17,11 @@ from torch.nn.utils import parametrize
 from effcli.errors import DataError, UserError
 from effcli.files.digest import of_folder
 from effcli.graphs.graph import Graph, class_count
-from effcli.graphs.ledger import Costs, dense, kept_row, table_rows
+from effcli.graphs.ledger import dense, whole_rows
 from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed
+from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
-from effcli.layers.result import Progress, Swept, check_tensor, histogram, worst
+from effcli.layers.result import Progress, Swept, check_tensor, worst
 from effcli.layers.selection import choose_graph
 from effcli.training import loop
 from effcli.training.loop import Batch, Examples, Objective
@@ -74,15 +75,7 @@ def train_graph(
     )
     graph.save(target)
     swept = Swept(remarks=list(made.remarks), training=made.training)
-    costs = Costs(graph)
-    for name, choice in choices.items():
-        row = kept_row(graph, choice.site, costs, choice.reason or f"{name} had nothing to change here")
-        if name in made.notes:
-            status = "compressed" if name in graph.stored and name not in compressed else "changed"
-            row = row.model_copy(update={"status": status, "reason": "", "notes": dict(made.notes[name])})
-            swept.histograms.append(histogram(name, before[name], dense(graph, choice.site)))
-        swept.ledger.append(row)
-    swept.ledger += table_rows(graph)
+    swept.ledger = whole_rows(graph, choices, before, compressed, made.notes, swept)
     swept.histograms = worst(swept)
     return swept
 
@@ -178,7 +171,8 @@ class _Attached:
                 parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape))
                 layer.parametrizations.weight.original.requires_grad_(own.trains_weights)  # type: ignore[union-attr]
                 self.layers[name] = site, own, module
-            yield
+            with straight_through(self.graph.module):
+                yield
         finally:
             for name in self.layers:
                 layer = self.graph.layer(name)

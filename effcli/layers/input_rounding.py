@@ -7,6 +7,8 @@ of a range that is fixed beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -47,15 +49,62 @@ def round_tensor(x: Tensor, scale: float, zero: int) -> Tensor:
 
 
 class InputRounding:
-    """A hook before a module's forward that rounds its first argument, per token unless a scale is fixed."""
+    """A hook before a module's forward that rounds its first argument, per token unless a scale is fixed.
+
+    straight: whether gradients pass as if nothing were rounded (arXiv:1308.3432), 0 where a fixed range cuts off.
+    """
 
     def __init__(self, scale: float | None = None, zero: int = 0) -> None:
         self.scale = scale
         self.zero = zero
+        self.straight = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = args
-        return (round_tokens(x) if self.scale is None else round_tensor(x, self.scale, self.zero), *rest)
+        if not self.straight:
+            return (self._rounded(x), *rest)
+        with torch.no_grad():
+            rounded, inside = self._rounded(x), self._inside(x)
+        return (_Straight.apply(x, rounded, inside), *rest)  # type: ignore[no-untyped-call]
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return round_tokens(x) if self.scale is None else round_tensor(x, self.scale, self.zero)
+
+    def _inside(self, x: Tensor) -> Tensor | None:
+        """Where the codes reach, bool like x; None everywhere."""
+        if self.scale is None:
+            return None
+        codes = x / self.scale + self.zero
+        return (codes >= LOWEST) & (codes <= HIGHEST)
+
+
+class _Straight(torch.autograd.Function):
+    """`rounded` in the place of x, with the gradient of x itself where `inside`, bool like x or None for everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
+        if inside is not None:
+            ctx.save_for_backward(inside)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        return (gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient), None, None
+
+
+@contextmanager
+def straight_through(network: nn.Module) -> Iterator[None]:
+    """Let gradients pass where modules of `network` round their inputs."""
+    hooks = [hook for module in network.modules() for hook in module._forward_pre_hooks.values()]
+    found = [hook for hook in hooks if isinstance(hook, InputRounding)]
+    for hook in found:
+        hook.straight = True
+    try:
+        yield
+    finally:
+        for hook in found:
+            hook.straight = False
 
 
 def round_inputs(module: nn.Module, weight: Quantized | Tensor) -> None:
@@ -78,4 +127,12 @@ def _forget(module: nn.Module) -> None:
             del module._forward_pre_hooks[key]
 
 
-__all__ = ["InputRounding", "keep_inputs", "round_inputs", "round_tensor", "round_tokens", "tensor_parameters"]
+__all__ = [
+    "InputRounding",
+    "keep_inputs",
+    "round_inputs",
+    "round_tensor",
+    "round_tokens",
+    "straight_through",
+    "tensor_parameters",
+]

@@ -178,6 +178,22 @@ def test_arithmetic_by_hand() -> None:
     assert planned(small(), "awq", samples=3).operations == expected
 
 
+def test_a_training_by_hand() -> None:
+    """10 inputs in batches of 4: 3 epochs of 3 steps, each forward, backward and teacher, and 4 looks at the error."""
+    found = planned(small(), "kmeans", {"centroids": {"epochs": 3}}, samples=10, batch_size=4)
+    assert found.operations == 2 * 10 * (3 * 4 + 4 * 2) * (1440 + 640)
+    assert "forwards, gradients and Gram matrices" in found.remarks[2]
+    halved = planned(small(), "kmeans", {"centroids": {"steps": 2, "accumulation": 2}}, samples=10, batch_size=4)
+    # 2 of 2 steps in an epoch.
+    assert halved.operations == 2 * 10 * (1 * 4 + 2 * 2) * (1440 + 640)
+    sizes = [
+        planned(small(), "kmeans", {"centroids": {"batch_size": size}}, samples=10**6).memory_bytes
+        for size in (128, 256)
+    ]
+    # The input of 36 numbers, 160 of the convolution, 160 of its view, 4 outputs; each with its gradient.
+    assert sizes[1] - sizes[0] == 128 * 2 * (36 + 160 + 160 + 4) * 4
+
+
 def test_a_pattern_that_matches_nothing() -> None:
     with pytest.raises(SelectionError, match="matches no layer"):
         planned(small(), {"linear": {"ignore": ["nothing"]}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effcli.errors import DataError, UnsupportedError, UserError
+from effcli.graphs import training
 from effcli.graphs.graph import Graph
 from effcli.graphs.training import train, train_graph
 from effcli.layers.contract import Layer, LayerPass, Needs, NetworkPass, Outcome, Step, TrainPass, Transformed
@@ -194,6 +196,27 @@ def test_a_layer_that_runs_twice() -> None:
     first, last = made.training.errors[0][1], min(error for _, error in made.training.errors)
     assert last < 0.5 * first
     assert float(F.mse_loss(graph.run(inputs), teacher.run(inputs))) == pytest.approx(last, rel=1e-4)
+
+
+def test_layers_before_rounded_inputs_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the rounding, and little without a gradient there."""
+    with_gradient = trained_before_rounding()
+    monkeypatch.setattr(training, "straight_through", lambda network: contextlib.nullcontext())
+    assert with_gradient < 0.5 and trained_before_rounding() > 1.5 * with_gradient
+
+
+def trained_before_rounding() -> float:
+    """The share of the error that is left when a layer before rounded inputs was trained."""
+    graph = small_graphs.separable()
+    teacher = Graph(copy.deepcopy(graph.module), graph.facts)
+    weight: Any = graph.layer("layer0").weight
+    weight *= 1 + 0.5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    last: Any = graph.layer("layer7").weight
+    graph.set_weight("layer7", Linear(activations="int8").apply(Layer("layer7", "linear", last, torch.float32)).weight)
+    config, data = Tune(wanted="ORIGINAL", epochs=15), Held(small_graphs.inputs(graph, 40))
+    made = train(graph, "tune", config, data, {"layer0": config}, batch_size=8, original=teacher)
+    assert made.training is not None and graph.rounds_inputs
+    return made.training.errors[-1][1] / made.training.errors[0][1]
 
 
 class Killed(Exception):

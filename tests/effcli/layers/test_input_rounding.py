@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from effcli.formats import Affine, AffineWeight
 from effcli.kernels import int8_matmul
-from effcli.layers.input_rounding import InputRounding, round_inputs, round_tensor, round_tokens, tensor_parameters
+from effcli.layers.input_rounding import (
+    InputRounding,
+    round_inputs,
+    round_tensor,
+    round_tokens,
+    straight_through,
+    tensor_parameters,
+)
 from effcli.passes._affine import encode, extremes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -112,3 +119,24 @@ def test_what_a_layer_was_told_before_is_forgotten() -> None:
     assert not torch.equal(layer(x), plain)
     round_inputs(layer, torch.zeros(4, 8))
     torch.testing.assert_close(layer(x), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inputs", ["token", "tensor"])
+def test_gradients_pass_straight_through(inputs: str) -> None:
+    """Those of the layer's own product, 0 where a fixed range from -1.5 to 2.5 cuts off; the values stay the same."""
+    layer = nn.Linear(6, 3)
+    weight = quantized(3, 6, inputs=inputs)
+    round_inputs(layer, weight)
+    x = (2 * normal(5, 6)).requires_grad_()
+    plain = layer(x)
+    with straight_through(layer):
+        outputs = layer(x)
+    assert torch.equal(outputs, plain) and x.abs().max() > 2.6
+    outputs.sum().backward()
+    expected = layer.weight.detach().sum(0).expand(5, 6)
+    if inputs == "tensor":
+        expected = expected * ((x > -1.5 - 1e-6) & (x < 2.5 + 1e-6))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+    (hook,) = layer._forward_pre_hooks.values()
+    assert isinstance(hook, InputRounding) and not hook.straight
