@@ -128,17 +128,12 @@ def plan(
             revision=revision,
             trust_remote_code=trust_remote_code or None,
         )
-    undecided = next((step.name for step in made.passes if step.candidates), None)
-    if undecided is not None:
-        raise RecipeError(
-            f"{undecided} measures the layers before it can say what it does to each",
-            "look with `effcli inspect --sensitivity`, or plan the recipe.yaml of a finished run",
-        )
     from effcli.reports import screen
     from effcli.run import plan as planning
     from effcli.run.pipeline import subject_of
+    from effcli.search import stage as searching
 
-    found = subject_of(made).plan()
+    found = searching.plan(subject_of(made))
     if json:
         print_json(found.to_json())
     else:

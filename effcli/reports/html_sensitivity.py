@@ -57,7 +57,10 @@ def _search(found: Search) -> str:
     rows = []
     for point in sorted({id(point): point for point in points}.values(), key=lambda point: point.nbytes):
         name = "chosen" if point.nbytes == found.chosen.nbytes and point.cost == found.chosen.cost else point.name
-        measured = missing() if point.measured is None else number(point.measured, human.significant(point.measured, 4))
+        figures = (point.measured, *((point.limited,) if found.limited else ()))
+        measured = "".join(
+            missing() if value is None else number(value, human.significant(value, 4)) for value in figures
+        )
         rows.append(
             f'<th scope="row">{escape(name or "front")}</th>'
             + number(point.nbytes, human.size(point.nbytes))
@@ -65,7 +68,8 @@ def _search(found: Search) -> str:
             + number(point.cost, human.significant(point.cost))
             + measured
         )
-    titles = ("choice", "layers", "bits", f"cost, {unit}", found.measure or "measured")
+    more = (found.limited,) if found.limited else ()
+    titles = ("choice", "layers", "bits", f"cost, {unit}", found.measure or "measured", *more)
     return (
         f"<section><h2>{escape(found.budget)}</h2>"
         f'<div class="scroll plots">{front_plot(found.front, found.uniform, found.chosen, unit)}</div>'

@@ -42,13 +42,19 @@ def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableTy
 def search_table(found: Search) -> RenderableType:
     """The front of a search, with the uniform choices beside it, and what was chosen."""
     step = max(1, -(-len(found.front) // _SHOWN))
-    some = [point for at, point in enumerate(found.front) if at % step == 0 or point.measured is not None]
+    some = [
+        point
+        for at, point in enumerate(found.front)
+        if at % step == 0 or point.measured is not None or point.limited is not None
+    ]
     rows = [*some, *found.uniform, *([found.chosen] if found.chosen not in some else [])]
-    result = _table("choice", "layers", "bits", f"cost, {found.sensitivity.unit}", found.measure)
+    more = (found.limited,) if found.limited else ()
+    result = _table("choice", "layers", "bits", f"cost, {found.sensitivity.unit}", found.measure, *more)
     for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
-        measured = "" if point.measured is None else human.significant(point.measured, 4)
+        figures = (point.measured, *((point.limited,) if found.limited else ()))
+        measured = ("" if value is None else human.significant(value, 4) for value in figures)
         style = "bold" if point.name == "chosen" else ""
-        cells = (human.size(point.nbytes), f"{point.average_bits:.2f}", human.significant(point.cost), measured)
+        cells = (human.size(point.nbytes), f"{point.average_bits:.2f}", human.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
     counts = {bits: list(found.bits.values()).count(bits) for bits in sorted(set(found.bits.values()))}
     taken = ", ".join(f"{human.count(count, 'layer')} of {bits} bits" for bits, count in counts.items())

@@ -1,8 +1,8 @@
 """The bits of every layer under a budget, from what each number of bits costs each layer.
 
 A budget of bytes follows from the formats alone: the cheapest choice of so many bytes. Any other figure is measured of
-choices along the front, the cheapest for each number of bytes, by bisection: more bytes mean more quality, and more of
-what else they take.
+choices along the front, the cheapest for each number of bytes, by bisection. What is chosen was measured and keeps the
+budget; where a figure does not rise with the bytes all the way, a better choice may have been passed over.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ class _Chooser:
             raise SelectionError(
                 f"{self._key}: bits do not change it here: it is {shown} bits", "give another budget, such as size"
             )
+        if self.budget.keeps(most, most):
+            return self.front[-1]
         if not self.budget.keeps(fewest, fewest):
             raise SelectionError(
                 f"{self.evaluator.name}: the budget is {self.budget}, and it is {shown} bits",
                 "raise the budget, offer fewer `bits`, or take larger groups",
             )
-        if self.budget.keeps(most, fewest):
-            return self.front[-1]
         return self.front[_first(len(self.front) - 1, lambda at: not self._keeps(figure, at, fewest)) - 1]
 
     def _keeps(self, figure: Figure, at: int, original: float) -> bool:

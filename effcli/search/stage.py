@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.errors import DataError, RecipeError, UnfinishedError, behind, writing
+from effcli.errors import DataError, RecipeError, SelectionError, UnfinishedError, behind, writing
 from effcli.layers.contract import Change, SearchPass
 from effcli.layers.selection import matches
 from effcli.options import Record
+from effcli.reports.human import size
 from effcli.reports.report import Quality, Stage
 from effcli.reports.sensitivity import Search, Sensitivity
-from effcli.run.plan import Plan
+from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep
 from effcli.search.budget import Figure
 from effcli.search.journal import Journal
@@ -82,15 +83,64 @@ def check_measured(subject: Subject, original: Stage) -> None:
 
 
 def plan(subject: Subject) -> Plan:
-    """The plan of a recipe; a step that searches stands with the largest and the smallest that it may choose."""
+    """The plan of a recipe; what a search decides stands there from the first to the last of its alternatives.
+
+    Bytes are those of the larger end. Raises what `check` raises, and `SelectionError` for a size below the smallest.
+    """
     passes = subject.recipe.passes
-    if not any(isinstance(step.config, SearchPass) for step in passes):
+    searches = [step for step in passes if isinstance(step.config, SearchPass)]
+    if not searches:
         return subject.plan()
     check(subject)
     first, last = (
         subject.plan([subject.with_defaults((step.candidates or (step,))[at]) for step in passes]) for at in (0, -1)
     )
-    return last if last.output_bytes >= first.output_bytes else first
+    low, high = sorted((first, last), key=lambda found: found.output_bytes)
+    _check_size(passes[-1], low.output_bytes)
+    weights = f"weights: {size(high.input_bytes)} before, {size(low.output_bytes)} to {size(high.output_bytes)} after"
+    chosen = [
+        f"{step.name} measures the layers before it can say what it does to each; it chooses {_alternatives(step)}"
+        for step in searches
+    ]
+    rows = high.rows
+    if len(low.rows) == len(rows):
+        rows = tuple(_between(*ends) for ends in zip(first.rows, last.rows, rows, strict=True))
+    return high.model_copy(update={"rows": rows, "remarks": (weights, *high.remarks[1:], *chosen)})
+
+
+def _alternatives(step: PassStep) -> str:
+    """What a search chooses among, and its budget, in words."""
+    options: SearchPass = step.config  # type: ignore[assignment]
+    values: dict[str, list[str]] = {}
+    for alternative in options.space:
+        for key, value in alternative.items():
+            values.setdefault(key, []).append(str(value))
+    each = " and ".join(f"{key} {', '.join(known)}" for key, known in values.items())
+    return f"{each} of {step.candidates[0].name} for each layer; budget: {options.budget}"
+
+
+def _between(first: Row, last: Row, larger: Row) -> Row:
+    """A layer that a search may leave in one format or another: `int2 to int8 g64 asym`."""
+    if first.format == last.format:
+        return larger
+    (start, *how), (end, *others) = first.format.split(), last.format.split()
+    format = " ".join((start, "to", end, *how)) if how == others else f"{first.format} to {last.format}"
+    return larger.model_copy(update={"format": format})
+
+
+def _check_size(step: PassStep, smallest: int) -> None:
+    """Raise `SelectionError` where the last step is a search, and the weights exceed its budget however it chooses.
+
+    smallest: bytes that they take at least.
+    """
+    options = step.config
+    if not isinstance(options, SearchPass) or options.budget.quantity != "size" or options.budget.limit >= smallest:
+        return
+    raise SelectionError(
+        f"{step.name}: the budget is {size(int(options.budget.limit))}, and the fewest bits everywhere take "
+        f"{size(smallest)}",
+        "raise the budget, offer fewer `bits`, or take larger groups",
+    )
 
 
 def carry_out(subject: Subject, position: Position, folder: Path, listener: Listener) -> tuple[PassStep, Search]:
@@ -184,7 +234,6 @@ class _Running:
             target = self._sweep(with_bits(self.steps[0], bits), self.position.source, "trial")
             known = _Found(value=self._measured(figure, target))
             self.journal.record(f"{figure}-{key}", known)
-            shutil.rmtree(target)
         return known.value
 
     def _measured(self, figure: Figure, checkpoint: Path) -> float:
@@ -202,9 +251,8 @@ class _Running:
     def _footprint(self, figure: Figure, checkpoint: Path) -> int:
         """The RAM or the flash of the network once the passes behind have made it integer."""
         key = f"{self.name}.{figure}"
-        for step in _integer(key, self.position.behind):
-            former, checkpoint = checkpoint, self._sweep(step, checkpoint, f"integer-{step.name}")
-            shutil.rmtree(former)
+        for at, step in enumerate(_integer(key, self.position.behind)):
+            checkpoint = self._sweep(step, checkpoint, f"trial-{at}")
         found = self.subject.footprint(checkpoint)
         if found is None:
             raise RecipeError(f"{key}: no C code is made of {self.subject.recipe.model}", "give another budget")

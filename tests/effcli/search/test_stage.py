@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from effcli.errors import DataError, RecipeError, SelectionError
 from effcli.files.checkpoint import weight_files
 from effcli.language.weights import open_weights
 from effcli.layers.selection import choose
+from effcli.reports import human
 from effcli.reports.sensitivity import Search, Sensitivity
 from effcli.run import pipeline
 from effcli.run import recipe as recipes
@@ -245,9 +247,21 @@ def test_bits_are_sorted_and_once() -> None:
     assert [step.config.bits for step in PassStep(name="auto", config=config).candidates] == [3, 8]  # type: ignore[attr-defined]
 
 
-def test_a_plan_says_that_it_cannot_know(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "sample:lm", "--pass", "auto:average_bits=3"]) == 1
-    assert "auto measures the layers before it can say" in capsys.readouterr().err
+def test_a_plan_says_what_it_cannot_know(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = "auto:average_bits=3,using=linear,group_size=32"
+    assert main(["plan", str(llama), "--pass", step, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (line,) = (remark for remark in found["remarks"] if "auto measures the layers before it can say" in remark)
+    assert line.endswith("it chooses bits 2, 3, 4, 8 of linear for each layer; budget: 3 bits on average")
+    plain = {}
+    for bits in (2, 8):
+        assert main(["plan", str(llama), "--pass", f"linear:bits={bits},group_size=32", "--json"]) == 0
+        plain[bits] = json.loads(capsys.readouterr().out)
+    assert found["output_bytes"] == plain[8]["output_bytes"]
+    assert [row["nbytes"] for row in found["rows"]] == [row["nbytes"] for row in plain[8]["rows"]]
+    assert {row["format"] for row in found["rows"] if row["status"] == "compress"} == {"int2 to int8 g32 asym"}
+    ends = (human.size(plain[bits]["output_bytes"]) for bits in (2, 8))
+    assert found["remarks"][0] == f"weights: {human.size(found['input_bytes'])} before, {' to '.join(ends)} after"
 
 
 @pytest.mark.parametrize("way", ["gram", "fisher", "loss"])
