@@ -52,21 +52,14 @@ def inspect(
         _sensitivity(model, step or "awq", bits or "2,3,4,8", by, calib, output, overrides or [], keys, json)
         return
     _refuse(given, "it belongs to --sensitivity", "add --sensitivity, or leave it out")
-    from effcli import importers
-    from effcli.files import locate as samples
     from effcli.reports import screen
+    from effcli.run import door, recipe
     from effcli.run import plan as planning
-    from effcli.run import recipe
 
     shape = recipe.check_inputs(overrides or (), ("shape",)).shape
-    source = samples.locate(model)
-    if importers.recognises(source):
-        from effcli.graphs import plan as graphplan
-
-        found = graphplan.inspect(model, source, path_of(weights), trust_remote_code, shape)
-    else:
-        _refuse({"--weights": weights, "--set": overrides}, f"{model} is a language model")
-        found = planning.inspect(model, trust_remote_code)
+    network = door.find(model)
+    network.refuse({"--weights": weights, "--set": overrides})
+    found = network.inspect(door.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code))
     if json:
         print_json(found.to_json())
     else:
@@ -157,9 +150,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure the quality of MODEL: perplexity, multiple-choice or top-1 accuracy, the distance to another model."""
-    from effcli import importers
-    from effcli.files import locate as models
-    from effcli.run import recipe
+    from effcli.run import door, recipe
 
     # Without a text, questions are all that was asked for.
     given: dict[str, Any] = {"perplexity": text if text is not None else choices is None, "latency": False}
@@ -167,26 +158,12 @@ def evaluate(
     options = recipe.check_evaluate({key: value for key, value in given.items() if value is not None})
     from effcli.reports import screen
 
-    if importers.recognises(models.locate(model)):
-        from effcli.graphs import network as vision
-
-        given_for_text = {"--text": text, "--choices": choices, "--length": length, "--limit": limit}
-        _refuse(given_for_text, f"{model} reads no text", "give labelled images with --images")
-        shaped = recipe.check_inputs(overrides or ())
-        quality = vision.evaluate(
-            model,
-            options,
-            reference=reference,
-            weights=path_of(weights),
-            shape=shaped.shape,
-            preprocess=shaped.preprocess,
-            trust_remote_code=trust_remote_code,
-        )
-    else:
-        from effcli.language import evaluate as evaluation
-
-        _refuse({"--images": images, "--weights": weights, "--set": overrides}, f"{model} is a language model")
-        quality = evaluation.evaluate(model, options, reference=reference, trust_remote_code=trust_remote_code)
+    network = door.find(model)
+    flags = {"--text": text, "--choices": choices, "--length": length, "--limit": limit}
+    network.refuse({**flags, "--images": images, "--weights": weights, "--set": overrides})
+    shaped = recipe.check_inputs(overrides or ())
+    reading = door.Reading(path_of(weights), shaped.shape, shaped.preprocess, trust_remote_code)
+    quality = network.evaluate(options, reading, reference)
     if json:
         print_json(quality.model_dump_json(indent=1))
     else:
@@ -214,40 +191,21 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure the speed of MODEL: prefill and decode of a language model, one input of any other network."""
-    from effcli import importers
-    from effcli.files import locate as samples
     from effcli.reports import screen
-    from effcli.run import recipe
+    from effcli.reports.report import Speed
+    from effcli.run import door, recipe
 
     shape = recipe.check_inputs(overrides or (), ("shape",)).shape
-    if importers.recognises(samples.locate(model)):
-        from effcli.graphs import timing
-
-        given = {"--prefill": prefill, "--decode": decode, "--device": device not in (None, "cpu")}
-        _refuse(given, f"{model} reads no text, and is timed on the CPU")
-        latencies = timing.measure(
-            model, weights=path_of(weights), shape=shape, threads=threads, trust_remote_code=trust_remote_code
-        )
-        if json:
-            print_json([found.model_dump(mode="json") for found in latencies])
-        else:
-            show(screen.records_table("", latencies))
-        return
-    from effcli.language import latency
-
-    _refuse({"--weights": weights, "--set": overrides}, f"{model} is a language model")
-    speed = latency.measure(
-        model,
-        prefill=prefill,
-        decode=decode,
-        threads=threads,
-        device=device or "cpu",
-        trust_remote_code=trust_remote_code,
-    )
-    if json:
-        print_json(speed.model_dump_json(indent=1))
+    network = door.find(model)
+    flags = {"--prefill": prefill, "--decode": decode, "--device": device}
+    network.refuse({**flags, "--weights": weights, "--set": overrides})
+    reading = door.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code)
+    found = network.time(reading, prefill, decode, threads, device)
+    if isinstance(found, Speed):
+        print_json(found.model_dump_json(indent=1)) if json else show(screen.speed_table(found))
     else:
-        show(screen.speed_table(speed))
+        rows = [latency.model_dump(mode="json") for latency in found]
+        print_json(rows) if json else show(screen.records_table("", found))
 
 
 def _refuse(given: dict[str, Any], why: str, remedy: str = "leave it out") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,6 @@ from effcli.cli.printing import print_json, print_report, say, show
 from effcli.errors import CheckpointError, UserError
 from effcli.exporters.firmware import targets
 from effcli.run import yaml_files as yamls
-
-if TYPE_CHECKING:
-    from effcli.graphs.verify import GraphVerification
-    from effcli.language.verify import Verification
 
 
 def export(
@@ -109,26 +105,17 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Load OUT as its users will; compare it with effcli's own arithmetic, and tensor by tensor with its input."""
-    from effcli import importers
+    from effcli.run import door
 
-    result: Verification | GraphVerification
-    if target is not None or importers.recognises(path):
-        from effcli.graphs import verify as graphverify
-
-        result = graphverify.verify(path, target, against=against, trust_remote_code=trust_remote_code)
-    else:
-        from effcli.language import verify as verification
-
-        result = verification.verify(path, against=against, trust_remote_code=trust_remote_code)
+    result = door.at(path).verify(target, against, trust_remote_code)
     if json:
         print_json(result.to_json())
     else:
         say(result.line)
-        firmware = getattr(result, "firmware", None)
-        if firmware is not None and firmware.emulated is not None:
+        if result.layers:
             from effcli.reports import screen
 
-            show(screen.records_table("", firmware.emulated.layers))
+            show(screen.records_table("", result.layers))
     if not result.passed:
         raise typer.Exit(UserError.exit_code)
 

@@ -129,11 +129,11 @@ def plan(
             trust_remote_code=trust_remote_code or None,
         )
     from effcli.reports import screen
+    from effcli.run import door
     from effcli.run import plan as planning
-    from effcli.run.pipeline import subject_of
     from effcli.search import stage as searching
 
-    found = searching.plan(subject_of(made))
+    found = searching.plan(door.of_run(made))
     if json:
         print_json(found.to_json())
     else:

@@ -82,6 +82,11 @@ class GraphVerification(Options):
         return self.refused and not self.problem and not altered
 
     @property
+    def layers(self) -> tuple[LayerCount, ...]:
+        """What QEMU counted of each layer; empty where nothing ran in it."""
+        return self.firmware.emulated.layers if self.firmware is not None and self.firmware.emulated is not None else ()
+
+    @property
     def line(self) -> str:
         """The findings in one line."""
         stock = "transformers refuses it, as it must" if self.refused else "transformers loads it"

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli import runtime
 from effcli.errors import DataError
 from effcli.files import locate as samples
 from effcli.inputs import text
 from effcli.inputs.tokens import Reader, longest_sequence
 from effcli.kernels.quantized_matmul import route_name
 from effcli.language.caching import cache_name
+from effcli.language.loading import load
 from effcli.language.modules import QuantizedLinear
 from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports.report import Speed
@@ -49,7 +49,7 @@ def measure(
     """
     target = pick_device(device)
     with cpu_threads(threads) as used:
-        network: Any = runtime.load(model, device=target, trust_remote_code=trust_remote_code)
+        network: Any = load(model, device=target, trust_remote_code=trust_remote_code)
         prefill, decode = lengths(prefill, decode, longest_sequence(network.config))
         ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
         read, written = _time(network, ids, decode, target)

@@ -19,12 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli import runtime
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.files import locate as samples
 from effcli.files.checkpoint import Checkpoint, read_config
 from effcli.files.layout import is_own, network_config, rounds_inputs
 from effcli.inputs.tokens import longest_sequence, vocabulary_size
+from effcli.language import loading
 from effcli.language.against import compare
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
@@ -102,6 +102,11 @@ class Verification(Options):
         return (
             not self.problem and not altered and bool(agreements) and all(agreement.passed for agreement in agreements)
         )
+
+    @property
+    def layers(self) -> tuple[()]:
+        """None: no processor is emulated for language models."""
+        return ()
 
     @property
     def line(self) -> str:
@@ -233,7 +238,7 @@ def _ways(path: Path, trust_remote_code: bool) -> tuple[Verification, Tensor]:
 def _reference(path: Path, rounded: bool, trust_remote_code: bool) -> Any:
     if rounded:
         return restored(path, "float32", trust_remote_code)
-    return runtime.load(path, packed=False, trust_remote_code=trust_remote_code)
+    return loading.load(path, packed=False, trust_remote_code=trust_remote_code)
 
 
 def restored(path: Path, dtype: str, trust_remote_code: bool = False) -> Any:
@@ -250,7 +255,7 @@ def _packed(path: Path, ids: Tensor, reference: _Logits, tolerance: float, trust
     """The packed kernels for many rows of activations, as in a prompt, or for few, as in decoding: the worse."""
 
     def load() -> Any:
-        network = runtime.load(path, trust_remote_code=trust_remote_code)
+        network = loading.load(path, trust_remote_code=trust_remote_code)
         return network if network.dtype == reference.dtype else network.to(reference.dtype)
 
     packed = _logits(load, ids)

@@ -1,8 +1,8 @@
-"""What a run works on: a language model or a network read as a graph. The pipeline never asks which."""
+"""What a model is to whoever works on it: a language model or a network read as a graph. Nobody here asks which."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from effcli.reports.report import Exported, Latency, Quality, Speed, Stage
 
 if TYPE_CHECKING:
+    import torch
+
     from effcli.files.exporter import Exporter, Footprint
+    from effcli.inputs.options import Evaluate
+    from effcli.inputs.preprocess import Preprocess
     from effcli.layers.result import Progress, Swept
+    from effcli.options import Options
     from effcli.reports.card import Layout
-    from effcli.run.plan import Plan
+    from effcli.run.plan import Inspection, Plan
     from effcli.run.recipe import PassStep, Recipe
     from effcli.search.budget import Figure, Quantity
 
@@ -118,3 +123,67 @@ class Subject(Protocol):
 
     def loaders(self, checkpoint: Path) -> tuple[str, str]:
         """The classes of transformers that load the finished checkpoint and prepare its inputs."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model is to be read, besides where it is.
+
+    weights, shape, preprocess: of a network read as a graph, see `effcli.importers.read`; trust_remote_code: whether
+    code that came with the model may run.
+    """
+
+    weights: Path | None = None
+    shape: tuple[int, ...] | None = None
+    preprocess: Preprocess | None = None
+    trust_remote_code: bool = False
+
+
+class Verification(Protocol):
+    """What loading a finished checkpoint as its users will showed."""
+
+    @property
+    def line(self) -> str: ...
+
+    @property
+    def passed(self) -> bool: ...
+
+    @property
+    def layers(self) -> tuple[Options, ...]:
+        """What each layer took on the processor that `target` names; empty where nothing ran on one."""
+
+    def to_json(self) -> str: ...
+
+
+class Found(Protocol):
+    """A model that was found, as the kind of network that it is. name: as the user gave it."""
+
+    name: str
+
+    def refuse(self, given: Mapping[str, Any]) -> None:
+        """Raise `RecipeError` for the first option, by flag, that was given and means nothing for this network."""
+
+    def of_run(self, recipe: Recipe) -> Subject:
+        """The network as a run of `recipe`, which names it, works on it."""
+
+    def inspect(self, reading: Reading) -> Inspection:
+        """What the model consists of."""
+
+    def evaluate(self, options: Evaluate, reading: Reading, reference: str | None = None) -> Quality:
+        """Its quality, and its distance from the model `reference`."""
+
+    def time(
+        self, reading: Reading, prefill: int | None, decode: int | None, threads: int | None, device: str | None
+    ) -> Speed | tuple[Latency, ...]:
+        """How fast it runs: tokens of a language model, one input of any other, with each runtime."""
+
+    def verify(
+        self, target: str | None = None, against: str | None = None, trust_remote_code: bool = False
+    ) -> Verification:
+        """What its users will find who load it.
+
+        target: of C code that is compiled as well; against: the model that it was made from.
+        """
+
+    def load(self, device: str | torch.device, trust_remote_code: bool, packed: bool) -> Any:
+        """The model as a module that runs."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from effcli import exporters, importers
+from effcli import exporters
 from effcli.errors import EffcliError, OutputError, UnfinishedError, UserError, behind, writing
 from effcli.files import locate as samples
 from effcli.files.checkpoint import weight_files, write_text
@@ -31,6 +31,7 @@ from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports import card, html, html_sensitivity
 from effcli.reports.human import size
 from effcli.reports.report import Exported, Report, Stage
+from effcli.run import door
 from effcli.run import recipe as recipes
 from effcli.run.listener import Listener, Silent
 from effcli.run.plan import Plan
@@ -41,7 +42,6 @@ from effcli.search.stage import Position
 
 if TYPE_CHECKING:
     from effcli.layers.result import Swept
-    from effcli.run.network import Subject
 
 # The report of a finished run, and why its exports ended early if they did.
 _Done = tuple[Report, EffcliError | None]
@@ -71,7 +71,7 @@ def run(
 
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener) -> None:
-        self.subject = subject_of(recipe)
+        self.subject = door.of_run(recipe)
         self.recipe = self.subject.recipe
         self.output = output
         self.overwrite = overwrite
@@ -395,18 +395,6 @@ def _named(steps: Iterable[PassStep]) -> list[PassStep]:
 def _key(step: ExportStep) -> str:
     """What tells the options of two exports apart."""
     return hashlib.sha256(step.model_dump_json().encode()).hexdigest()[:16]
-
-
-def subject_of(recipe: Recipe) -> Subject:
-    """The network that `recipe` names, as a run works on it."""
-    source = samples.locate(recipe.model, recipe.revision)
-    if importers.recognises(source):
-        from effcli.graphs.network import GraphNetwork
-
-        return GraphNetwork(recipe, source)
-    from effcli.language.model import LanguageModel
-
-    return LanguageModel(recipe, Path(source))
 
 
 def _machine(device: torch.device) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from effcli.inputs.options import Evaluate
 from effcli.reports.sensitivity import Sensitivity, Way
+from effcli.run import door
 from effcli.run.listener import Listener, Silent
-from effcli.run.pipeline import subject_of
 from effcli.run.recipe import Recipe
 from effcli.search.sensitivity import sensitivity, told
 
@@ -19,7 +19,7 @@ def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listene
     with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
         steps = tuple(recipe.passes[0] for recipe in recipes)
         unmeasured = {"passes": steps[:1], "evaluate": Evaluate.nothing(), "export": ()}
-        subject = subject_of(recipes[0].model_copy(update=unmeasured))
+        subject = door.of_run(recipes[0].model_copy(update=unmeasured))
         subject.plan()
         subject.open(Path(folder))
         own, shown = tuple(map(subject.with_defaults, steps)), told(listener or Silent(), "sensitivity")

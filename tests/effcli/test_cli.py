@@ -78,7 +78,7 @@ def test_as_a_module() -> None:
         (["run", "none.yaml"], "no recipe none.yaml", "check the path"),
         (["plan", "none.yaml", "--pass", "awq"], "none.yaml is a recipe", "--set"),
         (["passes", "show", "awk"], "no pass 'awk'", "did you mean 'awq'?"),
-        (["export", "o", "--to", "c"], "o holds no integer network", "int8"),
+        (["export", "o", "--to", "c"], "o does not exist", "effcli compress"),
         (["export", "o", "--to", "safetensor"], "'safetensor'", "did you mean 'safetensors'?"),
         (["report", "none"], "none holds no report.json", "effcli compress"),
         (["compare", "none", "none"], "none holds no report.json", "effcli compress"),
@@ -252,6 +252,7 @@ def test_verify(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys
     from effcli.language import verify
 
     class Found:
+        layers = ()
         line = "the line"
 
         def __init__(self) -> None:

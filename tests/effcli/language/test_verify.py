@@ -96,12 +96,12 @@ def test_random_weights_are_caught(standard: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_kernel_is_caught(standard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = verify.runtime.QuantizedLinear.__init__
+    prepare = verify.loading.QuantizedLinear.__init__
 
     def shifted(self: Any, weight: formats.AffineWeight, *rest: Any) -> None:
         prepare(self, dataclasses.replace(weight, codes=weight.codes ^ 1), *rest)
 
-    monkeypatch.setattr(verify.runtime.QuantizedLinear, "__init__", shifted)
+    monkeypatch.setattr(verify.loading.QuantizedLinear, "__init__", shifted)
     found = verify.verify(standard)
     assert not found.passed
     assert found.stock is not None and found.stock.passed
@@ -109,7 +109,7 @@ def test_a_wrong_kernel_is_caught(standard: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_loader_that_takes_the_own_layout_is_caught(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "load_stock", lambda path, trust: verify.runtime.load(path))
+    monkeypatch.setattr(verify, "load_stock", lambda path, trust: verify.loading.load(path))
     found = verify.verify(own)
     assert not found.passed and found.refused is False
 
