@@ -148,12 +148,15 @@ class Graph:
         """Where the graph runs: where its tensors are."""
         return next((tensor.device for tensor in self.module.state_dict().values()), torch.device("cpu"))
 
+    @property
+    def names_device(self) -> bool:
+        """Whether a node names a device, so that the graph cannot run on another one."""
+        values = (value for node in self.nodes for value in (*node.args, *node.kwargs.values()))
+        return any(isinstance(value, torch.device) for value in values)
+
     def to(self, device: torch.device) -> Graph:
         """The graph itself, moved to `device`; one whose nodes name a device stays where it is."""
-        named = any(
-            isinstance(value, torch.device) for node in self.nodes for value in (*node.args, *node.kwargs.values())
-        )
-        if not named and device != self.device:
+        if not self.names_device and device != self.device:
             self.module.to(device)
         return self
 

@@ -165,6 +165,7 @@ class GraphNetwork:
                 reference=reference,
                 original=self.base,
                 work=work,
+                seed=self.recipe.seed,
                 device=self.recipe.device,
                 progress=progress,
             )

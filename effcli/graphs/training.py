@@ -40,6 +40,7 @@ def train_graph(
     reference: Path | None = None,
     original: Path | None = None,
     work: Path | None = None,
+    seed: int = 0,
     device: str = "cpu",
     progress: Progress = lambda done, total: None,
 ) -> Swept:
@@ -47,10 +48,12 @@ def train_graph(
 
     data: the calibration inputs; batch_size: of the recipe; reference: the checkpoint before weights were first
     compressed, `source` itself where none were; original: the one before the first pass; work: a folder for
-    snapshots, from which an unfinished training of the same request goes on.
+    snapshots, from which an unfinished training of the same request goes on; seed: where the options have none.
     """
     options = step.config
     assert isinstance(options, TrainPass)
+    if options.seed is None:
+        options = options.model_copy(update={"seed": seed})
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
@@ -69,7 +72,7 @@ def train_graph(
         dense=Graph.read(reference) if Needs.DENSE in step.needs and reference not in (None, source) else None,
         original=Graph.read(original) if Needs.ORIGINAL in step.needs and original is not None else None,
         work=work,
-        key=_key(source, step, len(data), batch_size),
+        key=_key(source, step, [len(data), batch_size, options.seed]),
         device=device,
         progress=progress,
     )
@@ -99,7 +102,7 @@ def train(
 
     dense, original: the networks that `Needs.DENSE` and `Needs.ORIGINAL` name. Raises `UserError` where no layer can
     be trained and where a network that the pass compares with is missing, `DataError` without labels that it learns
-    from, and what `loop.train` raises.
+    from, and what `loop.train` raises. device: as there; networks whose nodes name a device stay on the CPU.
     """
     teachers: dict[str, Graph] = {}
     if Needs.DENSE in options.needs:
@@ -111,7 +114,7 @@ def train(
         _check_labels(name, graph, data)
     attached = _Attached(graph, options, teachers)
     with (
-        loop.seeded(options.seed),
+        loop.seeded(options.seed or 0),
         attached.to({site.name: site for site in graph.sites() if site.name in chosen}, chosen),
     ):
         if not attached.layers:
@@ -121,7 +124,7 @@ def train(
             data,
             options,
             batch_size=batch_size,
-            device=device,
+            device="cpu" if any(each.names_device for each in (graph, *teachers.values())) else device,
             folder=work,
             key=key,
             progress=progress,
@@ -242,12 +245,12 @@ def _check_labels(name: str, graph: Graph, data: Examples) -> None:
         )
 
 
-def _key(source: Path, step: PassStep, count: int, batch_size: int) -> str:
+def _key(source: Path, step: PassStep, numbers: list[int | None]) -> str:
     """What decides how a training goes, as far as one folder of snapshots may see it change."""
     request = {
         "step": step.model_dump(mode="json"),
         "source": of_folder(source),
-        "inputs": [count, batch_size],
+        "numbers": numbers,
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()

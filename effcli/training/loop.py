@@ -106,7 +106,7 @@ def train(
         raise DataError("no calibration input reached the network", "give calibration data that is not empty")
     modules = (objective.module, *objective.beside)
     place = pick_device(device)
-    with _accelerated(place, options.precision) as accelerator, seeded(options.seed):
+    with _accelerated(place, options.precision) as accelerator, seeded(options.seed or 0):
         try:
             for module in modules:
                 module.to(accelerator.device)
@@ -209,7 +209,7 @@ class _Run:
         """The inputs in the order of one epoch, int64 (inputs,)."""
         if not self.options.shuffle:
             return np.arange(len(self.data), dtype=np.int64)
-        return np.random.default_rng((self.options.seed, epoch)).permutation(len(self.data))
+        return np.random.default_rng((self.options.seed or 0, epoch)).permutation(len(self.data))
 
     def _batches(self, order: Rows) -> Iterator[Batch]:
         device = self.accelerator.device

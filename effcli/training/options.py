@@ -26,7 +26,9 @@ class TrainingOptions(Options):
     accumulation: int = Field(1, ge=1, description="Batches whose gradients are summed up for one step.")
     clip: float | None = Field(None, gt=0, description="The largest norm of the gradient; longer ones are shortened.")
     shuffle: bool = Field(True, description="Take the inputs in another order in each epoch.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the order of the inputs and of other random choices.")
+    seed: int | None = Field(
+        None, ge=0, description="Seed of the order of the inputs and of other random choices; without it, the recipe's."
+    )
     keep_best: bool = Field(
         True, description="Keep the weights of the epoch with the least error on the calibration inputs, not the last."
     )

@@ -169,6 +169,15 @@ def test_weights_that_are_rounded_while_they_are_trained(tmp_path: Path) -> None
     assert set(Graph.read(tmp_path / "target").stored) == {"layer0", "layer7"}
 
 
+def test_the_seed_is_the_recipes_unless_the_pass_has_one(tmp_path: Path) -> None:
+    data = labelled(small_graphs.separable())
+    made = []
+    for config, seed in ((Tune(epochs=1), 3), (Tune(epochs=1, seed=3), 0), (Tune(epochs=1), 0)):
+        carried_out(config, tmp_path, data, seed=seed)
+        made.append((tmp_path / "target" / "effcli.safetensors").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
 def test_what_is_not_chosen_stays(tmp_path: Path) -> None:
     graph = small_graphs.separable()
     swept = carried_out(Tune(epochs=1, ignore=("layer0", "layer4")), tmp_path, labelled(graph))
@@ -217,6 +226,28 @@ def trained_before_rounding() -> float:
     made = train(graph, "tune", config, data, {"layer0": config}, batch_size=8, original=teacher)
     assert made.training is not None and graph.rounds_inputs
     return made.training.errors[-1][1] / made.training.errors[0][1]
+
+
+def test_the_device_is_asked_for_unless_a_node_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def loop_train(*given: Any, device: str, **more: Any) -> Any:
+        asked.append(device)
+        raise Killed
+
+    monkeypatch.setattr(training.loop, "train", loop_train)
+    config = Tune(wanted="ORIGINAL")
+    for named in (False, True):
+        builder = small_graphs.Builder()
+        node = builder.module("layer0", small_graphs.seeded(nn.Linear(4, 3), 0), builder.input())
+        if named:
+            zeros = builder.call("aten.zeros.default", [1, 3], device=torch.device("cpu"))
+            node = builder.call("aten.add.Tensor", node, zeros)
+        graph = builder.finish(node, small_graphs.Facts(origin="test", shape=(4,)))
+        with pytest.raises(Killed):
+            data = Held(small_graphs.inputs(graph, 4))
+            train(graph, "tune", config, data, {"layer0": config}, batch_size=2, device="cuda")
+    assert asked == ["cuda", "cpu"]
 
 
 class Killed(Exception):
