@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Kill runs at random moments, give the same command again, and compare every byte with a run that nobody killed.
 
-    python scripts/kill_campaign.py                        50 moments of a language run, 50 of a graph run
-    python scripts/kill_campaign.py --runs graph --seed 7  one of the two, other moments
+    python scripts/kill_campaign.py                        50 moments of a language run, of a graph run, of a search
+    python scripts/kill_campaign.py --runs graph --seed 7  one of the three, other moments
     python scripts/kill_campaign.py --at files             kill between two changes of the file system instead
     python scripts/kill_campaign.py --at end --count 9     before each of the last nine changes
     python scripts/kill_campaign.py --over --at place      while the output of another run is replaced
@@ -11,8 +11,9 @@
 Every run is a process group of its own that gets SIGKILL. The first kill of a moment is uniform over the duration of a
 whole run, or over its changes of the file system; some moments kill the resumed run as well. Then the same command runs
 until it ends by itself. Of its output everything counts except times and memory: `seconds` and `peak_memory` of the
-stages in report.json, and their figures in README.md and report.html. Exit 1 where a run was refused, where its output
-was different, where anything else was left beside it, or where a kill left neither the former output nor the new one.
+stages in report.json, their figures in README.md and report.html, and the `seconds` of a search. Exit 1 where a run was
+refused, where its output was different, where anything else was left beside it, or where a kill left neither the former
+output nor the new one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def make_bases(folder: Path, runs: list[str]) -> None:
 
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    if "language" in runs:
+    if {"language", "search"} & set(runs):
         config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
         config |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 1024, "bos_token_id": 0}
         LlamaForCausalLM(LlamaConfig(**config, eos_token_id=0)).save_pretrained(folder / "lm")
@@ -90,10 +91,16 @@ def make_bases(folder: Path, runs: list[str]) -> None:
 
 
 def words_of(run: str, bases: Path) -> list[str]:
-    """The command: three passes, evaluation, and exports for which the packages are there."""
+    """The command: several passes, evaluation, and exports for which the packages are there."""
     from importlib.util import find_spec
 
-    if run == "language":
+    exports: list[str] = []
+    if run == "search":
+        steps = ["linear:bits=8", "auto:using=gptq,bits=[2,3,4],average_bits=3,by=fisher,measured=2"]
+        data = [f"--eval={bases / 'text.txt'}", "--set=calibration.length=32", "--set=calibration.samples=8"]
+        data += ["--set=evaluate.length=32", "--set=evaluate.samples=8"]
+        model = bases / "lm"
+    elif run == "language":
         steps = ["awq:bits=4,ignore=['*.down_proj']", "gptq:bits=3", "linear:bits=8"]
         data = [f"--eval={bases / 'text.txt'}", f"--eval={bases / 'q.jsonl'}", "--set=calibration.length=32"]
         data += ["--set=calibration.samples=16", "--set=evaluate.length=32", "--set=evaluate.samples=8"]
@@ -216,7 +223,13 @@ def contents(out: Path) -> dict[str, bytes]:
     shown = dict(_shown(report))
     for stage in report["stages"]:
         stage["seconds"] = stage["peak_memory"] = None
+        if stage["search"] is not None:
+            stage["search"]["sensitivity"]["seconds"] = None
     found["report.json"] = json.dumps(report).encode()
+    if "search.json" in found:
+        search = json.loads(found["search.json"])
+        search["sensitivity"]["seconds"] = None
+        found["search.json"] = json.dumps(search).encode()
     for name in ("README.md", "report.html"):
         text = found[name].decode()
         # The longest first: one figure may be the beginning of another.
@@ -367,7 +380,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=50, help="moments of each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", default="language,graph", help="separated by commas")
+    parser.add_argument("--runs", default="language,graph,search", help="separated by commas")
     parser.add_argument(
         "--at",
         choices=("time", "files", "end", "place"),
@@ -384,8 +397,8 @@ def main() -> int:
         asked.runs, asked.at, asked.seed, number = asked.only.split(":")
         numbers = [int(number)]
     runs = asked.runs.split(",")
-    if set(runs) - {"language", "graph"}:
-        parser.error(f"--runs is language, graph or both, not {asked.runs}")
+    if set(runs) - {"language", "graph", "search"}:
+        parser.error(f"--runs is language, graph, search or several of them, not {asked.runs}")
     # Once for all children, so that the moments fall into the work and not into imports.
     import torch
 

@@ -12,11 +12,14 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kill_campaign.py"
 
 
 # Two moments anywhere, those at which the output is put in its place and what is left beside it goes
-# away, and those at which it replaces another.
+# away, those at which it replaces another, and two of a run that searches.
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "count", "more"), [("files", 2, []), ("end", 3, []), ("place", 2, ["--over"])])
-def test_a_killed_run_is_finished_by_the_same_command(at: str, count: int, more: list[str]) -> None:
-    words = [sys.executable, SCRIPT, "--runs", "graph", "--at", at, "--count", str(count), "--seed", "3", *more]
+@pytest.mark.parametrize(
+    ("run", "at", "count", "more"),
+    [("graph", "files", 2, []), ("graph", "end", 3, []), ("graph", "place", 2, ["--over"]), ("search", "files", 2, [])],
+)
+def test_a_killed_run_is_finished_by_the_same_command(run: str, at: str, count: int, more: list[str]) -> None:
+    words = [sys.executable, SCRIPT, "--runs", run, "--at", at, "--count", str(count), "--seed", "3", *more]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     header, row = done.stdout.splitlines()

@@ -1,0 +1,104 @@
+"""A search of another package: the engine knows it by its class alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effcli import passes
+from effcli.cli import main
+from effcli.errors import RecipeError
+from effcli.layers.contract import Evaluator, Needs, SearchPass
+from effcli.platform.registry import Entry
+from effcli.reports.report import Report
+from effcli.reports.sensitivity import Point, Search, Sensitivity
+from effcli.run import recipe as recipes
+from effcli.search.budget import Budget
+
+
+class Alike(SearchPass):
+    """The same bits for every layer: those of the best accuracy, of equal ones the most."""
+
+    tried: tuple[int, ...] = (3, 5)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.GRAM
+
+    @property
+    def base(self) -> tuple[str, Mapping[str, Any]]:
+        return "linear", {"granularity": "channel", "ignore": self.ignore}
+
+    @property
+    def space(self) -> Sequence[Mapping[str, Any]]:
+        return [{"bits": bits} for bits in self.tried]
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(quantity="accuracy_drop", limit=1)
+
+    def choose(self, costs: Sensitivity, evaluator: Evaluator) -> Search:
+        points = {}
+        for at, width in enumerate(self.tried):
+            bits = {layer.name: width for layer in costs.layers}
+            points[width] = Point(
+                name=f"{width} bits",
+                nbytes=sum(layer.options[at].nbytes for layer in costs.layers),
+                average_bits=width,
+                cost=sum(layer.options[at].cost for layer in costs.layers),
+                measured=evaluator.measure(evaluator.quality, bits),
+            )
+        best = max(points, key=lambda width: (points[width].measured, width))
+        shown = tuple(points.values())
+        return Search(
+            sensitivity=costs,
+            budget=str(self.budget),
+            front=shown,
+            uniform=shown,
+            chosen=points[best],
+            bits={layer.name: best for layer in costs.layers},
+            measure=evaluator.quality,
+        )
+
+
+@pytest.fixture
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(passes.PASSES, "alike", Entry(f"{__name__}:Alike", "The same bits for every layer."))
+
+
+def test_a_search_that_says_less_than_it_must() -> None:
+    class Unfinished(SearchPass):
+        """A search that never chooses."""
+
+        @property
+        def base(self) -> tuple[str, Mapping[str, Any]]:
+            return "linear", {}
+
+    with pytest.raises(TypeError, match=r"budget.*choose.*space"):
+        Unfinished()  # type: ignore[abstract]
+
+
+@pytest.mark.usefixtures("alike")
+def test_another_search_is_carried_out_like_auto(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(net), "--pass", "fold", "--pass", "alike:tried=[2,8]"]
+    assert main(["plan", *arguments, "--json"]) == 0
+    remarks = json.loads(capsys.readouterr().out)["remarks"]
+    assert any(line.startswith("alike measures the layers before it can say") for line in remarks)
+    small = ["--set", "calibration.samples=8", "--set", "evaluate.latency=false"]
+    assert main(["compress", *arguments, *small, "-o", str(tmp_path / "out")]) == 0
+    stage = Report.read(tmp_path / "out").stages[-1]
+    assert stage.name == "linear" and stage.search is not None
+    assert set(stage.search.bits.values()) == {8}
+    assert {row.format.split()[0] for row in stage.ledger} == {"int8"}
+    assert recipes.load(tmp_path / "out" / "recipe.yaml").passes[1].config.model_dump()["bits"] == 8
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("alike")
+def test_alternatives_are_checked_with_the_recipe() -> None:
+    with pytest.raises(RecipeError, match="bits"):
+        recipes.from_arguments("sample:cnn", passes=["alike:tried=[2,9]"])
