@@ -88,8 +88,9 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says first, or its type's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an exception says first, with the next line where that is announced; or its type's name."""
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def system_errno(error: BaseException) -> int | None:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from effcli.errors import DataError, UnsupportedError
 from effcli.graphs.graph import Graph, class_count
+from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.statistics import Gradients, Needs
 
@@ -19,19 +20,15 @@ def gradients(
 ) -> dict[str, Gradients]:
     """What `needs` asks for of the gradients of the layers `sites`, by name. A sample is one input.
 
-    batches: inputs float32 (n, *shape) with labels int64 (n,). Raises `UnsupportedError` for a network that is no
-    classifier or rounds the inputs of its layers, `DataError` without labels, or with labels that are no classes.
+    batches: inputs float32 (n, *shape) with labels int64 (n,). They pass where inputs are rounded, as if they were
+    not. Raises `UnsupportedError` for a network that is no classifier, `DataError` without labels, or with labels that
+    are no classes.
     """
     classes = class_count(graph)
     if classes is None:
         raise UnsupportedError(
             "gradients need a loss, and the network's output is no vector of one number for each class",
             "use a pass that needs no gradients",
-        )
-    if graph.rounds_inputs:
-        raise UnsupportedError(
-            "the inputs of some layers are rounded to int8, and nothing of a gradient gets through that",
-            "put the pass before the one that rounds them",
         )
     sites = list(sites)
     found = {site.name: Gradients(site.shape, needs, graph.device) for site in sites}
@@ -48,7 +45,7 @@ def gradients(
             # Squares are of single inputs.
             size = 1 if single else max(len(inputs), 1)
             for part, own in zip(torch.split(inputs, size), torch.split(labels, size), strict=True):
-                with torch.enable_grad():
+                with torch.enable_grad(), straight_through(graph.module):
                     loss = functional.cross_entropy(graph.module(part), own, reduction="sum")
                     made = torch.autograd.grad(loss, weights, allow_unused=True)
                 _add(found, sites, made, len(part))

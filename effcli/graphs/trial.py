@@ -72,7 +72,8 @@ def _run(module: fx.GraphModule, shape: tuple[int, ...]) -> tuple[tuple[int, ...
         interpreter = Trial(module, garbage_collect_values=True)
         # It would add the graph to every error.
         interpreter.extra_traceback = False
-        output = interpreter.run(torch.zeros(shape))
+        device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+        output = interpreter.run(torch.zeros(shape, device=device))
     if not isinstance(output, Tensor) or output.ndim == 0:
         raise ValueError("the output has no axis for the batch")
     return tuple(output.shape), max(found)

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from effcli.errors import DataError, UnsupportedError
+from effcli.errors import DataError
 from effcli.files.checkpoint import write_shard
-from effcli.files.layout import rounds_inputs
 from effcli.language.calls import Call
 from effcli.language.forward import chunks
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
-from effcli.language.weights import open_weights
+from effcli.language.weights import CPU, open_weights
+from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import check_finite
 from effcli.layers.statistics import Gradients, Needs
@@ -84,7 +84,7 @@ class Backward:
         """
         spool = self.hidden(0)
         shapes = [spool.shapes[number] for number in self.windows for _ in range(self.losses)]
-        return Spool(self._folder / f"gradients-{k % 2}.bin", shapes, spool.dtype)
+        return Spool(self._folder / f"gradients-{k % 2}.bin", shapes, spool.dtype, spool.device)
 
     def begin(self, pulls: Pulls, head: LayerSite | None = None, sums: Sums | None = None) -> None:
         """The gradients behind the last block. head: the output head, where `sums` are to be made of its weight."""
@@ -149,12 +149,12 @@ def next_tokens(windows: Mapping[int, Tensor]) -> Pulls:
     """The loss of a window: the mean cross-entropy of each of its tokens after those before it."""
 
     def pulls(number: int, logits: Tensor, part: slice) -> Iterator[Tensor]:
-        following = windows[number].flatten()[1:][part.start : part.stop]
-        pull = torch.zeros(logits.shape, dtype=torch.float32)
+        following = windows[number].flatten()[1:][part.start : part.stop].to(logits.device)
+        pull = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
         if len(following):
             # The last position has none behind it.
             predicted = torch.softmax(logits[: len(following)].float(), dim=-1)
-            predicted[torch.arange(len(following)), following] -= 1
+            predicted[torch.arange(len(following), device=logits.device), following] -= 1
             pull[: len(following)] = predicted / (windows[number].numel() - 1)
         yield pull
 
@@ -165,7 +165,7 @@ class StoredGradients:
     """The gradients of all layers that a pass takes, made once in one forward and one backward and kept on the disk.
 
     sites: by block, and of the output head last (None where it is left alone). A sample is one window, and its loss
-    `next_tokens`; the weights are those of the checkpoint `source`, in float32.
+    `next_tokens`; the weights are those of the checkpoint `source`, in float32. device: where blocks run.
     """
 
     def __init__(
@@ -177,7 +177,9 @@ class StoredGradients:
         needs: Needs,
         folder: Path,
         trust_remote_code: bool = False,
+        device: torch.device = CPU,
     ) -> None:
+        self._device = device
         self._source = source
         self._sites = sites
         self._head = head
@@ -191,7 +193,7 @@ class StoredGradients:
         files = [self._file(number) for number in range(len(self._sites) + 1)]
         if not all(file.is_file() for file in files):
             self._make()
-        tensors = load_file(files[k])
+        tensors = {key: tensor.to(self._device) for key, tensor in load_file(files[k]).items()}
         sites = [*self._sites, [self._head] if self._head is not None else []][k]
         return {
             site.name: Gradients.of(
@@ -206,17 +208,12 @@ class StoredGradients:
     def _make(self) -> None:
         if not any(window.numel() > 1 for window in self._windows.values()):
             raise DataError("no calibration window has a token to predict", "give windows of two tokens or more")
-        weights = open_weights(self._source, self._trust, "float32")
-        if rounds_inputs(weights.checkpoint.config):
-            raise UnsupportedError(
-                "the inputs of some layers are rounded to int8, and nothing of a gradient gets through that",
-                "put the pass before the one that rounds them",
-            )
+        weights = open_weights(self._source, self._trust, "float32", self._device)
         skeleton = weights.skeleton
         count = len(skeleton.blocks)
 
         def hidden(k: int) -> Spool:
-            return Spool(self._folder / f"states-{k}.bin", shapes, skeleton.dtype)
+            return Spool(self._folder / f"states-{k}.bin", shapes, skeleton.dtype, self._device)
 
         with WayOut(weights, with_head=True) as stream, torch.inference_mode(False), torch.no_grad():
             shapes: list[tuple[int, ...]] = []
@@ -233,13 +230,13 @@ class StoredGradients:
                         hidden(k + 1).write(number, states)
                 memory.trim()
             backward = Backward(stream, self._windows, hidden, self._folder)
-            head = None if self._head is None else Gradients(self._head.shape, self._needs)
+            head = None if self._head is None else Gradients(self._head.shape, self._needs, self._device)
             backward.begin(next_tokens(self._windows), self._head, head)
             self._keep(count, {self._head.name: head} if self._head is not None and head is not None else {})
             hidden(count).remove()
             for k in reversed(range(count)):
-                sums = {site.name: Gradients(site.shape, self._needs) for site in self._sites[k]}
-                with self._opened(stream, k):
+                sums = {site.name: Gradients(site.shape, self._needs, self._device) for site in self._sites[k]}
+                with self._opened(stream, k), straight_through(skeleton.blocks[k]):
                     backward.through(k, self._sites[k], sums)
                 self._keep(k, sums)
                 hidden(k).remove()
@@ -254,7 +251,7 @@ class StoredGradients:
     def _keep(self, k: int, sums: Mapping[str, Gradients]) -> None:
         for name, own in sums.items():
             own.check_finite(name)
-        tensors = {f"{name}.{need.name}": total for name, own in sums.items() for need, total in own.sums.items()}
+        tensors = {f"{name}.{need.name}": total.cpu() for name, own in sums.items() for need, total in own.sums.items()}
         write_shard(self._file(k), tensors)
 
 

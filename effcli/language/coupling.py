@@ -48,6 +48,8 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k")
 
 _SHARD_BYTES = 4 << 30
 _ROWS, _LENGTH = 4, 12
+# How many numbers of positions less a config is asked for.
+_TRIED = 64
 # Positions are read off quotients digit by digit.
 _BASE = 64
 _TOLERANCE = 0.02
@@ -71,10 +73,9 @@ class Width(Coupled):
 
 @dataclass(frozen=True)
 class _Kind:
-    """A width that configs can say. count: of its positions."""
+    """A width that configs can say."""
 
     what: str
-    count: int
     keys: Mapping[str, int]
     fixed: Mapping[str, int] = field(default_factory=dict)
 
@@ -163,20 +164,23 @@ def _described(
     every = [{**_says(text, value), **value} for value in blocks.values()]
     uniform = {key: value for key, value in every[0].items() if all(other.get(key, value) == value for other in every)}
 
-    def fits(config: dict[str, Any], widths: Mapping[int, Mapping[str, int]]) -> bool:
+    def obstacle(config: dict[str, Any], widths: Mapping[int, Mapping[str, int]]) -> str:
         try:
             built = Skeleton(path, config, trust_remote_code, widths)
-        except EffcliError:
-            return False
-        return {key: tuple(value.shape) for key, value in built.model.state_dict().items()} == after
+        except EffcliError as error:
+            return error.cause
+        shapes = {key: tuple(value.shape) for key, value in built.model.state_dict().items()}
+        wrong = (f"{key} would be {shapes.get(key)}" for key, wanted in after.items() if shapes.get(key) != wanted)
+        return next(wrong, "")
 
     one_for_all = with_widths(own, uniform)
-    if fits(one_for_all, {}):
+    if not obstacle(one_for_all, {}):
         return one_for_all
-    if fits(own, blocks):
+    reason = obstacle(own, blocks)
+    if not reason:
         return own_config(own, {}, blocks)
     raise UnsupportedError(
-        f"{type(skeleton.model).__name__} cannot be built with these widths", "cut the same number from every block"
+        f"{type(skeleton.model).__name__} cannot be built with these widths: {reason}", "cut other numbers of positions"
     )
 
 
@@ -218,11 +222,11 @@ def _kinds(skeleton: Skeleton) -> Iterator[_Kind]:
         fixed = {"head_dim": int(getattr(text, "head_dim", None) or text.hidden_size // heads)}
         if isinstance(getattr(type(text), "head_dim", None), property):
             fixed = {}
-        yield _Kind("attention heads", groups if groups > 1 else heads, keys, fixed)
+        yield _Kind("attention heads", keys, fixed)
     for what, known in (("feed-forward", _FEED_FORWARD), ("experts", _EXPERTS)):
         for key in dict.fromkeys(_native(text, name) for name in known if hasattr(text, name)):
             if isinstance(getattr(text, key, None), int | None) and _value(text, key) > 1:
-                yield _Kind(what, _value(text, key), {key: 1})
+                yield _Kind(what, {key: 1})
 
 
 def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call | None]) -> list[Width]:
@@ -230,7 +234,7 @@ def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call |
     skeleton = weights.skeleton
     names = {k: f"{name} {kind.what}" for k, name in enumerate(skeleton.block_names)}
     try:
-        smaller = _smaller(weights, kind)
+        smaller, less, reason = _smaller(weights, kind)
     except (_Uncuttable, EffcliError) as error:
         return [Width(f"{skeleton.block_path} {kind.what}", 0, (), first_line(error), 0, kind.keys, kind.fixed)]
     known: dict[str, dict[str, tuple[int, Tensor]] | str] = {}
@@ -242,7 +246,7 @@ def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call |
         one = kind_of(block)
         if one not in known:
             try:
-                known[one] = _members(block, smaller.blocks[k], axes, kind, hidden, calls[k])
+                known[one] = _members(block, smaller.blocks[k], axes, less, kind, hidden, calls[k])
             except _Uncuttable as error:
                 known[one] = str(error)
         made = known[one]
@@ -254,33 +258,48 @@ def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call |
         found.append(
             Width(names[k], int(next(iter(made.values()))[1].max()) + 1, members, "", k, kind.keys, kind.fixed)
         )
+    if not found and reason:
+        found.append(Width(f"{skeleton.block_path} {kind.what}", 0, (), reason, 0, kind.keys, kind.fixed))
     return found
 
 
-def _smaller(weights: Weights, kind: _Kind) -> Skeleton:
-    """The network without memory whose config says one position less."""
+def _smaller(weights: Weights, kind: _Kind) -> tuple[Skeleton, int, str]:
+    """The network without memory whose config says some positions less, and how many: the fewest that it can say.
+
+    Some configs take only numbers of heads that divide the hidden width: why one less is not taken, or empty, comes
+    last.
+    """
     skeleton = weights.skeleton
     text = skeleton.config.get_text_config()
-    values = {**kind.fixed, **{key: _value(text, key) - each for key, each in kind.keys.items()}}
-    widths = {k: {**own, **_less(own, kind)} for k, own in skeleton.widths.items()}
-    try:
-        smaller = Skeleton(
-            weights.checkpoint.path, with_widths(weights.network_config(), values), skeleton.trust_remote_code, widths
-        )
-    except EffcliError as error:
-        raise _Uncuttable(f"its config cannot say one less: {error.cause}") from error
+    values = {key: _value(text, key) for key in kind.keys}
+    positions = min(value // kind.keys[key] for key, value in values.items())
+    reason = ""
+    for less in range(1, min(positions, _TRIED + 1)):
+        config = with_widths(weights.network_config(), {**kind.fixed, **_less(values, kind, less)})
+        widths = {k: {**own, **_less(own, kind, less)} for k, own in skeleton.widths.items()}
+        try:
+            smaller = Skeleton(weights.checkpoint.path, config, skeleton.trust_remote_code, widths)
+        except EffcliError as error:
+            reason = reason or f"its config cannot say less: {error.cause}"
+            continue
+        _check_outside(skeleton, smaller, kind)
+        return smaller, less, reason
+    raise _Uncuttable(reason or "there is only one")
+
+
+def _check_outside(skeleton: Skeleton, smaller: Skeleton, kind: _Kind) -> None:
+    """Raise `_Uncuttable` where parameters outside the blocks follow the width."""
     before, after = skeleton.model.state_dict(), smaller.model.state_dict()
     inside = skeleton.block_path + "."
     for name, value in before.items():
         if not name.startswith(inside) and (name not in after or after[name].shape != value.shape):
             raise _Uncuttable(f"{name}, outside the blocks, changes with {' and '.join(kind.keys)}")
-    return smaller
 
 
-def _less(values: Mapping[str, int], kind: _Kind) -> dict[str, int]:
-    """What a block says of its own, one position less; as it is where only one is left."""
-    less = {key: values[key] - each for key, each in kind.keys.items() if key in values}
-    return less if min(less.values(), default=0) > 0 else {}
+def _less(values: Mapping[str, int], kind: _Kind, less: int) -> dict[str, int]:
+    """What is said of the width, some positions less; nothing where none would be left."""
+    found = {key: values[key] - each * less for key, each in kind.keys.items() if key in values}
+    return found if min(found.values(), default=0) > 0 else {}
 
 
 def _axes(block: nn.Module, smaller: nn.Module) -> dict[str, list[tuple[int, int, int]]]:
@@ -302,29 +321,38 @@ def _members(
     block: nn.Module,
     smaller: nn.Module,
     axes: Mapping[str, list[tuple[int, int, int]]],
+    less: int,
     kind: _Kind,
     hidden: Tensor,
     call: Call | None,
 ) -> dict[str, tuple[int, Tensor]]:
-    """The axis of each parameter that follows, and the position behind each entry along it."""
+    """The axis of each parameter that follows, and the position behind each entry along it.
+
+    less: how many positions less the block `smaller` has.
+    """
     if call is None:
         raise _Uncuttable("the network passes over this block where there is only text")
     sizes: dict[str, tuple[int, int]] = {}
     for name, changed in axes.items():
         axis, old, new = changed[0]
-        if len(changed) > 1 or new >= old or old % (old - new):
+        each = (old - new) // less
+        if len(changed) > 1 or each < 1 or old - new != each * less or old % each:
             raise _Uncuttable(f"{name} does not lose an equal share of one axis with each position")
-        sizes[name] = axis, old - new
+        sizes[name] = axis, each
     count = {block.state_dict()[name].shape[axis] // each for name, (axis, each) in sizes.items()}
     if len(count) > 1:
         raise _Uncuttable(f"{' and '.join(sizes)} have no number of positions in common")
     trial = _Trial(block, hidden, call)
     (positions,) = count
     if kind.what == "experts":
-        found = {name: (axis, torch.arange(positions).repeat_interleave(each)) for name, (axis, each) in sizes.items()}
+        several = next((name for name, (_, each) in sizes.items() if each > 1), None)
+        if several is not None:
+            raise _Uncuttable(f"{several} has several entries for each expert along one axis")
+        found = {name: (axis, torch.arange(positions)) for name, (axis, _) in sizes.items()}
     else:
         found = trial.positions(sizes, positions)
-    trial.check(smaller, found, positions, silent=kind.what != "experts")
+    gone = torch.randperm(positions, generator=torch.Generator().manual_seed(3))[:less]
+    trial.check(smaller, found, gone, silent=kind.what != "experts")
     return found
 
 
@@ -342,7 +370,7 @@ class _Trial:
             else:
                 value = 1 + noise / 4 if parameter.ndim < 2 else noise / math.sqrt(parameter.shape[-1])
             place(self.block, name, value)
-        self.block = self.block.float()
+        self.block = self.block.float().cpu()
         self.hidden = torch.randn(hidden.shape, generator=generator)
         self.call = _wide(call)
 
@@ -409,26 +437,23 @@ class _Trial:
             raise _Uncuttable(f"{missing[0]} follows it, and is no weight or bias of a layer")
         return found
 
-    def check(self, smaller: nn.Module, members: Mapping[str, tuple[int, Tensor]], count: int, silent: bool) -> None:
-        """Cut one position on trial: the smaller block must compute what this one does with zeros there.
+    def check(self, smaller: nn.Module, members: Mapping[str, tuple[int, Tensor]], gone: Tensor, silent: bool) -> None:
+        """Cut the positions `gone` on trial: the smaller block must compute what this one does with zeros there.
 
         silent: whether zeros are as good as nothing; an expert whose weights are zero would still be chosen.
         """
-        (gone,) = torch.randint(count, (1,), generator=torch.Generator().manual_seed(3)).tolist()
         smaller = copy.deepcopy(smaller)
         tensors = self.block.state_dict()
+        kept = {name: {axis: (~torch.isin(at, gone)).nonzero().flatten()} for name, (axis, at) in members.items()}
         for name, _ in list(smaller.named_parameters()):
-            axis, position = members.get(name, (0, None))
-            value = tensors[name]
-            kept = {} if position is None else {axis: (position != gone).nonzero().flatten()}
-            place(smaller, name, shortened(value, kept).contiguous())
+            place(smaller, name, shortened(tensors[name], kept.get(name, {})).contiguous())
         with torch.no_grad():
-            found = self.run(smaller.float(), self.hidden)
+            found = self.run(smaller.float().cpu(), self.hidden)
             for name, (axis, position) in members.items():
-                tensors[name].index_fill_(axis, (position == gone).nonzero().flatten(), 0)
+                tensors[name].index_fill_(axis, torch.isin(position, gone).nonzero().flatten(), 0)
             expected = self.run(self.block, self.hidden)
         if silent and float((found - expected).abs().max()) > _EQUAL * float(expected.abs().max()):
-            raise _Uncuttable("a block without one position computes something else than with zeros there")
+            raise _Uncuttable("a block without some positions computes something else than with zeros there")
 
 
 def _quotients(gradients: Sequence[Tensor]) -> Tensor:
@@ -457,10 +482,10 @@ def _column_axis(site: LayerSite) -> int:
 
 
 def _wide(call: Call) -> Call:
-    """Arguments of a block in float32, fit for a backward pass."""
+    """Arguments of a block in float32 on the CPU, fit for a backward pass."""
 
     def wide(value: Tensor) -> Tensor:
-        return value.float().clone() if value.is_floating_point() else value.clone()
+        return value.cpu().float().clone() if value.is_floating_point() else value.cpu().clone()
 
     return Call(*tree_map_only(Tensor, wide, (call.args, call.kwargs)))
 

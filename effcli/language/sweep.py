@@ -125,7 +125,8 @@ class _Sweep:
         blocks = [self._taken(self.skeleton.block_layers(k)) for k in range(len(self.skeleton.blocks))]
         head = next((site for site in self._taken(self.skeleton.outer_layers())), None)
         path, trust = self.weights.checkpoint.path, self.skeleton.trust_remote_code
-        return StoredGradients(path, blocks, head, self.windows.batches, self.needs, self.journal.folder, trust)
+        folder, device = self.journal.folder, self.weights.device
+        return StoredGradients(path, blocks, head, self.windows.batches, self.needs, folder, trust, device)
 
     def _taken(self, sites: Sequence[LayerSite]) -> list[LayerSite]:
         return [site for site in sites if self.choices[site.name].config is not None]

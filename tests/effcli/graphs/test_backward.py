@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effcli.errors import DataError, UnsupportedError
+from effcli.files import locate as samples
+from effcli.formats import Affine
 from effcli.graphs.backward import gradients
 from effcli.graphs.graph import Builder, Facts, Graph
+from effcli.graphs.network import GraphNetwork
 from effcli.graphs.sweep import Labelled, graph_sweep
 from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome, ScalingPass
+from effcli.layers.input_rounding import keep_inputs
 from effcli.layers.statistics import Statistics
-from effcli.run.recipe import PassStep
+from effcli.passes._affine import encode, extremes
+from effcli.run.recipe import PassStep, from_arguments
 
 BOTH = Needs.GRADIENTS | Needs.SQUARED_GRADIENTS
 
@@ -179,3 +184,36 @@ def test_refused(tmp_path: Path) -> None:
         _ = Statistics(3, Needs.NORMS).gradient
     with pytest.raises(UnsupportedError, match="searched for"):
         _ = Statistics(3, BOTH).gradient
+
+
+def test_rounded_inputs_let_gradients_pass() -> None:
+    """As if nothing were rounded: those of the same weights with inputs as they are differ by what rounding moves."""
+    graph = small_graphs.separable()
+    for site in graph.sites():
+        weight = site.view(graph.module.get_parameter(site.parameter).detach())
+        format = Affine(8, "channel", 0, True, "token" if site.kind == "linear" else "none")
+        graph.set_weight(site.name, encode(weight, *extremes(weight, format), format, torch.float32))
+    assert graph.rounds_inputs
+    found = gradients(graph, graph.sites(), data(graph)(), BOTH)
+    keep_inputs(graph.module)
+    exact = gradients(graph, graph.sites(), data(graph)(), BOTH)
+    for name, own in exact.items():
+        expected = own.sums[Needs.GRADIENTS]
+        assert float((found[name].sums[Needs.GRADIENTS] - expected).norm()) < 0.1 * float(expected.norm())
+
+
+def test_a_run_hands_labels_on(tmp_path: Path) -> None:
+    recipe = from_arguments("sample:cnn", passes=["linear"], output=str(tmp_path / "out"), evaluate=False)
+    step = recipe.passes[0].model_copy(update={"config": Taylor()})
+    calibration = recipe.calibration.model_copy(update={"samples": 6})
+    recipe = recipe.model_copy(update={"passes": (step,), "calibration": calibration})
+    network = GraphNetwork(recipe, samples.resolve("sample:cnn"))
+    network.calibrate()
+    (tmp_path / "work").mkdir()
+    network.open(tmp_path / "work")
+    target = tmp_path / "target"
+    target.mkdir()
+    network.sweep(step, network.base, target, network.base, tmp_path / "unfinished", lambda done, total: None)
+    graph = Graph.read(target)
+    zeros = sum(int((graph.module.get_parameter(site.parameter) == 0).sum()) for site in graph.sites())
+    assert 0.45 < zeros / sum(site.rows * site.columns for site in graph.sites()) < 0.55

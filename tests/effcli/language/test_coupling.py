@@ -155,6 +155,23 @@ def test_a_key_head_drags_its_query_heads_and_biases(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_query_heads_of_one_key(name: str, tmp_path: Path) -> None:
+    """Where all query heads share one key and value, these stay and query heads go one by one."""
+    source = checkpoint(name, tmp_path / "source", num_key_value_heads=1)
+    groups = [group for group in widths(source) if "heads" in group.name]
+    assert [(group.count, dict(group.keys)) for group in groups] == [(4, {"num_attention_heads": 1})] * 2
+    assert {member.parameter.split(".")[-2] for member in groups[0].members} == {"q_proj", "o_proj"}
+    cuts = alike(groups, lambda _: torch.tensor([True, False, name == "qwen2", True]))
+    target = carry_out(source, tmp_path / "target", cuts)
+    torch.testing.assert_close(logits(stock(target)), silent(source, cuts), rtol=1e-4, atol=1e-5)
+    if name == "llama":
+        # Its config takes no number of heads that does not divide the hidden width.
+        three = alike(groups, lambda _: torch.tensor([True, False, True, True]))
+        with pytest.raises(UnsupportedError, match=r"with these widths: .*hidden size \(64\) is not"):
+            carry_out(source, tmp_path / "three", three)
+
+
 def test_fused_projections(tmp_path: Path) -> None:
     """Phi-3 keeps queries, keys and values in one matrix, and gate and up in another."""
     heads, feed_forward = widths(checkpoint("phi3", tmp_path / "source"))[:2]

@@ -21,6 +21,7 @@ from effcli.inputs.options import Evaluate
 from effcli.inputs.text import Windows
 from effcli.language.evaluate import Yardstick
 from effcli.language.sweep import sweep
+from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.layers.result import Swept
 from effcli.run import pipeline
 from effcli.run import recipe as recipes
@@ -137,3 +138,36 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no device cuda:99 on this machine") as caught:
         pipeline.run(recipe)
     assert "--device cpu" in caught.value.remedy and not (tmp_path / "out").exists()
+
+
+class Taylor(LayerPass):
+    """Multiplies every weight with its gradient."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.GRADIENTS | Needs.SQUARED_GRADIENTS
+
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        return Outcome(layer.weight * seen.gradient + seen.squared_gradient)
+
+
+def test_gradients(tmp_path: Path) -> None:
+    source, graph = architectures.make("llama", tmp_path / "model"), small_graphs.separable()
+    step = PassStep.model_validate({"linear": {}}).model_copy(update={"config": Taylor(lm_head=True)})
+    windows = Windows([torch.arange(24).view(3, 8)])
+    graph_step = step.model_copy(update={"config": Taylor()})
+    (tmp_path / "graph").mkdir()
+    graph.save(tmp_path / "graph")
+    batches = small_graphs.batches(graph, 12)
+    labelled = [(batch, torch.arange(len(batch)) % 4) for batch in batches()]
+    found = []
+    for elsewhere in (True, False):
+        folders = [tmp_path / f"{kind}-{elsewhere}" for kind in ("language", "graph")]
+        for folder in folders:
+            folder.mkdir()
+        with present(elsewhere) as device:
+            sweep(source, folders[0], step, windows, tmp_path / f"work-{elsewhere}", device=device)
+            more: Any = {"labelled": lambda: iter(labelled), "device": device}
+            graph_sweep(tmp_path / "graph", folders[1], graph_step, batches, **more)
+        found.append([tensors(folder) for folder in folders])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
