@@ -133,20 +133,28 @@ class _Following:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.classes = Classes()
-        self.shapes = graph.shapes()
+        self.shapes = graph.whole_shapes()
         self.numbers: dict[fx.Node, Tensor] = {}
         # Of the output channels of layers, and of all tensors that belong to no layer, by name.
         self.made: dict[str, Tensor] = {}
         self.loose: dict[str, Tensor] = {}
+        # The nodes whose values depend on the input, so that their first axis is that of the batch.
+        self._fed = {graph.input}
         # What parameters have along one axis.
         self.along: dict[tuple[str, int], Tensor] = {}
         for node in graph.nodes:
+            if self._fed.intersection(node.all_input_nodes):
+                self._fed.add(node)
             if node.op == "output":
-                self._fix(node.args, f"{graph.output.name} is the network's output")
-            else:
-                made = self._module(node) if node.op == "call_module" else self._value(node)
-                if made is not None:
-                    self.numbers[node] = made
+                continue
+            made = self._module(node) if node.op == "call_module" else self._value(node)
+            if made is not None:
+                self.numbers[node] = made
+        self._settle_all()
+        self._fix(graph.output, f"{graph.output.name} is the network's output")
+        self._settle_all()
+
+    def _settle_all(self) -> None:
         while any([self._settle(node) for node in self.numbers]):
             pass
 
@@ -164,10 +172,9 @@ class _Following:
                         self._fix(used, f"{where(node)} reads their number")
             return None
         if node.op == "placeholder":
-            return self._stuck((1, *shape), f"{node.name} is the network's input")
+            return self._stuck(shape, f"{node.name} is the network's input")
         if node.op == "get_attr":
             return self._tensor(node, shape)
-        shape = (1, *shape)
         if name in _POINTWISE:
             return self._pointwise(node, shape)
         step = _STEPS.get(name) or (_pool if name in _POOLS else _mixed if name in _REDUCTIONS | _SOFTMAXES else None)
@@ -289,7 +296,7 @@ class _Following:
 
     def _module(self, node: fx.Node) -> Tensor:
         module, name = self.graph.module_of(node), str(node.target)
-        shape = (1, *self.shapes[node.name])
+        shape = self.shapes[node.name]
         numbers = self.numbers[node.all_input_nodes[0]]
         last = len(shape) - 1
         if isinstance(module, nn.Linear):
@@ -369,6 +376,9 @@ class _Following:
                 self.classes.fix(self._small(before), f"{where(node)} takes some of them")
                 return True
         varying = self.varying(numbers)
+        if 0 in varying and node in self._fed:
+            self.classes.fix(self._small(numbers), f"{where(node)} moves them into the batch")
+            return True
         if len(varying) < 2:
             return False
         best: tuple[int, Classes] | None = None

@@ -253,13 +253,18 @@ class Graph:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by the name of its node, for a batch of one; the batch axis is left out."""
+        own = {node.name for node in self.nodes if node.op == "get_attr"}
+        return {name: size if name in own else size[1:] for name, size in self.whole_shapes().items()}
+
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by the name of its node, for a batch of one, its first axis included."""
         found: dict[str, tuple[int, ...]] = {}
 
         class Recorder(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 value = super().run_node(n)
                 if isinstance(value, Tensor):
-                    found[n.name] = tuple(value.shape[1:]) if n.op != "get_attr" else tuple(value.shape)
+                    found[n.name] = tuple(value.shape)
                 return value
 
         with _running(), torch.inference_mode():

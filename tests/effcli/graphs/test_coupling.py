@@ -156,6 +156,20 @@ def excited() -> Graph:
     return built((2, 5, 4), make)
 
 
+def in_windows() -> Graph:
+    """Pairs of tokens as inputs of their own, with an embedding that is computed from tensors of no layer."""
+
+    def make(builder: Builder, x: fx.Node) -> fx.Node:
+        x = layer(builder, "first", nn.Linear(4, 6), x)
+        x = builder.call("aten.reshape.default", x, [-1, 2, 6])
+        scale = builder.call("aten.exp.default", builder.tensor("scale", torch.randn(6)))
+        x = builder.call("aten.mul.Tensor", x, scale)
+        x = builder.call("aten.reshape.default", layer(builder, "inner", nn.Linear(6, 5), x), [-1, 4, 5])
+        return layer(builder, "last", nn.Linear(5, 3), x)
+
+    return built((4, 4), make)
+
+
 def shared() -> Graph:
     """One layer that is called twice."""
 
@@ -211,6 +225,7 @@ GRAPHS: dict[str, tuple[Callable[[], Graph], dict[str, int]]] = {
     "products": (lambda: attention("products"), {"q": 4}),
     "gated": (gated, {"gate": 7, "down": 4, "both": 5}),
     "excited": (excited, {"conv": 6, "reduce": 3}),
+    "windows": (in_windows, {"first": 6, "inner": 5}),
     "called twice": (shared, {"first": 6}),
 }
 
@@ -279,6 +294,10 @@ UNCUT: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "averaged": ((("mean.dim", [1], True), nn.Conv2d(1, 2, 1)), "mean (aten.mean.dim, net.py:1) mixes them"),
     "normalized": ((("softmax.int", 1), nn.Conv2d(6, 2, 1)), "softmax (aten.softmax.int, net.py:1) mixes them"),
+    "in the batch": (
+        (("reshape.default", [-1, 25]), nn.Linear(25, 2), ("reshape.default", [-1, 12])),
+        "reshape (aten.reshape.default, net.py:1) moves them into the batch",
+    ),
     "every second": (
         (("slice.Tensor", 1, 0, 6, 2), nn.Conv2d(3, 2, 1)),
         "slice_1 (aten.slice.Tensor, net.py:1) takes some of them",
