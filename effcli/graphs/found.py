@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from effcli.graphs.verify import GraphVerification
     from effcli.inputs.options import Evaluate
     from effcli.reports.report import Latency, Quality
-    from effcli.run.network import Reading, Subject
+    from effcli.run.network import Reading, RunNetwork
     from effcli.run.plan import Inspection
     from effcli.run.recipe import Recipe
 
@@ -38,7 +38,7 @@ class FoundGraph:
             if given.get(flag) not in (None, "cpu"):
                 raise RecipeError(f"{flag}: {self.name} reads no text, and is timed on the CPU", "leave it out")
 
-    def of_run(self, recipe: Recipe) -> Subject:
+    def of_run(self, recipe: Recipe) -> RunNetwork:
         from effcli.graphs.network import GraphNetwork
 
         return GraphNetwork(recipe, self.source)

@@ -21,6 +21,7 @@ from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
 from effcli.graphs.graph import Facts, Graph, class_count, macs
 from effcli.graphs.integer import IntegerNetwork, is_integer
+from effcli.graphs.sensitivity import PricedGraph
 from effcli.graphs.sweep import CPU, graph_sweep
 from effcli.graphs.training import train_graph
 from effcli.inputs.classify import Scores
@@ -45,7 +46,7 @@ _BATCH = 64
 
 
 class GraphNetwork:
-    """See `effcli.run.network.Subject`."""
+    """See `effcli.run.network.RunNetwork`."""
 
     quality: Figure = "accuracy"
 
@@ -107,6 +108,10 @@ class GraphNetwork:
             self.recipe, self.source, self.graph.facts, classes=classes, labelled=labelled
         )
         return self._calibration.remarks
+
+    def priced(self, checkpoint: Path) -> PricedGraph:
+        data = calibration_inputs(self.recipe, self.source, self.graph.facts)
+        return PricedGraph(checkpoint, data, self.recipe.calibration.batch_size)
 
     def open(self, work: Path) -> None:
         self._work = work

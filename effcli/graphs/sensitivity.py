@@ -17,20 +17,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.opened import OpenGraph
+from effcli.inputs.images import Inputs
 from effcli.layers.contract import Needs
 from effcli.layers.engine import LayerEngine
 from effcli.layers.result import Progress, check_tensor
-from effcli.layers.selection import Choice, needs_of
-from effcli.reports.sensitivity import Way
+from effcli.layers.selection import Choice, choose_graph, needs_of
+from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Probe, Trial, steadied
 from effcli.search.journal import Journal
+
+if TYPE_CHECKING:
+    from effcli.run.recipe import PassStep
 
 Batches = Callable[[], Iterator[Tensor]]
 _SEED = 0
@@ -91,6 +95,39 @@ def _once(
     if journal is not None:
         journal.record_costs(name, costs)
     return costs
+
+
+class PricedGraph:
+    """See `effcli.run.network.Priced`."""
+
+    def __init__(self, source: Path, data: Inputs, batch_size: int) -> None:
+        self._graph = Graph.read(source)
+        self.unit: Unit = "nats" if class_count(self._graph) is not None else "relative squared error"
+        self.weights = self._graph.weights()
+        self.samples = self.inputs = len(data)
+        self.remarks = data.remarks
+        self._source = source
+        self._data = data
+        self._batch_size = batch_size
+
+    def choose(self, step: PassStep) -> dict[str, Choice]:
+        return choose_graph(self._graph, step)
+
+    def itemsize(self, choice: Choice) -> int:
+        return 4
+
+    def costs(
+        self,
+        variants: Sequence[Mapping[str, Choice]],
+        way: Way,
+        work: Path,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> list[dict[str, Cost]]:
+        def batches() -> Iterator[Tensor]:
+            return (inputs for inputs, _ in self._data.batches(self._batch_size))
+
+        return layer_costs(self._source, variants, batches, way, progress, journal)
 
 
 def _costs(trials: Mapping[str, Trial], costs: Mapping[str, float]) -> dict[str, Cost]:
@@ -217,4 +254,4 @@ def _error(graph: Graph, name: str, trial: Trial) -> nn.Module:
     return moved
 
 
-__all__ = ["layer_costs"]
+__all__ = ["PricedGraph", "layer_costs"]

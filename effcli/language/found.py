@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from effcli.inputs.options import Evaluate
     from effcli.language.verify import Verification
     from effcli.reports.report import Quality, Speed
-    from effcli.run.network import Reading, Subject
+    from effcli.run.network import Reading, RunNetwork
     from effcli.run.plan import Inspection
     from effcli.run.recipe import Recipe
 
@@ -34,7 +34,7 @@ class FoundLanguageModel:
             if given.get(flag):
                 raise RecipeError(f"{flag}: {self.name} is a language model", "leave it out")
 
-    def of_run(self, recipe: Recipe) -> Subject:
+    def of_run(self, recipe: Recipe) -> RunNetwork:
         from effcli.language.model import LanguageModel
 
         return LanguageModel(recipe, self.source)

@@ -15,6 +15,7 @@ from effcli.inputs.text import Windows
 from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, verify
 from effcli.language.evaluate import Yardstick
+from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
 from effcli.layers.result import Progress, Swept
@@ -39,7 +40,7 @@ _UNLIMITED: dict[Quantity, str] = {
 
 
 class LanguageModel:
-    """See `effcli.run.network.Subject`."""
+    """See `effcli.run.network.RunNetwork`."""
 
     quality: Figure = "perplexity"
 
@@ -96,6 +97,11 @@ class LanguageModel:
             self.recipe.calibration, self.source, self.recipe.trust_remote_code
         )
         return tuple(remarks)
+
+    def priced(self, checkpoint: Path) -> PricedLanguageModel:
+        trust = self.recipe.trust_remote_code
+        windows, remarks = text.calibration_windows(self.recipe.calibration, checkpoint, trust)
+        return PricedLanguageModel(checkpoint, windows, tuple(remarks), trust)
 
     def open(self, work: Path) -> None:
         if self.recipe.evaluate.quality:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,10 +27,13 @@ from effcli.language.spool import Spool
 from effcli.language.trials import Trials, log_probabilities
 from effcli.language.weights import open_weights
 from effcli.layers.result import Progress, check_finite
-from effcli.layers.selection import Choice
-from effcli.reports.sensitivity import Way
+from effcli.layers.selection import Choice, choose
+from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Slopes, Trial, steadied
 from effcli.search.journal import Journal
+
+if TYPE_CHECKING:
+    from effcli.run.recipe import PassStep
 
 _SEED = 0
 # Samples of the gradient, in all windows together, that bring a layer's cost within about a fifth of its mean.
@@ -60,6 +64,39 @@ def layer_costs(
     with WayOut(weights, with_head=True) as stream:
         check_finite(weights.skeleton.model, "")
         return _WAYS[way](stream, variants, windows, work, progress, journal).carry_out()
+
+
+class PricedLanguageModel:
+    """See `effcli.run.network.Priced`."""
+
+    unit: Unit = "nats"
+
+    def __init__(self, source: Path, windows: Windows, remarks: tuple[str, ...], trust_remote_code: bool) -> None:
+        opened = open_weights(source, trust_remote_code)
+        self.weights = sum(parameter.numel() for parameter in opened.skeleton.model.parameters())
+        self.samples = sum(len(batch) for batch in windows.batches)
+        self.inputs = sum(batch.numel() for batch in windows.batches)
+        self.remarks = remarks
+        self._source = source
+        self._windows = windows
+        self._trust = trust_remote_code
+        self._skeleton, self._dtype_of = opened.skeleton, opened.dtype_of
+
+    def choose(self, step: PassStep) -> dict[str, Choice]:
+        return choose(self._skeleton, step)
+
+    def itemsize(self, choice: Choice) -> int:
+        return self._dtype_of(choice.site.parameter).itemsize
+
+    def costs(
+        self,
+        variants: Sequence[Mapping[str, Choice]],
+        way: Way,
+        work: Path,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> list[dict[str, Cost]]:
+        return layer_costs(self._source, variants, self._windows, work, way, progress, self._trust, journal)
 
 
 class _OutputError(Trials):
@@ -181,4 +218,4 @@ def _error(trial: Trial, weight: Tensor) -> Tensor:
 
 _WAYS: dict[Way, type[Trials]] = {"gram": _OutputError, "fisher": _Fisher, "loss": _Loss}
 
-__all__ = ["layer_costs"]
+__all__ = ["PricedLanguageModel", "layer_costs"]

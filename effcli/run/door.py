@@ -10,7 +10,7 @@ from effcli.files import locate as samples
 from effcli.run.network import Reading
 
 if TYPE_CHECKING:
-    from effcli.run.network import Found, Subject
+    from effcli.run.network import Found, RunNetwork
     from effcli.run.recipe import Recipe
 
 
@@ -30,7 +30,7 @@ def at(source: str | Path, name: str = "") -> Found:
     return FoundLanguageModel(name or str(source), Path(source))
 
 
-def of_run(recipe: Recipe) -> Subject:
+def of_run(recipe: Recipe) -> RunNetwork:
     """The network that `recipe` names, as a run works on it."""
     return find(recipe.model, recipe.revision).of_run(recipe)
 

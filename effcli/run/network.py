@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from effcli.inputs.options import Evaluate
     from effcli.inputs.preprocess import Preprocess
     from effcli.layers.result import Progress, Swept
+    from effcli.layers.selection import Choice
     from effcli.options import Options
     from effcli.reports.card import Layout
+    from effcli.reports.sensitivity import Unit, Way
     from effcli.run.plan import Inspection, Plan
     from effcli.run.recipe import PassStep, Recipe
     from effcli.search.budget import Figure, Quantity
+    from effcli.search.costs import Cost
+    from effcli.search.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Measured:
         return self.latencies[-1].milliseconds if self.latencies else None
 
 
-class Subject(Protocol):
+class RunNetwork(Protocol):
     """One network on its way through a run. recipe: with the defaults of its kind filled in.
 
     source: where the network was found; base: the checkpoint that the first pass reads, which `open` makes if need be.
@@ -85,6 +89,9 @@ class Subject(Protocol):
 
     def calibrate(self) -> tuple[str, ...]:
         """Read the calibration data, if a pass wants any; what the user should know of them."""
+
+    def priced(self, checkpoint: Path) -> Priced:
+        """A checkpoint on the way, whose layers are to be priced on the recipe's calibration data."""
 
     def open(self, work: Path) -> None:
         """Make `base`, if need be below the folder `work`."""
@@ -125,6 +132,36 @@ class Subject(Protocol):
         """The classes of transformers that load the finished checkpoint and prepare its inputs."""
 
 
+class Priced(Protocol):
+    """A checkpoint whose layers are priced one by one, on calibration data.
+
+    unit: of what they cost the network; weights: its parameters; samples: of the calibration data; inputs: how many
+    tokens those are in a language model; remarks: what the user should know of them.
+    """
+
+    unit: Unit
+    weights: int
+    samples: int
+    inputs: int
+    remarks: tuple[str, ...]
+
+    def choose(self, step: PassStep) -> dict[str, Choice]:
+        """Every layer by name, with the options that `step` has for it."""
+
+    def itemsize(self, choice: Choice) -> int:
+        """Bytes of a number of a layer's dense weight."""
+
+    def costs(
+        self,
+        variants: Sequence[Mapping[str, Choice]],
+        way: Way,
+        work: Path,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> list[dict[str, Cost]]:
+        """What the layers cost with each of the variants, by name; work: a folder for hidden states."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a model is to be read, besides where it is.
@@ -163,7 +200,7 @@ class Found(Protocol):
     def refuse(self, given: Mapping[str, Any]) -> None:
         """Raise `RecipeError` for the first option, by flag, that was given and means nothing for this network."""
 
-    def of_run(self, recipe: Recipe) -> Subject:
+    def of_run(self, recipe: Recipe) -> RunNetwork:
         """The network as a run of `recipe`, which names it, works on it."""
 
     def inspect(self, reading: Reading) -> Inspection:

@@ -71,8 +71,8 @@ def run(
 
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener) -> None:
-        self.subject = door.of_run(recipe)
-        self.recipe = self.subject.recipe
+        self.network = door.of_run(recipe)
+        self.recipe = self.network.recipe
         self.output = output
         self.overwrite = overwrite
         self.listener = listener
@@ -81,9 +81,9 @@ class _Run:
         self.finished: list[Stage] = []
 
     def carry_out(self) -> Report:
-        plan = searching.plan(self.subject)
+        plan = searching.plan(self.network)
         self._check_space(plan)
-        remarks = self.subject.calibrate()
+        remarks = self.network.calibrate()
         with self.place.locked():
             request = self._request()
             if self.place.placed == request:
@@ -117,10 +117,10 @@ class _Run:
             return self._compress(remarks)
 
     def _compress(self, remarks: tuple[str, ...]) -> _Done:
-        self.subject.open(self.work)
-        base = self.subject.base
+        self.network.open(self.work)
+        base = self.network.base
         stages = [self._stage(0, lambda: self._measured(base, "input", {}, first=True))]
-        searching.check_measured(self.subject, stages[0])
+        searching.check_measured(self.network, stages[0])
         steps: list[PassStep] = []
         current = reference = base
         for number, step in enumerate(self.recipe.passes, start=1):
@@ -143,7 +143,7 @@ class _Run:
         """A digest of all that decides what the output holds, exports left out."""
         request = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
-            "files": self.subject.request,
+            "files": self.network.request,
             "data": {str(path): of_path(path) for path in self._data()},
             "versions": _software(_named(self.recipe.passes)),
         }
@@ -222,7 +222,7 @@ class _Run:
         def measure() -> Stage:
             step, found = position.step, None
             if isinstance(step.config, SearchPass):
-                step, found = searching.carry_out(self.subject, position, self._search_folder(number), self.listener)
+                step, found = searching.carry_out(self.network, position, self._search_folder(number), self.listener)
             with writing(target):
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir()
@@ -261,12 +261,12 @@ class _Run:
             self.listener.progress(done)
 
         try:
-            return self.subject.sweep(step, source, target, reference, self.work / f"pass-{number}", progress)
+            return self.network.sweep(step, source, target, reference, self.work / f"pass-{number}", progress)
         finally:
             self.listener.progress_end()
 
     def _measured(self, path: Path, name: str, options: dict[str, Any], first: bool = False) -> Stage:
-        counts, found = self.subject.count(path), self.subject.measure(path, first)
+        counts, found = self.network.count(path), self.network.measure(path, first)
         nbytes = sum(file.stat().st_size for file in weight_files(path))
         return Stage(
             name=name,
@@ -288,7 +288,7 @@ class _Run:
 
     def _settings(self, steps: Sequence[PassStep]) -> dict[str, Any]:
         """The recipe as JSON, as it is carried out, with these steps."""
-        return {**self.subject.settings, "passes": [step.model_dump(mode="json") for step in steps]}
+        return {**self.network.settings, "passes": [step.model_dump(mode="json") for step in steps]}
 
     def _finish(self, finished: Path, stages: list[Stage], steps: list[PassStep]) -> _Done:
         """Describe and place the finished checkpoint; steps: as they were carried out."""
@@ -299,7 +299,7 @@ class _Run:
             machine=_machine(pick_device(self.recipe.device)),
             software=_software((*steps, *self.recipe.export)),
             stages=tuple(stages),
-            verified=self.subject.verify(finished, stages) if self.recipe.evaluate.enabled else None,
+            verified=self.network.verify(finished, stages) if self.recipe.evaluate.enabled else None,
             recipe=self._settings(steps),
         )
         exported, failed = self._exports(finished)
@@ -325,10 +325,10 @@ class _Run:
 
     def _describe(self, report: Report, folder: Path) -> None:
         """Write the report as a page and the model card into `folder`."""
-        base = self.subject.source / "README.md"
+        base = self.network.source / "README.md"
         base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
         html.write(report, folder)
-        layout, loaders = self.subject.layout(folder), self.subject.loaders(folder)
+        layout, loaders = self.network.layout(folder), self.network.loaders(folder)
         card_text = card.model_card(report, base_card, layout=layout, loaders=loaders)
         write_text(folder / card.FILE_NAME, card_text)
 
@@ -377,7 +377,7 @@ class _Run:
         with writing(self.output):
             folder.parent.mkdir(exist_ok=True)
         exported = step.config.export(finished, folder, overwrite=True)
-        exported = self.subject.time_export(step.config, exported, folder)
+        exported = self.network.time_export(step.config, exported, folder)
         self.listener.say(f"exported to {step.name}: {exported.checked or size(exported.nbytes)}")
         return exported
 

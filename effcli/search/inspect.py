@@ -19,11 +19,11 @@ def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listene
     with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
         steps = tuple(recipe.passes[0] for recipe in recipes)
         unmeasured = {"passes": steps[:1], "evaluate": Evaluate.nothing(), "export": ()}
-        subject = door.of_run(recipes[0].model_copy(update=unmeasured))
-        subject.plan()
-        subject.open(Path(folder))
-        own, shown = tuple(map(subject.with_defaults, steps)), told(listener or Silent(), "sensitivity")
-        return sensitivity(subject.recipe, own, subject.base, Path(folder), way, shown)
+        network = door.of_run(recipes[0].model_copy(update=unmeasured))
+        network.plan()
+        network.open(Path(folder))
+        own, shown = tuple(map(network.with_defaults, steps)), told(listener or Silent(), "sensitivity")
+        return sensitivity(network, own, network.base, Path(folder), way, shown)
 
 
 __all__ = ["inspect"]

@@ -31,7 +31,7 @@ from effcli.search.sensitivity import sensitivity, told
 
 if TYPE_CHECKING:
     from effcli.run.listener import Listener
-    from effcli.run.network import Subject
+    from effcli.run.network import RunNetwork
 
 # Bytes that a header of a weight file spends on a tensor besides its name, and on itself.
 _HEADER = 120
@@ -54,46 +54,46 @@ class Position:
     original: Stage
 
 
-def check(subject: Subject) -> None:
+def check(network: RunNetwork) -> None:
     """Refuse a budget that no choice could keep or that nothing measures, before any work is done.
 
     Raises `RecipeError`, and `DataError` for a figure that the recipe does not have measured.
     """
-    passes = subject.recipe.passes
+    passes = network.recipe.passes
     for number, step in enumerate(passes):
         if not isinstance(step.config, SearchPass):
             continue
         quantity = step.config.budget.quantity
-        key, why = f"{step.name}.{quantity}", subject.unlimited(quantity)
+        key, why = f"{step.name}.{quantity}", network.unlimited(quantity)
         if why:
             raise RecipeError(
-                f"{key}: of {subject.recipe.model} {why}", "give another budget, such as average_bits or size"
+                f"{key}: of {network.recipe.model} {why}", "give another budget, such as average_bits or size"
             )
-        if quantity == "latency" and not subject.recipe.evaluate.latency:
+        if quantity == "latency" and not network.recipe.evaluate.latency:
             raise DataError(f"{key}: latency is not measured", "leave evaluate.latency on")
         if quantity in ("ram", "flash"):
             _integer(key, passes[number + 1 :])
 
 
-def check_measured(subject: Subject, original: Stage) -> None:
+def check_measured(network: RunNetwork, original: Stage) -> None:
     """Raise `DataError` where a search needs a quality that was not measured of the network that came in."""
-    for step in subject.recipe.passes:
+    for step in network.recipe.passes:
         if isinstance(step.config, SearchPass) and step.config.measures_quality:
-            _quality(step.name, subject, original.quality)
+            _quality(step.name, network, original.quality)
 
 
-def plan(subject: Subject) -> Plan:
+def plan(network: RunNetwork) -> Plan:
     """The plan of a recipe; what a search decides stands there from the first to the last of its alternatives.
 
     Bytes are those of the larger end. Raises what `check` raises, and `SelectionError` for a size below the smallest.
     """
-    passes = subject.recipe.passes
+    passes = network.recipe.passes
     searches = [step for step in passes if isinstance(step.config, SearchPass)]
     if not searches:
-        return subject.plan()
-    check(subject)
+        return network.plan()
+    check(network)
     first, last = (
-        subject.plan([subject.with_defaults((step.candidates or (step,))[at]) for step in passes]) for at in (0, -1)
+        network.plan([network.with_defaults((step.candidates or (step,))[at]) for step in passes]) for at in (0, -1)
     )
     low, high = sorted((first, last), key=lambda found: found.output_bytes)
     _check_size(passes[-1], low.output_bytes)
@@ -143,13 +143,13 @@ def _check_size(step: PassStep, smallest: int) -> None:
     )
 
 
-def carry_out(subject: Subject, position: Position, folder: Path, listener: Listener) -> tuple[PassStep, Search]:
+def carry_out(network: RunNetwork, position: Position, folder: Path, listener: Listener) -> tuple[PassStep, Search]:
     """The step that a search chooses, and what it found; folder: of its own, for its journal and what it tries.
 
     Raises `SelectionError` for a budget that no choice keeps.
     """
     journal = Journal(folder)
-    search = _Running(subject, position, journal, listener)
+    search = _Running(network, position, journal, listener)
     try:
         return search.carry_out()
     except UnfinishedError as error:
@@ -171,14 +171,14 @@ class _Found(Record):
 class _Running:
     """A search that is carried out; see `effcli.layers.contract.Evaluator`."""
 
-    def __init__(self, subject: Subject, position: Position, journal: Journal, listener: Listener) -> None:
+    def __init__(self, network: RunNetwork, position: Position, journal: Journal, listener: Listener) -> None:
         assert isinstance(position.step.config, SearchPass)
         self.options: SearchPass = position.step.config
-        self.subject = subject
+        self.network = network
         self.position = position
         self.journal = journal
         self.listener = listener
-        self.steps = tuple(map(subject.with_defaults, position.step.candidates))
+        self.steps = tuple(map(network.with_defaults, position.step.candidates))
         self._costs: Sensitivity | None = None
 
     def carry_out(self) -> tuple[PassStep, Search]:
@@ -196,7 +196,7 @@ class _Running:
             with writing(states):
                 states.mkdir(exist_ok=True)
             self._costs = sensitivity(
-                self.subject.recipe,
+                self.network,
                 self.steps,
                 self.position.source,
                 states,
@@ -213,19 +213,19 @@ class _Running:
 
     @property
     def quality(self) -> Figure:
-        return self.subject.quality
+        return self.network.quality
 
     @property
     def fixed_bytes(self) -> int:
         # Of a plan with each layer's first option.
-        plan = self.subject.plan((*self.position.before, self.steps[0]))
+        plan = self.network.plan((*self.position.before, self.steps[0]))
         layers = sum(layer.options[0].nbytes for layer in self.costs.layers)
         tensors = sum(4 * (len(layer.name) + _HEADER) for layer in self.costs.layers)
         others = sum(len(row.name) + _HEADER for row in plan.rows)
         return plan.output_bytes - layers + tensors + others + _HEADERS
 
     def original(self) -> float:
-        return _quality(self.name, self.subject, self.position.original.quality)
+        return _quality(self.name, self.network, self.position.original.quality)
 
     def measure(self, figure: Figure, bits: Mapping[str, int]) -> float:
         key = hashlib.sha256(json.dumps([figure, dict(bits)], sort_keys=True).encode()).hexdigest()[:16]
@@ -239,23 +239,23 @@ class _Running:
     def _measured(self, figure: Figure, checkpoint: Path) -> float:
         """A figure of the network whose layers have the bits of a choice."""
         if figure == "latency":
-            found = self.subject.measure(checkpoint, False, quality=False).milliseconds
+            found = self.network.measure(checkpoint, False, quality=False).milliseconds
             if found is None:
                 raise DataError(f"{self.name}: latency is not measured", "leave evaluate.latency on")
             return found
         if figure in ("ram", "flash"):
             return self._footprint(figure, checkpoint)
-        measured = self.subject.measure(checkpoint, False, speed=False)
-        return _quality(self.name, self.subject, measured.quality)
+        measured = self.network.measure(checkpoint, False, speed=False)
+        return _quality(self.name, self.network, measured.quality)
 
     def _footprint(self, figure: Figure, checkpoint: Path) -> int:
         """The RAM or the flash of the network once the passes behind have made it integer."""
         key = f"{self.name}.{figure}"
         for at, step in enumerate(_integer(key, self.position.behind)):
             checkpoint = self._sweep(step, checkpoint, f"trial-{at}")
-        found = self.subject.footprint(checkpoint)
+        found = self.network.footprint(checkpoint)
         if found is None:
-            raise RecipeError(f"{key}: no C code is made of {self.subject.recipe.model}", "give another budget")
+            raise RecipeError(f"{key}: no C code is made of {self.network.recipe.model}", "give another budget")
         return found.ram if figure == "ram" else found.flash
 
     def _sweep(self, step: PassStep, source: Path, name: str) -> Path:
@@ -265,18 +265,18 @@ class _Running:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
         shown = told(self.listener, f"{self.name}: {step.name}", step.config.unit)
-        self.subject.sweep(step, source, target, self.position.reference, self.journal.folder / "pass", shown)
+        self.network.sweep(step, source, target, self.position.reference, self.journal.folder / "pass", shown)
         return target
 
 
-def _quality(name: str, subject: Subject, found: Quality | None) -> float:
+def _quality(name: str, network: RunNetwork, found: Quality | None) -> float:
     """The perplexity or the accuracy of a network; `DataError` where it was not measured."""
     value = None
     if found is not None:
         value = found.perplexity if found.classification is None else found.classification.top1
     if value is None:
         raise DataError(
-            f"{name}: {subject.quality} is not measured",
+            f"{name}: {network.quality} is not measured",
             "give a text for perplexity or labelled images for accuracy with --eval",
         )
     return value
