@@ -118,6 +118,26 @@ def test_a_pass_that_reads_them(inputs: str, tmp_path: Path) -> None:
         assert not (target / "work").exists()
 
 
+def test_gradients_last_through_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that goes on reads those that it wrote; the outcome is that of a run in one piece."""
+    source = checkpoint("llama", tmp_path / "source")
+    step = PassStep.model_validate({"linear": {}}).model_copy(update={"config": Taylor()})
+    whole, target, work = tmp_path / "whole", tmp_path / "target", tmp_path / "work"
+    whole.mkdir()
+    target.mkdir()
+    sweep(source, whole, step, Windows(batches()), tmp_path / "other")
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(source, target, step, Windows(batches()), work, stop)
+    monkeypatch.setattr(StoredGradients, "_make", lambda self: pytest.fail("gradients are made again"))
+    sweep(source, target, step, Windows(batches()), work)
+    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_nothing_to_predict_is_refused(tmp_path: Path) -> None:
     source = checkpoint("llama", tmp_path / "source")
     site = open_weights(source).skeleton.block_layers(0)
