@@ -202,6 +202,7 @@ def test_the_guide_names_what_there_is() -> None:
     assert offered == {
         "effcli.passes": {"magnitude": "effcli_magnitude:Magnitude"},
         "effcli.exporters": {"npz": "effcli_npz:Npz"},
+        "effcli.formats": {"shift": "effcli_shift:Shift"},
     }
     for name in re.findall(r"`([A-Z][A-Za-z]+Pass)`", guide):
         assert hasattr(contract, name), name
