@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 
 def print_report(report: Report, layers: int | None) -> None:
-    """The table of a run, what became of its layers (`layers` of each pass; None: only those kept), and remarks."""
+    """What searches found, the table of a run, its layers (`layers` of each pass; None: only those kept), remarks."""
     from effcli.reports import terminal as tables
+    from effcli.reports.terminal_search import search_table
 
+    for stage in report.stages:
+        if stage.search is not None:
+            show(search_table(stage.search))
     show(tables.stage_table(report))
     if layers is not None:
         for stage in report.stages[1:]:

@@ -161,10 +161,5 @@ def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
     if json:
         print_json(result.model_dump_json(indent=1))
     elif not quiet:
-        from effcli.reports.terminal_search import search_table
-
-        for stage in result.stages:
-            if stage.search is not None:
-                show(search_table(stage.search))
         print_report(result, layers=None)
         say(f"written: {target}" + (f" ({result.verified})" if result.verified else ""))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from effcli.errors import writing
-from effcli.reports import html_ledger, html_vision, svg
+from effcli.reports import html_ledger, html_sensitivity, html_vision, svg
 from effcli.reports.columns import Column, became, columns, conditions, export_lines, training_text
 from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import breakable, figure, right, value_text
@@ -39,7 +39,7 @@ def render(report: Report) -> str:
         html_vision.latencies(report),
         _exports(report),
         html_vision.classes(report),
-        *(_stage(stage) for stage in report.stages[1:]),
+        *(part for stage in report.stages[1:] for part in (_search(stage), _stage(stage))),
         _provenance(report),
     ]
     return (
@@ -123,6 +123,15 @@ def _remarks(report: Report) -> str:
         f"<li><b>{escape(stage.name)}</b> {escape(remark)}</li>" for stage in report.stages for remark in stage.remarks
     ]
     return f'<section><h2>Remarks</h2><ul class="remarks">{"".join(items)}</ul></section>' if items else ""
+
+
+def _search(stage: Stage) -> str:
+    """How the options of the pass behind it were chosen."""
+    found = stage.search
+    if found is None:
+        return ""
+    what = f"bits per layer for {stage.name}, from what each layer costs alone; {found.sensitivity.explained}"
+    return f"<section><h2>Search</h2><p>{escape(what)}</p></section>{html_sensitivity.choices(found)}"
 
 
 def _stage(stage: Stage) -> str:

@@ -41,7 +41,7 @@ def render(found: Sensitivity | Search) -> str:
     head = (
         f'<header><p class="maker">effcli</p><h1>{escape(layers.model)}</h1><p class="lead">{escape(what)}</p></header>'
     )
-    body = [head, *([_search(found)] if isinstance(found, Search) else []), _sensitivity(layers)]
+    body = [head, *([choices(found)] if isinstance(found, Search) else []), _sensitivity(layers)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -50,8 +50,8 @@ def render(found: Sensitivity | Search) -> str:
     )
 
 
-def _search(found: Search) -> str:
-    """The front, and every choice that is drawn in it."""
+def choices(found: Search) -> str:
+    """The front of a search, and every choice that is drawn in it, as a section of a page."""
     points = [*found.front, *found.uniform]
     unit = found.sensitivity.unit
     rows = []
@@ -180,4 +180,4 @@ def _row(layer: LayerCosts, at: int) -> LedgerRow:
     )
 
 
-__all__ = ["front_plot", "render", "write", "write_all"]
+__all__ = ["choices", "front_plot", "render", "write", "write_all"]

@@ -11,6 +11,7 @@ from typing import Any
 import architectures
 import pytest
 
+from effcli.cli import main
 from effcli.errors import UnfinishedError
 from effcli.graphs import sensitivity as graph_costs
 from effcli.graphs.network import GraphNetwork
@@ -118,7 +119,7 @@ def test_what_comes_before_is_carried_out_once(net: Path, tmp_path: Path, counts
     assert counts == {"fold": 1, "variant": 4, "linear": 4}
 
 
-def test_the_report_holds_what_the_search_found(net: Path, tmp_path: Path) -> None:
+def test_the_report_holds_what_the_search_found(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(net, tmp_path / "out", auto(by="gram", measured=2))
     report = Report.read(tmp_path / "out")
     found = report.stages[-1].search
@@ -130,6 +131,12 @@ def test_the_report_holds_what_the_search_found(net: Path, tmp_path: Path) -> No
     assert {row.name: row.format.split()[0] for row in report.stages[-1].ledger} == {
         name: f"int{bits}" for name, bits in found.bits.items()
     }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "<h2>3.5 bits on average</h2>" in page and 'aria-label="Cost of the cheapest choices over their size"' in page
+    )
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "bits per layer for linear: 3.5 bits on average" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("way", ["gram", "loss", "fisher"])
