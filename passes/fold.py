@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 from effcli.graphs.graph import Graph
-from effcli.layers.contract import NetworkPass, Observed, Transformed
+from effcli.layers.contract import NetworkPass, Observed, Pass, Transformed
 from effcli.passes._batchnorm import batch_norms
 from effcli.passes._fold import fold_batch_norms
 
 
 class Fold(NetworkPass):
     """A `fold` step."""
+
+    def planned(self, graph: Graph, chosen: Mapping[str, Pass]) -> Graph:
+        """A copy of `graph` without the batch norms that are folded."""
+        folded = Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
+        fold_batch_norms(folded, chosen)
+        return folded
 
     def transform(self, graph: Graph, seen: Observed) -> Transformed:
         """Fold every batch norm of `graph` that can be folded, in place; the remarks name those that stay, and why."""

@@ -32,7 +32,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
     work = macs(graph)
     rows: list[Row] = []
     remarks: list[str] = []
-    operations, integers = 0.0, None
+    operations, integers, current = 0.0, None, graph
     for number, step in enumerate(recipe.passes):
         name = f"{number + 1}. {step.name}" if len(recipe.passes) > 1 else ""
         choices = choose_graph(graph, step)
@@ -50,11 +50,12 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
         for reason, names in kept.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
-        if isinstance(step.config, NetworkPass) and Change.INTEGER in step.config.changes:
-            folded = any(before.name == "fold" for before in recipe.passes[:number])
+        if isinstance(step.config, NetworkPass):
             # Whether a batch norm stays depends on which layers are compressed by then, whatever their weights.
-            known: dict[str, Any] = {} if folded else dict.fromkeys(formats)
-            prepared = step.config.integer(Graph(graph.module, graph.facts, known))
+            known: dict[str, Any] = dict.fromkeys(formats)
+            chosen = {layer: choice.config for layer, choice in choices.items() if choice.config is not None}
+            current = step.config.planned(Graph(current.module, graph.facts, known), chosen)
+            prepared = step.config.integer(current)
             if prepared is not None:
                 found, integers = plan_integer(graph, prepared, formats, name)
                 rows += found

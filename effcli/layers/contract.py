@@ -127,6 +127,14 @@ class NetworkPass(Pass):
     def transform(self, graph: Graph, seen: Observed) -> Transformed:
         """What becomes of `graph`, which may be changed in place."""
 
+    def planned(self, graph: Graph, chosen: Mapping[str, Pass]) -> Graph:
+        """`graph` with the modules that a step leaves, as a plan needs it; itself, unchanged, where none go or come.
+
+        chosen: the options of every layer that the pass may change, by name. A layer in `graph.stored` is compressed,
+        whatever stands there.
+        """
+        return graph
+
     def integer(self, graph: Graph) -> Graph | None:
         """A copy of `graph` as it becomes a network of integers; None where a step leaves floating layers."""
         return None

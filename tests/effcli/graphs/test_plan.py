@@ -86,6 +86,7 @@ def gelu_classifier() -> Graph:
         (residual, [{"int8": {}}]),
         (residual, [{"linear": {"bits": 4, "symmetric": True, "granularity": "channel"}}, {"int8": {}}]),
         (residual, ["fold", {"linear": {"bits": 4, "symmetric": True, "granularity": "channel"}}, {"int8": {}}]),
+        (residual, [{"fold": {"ignore": ["stem"]}}, {"linear": {"bits": 4, "symmetric": True}}, {"int8": {}}]),
         (small, [{"linear": {"bits": 2, "symmetric": True, "granularity": "channel"}}, {"int8": {}}]),
         (small, [{"kmeans": {"bits": 2, "granularity": "tensor"}}, {"int8": {}}]),
         (gelu_classifier, [{"int8": {}}]),
