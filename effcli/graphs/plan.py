@@ -19,7 +19,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, choose_graph
 from effcli.reports.human import size
 from effcli.reports.report import LedgerRow
-from effcli.run.plan import BASE_MEMORY, Inspection, Plan, Row
+from effcli.run.plan import BASE_MEMORY, Inspection, Plan, Row, kept_remarks, size_remark
 from effcli.run.recipe import Recipe
 
 _FLOAT = 4
@@ -36,20 +36,15 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
     for number, step in enumerate(recipe.passes):
         name = f"{number + 1}. {step.name}" if len(recipe.passes) > 1 else ""
         choices = choose_graph(graph, step)
-        kept: dict[str, list[str]] = {}
         for choice in choices.values():
             format = None if choice.config is None else choice.config.result
             if format is not None:
                 formats[choice.site.name] = format
             if Change.INTEGER not in step.config.changes:
                 rows.append(_row(choice.site, formats, name, choice.planned, choice.reason))
-            if choice.reason:
-                kept.setdefault(choice.reason, []).append(choice.site.name)
         if Change.INTEGER not in step.config.changes:
             rows += [_table(row, name) for row in table_rows(graph)]
-        for reason, names in kept.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
+        remarks += kept_remarks(name or step.name, choices.values())
         if isinstance(step.config, NetworkPass):
             # Whether a batch norm stays depends on which layers are compressed by then, whatever their weights.
             known: dict[str, Any] = dict.fromkeys(formats)
@@ -65,7 +60,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
     after = _total(graph, formats) if integers is None else integers
     memory = _memory(graph, recipe)
     first = [
-        f"weights: {size(before)} before, {size(after)} after ({before / max(after, 1):.2f} times smaller)",
+        size_remark(before, after),
         f"memory: about {size(memory)} at the peak",
     ]
     if operations:
@@ -141,17 +136,7 @@ def _inspection(model: str, rows: list[Row], what: str, facts: Facts, nbytes: in
 def _row(site: LayerSite, formats: Mapping[str, Packing], step: str = "", status: str = "", reason: str = "") -> Row:
     format = formats.get(site.name)
     nbytes = _nbytes(site, format)
-    return Row(
-        step=step,
-        name=site.name,
-        kind=site.kind,
-        shape=site.shape,
-        format=str(format) if format else "float32",
-        bits_per_weight=8 * nbytes / max(site.rows * site.columns, 1),
-        nbytes=nbytes,
-        status=status,
-        reason=reason,
-    )
+    return Row.of(site, str(format) if format else "float32", nbytes, step=step, status=status, reason=reason)
 
 
 def _table(row: LedgerRow, step: str = "") -> Row:

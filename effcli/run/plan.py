@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -38,6 +39,13 @@ class Row(Options):
     macs: int | None = Field(default=None, description="multiplications for one input; None for language models")
     status: str = ""
     reason: str = ""
+
+    @staticmethod
+    def of(site: LayerSite, format: str, nbytes: int, **more: Any) -> Row:
+        """A layer that takes `nbytes` in `format`; more: any other field."""
+        bits = 8 * nbytes / max(site.rows * site.columns, 1)
+        known = {"name": site.name, "kind": site.kind, "shape": site.shape}
+        return Row(**known, format=format, bits_per_weight=bits, nbytes=nbytes, **more)
 
 
 class Layers(Options):
@@ -108,6 +116,21 @@ class Inspection(Options):
 BASE_MEMORY = 450_000_000
 
 
+def kept_remarks(step: str, choices: Iterable[Choice]) -> list[str]:
+    """Which layers `step` leaves alone, one line for each reason."""
+    kept: dict[str, list[str]] = {}
+    for choice in choices:
+        if choice.reason:
+            kept.setdefault(choice.reason, []).append(choice.site.name)
+    more = {reason: f" and {len(names) - 1} more" if len(names) > 1 else "" for reason, names in kept.items()}
+    return [f"{step} keeps {names[0]}{more[reason]}: {reason}" for reason, names in kept.items()]
+
+
+def size_remark(before: int, after: int) -> str:
+    """The bytes of the weight files before and after all steps."""
+    return f"weights: {size(before)} before, {size(after)} after ({before / max(after, 1):.2f} times smaller)"
+
+
 def make(recipe: Recipe) -> Plan:
     """The plan of a recipe; raises what a run would raise over its patterns, sizes and checkpoint."""
     path = samples.resolve(recipe.model, recipe.revision)
@@ -120,16 +143,11 @@ def make(recipe: Recipe) -> Plan:
     for number, step in enumerate(recipe.passes):
         choices = choose(weights.skeleton, step)
         name = f"{number + 1}. {step.name}" if len(recipe.passes) > 1 else ""
-        kept: dict[str, list[str]] = {}
         for choice in choices.values():
             sizes.take(choice)
             rows.append(sizes.row(choice, name, choice.planned))
-            if choice.reason:
-                kept.setdefault(choice.reason, []).append(choice.site.name)
         rows += [row.model_copy(update={"step": name, "status": "keep"}) for row in sizes.others()]
-        for reason, names in kept.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            remarks.append(f"{name or step.name} keeps {names[0]}{more}: {reason}")
+        remarks += kept_remarks(name or step.name, choices.values())
         if step.needs:
             longest = longest_sequence(weights.skeleton.config)
             tokens = recipe.calibration.samples * text.window_length(recipe.calibration, longest)
@@ -145,9 +163,7 @@ def make(recipe: Recipe) -> Plan:
             )
     after = sizes.total()
     memory = _memory(weights, recipe)
-    remarks.insert(
-        0, f"weights: {size(before)} before, {size(after)} after ({before / max(after, 1):.2f} times smaller)"
-    )
+    remarks.insert(0, size_remark(before, after))
     remarks.insert(1, f"memory: about {size(memory)} at the peak, for one block and its statistics at a time")
     if operations:
         remarks.insert(2, f"arithmetic: {operations / 1e12:.1f} TFLOP of forwards and Gram matrices, then the searches")
@@ -246,17 +262,8 @@ class _Sizes:
         site = choice.site
         nbytes = self.nbytes(site)
         format = self.formats.get(site.name)
-        return Row(
-            step=step,
-            name=site.name,
-            kind=site.kind,
-            shape=site.shape,
-            format=str(format) if format else _dtype_name(self.weights, site.parameter),
-            bits_per_weight=8 * nbytes / max(site.rows * site.columns, 1),
-            nbytes=nbytes,
-            status=status,
-            reason=choice.reason,
-        )
+        named = str(format) if format else _dtype_name(self.weights, site.parameter)
+        return Row.of(site, named, nbytes, step=step, status=status, reason=choice.reason)
 
     def others(self) -> list[Row]:
         """What is no layer and stays as it is: embeddings, other matrices, and what the network does not use."""
