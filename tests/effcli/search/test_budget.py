@@ -13,6 +13,7 @@ import pytest
 from effcli.cli import main
 from effcli.errors import DataError, RecipeError, SelectionError
 from effcli.exporters.c import C
+from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report, Speed
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity
 from effcli.run import pipeline
@@ -216,6 +217,18 @@ def test_what_a_graph_cannot_be_limited_by(net: Path, tmp_path: Path, steps: lis
     with pytest.raises(RecipeError, match=message):
         graph_run(net, tmp_path / "out", *steps)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", ["accuracy_drop=5%", "average_bits=4,measured=2"])
+def test_what_is_not_measured_is_said_before_any_pass(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.setattr(GraphNetwork, "sweep", lambda *given: pytest.fail("a pass is carried out"))
+    recipe = recipes.from_arguments(
+        str(net), passes=["fold", f"auto:using=linear,{options}"], output=str(tmp_path / "out"), no_eval=True
+    )
+    with pytest.raises(DataError, match="auto: accuracy is not measured"):
+        pipeline.run(recipe)
 
 
 @pytest.mark.parametrize(
