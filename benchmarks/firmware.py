@@ -29,7 +29,7 @@ from effcli.exporters.firmware.bench import Measured
 from effcli.exporters.firmware.generate import Generated, generate
 from effcli.graphs.integer import Array, IntegerNetwork
 from effcli.importers import read
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 
 # M instructions with reference kernels and with CMSIS-NN, kB of arena and of flash with CMSIS-NN.
 PEERS = {

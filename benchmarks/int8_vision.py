@@ -32,7 +32,7 @@ from effcli.graphs import executor
 from effcli.graphs.graph import Graph
 from effcli.importers import read
 from effcli.layers.ranges import Method
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 
 ASSETS = Path(os.environ.get("EFFCLI_ASSETS") or HERE.parents[1] / "shared" / "assets")
 LARGEST_DROP = 0.005

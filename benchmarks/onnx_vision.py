@@ -27,7 +27,7 @@ from effcli.exporters import onnx as exporter
 from effcli.files import locate as samples
 from effcli.importers import read
 from effcli.layers.contract import Observed
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 from effcli.platform import onnx_session
 
 

@@ -16,63 +16,63 @@ if TYPE_CHECKING:
 
 PASSES: dict[str, Entry] = {
     "linear": Entry(
-        "effcli.passes.linear:Linear",
+        "effcli.passes.quantize.linear:Linear",
         "Round weights to the nearest of 2^bits evenly spaced values.",
     ),
     "awq": Entry(
-        "effcli.passes.awq:AWQ",
+        "effcli.passes.quantize.awq:AWQ",
         "Scale channels by their activations, clip, then round (arXiv:2306.00978).",
     ),
     "smoothquant": Entry(
-        "effcli.passes.smoothquant:SmoothQuant",
+        "effcli.passes.quantize.smoothquant:SmoothQuant",
         "Scale channels so that activations round well to int8 (arXiv:2211.10438).",
     ),
     "kmeans": Entry(
-        "effcli.passes.kmeans:KMeans",
+        "effcli.passes.quantize.kmeans:KMeans",
         "Let weights share the entries of a table (arXiv:1510.00149).",
     ),
     "centroids": Entry(
-        "effcli.passes.centroids:Centroids",
+        "effcli.passes.train.centroids:Centroids",
         "Train the tables of `kmeans` to restore the outputs (arXiv:1510.00149).",
     ),
     "nf4": Entry(
-        "effcli.passes.nf4:NF4",
+        "effcli.passes.quantize.nf4:NF4",
         "Round blocks of weights to quantiles of a normal distribution (arXiv:2305.14314).",
     ),
     "binary": Entry(
-        "effcli.passes.binary:Binary",
+        "effcli.passes.quantize.binary:Binary",
         "Keep the signs of the weights and a scale (arXiv:1603.05279).",
     ),
     "ternary": Entry(
-        "effcli.passes.ternary:Ternary",
+        "effcli.passes.quantize.ternary:Ternary",
         "Round weights to -1, 0 and 1 times a scale (arXiv:1605.04711).",
     ),
     "gptq": Entry(
-        "effcli.passes.gptq:GPTQ",
+        "effcli.passes.quantize.gptq:GPTQ",
         "Round columns in turn, the rest makes up for the error (arXiv:2210.17323).",
     ),
     "fold": Entry(
-        "effcli.passes.fold:Fold",
+        "effcli.passes.quantize.fold:Fold",
         "Fold batch norms into the layers beside them (arXiv:1712.05877).",
     ),
     "equalize": Entry(
-        "effcli.passes.equalize:Equalize",
+        "effcli.passes.quantize.equalize:Equalize",
         "Even out weight ranges across neighbouring layers (arXiv:1906.04721).",
     ),
     "adaround": Entry(
-        "effcli.passes.adaround:AdaRound",
+        "effcli.passes.quantize.adaround:AdaRound",
         "Learn whether each weight rounds up or down (arXiv:2004.10568).",
     ),
     "bias_correction": Entry(
-        "effcli.passes.bias_correction:BiasCorrection",
+        "effcli.passes.quantize.bias_correction:BiasCorrection",
         "Undo the mean error of every channel in the biases (arXiv:1906.04721).",
     ),
     "auto": Entry(
-        "effcli.passes.auto:Auto",
+        "effcli.passes.search.auto:Auto",
         "Choose the bits of every layer under a budget, for another pass.",
     ),
     "int8": Entry(
-        "effcli.passes.int8:Int8",
+        "effcli.passes.quantize.int8:Int8",
         "Quantize weights and activations to an integer network (arXiv:1712.05877).",
     ),
 }

@@ -18,7 +18,7 @@ from effcli.exporters.firmware.generate import generate
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.importers import read
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,7 @@ from effcli.files.checkpoint import Checkpoint
 from effcli.formats import CodebookWeight
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Layer
-from effcli.passes import nf4
+from effcli.passes.quantize import nf4
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import PassStep
 

@@ -30,7 +30,7 @@ from effcli.formats import Affine, AffineWeight
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
 from effcli.layers.contract import Layer
-from effcli.passes import linear
+from effcli.passes.quantize import linear
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import PassStep
 

@@ -28,7 +28,7 @@ from effcli.exporters import onnx as exporter
 from effcli.exporters._target import MARK
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Observed
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 from effcli.platform import onnx_session
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import PassStep

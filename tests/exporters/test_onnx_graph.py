@@ -24,7 +24,7 @@ from effcli.graphs import timing
 from effcli.graphs.graph import Graph
 from effcli.importers import read
 from effcli.layers.contract import Layer, Statistics
-from effcli.passes import linear
+from effcli.passes.quantize import linear
 from effcli.platform import onnx_session
 
 MACHINE = re.compile(rb"/(work|home|root|tmp|usr|opt|mnt|var)/|site-packages")

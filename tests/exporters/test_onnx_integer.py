@@ -55,7 +55,7 @@ from effcli.graphs.integer import (
     softmax_bits,
 )
 from effcli.layers.contract import Observed
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 from effcli.platform import onnx_session
 
 # Scales whose quotients are no short fractions, so that ties, which both sides round differently, are rare.

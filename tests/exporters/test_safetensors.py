@@ -27,7 +27,7 @@ from effcli.importers import read
 from effcli.inputs.preprocess import Preprocess
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Layer
-from effcli.passes import linear
+from effcli.passes.quantize import linear
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import PassStep
 

@@ -24,7 +24,7 @@ from effcli.graphs.sweep import Labelled, graph_sweep
 from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome, ScalingPass
 from effcli.layers.input_rounding import keep_inputs
 from effcli.layers.statistics import Statistics
-from effcli.passes._affine import encode, extremes
+from effcli.passes.quantize._affine import encode, extremes
 from effcli.run.recipe import PassStep, from_arguments
 
 BOTH = Needs.GRADIENTS | Needs.SQUARED_GRADIENTS

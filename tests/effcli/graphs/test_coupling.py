@@ -21,7 +21,7 @@ from effcli.formats import Affine
 from effcli.graphs.coupling import coupled, cut
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.layers.coupling import Cut
-from effcli.passes._affine import encode, extremes
+from effcli.passes.quantize._affine import encode, extremes
 
 
 def groups_of(graph: Graph) -> dict[str, int]:

@@ -27,7 +27,7 @@ from effcli.graphs.graph import (
     where,
 )
 from effcli.inputs.preprocess import Preprocess
-from effcli.passes._affine import encode, extremes
+from effcli.passes.quantize._affine import encode, extremes
 
 SHAPE = 4, 6, 5
 

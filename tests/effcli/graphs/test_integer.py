@@ -44,7 +44,7 @@ from effcli.graphs.integer import (
 )
 from effcli.graphs.rows import look_up
 from effcli.layers.contract import Observed
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 FACTS = Facts(origin="test", shape=(5,))

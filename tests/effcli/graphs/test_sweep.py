@@ -25,9 +25,9 @@ from effcli.graphs.walk import Walk
 from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome
 from effcli.layers.result import Swept
 from effcli.layers.statistics import Statistics
-from effcli.passes import awq
-from effcli.passes._affine import encode, extremes, nearest
-from effcli.passes.adaround import AdaRound
+from effcli.passes.quantize import awq
+from effcli.passes.quantize._affine import encode, extremes, nearest
+from effcli.passes.quantize.adaround import AdaRound
 from effcli.run.recipe import PassStep
 
 LINEAR = {"linear": {"bits": 4}}

@@ -16,7 +16,7 @@ from effcli.graphs import timing
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.layers.contract import Observed
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 from effcli.platform import onnx_session
 from effcli.reports.report import Latency
 

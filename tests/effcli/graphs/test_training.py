@@ -23,7 +23,7 @@ from effcli.graphs.graph import Graph
 from effcli.graphs.training import train, train_graph
 from effcli.layers.contract import Layer, LayerPass, Needs, NetworkPass, Outcome, Step, TrainPass, Transformed
 from effcli.layers.result import Swept
-from effcli.passes.linear import Linear
+from effcli.passes.quantize.linear import Linear
 from effcli.run.recipe import PassStep
 from effcli.training import loop
 

@@ -23,7 +23,7 @@ from effcli.graphs import verify
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.layers.contract import Observed
-from effcli.passes import int8
+from effcli.passes.quantize import int8
 from effcli.platform import onnx_session
 from effcli.reports.report import Report
 

@@ -29,7 +29,7 @@ from effcli.language.journal import Journal
 from effcli.language.weights import open_weights
 from effcli.layers.contract import Group, Layer, Outcome
 from effcli.layers.result import Swept
-from effcli.passes import awq
+from effcli.passes.quantize import awq
 from effcli.run.recipe import PassStep
 
 LINEAR = {"linear": {"bits": 4}}

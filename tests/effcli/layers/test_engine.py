@@ -15,7 +15,7 @@ from effcli.layers.engine import LayerEngine
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Factors, Held, Readers, among
 from effcli.layers.selection import Choice
-from effcli.passes._affine import encode, extremes
+from effcli.passes.quantize._affine import encode, extremes
 
 FACTOR = torch.tensor([2.0, 0.5, 4.0])
 

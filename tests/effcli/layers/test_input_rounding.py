@@ -20,7 +20,7 @@ from effcli.layers.input_rounding import (
     straight_through,
     tensor_parameters,
 )
-from effcli.passes._affine import encode, extremes
+from effcli.passes.quantize._affine import encode, extremes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -153,7 +153,7 @@ def test_own_names_win(offer: Offer, capsys: pytest.CaptureFixture[str]) -> None
     offer("effcli-halving", awq="effcli_halving:Halve")
     offer("effcli-writing", "", "effcli.exporters", onnx="effcli_writing:Out")
     said = "the pass 'awq' is effcli's own; that of effcli-halving is not used"
-    assert passes.load("awq").__module__ == "effcli.passes.awq"
+    assert passes.load("awq").__module__ == "effcli.passes.quantize.awq"
     assert recipe.check({"model": "sample:lm", "passes": ["awq"]}).passes[0].clash == said
     assert main(["passes"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,1 @@
+"""Passes that search: they choose options of another pass, layer by layer."""
