@@ -14,7 +14,7 @@ from effcli.graphs.graph import Graph, calls, macs
 from effcli.graphs.integer import IntegerNetwork, Weighted
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
-from effcli.layers.result import Swept, dense_row, histogram, layer_row, ratio
+from effcli.layers.result import PassResult, dense_row, histogram, layer_row, ratio
 from effcli.layers.selection import Choice
 from effcli.reports.report import LedgerRow
 
@@ -40,7 +40,7 @@ def integer_rows(
     choices: Mapping[str, Choice],
     costs: Costs,
     notes: Mapping[str, dict[str, Any]],
-    swept: Swept,
+    result: PassResult,
 ) -> list[LedgerRow]:
     """The ledger of an integer network: the layers with what they are stored as, and their error.
 
@@ -65,7 +65,7 @@ def integer_rows(
         if weight is not None:
             restored = _restored(network, step)
             error = ratio(float((restored - weight).square().sum()), float(weight.square().sum()))
-            swept.histograms.append(histogram(name, weight, restored))
+            result.histograms.append(histogram(name, weight, restored))
         rows.append(
             layer_row(
                 site,
@@ -112,9 +112,9 @@ def whole_rows(
     before: Mapping[str, Tensor],
     compressed: Collection[str],
     notes: Mapping[str, dict[str, Any]],
-    swept: Swept,
+    result: PassResult,
 ) -> list[LedgerRow]:
-    """The ledger of a graph that a pass took as a whole; the histograms of what changed go to `swept`.
+    """The ledger of a graph that a pass took as a whole; the histograms of what changed go to `result`.
 
     before: the weights (out, in) that were; compressed: the layers whose weights were compressed already; notes: by
     layer, of those that changed.
@@ -125,7 +125,7 @@ def whole_rows(
         if name in notes:
             status = "compressed" if name in graph.stored and name not in compressed else "changed"
             row = row.model_copy(update={"status": status, "reason": "", "notes": dict(notes[name])})
-            swept.histograms.append(histogram(name, before[name], dense(graph, choice.site)))
+            result.histograms.append(histogram(name, before[name], dense(graph, choice.site)))
         rows.append(row)
     return [*rows, *table_rows(graph)]
 

@@ -1,4 +1,4 @@
-"""A network read as a graph on its way through a run: swept whole, measured on images or other inputs."""
+"""A network read as a graph on its way through a run: result whole, measured on images or other inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from effcli.inputs.images import Inputs, open_inputs
 from effcli.inputs.options import Evaluate
 from effcli.inputs.preprocess import Preprocess
 from effcli.layers.contract import Needs, TrainPass
-from effcli.layers.result import Progress, Swept
+from effcli.layers.result import PassResult, Progress
 from effcli.platform.machine import pick_device
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Quality, Stage
@@ -62,7 +62,7 @@ class GraphNetwork:
         )
         self._device = pick_device(self.recipe.device)
         self._calibration: Inputs | None = None
-        self._yardstick: Yardstick | None = None
+        self._evaluation: Evaluation | None = None
         self._work: Path | None = None
 
     @property
@@ -121,7 +121,7 @@ class GraphNetwork:
                 self.base.mkdir()
             self.graph.save(self.base)
         original = self.graph if self._device.type == "cpu" else Graph.read(self.base).to(self._device)
-        self._yardstick = Yardstick.open(
+        self._evaluation = Evaluation.open(
             original, self.recipe.evaluate, self.source, self._calibration, self.recipe.calibration.data
         )
 
@@ -136,10 +136,10 @@ class GraphNetwork:
         return Counts(graph.weights(), nonzeros, sum(macs(graph).values()))
 
     def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
-        yardstick, known = self._yardstick, None
-        if quality and yardstick is not None:
-            known = yardstick.of(outputs_of(checkpoint, self._device), compare=not first)
-        remarks = yardstick.remarks if yardstick is not None and first else ()
+        evaluation, known = self._evaluation, None
+        if quality and evaluation is not None:
+            known = evaluation.of(outputs_of(checkpoint, self._device), compare=not first)
+        remarks = evaluation.remarks if evaluation is not None and first else ()
         latencies: tuple[Latency, ...] = ()
         if first:
             remarks = (*self.graph.facts.remarks, *remarks)
@@ -155,7 +155,7 @@ class GraphNetwork:
 
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
-    ) -> Swept:
+    ) -> PassResult:
         if is_integer(source):
             raise CheckpointError(
                 f"{step.name} follows a pass that made the network integer", "make that pass the last one"
@@ -200,7 +200,7 @@ class GraphNetwork:
         return card.IMAGES
 
 
-class Yardstick:
+class Evaluation:
     """What the checkpoints of one run are held against: the same inputs for all, and the original's outputs."""
 
     def __init__(
@@ -218,7 +218,7 @@ class Yardstick:
     @staticmethod
     def open(
         graph: Graph, options: Evaluate, source: Path, calibration: Inputs | None, data: str | None
-    ) -> Yardstick | None:
+    ) -> Evaluation | None:
         """The inputs that `options` ask for; None where nothing is to be measured or there is nothing to measure on."""
         facts = graph.facts
         if options.images is False:
@@ -227,15 +227,15 @@ class Yardstick:
         if wanted is not None:
             classes = class_count(graph)
             inputs = open_inputs(wanted, facts.shape, facts.preprocess, classes=classes, samples=options.samples)
-            return Yardstick(graph.run, inputs, facts)
+            return Evaluation(graph.run, inputs, facts)
         if calibration is None and data is not None:
             calibration = open_inputs(data, facts.shape, facts.preprocess, samples=options.samples)
         if calibration is None:
             return None
         # Accuracy on what a pass was calibrated on would flatter it.
-        yardstick = Yardstick(graph.run, calibration, facts, labelled=False)
-        yardstick.remarks = ("no evaluation data: only compared with the original, on the calibration inputs",)
-        return yardstick
+        evaluation = Evaluation(graph.run, calibration, facts, labelled=False)
+        evaluation.remarks = ("no evaluation data: only compared with the original, on the calibration inputs",)
+        return evaluation
 
     def of(self, network: Callable[[Tensor], Tensor], compare: bool = True) -> Quality:
         """The quality of a network given as a function of a batch of inputs (n, *shape), next to the original's."""
@@ -269,7 +269,7 @@ def evaluate(
         raise DataError(f"{model} brings no images to be measured on", "give labelled images with --images DATA")
     count = options.samples if "samples" in options.model_fields_set else None
     inputs = open_inputs(data, facts.shape, preprocess or facts.preprocess, samples=count, labelled=original is None)
-    return Yardstick(original, inputs, facts).of(network)
+    return Evaluation(original, inputs, facts).of(network)
 
 
 def outputs_of(checkpoint: Path, device: torch.device = CPU) -> Callable[[Tensor], Tensor]:
@@ -315,4 +315,4 @@ def _beside(source: Path, name: str) -> Path | None:
     return folder / name if (folder / name).is_file() else None
 
 
-__all__ = ["GraphNetwork", "Yardstick", "evaluate", "outputs_of"]
+__all__ = ["Evaluation", "GraphNetwork", "evaluate", "outputs_of"]

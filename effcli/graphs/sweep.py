@@ -22,7 +22,7 @@ from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, 
 from effcli.graphs.opened import OpenGraph
 from effcli.layers.contract import Needs, NetworkPass, Observed, ScalingPass
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
-from effcli.layers.result import Progress, Swept, check_tensor, worst
+from effcli.layers.result import PassResult, Progress, check_tensor, worst
 from effcli.layers.selection import Choice, choose_graph, needs_of
 from effcli.layers.statistics import Gradients
 
@@ -46,7 +46,7 @@ def graph_sweep(
     progress: Progress = lambda done, total: None,
     labelled: Labelled | None = None,
     device: torch.device = CPU,
-) -> Swept:
+) -> PassResult:
     """Carry out `step` on the graph in `source` and write a checkpoint into `target`, a directory that exists.
 
     batches: the calibration inputs, float32 (n, *shape), anew on each call; inputs: whether a layer sees what the
@@ -67,9 +67,9 @@ def graph_sweep(
     if isinstance(step.config, NetworkPass):
         progress(0, len(choices))
         dense = reference if Needs.DENSE in step.needs and reference != source else None
-        swept = _transform(graph, target, step.name, step.config, choices, batches, dense)
+        result = _transform(graph, target, step.name, step.config, choices, batches, dense)
         progress(len(choices), len(choices))
-        return swept
+        return result
     home = OpenGraph(graph.to(device), needs_of([choices]))
     engine = LayerEngine(home, choices)
     found: dict[str, Gradients] = {}
@@ -80,10 +80,10 @@ def graph_sweep(
         progress(number, len(engine.taken))
         engine.compress(name, seen)
     graph.save(target)
-    swept = Swept([*map(engine.row, choices), *table_rows(graph)], engine.histograms)
-    swept.histograms = worst(swept)
+    result = PassResult([*map(engine.row, choices), *table_rows(graph)], engine.histograms)
+    result.histograms = worst(result)
     progress(len(engine.taken), len(engine.taken))
-    return swept
+    return result
 
 
 def _seen(
@@ -122,7 +122,7 @@ def _transform(
     choices: Mapping[str, Choice],
     batches: Batches | None,
     original: Path | None,
-) -> Swept:
+) -> PassResult:
     """Carry out a pass that takes the graph as a whole."""
     before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}
     chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
@@ -135,14 +135,14 @@ def _transform(
     made = options.transform(graph, observed)
     network: Graph | IntegerNetwork = made.network
     network.save(target)
-    swept = Swept(remarks=list(made.remarks), activations=list(made.activations))
+    result = PassResult(remarks=list(made.remarks), activations=list(made.activations))
     if isinstance(network, IntegerNetwork):
         rounded = {name: None if name in normed else weight for name, weight in before.items()}
-        swept.ledger = integer_rows(network, rounded, choices, costs, made.notes, swept)
+        result.ledger = integer_rows(network, rounded, choices, costs, made.notes, result)
     else:
-        swept.ledger = whole_rows(network, choices, before, compressed, made.notes, swept)
-    swept.histograms = worst(swept)
-    return swept
+        result.ledger = whole_rows(network, choices, before, compressed, made.notes, result)
+    result.histograms = worst(result)
+    return result
 
 
 __all__ = ["graph_sweep"]

@@ -21,7 +21,7 @@ from effcli.graphs.ledger import dense, whole_rows
 from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed
 from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
-from effcli.layers.result import Progress, Swept, check_tensor, worst
+from effcli.layers.result import PassResult, Progress, check_tensor, worst
 from effcli.layers.selection import choose_graph
 from effcli.training import loop
 from effcli.training.loop import Batch, Examples, Objective
@@ -43,7 +43,7 @@ def train_graph(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = lambda done, total: None,
-) -> Swept:
+) -> PassResult:
     """Carry out a step that trains on the graph in `source` and write a checkpoint into `target`, which exists.
 
     data: the calibration inputs; batch_size: of the recipe; reference: the checkpoint before weights were first
@@ -77,10 +77,10 @@ def train_graph(
         progress=progress,
     )
     graph.save(target)
-    swept = Swept(remarks=list(made.remarks), training=made.training)
-    swept.ledger = whole_rows(graph, choices, before, compressed, made.notes, swept)
-    swept.histograms = worst(swept)
-    return swept
+    result = PassResult(remarks=list(made.remarks), training=made.training)
+    result.ledger = whole_rows(graph, choices, before, compressed, made.notes, result)
+    result.histograms = worst(result)
+    return result
 
 
 def train(

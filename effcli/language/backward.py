@@ -41,7 +41,7 @@ class Sums(Protocol):
         """The next inputs are those of another sample."""
 
 
-class WayOut(Stream):
+class GradientStream(Stream):
     """A stream whose way out can be differentiated."""
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Backward:
 
     def __init__(
         self,
-        stream: WayOut,
+        stream: GradientStream,
         windows: Mapping[int, Tensor],
         hidden: Callable[[int], Spool],
         folder: Path,
@@ -215,7 +215,7 @@ class StoredGradients:
         def hidden(k: int) -> Spool:
             return Spool(self._folder / f"states-{k}.bin", shapes, skeleton.dtype, self._device)
 
-        with WayOut(weights, with_head=True) as stream, torch.inference_mode(False), torch.no_grad():
+        with GradientStream(weights, with_head=True) as stream, torch.inference_mode(False), torch.no_grad():
             shapes: list[tuple[int, ...]] = []
             for number, ids in self._windows.items():
                 states, _ = stream.enter(ids)
@@ -255,4 +255,4 @@ class StoredGradients:
         write_shard(self._file(k), tensors)
 
 
-__all__ = ["Backward", "StoredGradients", "Sums", "WayOut", "differentiable", "next_tokens"]
+__all__ = ["Backward", "GradientStream", "StoredGradients", "Sums", "differentiable", "next_tokens"]

@@ -45,15 +45,15 @@ def evaluate(
     path = samples.resolve(model)
     original = path if reference is None else samples.resolve(reference)
     with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
-        yardstick = Yardstick(
+        evaluation = Evaluation(
             original, options, Path(folder), trust_remote_code=trust_remote_code, compare=reference is not None
         )
-        for remark in yardstick.remarks:
+        for remark in evaluation.remarks:
             _log.warning(remark)
-        return yardstick.measure(path)
+        return evaluation.measure(path)
 
 
-class Yardstick:
+class Evaluation:
     """What the checkpoints of one run are held against: the same tokens for all, and the original's view of them.
 
     The original runs once, when it is first needed; its hidden states behind the last block stay in `workdir`, and its
@@ -243,4 +243,4 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-__all__ = ["Yardstick", "evaluate", "kl"]
+__all__ = ["Evaluation", "evaluate", "kl"]

@@ -1,4 +1,4 @@
-"""A causal language model on its way through a run: swept block by block, measured on text."""
+"""A causal language model on its way through a run: result block by block, measured on text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, verify
-from effcli.language.evaluate import Yardstick
+from effcli.language.evaluate import Evaluation
 from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.layers.result import Progress, Swept
+from effcli.layers.result import PassResult, Progress
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
 from effcli.reports import card
@@ -49,7 +49,7 @@ class LanguageModel:
         self.source = source
         self._device = pick_device(self.recipe.device)
         self._windows: Windows | None = None
-        self._yardstick: Yardstick | None = None
+        self._evaluation: Evaluation | None = None
 
     @property
     def base(self) -> Path:
@@ -105,7 +105,7 @@ class LanguageModel:
 
     def open(self, work: Path) -> None:
         if self.recipe.evaluate.quality:
-            self._yardstick = Yardstick(
+            self._evaluation = Evaluation(
                 self.source,
                 self.recipe.evaluate,
                 work,
@@ -122,8 +122,8 @@ class LanguageModel:
         return Counts(count_weights(weights.skeleton), weights.nonzeros(), macs)
 
     def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
-        wanted, yardstick = self.recipe.evaluate, self._yardstick
-        known = yardstick.measure(checkpoint) if quality and yardstick is not None else None
+        wanted, evaluation = self.recipe.evaluate, self._evaluation
+        known = evaluation.measure(checkpoint) if quality and evaluation is not None else None
         timed = None
         if speed and wanted.latency:
             prefill, decode = self._timed(self._longest())
@@ -135,14 +135,14 @@ class LanguageModel:
                 device=self.recipe.device,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
-        return Measured(known, timed, remarks=tuple(yardstick.remarks) if yardstick is not None and first else ())
+        return Measured(known, timed, remarks=tuple(evaluation.remarks) if evaluation is not None and first else ())
 
     def footprint(self, checkpoint: Path) -> None:
         return None
 
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
-    ) -> Swept:
+    ) -> PassResult:
         windows = self._windows if step.needs else None
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 

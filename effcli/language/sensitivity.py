@@ -20,7 +20,7 @@ from torch import Tensor
 
 from effcli.errors import UnfinishedError
 from effcli.inputs.text import Windows
-from effcli.language.backward import Backward, WayOut
+from effcli.language.backward import Backward, GradientStream
 from effcli.language.evaluate import kl
 from effcli.language.forward import logits
 from effcli.language.spool import Spool
@@ -61,7 +61,7 @@ def layer_costs(
         # A small change of one layer must not drown in the rounding of all that follow; and many CPUs are far slower
         # at backward products of half precision.
         weights.skeleton.dtype = torch.float32
-    with WayOut(weights, with_head=True) as stream:
+    with GradientStream(weights, with_head=True) as stream:
         check_finite(weights.skeleton.model, "")
         return _WAYS[way](stream, variants, windows, work, progress, journal).carry_out()
 

@@ -41,7 +41,7 @@ from effcli.language.weights import CPU, Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
 from effcli.layers.engine import LayerEngine, with_gradients
 from effcli.layers.layer import LayerSite
-from effcli.layers.result import CARRIED, Progress, Swept, check_finite, check_tensor, dense_row, worst
+from effcli.layers.result import CARRIED, PassResult, Progress, check_finite, check_tensor, dense_row, worst
 from effcli.layers.selection import choose, needs_of
 from effcli.platform import memory
 from effcli.reports.report import LedgerRow
@@ -61,7 +61,7 @@ def sweep(
     progress: Progress = lambda done, total: None,
     trust_remote_code: bool = False,
     device: torch.device = CPU,
-) -> Swept:
+) -> PassResult:
     """Carry out `step` on the checkpoint `source` and write the checkpoint `target`, a directory that exists.
 
     work: a folder for what is unfinished; when it holds unfinished work of the same request, that is continued.
@@ -245,25 +245,25 @@ class _Sweep:
         write_shard(self.journal.part(name), part.tensors)
         self.journal.record(name, part.to_json())
 
-    def finish(self, target: Path) -> Swept:
+    def finish(self, target: Path) -> PassResult:
         """Join the parts into the target's shards and describe them in its config."""
         names = [_part_name(k) for k in range(len(self.skeleton.blocks))] + ["outside"]
-        swept, stored = Swept(), {}
+        result, stored = PassResult(), {}
         for name in names:
             part = self.journal.recall(PartRecord, name).read()
-            swept.ledger += part.ledger
-            swept.histograms += part.histograms
-            swept.remarks += [text for text in part.remarks if text not in swept.remarks]
+            result.ledger += part.ledger
+            result.histograms += part.histograms
+            result.remarks += [text for text in part.remarks if text not in result.remarks]
             stored.update(part.stored)
-        swept.histograms = worst(swept)
+        result.histograms = worst(result)
         if self.weights.head_note:
-            swept.remarks.append(self.weights.head_note)
+            result.remarks.append(self.weights.head_note)
         if self.carried:
-            swept.ledger += [
+            result.ledger += [
                 dense_row(key, "other", entry.shape, DTYPES[entry.dtype], CARRIED)
                 for key, entry in self.carried.items()
             ]
-            swept.remarks.append(
+            result.remarks.append(
                 f"carried over as they are: {len(self.carried)} tensors that this network does not use, such as "
                 f"{next(iter(self.carried))}"
             )
@@ -274,7 +274,7 @@ class _Sweep:
             config = untied(config)
         if obstacles:
             first, reason = next(iter(obstacles.items()))
-            swept.remarks.append(
+            result.remarks.append(
                 f"written in effcli's own layout, which effcli.load reads and stock loaders refuse: "
                 f"{len(obstacles)} layers have no place in the standard format, such as {first} ({reason})"
             )
@@ -286,7 +286,7 @@ class _Sweep:
         write_text(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
         self.journal.remove()
         self.progress(len(names), len(names))
-        return swept
+        return result
 
     def _standard(self, config: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
         path = self.skeleton.text_path

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from effcli.inputs.text import Windows
-from effcli.language.backward import WayOut, differentiable
+from effcli.language.backward import GradientStream, differentiable
 from effcli.language.block import OpenBlock, Part, open_head
 from effcli.language.calls import Call, kind_of
 from effcli.language.evaluate import kl
@@ -67,7 +67,7 @@ class Trials(ABC):
 
     def __init__(
         self,
-        stream: WayOut,
+        stream: GradientStream,
         variants: Sequence[Mapping[str, Choice]],
         windows: Windows,
         work: Path,

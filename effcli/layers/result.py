@@ -28,7 +28,7 @@ _HISTOGRAM_SAMPLE = 1 << 16
 
 
 @dataclass
-class Swept:
+class PassResult:
     """What a pass left besides its checkpoint."""
 
     ledger: list[LedgerRow] = field(default_factory=list)
@@ -54,10 +54,10 @@ def check_tensor(tensor: Tensor, name: str) -> None:
         raise NumericsError(f"{name} holds NaN or infinity", _DAMAGED)
 
 
-def worst(swept: Swept) -> list[Histogram]:
+def worst(result: PassResult) -> list[Histogram]:
     """The histograms of the layers that lost most."""
-    error = {row.name: row.output_error if row.output_error is not None else row.weight_error for row in swept.ledger}
-    ranked = sorted(swept.histograms, key=lambda item: -(error.get(item.layer) or 0.0))
+    error = {row.name: row.output_error if row.output_error is not None else row.weight_error for row in result.ledger}
+    ranked = sorted(result.histograms, key=lambda item: -(error.get(item.layer) or 0.0))
     return ranked[:WORST_LAYERS]
 
 

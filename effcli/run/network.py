@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from effcli.files.exporter import Exporter, Footprint
     from effcli.inputs.options import Evaluate
     from effcli.inputs.preprocess import Preprocess
-    from effcli.layers.result import Progress, Swept
+    from effcli.layers.result import PassResult, Progress
     from effcli.layers.selection import Choice
     from effcli.options import Options
     from effcli.reports.card import Layout
@@ -113,7 +113,7 @@ class RunNetwork(Protocol):
 
     def sweep(
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
-    ) -> Swept:
+    ) -> PassResult:
         """Carry out one pass; reference: the last checkpoint before any weight was compressed."""
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:

@@ -41,7 +41,7 @@ from effcli.search import stage as searching
 from effcli.search.stage import Position
 
 if TYPE_CHECKING:
-    from effcli.layers.result import Swept
+    from effcli.layers.result import PassResult
 
 # The report of a finished run, and why its exports ended early if they did.
 _Done = tuple[Report, EffcliError | None]
@@ -228,18 +228,18 @@ class _Run:
                 target.mkdir()
             memory.reset_peak()
             started = time.perf_counter()
-            swept = self._sweep(number, step, position.source, target, position.reference)
+            result = self._sweep(number, step, position.source, target, position.reference)
             seconds, peak = time.perf_counter() - started, memory.peak()
             measured = self._measured(target, step.name, step.config.model_dump(mode="json"))
             return measured.model_copy(
                 update={
                     "seconds": seconds,
                     "peak_memory": peak,
-                    "remarks": (*(remarks if step.needs else ()), *swept.remarks, *measured.remarks),
-                    "ledger": tuple(swept.ledger),
-                    "histograms": tuple(swept.histograms),
-                    "activations": tuple(swept.activations),
-                    "training": swept.training,
+                    "remarks": (*(remarks if step.needs else ()), *result.remarks, *measured.remarks),
+                    "ledger": tuple(result.ledger),
+                    "histograms": tuple(result.histograms),
+                    "activations": tuple(result.activations),
+                    "training": result.training,
                     "search": found,
                 }
             )
@@ -250,7 +250,7 @@ class _Run:
             shutil.rmtree(folder, ignore_errors=True)
         return stage
 
-    def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> Swept:
+    def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> PassResult:
         started = False
 
         def progress(done: int, total: int) -> None:

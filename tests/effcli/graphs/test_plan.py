@@ -104,10 +104,10 @@ def test_an_integer_network_is_planned_as_it_is_written(build: Any, steps: list[
     for number, step in enumerate(recipe.passes):
         target = tmp_path / str(number + 1)
         target.mkdir()
-        swept = graph_sweep(source, target, step, lambda: iter([inputs]))
+        result = graph_sweep(source, target, step, lambda: iter([inputs]))
         source = target
-    last = [row for row in found.rows if row.name in {each.name for each in swept.ledger}][-len(swept.ledger) :]
-    assert [(row.format, row.nbytes) for row in last] == [(row.format, row.nbytes) for row in swept.ledger]
+    last = [row for row in found.rows if row.name in {each.name for each in result.ledger}][-len(result.ledger) :]
+    assert [(row.format, row.nbytes) for row in last] == [(row.format, row.nbytes) for row in result.ledger]
     written = sum(array.nbytes for array in load_file(source / "effcli.safetensors").values())
     assert found.output_bytes == written
     assert f"({found.input_bytes / found.output_bytes:.2f} times smaller)" in found.remarks[0]
@@ -127,10 +127,10 @@ def test_an_embedding_stays_floating_until_the_network_is_of_integers(tmp_path: 
         (tmp_path / name).mkdir()
     graph.save(tmp_path / "before")
     recipe = check({"model": "net.pt2", "passes": [step]}).for_graph()
-    swept = graph_sweep(tmp_path / "before", tmp_path / "after", recipe.passes[0])
+    result = graph_sweep(tmp_path / "before", tmp_path / "after", recipe.passes[0])
     found = plan.make(recipe, graph)
     assert [(row.name, row.kind, row.format, row.nbytes) for row in found.rows] == [
-        (row.name, row.kind, row.format, row.nbytes) for row in swept.ledger
+        (row.name, row.kind, row.format, row.nbytes) for row in result.ledger
     ]
     assert ("rows.weight", "keep", 4 * 20 * 16) in [(row.name, row.status, row.nbytes) for row in found.rows]
     sizes = [

@@ -23,7 +23,7 @@ from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.walk import Walk
 from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.layers.statistics import Statistics
 from effcli.passes.quantize import awq
 from effcli.passes.quantize._affine import encode, extremes, nearest
@@ -34,7 +34,7 @@ LINEAR = {"linear": {"bits": 4}}
 ADAROUND: dict[str, Any] = {"adaround": {"iterations": 100}}
 
 
-def sweep(graph: Graph, folder: Path, step: Any, count: int = 12, **more: Any) -> tuple[Graph, Swept]:
+def sweep(graph: Graph, folder: Path, step: Any, count: int = 12, **more: Any) -> tuple[Graph, PassResult]:
     """What `step` makes of `graph`, read back from the disk."""
     number = next(_NUMBERS)
     source, target = folder / f"source-{number}", folder / f"target-{number}"
@@ -73,9 +73,9 @@ def grams_by_name(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Statistics]
 
 def test_every_layer_is_rounded_and_told_of(tmp_path: Path) -> None:
     graph = small_graphs.separable()
-    made, swept = sweep(graph, tmp_path, LINEAR)
-    assert [row.name for row in swept.ledger] == ["layer0", "layer2", "layer4", "layer7"]
-    for row in swept.ledger:
+    made, result = sweep(graph, tmp_path, LINEAR)
+    assert [row.name for row in result.ledger] == ["layer0", "layer2", "layer4", "layer7"]
+    for row in result.ledger:
         weight = weight_of(graph, row.name).flatten(1)
         expected = nearest(weight, Affine(4, "channel"), torch.float32)
         torch.testing.assert_close(weight_of(made, row.name).flatten(1), expected)
@@ -84,17 +84,17 @@ def test_every_layer_is_rounded_and_told_of(tmp_path: Path) -> None:
         assert row.output_error is None
         assert row.nbytes == sum(tensor.nbytes for tensor in made.stored[row.name].pack().values())
         assert row.bits_per_weight == pytest.approx(8 * row.nbytes / weight.numel())
-    assert [row.macs for row in swept.ledger] == [6 * 27 * 64, 6 * 9 * 64, 60 * 16, 640]
-    assert [row.parameters for row in swept.ledger] == [6 * 27 + 6, 6 * 9 + 6, 60 + 10, 640 + 4]
-    assert [row.kind for row in swept.ledger] == ["conv", "conv", "conv", "linear"]
-    assert {item.layer for item in swept.histograms} == {row.name for row in swept.ledger}
+    assert [row.macs for row in result.ledger] == [6 * 27 * 64, 6 * 9 * 64, 60 * 16, 640]
+    assert [row.parameters for row in result.ledger] == [6 * 27 + 6, 6 * 9 + 6, 60 + 10, 640 + 4]
+    assert [row.kind for row in result.ledger] == ["conv", "conv", "conv", "linear"]
+    assert {item.layer for item in result.histograms} == {row.name for row in result.ledger}
 
 
 def test_options_of_single_layers_and_layers_that_are_ignored(tmp_path: Path) -> None:
     step = {"linear": {"bits": 8, "ignore": ["layer0"], "layers": {"layer7": {"bits": 3, "group_size": 16}}}}
     graph = small_graphs.separable()
-    made, swept = sweep(graph, tmp_path, step)
-    rows = {row.name: row for row in swept.ledger}
+    made, result = sweep(graph, tmp_path, step)
+    rows = {row.name: row for row in result.ledger}
     assert (rows["layer0"].status, rows["layer0"].reason) == ("kept", "ignored by 'layer0'")
     assert rows["layer0"].format == "float32"
     assert rows["layer2"].format == "int8 channel asym"
@@ -130,13 +130,13 @@ def test_the_inputs_of_every_layer_are_summed_up(tmp_path: Path, monkeypatch: py
 def test_the_output_error_is_that_of_the_outputs(inputs: Any, tmp_path: Path) -> None:
     """Of each layer alone, on what it sees: the original network's values, or those of the layers made before it."""
     graph = small_graphs.separable()
-    made, swept = sweep(graph, tmp_path, ADAROUND, inputs=inputs)
+    made, result = sweep(graph, tmp_path, ADAROUND, inputs=inputs)
     source = graph if inputs == "original" else made
     walk = Walk(source, [small_graphs.inputs(graph)])
     for node in walk:
         if node.op != "call_module":
             continue
-        row = next(row for row in swept.ledger if row.name == node.name)
+        row = next(row for row in result.ledger if row.name == node.name)
         with torch.no_grad():
             outputs = []
             for network in (graph, made):
@@ -160,11 +160,11 @@ def test_compressed_inputs_are_those_of_the_layers_before(tmp_path: Path, monkey
     monkeypatch.setattr(AdaRound, "apply", apply)
     sweep(graph, tmp_path, ADAROUND, inputs="original")
     first = dict(found)
-    made, swept = sweep(graph, tmp_path, ADAROUND, inputs="compressed")
+    made, result = sweep(graph, tmp_path, ADAROUND, inputs="compressed")
     torch.testing.assert_close(found["layer0"].matrix, first["layer0"].matrix)
     torch.testing.assert_close(found["layer2"].matrix, 4 * first["layer2"].matrix)
-    assert [row.status for row in swept.ledger] == ["changed", "changed"]
-    assert [row.weight_error for row in swept.ledger] == pytest.approx([1, 1])
+    assert [row.status for row in result.ledger] == ["changed", "changed"]
+    assert [row.weight_error for row in result.ledger] == pytest.approx([1, 1])
     assert made.stored == {}
 
 
@@ -196,8 +196,8 @@ def test_a_layer_that_runs_twice(inputs: Any, tmp_path: Path, monkeypatch: pytes
         builder.module("a", shared, builder.module("a", shared, builder.input())), Facts(origin="test", shape=(3,))
     )
     found = grams_by_name(monkeypatch)
-    _, swept = sweep(graph, tmp_path, ADAROUND, inputs=inputs)
-    (row,) = swept.ledger
+    _, result = sweep(graph, tmp_path, ADAROUND, inputs=inputs)
+    (row,) = result.ledger
     assert found["a"][0].tokens == (24 if inputs == "original" else 12)
     assert row.macs == 18
     assert ("those of the first" in row.reason) == (inputs == "compressed")
@@ -236,13 +236,13 @@ def test_scales_change_nothing(name: str, inputs: Any, tmp_path: Path, monkeypat
     graph = make()
     before = graph.run(small_graphs.inputs(graph))
     Untouched.use(monkeypatch)
-    made, swept = sweep(graph, tmp_path, {"awq": {}}, inputs=inputs)
+    made, result = sweep(graph, tmp_path, {"awq": {}}, inputs=inputs)
     after = made.run(small_graphs.inputs(graph))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
-    folded = {row.notes["folded_into"] for row in swept.ledger if "folded_into" in row.notes}
+    folded = {row.notes["folded_into"] for row in result.ledger if "folded_into" in row.notes}
     assert folded == producers
     assert set(made.facts.rescaled) == producers
-    for row in swept.ledger:
+    for row in result.ledger:
         assert row.weight_error == pytest.approx(0, abs=1e-10)
         assert row.output_error == pytest.approx(0, abs=1e-10)
         assert ("folded_into" in row.notes) != row.reason.startswith("unscaled: ")
@@ -261,7 +261,7 @@ def test_the_error_of_scaled_layers_is_that_of_the_weights_as_they_were(
         return (factor if len(seen.magnitude) == 8 else torch.ones(6)), {}
 
     monkeypatch.setattr(awq.AWQ, "scale", scale)
-    made, swept = sweep(graph, tmp_path, {"awq": {"bits": 3}}, count=50)
+    made, result = sweep(graph, tmp_path, {"awq": {"bits": 3}}, count=50)
     inputs = small_graphs.inputs(graph, 50)
     first: Any = graph.layer("layer0")
     seen = {"layer0": inputs, "layer2": first(inputs).relu()}
@@ -269,7 +269,7 @@ def test_the_error_of_scaled_layers_is_that_of_the_weights_as_they_were(
         "layer0": weight_of(made, "layer0") * factor.unsqueeze(1),
         "layer2": weight_of(made, "layer2") / factor,
     }
-    for row in swept.ledger:
+    for row in result.ledger:
         weight, difference = weight_of(graph, row.name), amounts[row.name] - weight_of(graph, row.name)
         assert row.weight_error == pytest.approx(float((difference.norm() / weight.norm()).square()), rel=1e-4)
         errors = (seen[row.name] @ difference.t()).norm() / (seen[row.name] @ weight.t()).norm()
@@ -282,36 +282,36 @@ def test_awq_scales_convolutions_and_pays(tmp_path: Path) -> None:
     first: Any = graph.layer("layer2")
     with torch.no_grad():
         first.weight.mul_(torch.tensor([0.1, 1, 10, 0.1, 1, 10]).view(-1, 1, 1, 1))
-    made, swept = sweep(graph, tmp_path, {"awq": {"bits": 3}}, count=30)
+    made, result = sweep(graph, tmp_path, {"awq": {"bits": 3}}, count=30)
     plain, _ = sweep(graph, tmp_path, {"linear": {"bits": 3}})
-    notes = {row.name: row.notes for row in swept.ledger}
+    notes = {row.name: row.notes for row in result.ledger}
     assert notes["layer4"]["folded_into"] == "layer2"
     inputs = small_graphs.inputs(graph, 30)
     wanted = graph.run(inputs)
     assert float((made.run(inputs) - wanted).norm()) < float((plain.run(inputs) - wanted).norm())
 
 
-def reasons(swept: Swept) -> dict[str, str]:
-    return {row.name: row.reason for row in swept.ledger}
+def reasons(result: PassResult) -> dict[str, str]:
+    return {row.name: row.reason for row in result.ledger}
 
 
 def test_why_layers_stay_unscaled(tmp_path: Path) -> None:
-    _, swept = sweep(small_graphs.separable(), tmp_path, {"awq": {}})
-    found = reasons(swept)
+    _, result = sweep(small_graphs.separable(), tmp_path, {"awq": {}})
+    found = reasons(result)
     assert found["layer0"] == (
         "unscaled: no layer's output channels are its inputs, which come from input_1 (placeholder)"
     )
     assert found["layer2"] == "unscaled: it is a grouped convolution"
     assert not found["layer4"].startswith("unscaled")
-    _, swept = sweep(small_graphs.separable(), tmp_path, {"awq": {"ignore": ["layer2"]}})
-    assert reasons(swept)["layer4"] == "unscaled: layer2, which produces its input, is left alone"
-    assert reasons(swept)["layer2"] == "ignored by 'layer2'"
-    _, swept = sweep(small_graphs.separable(clip=True), tmp_path, {"awq": {}})
-    assert reasons(swept)["layer4"] == (
+    _, result = sweep(small_graphs.separable(), tmp_path, {"awq": {"ignore": ["layer2"]}})
+    assert reasons(result)["layer4"] == "unscaled: layer2, which produces its input, is left alone"
+    assert reasons(result)["layer2"] == "ignored by 'layer2'"
+    _, result = sweep(small_graphs.separable(clip=True), tmp_path, {"awq": {}})
+    assert reasons(result)["layer4"] == (
         "unscaled: hardtanh_1 (aten.hardtanh.default, net.py:3) stands between and clips"
     )
-    _, swept = sweep(small_graphs.residual(), tmp_path, {"awq": {}})
-    assert "also reads the channels" in reasons(swept)["block.a"]
+    _, result = sweep(small_graphs.residual(), tmp_path, {"awq": {}})
+    assert "also reads the channels" in reasons(result)["block.a"]
 
 
 def test_readers_with_other_patches_or_left_alone(tmp_path: Path) -> None:
@@ -322,10 +322,10 @@ def test_readers_with_other_patches_or_left_alone(tmp_path: Path) -> None:
     again = builder.module("d", small_graphs.seeded(nn.Conv2d(4, 3, 1), 3), trunk)
     total = builder.call("aten.add.Tensor", builder.call("aten.add.Tensor", left, right), again)
     graph = builder.finish(total, Facts(origin="test", shape=(2, 5, 5)))
-    _, swept = sweep(graph, tmp_path, {"awq": {}})
-    assert reasons(swept)["b"] == "unscaled: c reads the same channels in another way"
-    _, swept = sweep(graph, tmp_path, {"awq": {"ignore": ["d"]}})
-    assert reasons(swept)["c"] == "unscaled: d reads the same input and is left alone"
+    _, result = sweep(graph, tmp_path, {"awq": {}})
+    assert reasons(result)["b"] == "unscaled: c reads the same channels in another way"
+    _, result = sweep(graph, tmp_path, {"awq": {"ignore": ["d"]}})
+    assert reasons(result)["c"] == "unscaled: d reads the same input and is left alone"
 
 
 def test_a_scale_that_no_layer_can_take_in_stays_explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,11 +338,11 @@ def test_a_scale_that_no_layer_can_take_in_stays_explicit(tmp_path: Path, monkey
         return scales[int(group.channel.max()) + 1][group.channel], {}
 
     monkeypatch.setattr(awq.AWQ, "scale", scale)
-    made, swept = sweep(graph, tmp_path, {"awq": {"bits": 8, "without_pair": "explicit"}})
+    made, result = sweep(graph, tmp_path, {"awq": {"bits": 8, "without_pair": "explicit"}})
     stored = made.stored["layer2"]
     assert stored.input_scale is not None
     torch.testing.assert_close(stored.input_scale, scales[4].repeat_interleave(4))
-    assert reasons(swept)["layer2"].startswith("its scale stays explicit on its input: ")
+    assert reasons(result)["layer2"].startswith("its scale stays explicit on its input: ")
     torch.testing.assert_close(weight_of(made, "layer2"), weight_of(graph, "layer2"), rtol=0.1, atol=0.1)
     inputs = small_graphs.inputs(graph)
     torch.testing.assert_close(made.run(inputs), graph.run(inputs), rtol=0.05, atol=0.05)
@@ -375,8 +375,8 @@ def test_a_compressed_network_is_taken_again(tmp_path: Path) -> None:
     """What is left alone keeps its bytes; what is taken is rounded from what it stands for now."""
     graph = small_graphs.separable()
     first, _ = sweep(graph, tmp_path, {"linear": {"bits": 8}})
-    second, swept = sweep(first, tmp_path, {"linear": {"bits": 3, "ignore": ["layer0"]}})
-    rows = {row.name: row for row in swept.ledger}
+    second, result = sweep(first, tmp_path, {"linear": {"bits": 3, "ignore": ["layer0"]}})
+    rows = {row.name: row for row in result.ledger}
     assert (rows["layer0"].format, rows["layer0"].status) == ("int8 channel asym", "kept")
     torch.testing.assert_close(second.stored["layer0"].codes, first.stored["layer0"].codes, rtol=0, atol=0)
     expected = nearest(weight_of(first, "layer4").flatten(1), Affine(3, "channel"), torch.float32)
@@ -386,20 +386,20 @@ def test_a_compressed_network_is_taken_again(tmp_path: Path) -> None:
 def test_passes_over_the_whole_graph(tmp_path: Path) -> None:
     """Fold, equalize, round, correct the biases: each reads what the one before it wrote."""
     graph = small_graphs.residual()
-    folded, swept = sweep(graph, tmp_path, "fold")
-    rows = {row.name: row for row in swept.ledger}
+    folded, result = sweep(graph, tmp_path, "fold")
+    rows = {row.name: row for row in result.ledger}
     assert rows["stem"].status == "changed" and rows["stem"].notes == {"folded": ["stem_norm"]}
     assert rows["stem"].parameters == 8 * 27 + 8
     assert (rows["head"].status, rows["head"].notes) == ("kept", {})
-    even, swept = sweep(folded, tmp_path, "equalize")
-    assert {row.name for row in swept.ledger if row.status == "changed"} == {"block.a", "block.b"}
-    assert {item.layer for item in swept.histograms} == {"block.a", "block.b"}
+    even, result = sweep(folded, tmp_path, "equalize")
+    assert {row.name for row in result.ledger if row.status == "changed"} == {"block.a", "block.b"}
+    assert {item.layer for item in result.histograms} == {"block.a", "block.b"}
     rounded, _ = sweep(even, tmp_path, {"linear": {"bits": 3}})
     reference = tmp_path / "reference"
     reference.mkdir()
     even.save(reference)
-    made, swept = sweep(rounded, tmp_path, "bias_correction", reference=reference)
-    assert all(row.status == "changed" and row.format == "int3 channel asym" for row in swept.ledger)
+    made, result = sweep(rounded, tmp_path, "bias_correction", reference=reference)
+    assert all(row.status == "changed" and row.format == "int3 channel asym" for row in result.ledger)
     inputs = small_graphs.inputs(graph)
     wanted = graph.run(inputs)
     torch.testing.assert_close(even.run(inputs), wanted, rtol=1e-4, atol=1e-4)
@@ -419,10 +419,10 @@ def test_a_network_is_not_compared_with_itself(tmp_path: Path) -> None:
 
 
 def test_ignored_layers_are_not_for_passes_over_the_whole_graph(tmp_path: Path) -> None:
-    _, swept = sweep(small_graphs.residual(), tmp_path, {"fold": {"ignore": ["stem"]}})
-    rows = {row.name: row for row in swept.ledger}
+    _, result = sweep(small_graphs.residual(), tmp_path, {"fold": {"ignore": ["stem"]}})
+    rows = {row.name: row for row in result.ledger}
     assert (rows["stem"].status, rows["stem"].reason) == ("kept", "ignored by 'stem'")
-    assert swept.remarks == ["stem_norm stays: stem is ignored"]
+    assert result.remarks == ["stem_norm stays: stem is ignored"]
 
 
 def test_an_integer_network(tmp_path: Path) -> None:
@@ -431,14 +431,14 @@ def test_an_integer_network(tmp_path: Path) -> None:
     source.mkdir()
     target.mkdir()
     graph.save(source)
-    swept = graph_sweep(source, target, prepared("int8"), small_graphs.batches(graph))
+    result = graph_sweep(source, target, prepared("int8"), small_graphs.batches(graph))
     assert (target / "integer.json").is_file() and not (target / "graph.json").exists()
-    assert [row.name for row in swept.ledger] == ["stem", "block.a", "block.b", "head"]
-    for row in swept.ledger:
+    assert [row.name for row in result.ledger] == ["stem", "block.a", "block.b", "head"]
+    for row in result.ledger:
         assert (row.format, row.status) == ("int8 channel sym", "compressed")
         assert row.weight_error is not None and row.weight_error < 1e-3
         assert row.nbytes == math.prod(row.shape) + 5 * row.shape[0]
-    assert swept.activations
+    assert result.activations
 
 
 def test_an_integer_network_of_unfolded_layers_tells_no_error(tmp_path: Path) -> None:
@@ -447,8 +447,8 @@ def test_an_integer_network_of_unfolded_layers_tells_no_error(tmp_path: Path) ->
     source.mkdir()
     target.mkdir()
     graph.save(source)
-    swept = graph_sweep(source, target, prepared("int8"), small_graphs.batches(graph))
-    errors = {row.name: row.weight_error for row in swept.ledger}
+    result = graph_sweep(source, target, prepared("int8"), small_graphs.batches(graph))
+    errors = {row.name: row.weight_error for row in result.ledger}
     assert errors["stem"] is None
     assert errors["head"] is not None
 
@@ -460,9 +460,9 @@ def test_embeddings_and_other_matrices_stand_in_the_ledger(tmp_path: Path) -> No
     graph = builder.finish(
         builder.module("out", small_graphs.seeded(nn.Linear(4, 2), 0), node), Facts(origin="test", shape=(5, 4))
     )
-    made, swept = sweep(graph, tmp_path, LINEAR)
-    assert [(row.name, row.kind, row.nbytes) for row in swept.ledger][1:] == [("positions", "embedding", 80)]
-    assert swept.ledger[0].macs == 8 * 5
+    made, result = sweep(graph, tmp_path, LINEAR)
+    assert [(row.name, row.kind, row.nbytes) for row in result.ledger][1:] == [("positions", "embedding", 80)]
+    assert result.ledger[0].macs == 8 * 5
     assert made.weights() == graph.weights()
 
 

@@ -22,7 +22,7 @@ from effcli.graphs import training
 from effcli.graphs.graph import Graph
 from effcli.graphs.training import train, train_graph
 from effcli.layers.contract import Layer, LayerPass, Needs, NetworkPass, Outcome, Step, TrainPass, Transformed
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.passes.quantize.linear import Linear
 from effcli.run.recipe import PassStep
 from effcli.training import loop
@@ -77,7 +77,9 @@ def labelled(graph: Graph, count: int = 40) -> Held:
     return Held(inputs, other.run(inputs).argmax(1).numpy())
 
 
-def carried_out(config: TrainPass, tmp_path: Path, data: Held | None, graph: Graph | None = None, **more: Any) -> Swept:
+def carried_out(
+    config: TrainPass, tmp_path: Path, data: Held | None, graph: Graph | None = None, **more: Any
+) -> PassResult:
     source, target = tmp_path / "source", tmp_path / "target"
     for folder in (source, target):
         folder.mkdir(exist_ok=True)
@@ -95,17 +97,17 @@ def mean_loss(graph: Graph, data: Held) -> float:
 def test_labels_are_learnt(tmp_path: Path) -> None:
     graph = small_graphs.separable()
     data = labelled(graph)
-    swept = carried_out(Tune(epochs=8), tmp_path, data)
+    result = carried_out(Tune(epochs=8), tmp_path, data)
     made = Graph.read(tmp_path / "target")
     before, after = mean_loss(graph, data), mean_loss(made, data)
     assert after < 0.6 * before
-    assert {row.status for row in swept.ledger} == {"changed"} and len(swept.histograms) == 4
-    assert all(row.notes["norm"] == pytest.approx(float(made.layer(row.name).weight.norm())) for row in swept.ledger)
-    assert swept.training is not None and swept.training.measured == "loss on the calibration inputs"
-    assert swept.training.errors[0][1] == pytest.approx(before, rel=1e-5)
-    assert dict(swept.training.errors)[swept.training.kept] == pytest.approx(after, rel=1e-5)
-    assert swept.remarks == [f"loss on the calibration inputs: {before:.3g} before training, {after:.3g} after"]
-    assert swept.training.curve[-1][0] == swept.training.steps == 40
+    assert {row.status for row in result.ledger} == {"changed"} and len(result.histograms) == 4
+    assert all(row.notes["norm"] == pytest.approx(float(made.layer(row.name).weight.norm())) for row in result.ledger)
+    assert result.training is not None and result.training.measured == "loss on the calibration inputs"
+    assert result.training.errors[0][1] == pytest.approx(before, rel=1e-5)
+    assert dict(result.training.errors)[result.training.kept] == pytest.approx(after, rel=1e-5)
+    assert result.remarks == [f"loss on the calibration inputs: {before:.3g} before training, {after:.3g} after"]
+    assert result.training.curve[-1][0] == result.training.steps == 40
     for name, parameter in graph.module.named_parameters():
         same = torch.equal(parameter, made.module.get_parameter(name))
         assert same == name.endswith("bias"), name
@@ -156,8 +158,8 @@ def test_without_a_pass_before_the_original_is_the_network_itself() -> None:
 
 def test_weights_that_are_rounded_while_they_are_trained(tmp_path: Path) -> None:
     data = labelled(small_graphs.separable())
-    swept = carried_out(Rounded(epochs=3, learning_rate=1e-4, layers={"layer7": {"bits": 8}}), tmp_path, data)
-    rows = {row.name: row for row in swept.ledger}
+    result = carried_out(Rounded(epochs=3, learning_rate=1e-4, layers={"layer7": {"bits": 8}}), tmp_path, data)
+    rows = {row.name: row for row in result.ledger}
     assert {name: row.status for name, row in rows.items()} == {
         "layer0": "compressed",
         "layer2": "kept",
@@ -165,7 +167,7 @@ def test_weights_that_are_rounded_while_they_are_trained(tmp_path: Path) -> None
         "layer7": "compressed",
     }
     assert rows["layer0"].format.startswith("int4") and rows["layer7"].format.startswith("int8")
-    assert swept.remarks[:2] == [f"{name} stays as it is: it has no weight" for name in ("layer2", "layer4")]
+    assert result.remarks[:2] == [f"{name} stays as it is: it has no weight" for name in ("layer2", "layer4")]
     assert set(Graph.read(tmp_path / "target").stored) == {"layer0", "layer7"}
 
 
@@ -180,11 +182,11 @@ def test_the_seed_is_the_recipes_unless_the_pass_has_one(tmp_path: Path) -> None
 
 def test_what_is_not_chosen_stays(tmp_path: Path) -> None:
     graph = small_graphs.separable()
-    swept = carried_out(Tune(epochs=1, ignore=("layer0", "layer4")), tmp_path, labelled(graph))
+    result = carried_out(Tune(epochs=1, ignore=("layer0", "layer4")), tmp_path, labelled(graph))
     made = Graph.read(tmp_path / "target")
     same = [torch.equal(graph.layer(name).weight, made.layer(name).weight) for name in ("layer0", "layer4", "layer7")]
     assert same == [True, True, False]
-    assert [row.reason for row in swept.ledger if row.status == "kept"] == [
+    assert [row.reason for row in result.ledger if row.status == "kept"] == [
         "ignored by 'layer0'",
         "ignored by 'layer4'",
     ]
@@ -271,9 +273,9 @@ def test_it_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             carried_out(config, tmp_path, data, work=work, progress=kill)
         (tmp_path / "target" / "effcli.safetensors").unlink()
         told: list[tuple[int, int]] = []
-        swept = carried_out(config, tmp_path, data, work=work, progress=lambda *at, told=told: told.append(at))
+        result = carried_out(config, tmp_path, data, work=work, progress=lambda *at, told=told: told.append(at))
         assert (tmp_path / "target" / "effcli.safetensors").read_bytes() == expected
-        assert swept == whole and told == [(k, 9) for k in range(at, 10)]
+        assert result == whole and told == [(k, 9) for k in range(at, 10)]
     told = []
     carried_out(Tune(epochs=2), tmp_path, data, work=tmp_path / "work-4", progress=lambda *at: told.append(at))
     assert told[0][0] == 0, "other options begin anew"

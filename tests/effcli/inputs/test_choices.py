@@ -193,13 +193,13 @@ def test_streamed_scores_equal_a_plain_loop(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(json.dumps(question) for question in questions))
     options = Evaluate(perplexity=False, choices=str(file), latency=False)
-    yardstick = evaluate.Yardstick(folder, options, tmp_path)
-    quality = yardstick.measure(folder)
+    evaluation = evaluate.Evaluation(folder, options, tmp_path)
+    quality = evaluation.measure(folder)
     assert quality.accuracy == pytest.approx(sum(right) / len(right))
     assert quality.examples == len(questions)
-    assert yardstick._task is not None
+    assert evaluation._task is not None
     for key, value in expected.items():
-        assert yardstick._task._likelihood[key] == pytest.approx(value, rel=1e-4)
+        assert evaluation._task._likelihood[key] == pytest.approx(value, rel=1e-4)
 
 
 def test_the_context_behind_which_the_continuation_is_likeliest_is_the_answer(tmp_path: Path) -> None:

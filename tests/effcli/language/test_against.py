@@ -35,9 +35,9 @@ def compress(source: Path, target: Path, step: str) -> list[Stage]:
     target.mkdir(parents=True)
     windows = Windows([torch.randint(3, 1000, (4, 24), generator=torch.Generator().manual_seed(0))])
     made = PassStep.model_validate(parse_pass(step))
-    swept = sweep(source, target, made, windows, target.parent / "work")
+    result = sweep(source, target, made, windows, target.parent / "work")
     first = Stage(name="input", nbytes=1, weights=1, bits_per_weight=32)
-    return [first, first.model_copy(update={"name": made.name, "ledger": tuple(swept.ledger)})]
+    return [first, first.model_copy(update={"name": made.name, "ledger": tuple(result.ledger)})]
 
 
 def changed(folder: Path, change: Change) -> None:

@@ -14,7 +14,7 @@ from effcli import runtime
 from effcli.errors import DataError, NumericsError
 from effcli.files import locate as samples
 from effcli.language import evaluate, forward
-from effcli.language.evaluate import Yardstick
+from effcli.language.evaluate import Evaluation
 from effcli.language.sweep import sweep
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import Evaluate, PassStep
@@ -78,15 +78,15 @@ def test_agrees_with_a_plain_loop(name: str, asset: Callable[[str], Path], tmp_p
     content = samples.EVALUATION_TEXT.read_text(encoding="utf-8")
     windows = torch.tensor(AutoTokenizer.from_pretrained(source)(content, verbose=False).input_ids[: 4 * 64])
     original = AutoModelForCausalLM.from_pretrained(source).eval()
-    yardstick = Yardstick(source, options, tmp_path)
-    measured = yardstick.measure(source)
+    evaluation = Evaluation(source, options, tmp_path)
+    measured = evaluation.measure(source)
     expected, _ = plain(original, windows.view(4, 64))
     assert measured.perplexity == pytest.approx(expected, rel=1e-3)
     assert measured.kl == 0.0
     assert measured.tokens == 4 * 63
     for bits in (3, 8):
         output = compress(source, tmp_path / f"int{bits}", f"linear:bits={bits},group_size=32")
-        measured = yardstick.measure(output)
+        measured = evaluation.measure(output)
         # GPT-2 is written in effcli's own layout, which only effcli loads.
         own = "gpt2" in name
         network = runtime.load(output, packed=False) if own else AutoModelForCausalLM.from_pretrained(output)
@@ -100,7 +100,7 @@ def test_agrees_with_a_plain_loop(name: str, asset: Callable[[str], Path], tmp_p
 def test_the_command_measures_the_same(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source")
     output = compress(source, tmp_path / "int4", "linear:bits=4,group_size=16")
-    expected = Yardstick(source, small(), tmp_path).measure(output)
+    expected = Evaluation(source, small(), tmp_path).measure(output)
     assert evaluate.evaluate(str(output), small(), reference=str(source)) == expected
     alone = evaluate.evaluate(str(output), small())
     assert alone.kl is None
@@ -118,7 +118,7 @@ def test_uniform_logits_have_the_perplexity_of_their_number(tmp_path: Path) -> N
 def test_a_copy_diverges_by_nothing(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source")
     copy = shutil.copytree(source, tmp_path / "copy")
-    quality = Yardstick(source, small(), tmp_path).measure(copy)
+    quality = Evaluation(source, small(), tmp_path).measure(copy)
     assert quality.kl == 0.0
 
 
@@ -141,24 +141,24 @@ def test_the_size_of_the_chunks_changes_nothing(tmp_path: Path, monkeypatch: pyt
 def test_the_original_runs_once_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny(tmp_path / "source")
     outputs = [compress(source, tmp_path / f"int{bits}", f"linear:bits={bits},group_size=16") for bits in (3, 8)]
-    work = tmp_path / "yardstick"
+    work = tmp_path / "evaluation"
     work.mkdir()
     seen = []
     last_hidden = evaluate.last_hidden
     monkeypatch.setattr(
         evaluate, "last_hidden", lambda stream, *rest: seen.append(stream) or last_hidden(stream, *rest)
     )
-    yardstick = Yardstick(source, small(), work)
-    coarse, fine = (yardstick.measure(output) for output in outputs)
+    evaluation = Evaluation(source, small(), work)
+    coarse, fine = (evaluation.measure(output) for output in outputs)
     assert [stream.weights.checkpoint.path for stream in seen] == [outputs[0], source, outputs[1]]
     assert coarse.kl is not None and fine.kl is not None
     assert coarse.kl > 10 * fine.kl > 0
-    yardstick.close()
+    evaluation.close()
     assert list(work.iterdir()) == []
 
 
 def test_nothing_asked_nothing_measured(tmp_path: Path) -> None:
-    quality = Yardstick(tmp_path, Evaluate.nothing(), tmp_path).measure(tmp_path)
+    quality = Evaluation(tmp_path, Evaluate.nothing(), tmp_path).measure(tmp_path)
     assert quality.perplexity is None and quality.accuracy is None and quality.kl is None
 
 

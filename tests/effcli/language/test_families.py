@@ -20,7 +20,7 @@ from effcli.language.model import LanguageModel
 from effcli.language.stream import Stream
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.platform.huggingface import logits_of
 from effcli.run.recipe import PassStep, check
 
@@ -37,7 +37,7 @@ def windows() -> Windows:
     return Windows([torch.randint(3, 1000, (4, 24), generator=torch.Generator().manual_seed(0))])
 
 
-def carry_out(source: Path, target: Path, step: dict[str, Any]) -> Swept:
+def carry_out(source: Path, target: Path, step: dict[str, Any]) -> PassResult:
     target.mkdir()
     return sweep(source, target, PassStep.model_validate(step), windows(), target.parent / "work")
 
@@ -70,8 +70,8 @@ def test_the_parts_of_a_forward_pass_give_what_the_whole_gives(family: Path) -> 
 
 def test_a_block_that_text_does_not_reach_is_said(tmp_path: Path) -> None:
     source = architectures.make_family("mllama", tmp_path / "model")
-    swept = carry_out(source, tmp_path / "out", AWQ)
-    reasons = {row.name: row.reason for row in swept.ledger}
+    result = carry_out(source, tmp_path / "out", AWQ)
+    reasons = {row.name: row.reason for row in result.ledger}
     for layer in ("cross_attn.q_proj", "mlp.down_proj"):
         assert "no calibration token reached it" in reasons[f"model.language_model.layers.1.{layer}"]
     assert reasons["model.language_model.layers.0.self_attn.q_proj"] == ""
@@ -146,8 +146,8 @@ def test_parameters_that_have_no_tensor_of_their_own_are_found(
     weights, stock = open_weights(source), AutoModelForCausalLM.from_pretrained(source)
     for name in weights.skeleton.parameters():
         assert torch.equal(weights.parameter(name), stock.state_dict()[name]), name
-    swept = carry_out(source, tmp_path / "out", {"linear": {"bits": 8, "group_size": 8}})
-    assert sum(row.status == "compressed" for row in swept.ledger) >= 12
+    result = carry_out(source, tmp_path / "out", {"linear": {"bits": 8, "group_size": 8}})
+    assert sum(row.status == "compressed" for row in result.ledger) >= 12
     ids = torch.arange(10)[None]
     with torch.inference_mode():
         before, after = stock(ids).logits, logits_of(runtime.load(tmp_path / "out"), ids)

@@ -28,7 +28,7 @@ from effcli.language import sweep, verify
 from effcli.language.journal import Journal
 from effcli.language.weights import open_weights
 from effcli.layers.contract import Group, Layer, Outcome
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.passes.quantize import awq
 from effcli.run.recipe import PassStep
 
@@ -45,7 +45,7 @@ def windows(inputs: str = "original") -> Windows:
 
 def carry_out(
     source: Path, target: Path, step: dict[str, Any], calibration: Windows | None = None, **more: Any
-) -> Swept:
+) -> PassResult:
     target.mkdir(exist_ok=True)
     work = target.with_name(target.name + "-work")
     made = sweep.sweep(source, target, PassStep.model_validate(step), calibration or windows(), work)
@@ -264,19 +264,19 @@ def test_the_ledger_accounts_for_every_byte(
     name: str, changes: dict[str, Any], step: dict[str, Any], tmp_path: Path
 ) -> None:
     source = architectures.make(name, tmp_path / "model", torch.bfloat16, **changes)
-    swept = carry_out(source, tmp_path / "out", step)
+    result = carry_out(source, tmp_path / "out", step)
     entries = Checkpoint.open(tmp_path / "out").entries
     packed = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
     vectors = sum(e.nbytes for name, e in entries.items() if len(e.shape) == 1 and not name.endswith(packed))
-    assert sum(row.nbytes for row in swept.ledger) + vectors == sum(entry.nbytes for entry in entries.values())
-    names = [row.name for row in swept.ledger]
+    assert sum(row.nbytes for row in result.ledger) + vectors == sum(entry.nbytes for entry in entries.values())
+    names = [row.name for row in result.ledger]
     assert len(set(names)) == len(names)
     skeleton = open_weights(source, False).skeleton
     layers = {site.name for k in range(2) for site in skeleton.block_layers(k)} | {
         s.name for s in skeleton.outer_layers()
     }
     assert layers <= set(names)
-    for row in swept.ledger:
+    for row in result.ledger:
         assert row.status == "compressed" or row.reason
         assert row.bits_per_weight == pytest.approx(8 * row.nbytes / torch.Size(row.shape).numel())
 
@@ -284,9 +284,9 @@ def test_the_ledger_accounts_for_every_byte(
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_linear_by_another_computation(symmetric: bool, llama: Path, tmp_path: Path) -> None:
     step = {"linear": {"bits": 3, "group_size": 32, "symmetric": symmetric, "ignore": ["*.k_proj"]}}
-    swept = carry_out(llama, tmp_path / "out", step)
+    result = carry_out(llama, tmp_path / "out", step)
     before, after = load_file(llama / "model.safetensors"), open_weights(tmp_path / "out", False)
-    rows = {row.name: row for row in swept.ledger}
+    rows = {row.name: row for row in result.ledger}
     for name, weight in before.items():
         module = name.removesuffix(".weight")
         if "proj" not in name or "k_proj" in name:
@@ -327,11 +327,11 @@ def test_folded_scales_leave_the_network_as_it_was(
     """In float32, with no quantization to hide behind; the output is a plain checkpoint that transformers loads."""
     source = architectures.make(name, tmp_path / "model")
     fold_alone(3, monkeypatch)
-    swept = carry_out(source, tmp_path / "out", {"awq": {"group_size": 32, "without_pair": without_pair}})
+    result = carry_out(source, tmp_path / "out", {"awq": {"group_size": 32, "without_pair": without_pair}})
     monkeypatch.undo()
-    folded = [row for row in swept.ledger if "folded_into" in row.notes]
+    folded = [row for row in result.ledger if "folded_into" in row.notes]
     assert len(folded) >= 2 * 3
-    unfolded = [row for row in swept.ledger if row.status == "compressed" and row not in folded]
+    unfolded = [row for row in result.ledger if row.status == "compressed" and row not in folded]
     assert all(row.reason.startswith(("unscaled: ", "its scale stays explicit")) for row in unfolded)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert sum(key in after and not after[key].equal(value) for key, value in before.items()) >= 2 * 4
@@ -341,21 +341,23 @@ def test_folded_scales_leave_the_network_as_it_was(
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "falcon"])
 def test_awq_at_eight_bits_changes_little(name: str, tmp_path: Path) -> None:
     source = architectures.make(name, tmp_path / "model")
-    swept = carry_out(source, tmp_path / "out", {"awq": {"bits": 8, "group_size": 16, "clip": False}})
+    result = carry_out(source, tmp_path / "out", {"awq": {"bits": 8, "group_size": 16, "clip": False}})
     expected, actual = original(source), logits(runtime.load(tmp_path / "out", packed=False))
     assert float((actual - expected).norm() / expected.norm()) < 0.02
-    assert all(row.output_error is not None and row.output_error < 1e-4 for row in swept.ledger if row.status != "kept")
+    assert all(
+        row.output_error is not None and row.output_error < 1e-4 for row in result.ledger if row.status != "kept"
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "mixtral"])
 def test_scales_without_a_producer_stay_on_the_input(name: str, tmp_path: Path) -> None:
     source = architectures.make(name, tmp_path / "model")
     step = {"awq": {"bits": 3, "group_size": 32, "without_pair": "explicit"}}
-    swept = carry_out(source, tmp_path / "out", step)
-    explicit = [row for row in swept.ledger if row.reason.startswith("its scale stays explicit")]
+    result = carry_out(source, tmp_path / "out", step)
+    explicit = [row for row in result.ledger if row.reason.startswith("its scale stays explicit")]
     assert explicit
     assert is_own(read_config(tmp_path / "out"))
-    assert any("which effcli.load reads and stock loaders refuse" in text for text in swept.remarks)
+    assert any("which effcli.load reads and stock loaders refuse" in text for text in result.remarks)
     weights = open_weights(tmp_path / "out", False)
     for row in explicit:
         packed = weights.packed(row.name)
@@ -374,12 +376,12 @@ def test_a_second_pass_leaves_packed_layers_as_they_are(llama: Path, tmp_path: P
     first, second = tmp_path / "first", tmp_path / "second"
     carry_out(llama, first, {"awq": {"bits": 3, "symmetric": True, "ignore": ["*.down_proj"]}})
     rest = ["*.self_attn.*", "*.gate_proj", "*.up_proj"]
-    swept = carry_out(first, second, {"linear": {"bits": 8, "symmetric": True, "ignore": rest}})
+    result = carry_out(first, second, {"linear": {"bits": 8, "symmetric": True, "ignore": rest}})
     before, after = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     for name, tensor in before.items():
         if "down_proj" not in name:
             torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
-    formats = {row.name: (row.format, row.status) for row in swept.ledger}
+    formats = {row.name: (row.format, row.status) for row in result.ledger}
     assert formats["model.layers.3.mlp.up_proj"] == ("int3 g64 sym", "kept")
     assert formats["model.layers.3.mlp.down_proj"] == ("int8 g64 sym", "compressed")
     stock = AutoModelForCausalLM.from_pretrained(second).eval()
@@ -389,10 +391,10 @@ def test_a_second_pass_leaves_packed_layers_as_they_are(llama: Path, tmp_path: P
 def test_a_second_awq_does_not_fold_into_what_packed_layers_read(llama: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     carry_out(llama, first, {"linear": {"bits": 4, "ignore": ["*.v_proj", "*.down_proj"]}})
-    swept = carry_out(
+    result = carry_out(
         first, second, {"awq": {"bits": 4, "ignore": ["*.q_proj", "*.k_proj", "*.o_proj", "*.gate_proj", "*.up_proj"]}}
     )
-    rows = {row.name: row for row in swept.ledger}
+    rows = {row.name: row for row in result.ledger}
     assert rows["model.layers.0.self_attn.v_proj"].reason.endswith("reads the same input and is left alone")
     assert rows["model.layers.0.mlp.down_proj"].reason.endswith("which produces its input, is left alone")
     before, after = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
@@ -404,8 +406,8 @@ def test_experts_that_no_calibration_token_reached(tmp_path: Path) -> None:
     """One token repeated goes to the same two of the four experts at every place."""
     source = architectures.make("mixtral", tmp_path / "model")
     calibration = Windows([torch.full((2, 16), 7)])
-    swept = carry_out(source, tmp_path / "out", {"awq": {"bits": 4}}, calibration)
-    experts = {row.name: row for row in swept.ledger if row.name.startswith("model.layers.0.mlp.experts.")}
+    result = carry_out(source, tmp_path / "out", {"awq": {"bits": 4}}, calibration)
+    experts = {row.name: row for row in result.ledger if row.name.startswith("model.layers.0.mlp.experts.")}
     unused = {name for name, row in experts.items() if row.output_error is None}
     assert len(experts) == 8
     assert len(unused) == 4
@@ -429,12 +431,12 @@ def test_experts_that_stay_dense_load_with_the_stock_loader(tmp_path: Path) -> N
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_output_head(tied: bool, step: dict[str, Any], tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path / "model", tie_word_embeddings=tied)
-    swept = carry_out(source, tmp_path / "out", step)
-    row = next(row for row in swept.ledger if row.name == "lm_head")
+    result = carry_out(source, tmp_path / "out", step)
+    row = next(row for row in result.ledger if row.name == "lm_head")
     assert (row.format, row.status) == ("int4 g64 asym", "compressed")
     assert (row.output_error is not None) == ("awq" in step)
     assert row.reason == ("unscaled: it stands outside the blocks" if "awq" in step else "")
-    assert any("was tied to the input embedding" in text for text in swept.remarks) == tied
+    assert any("was tied to the input embedding" in text for text in result.remarks) == tied
     assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
     before, weights = load_file(source / "model.safetensors"), open_weights(tmp_path / "out", False)
     embedding = before["model.embed_tokens.weight"]
@@ -463,8 +465,8 @@ def test_a_head_that_differs_from_the_embedding_is_kept_though_the_config_ties_t
 ) -> None:
     head = torch.randn(architectures.VOCABULARY, 64, generator=torch.Generator().manual_seed(2)) * 0.1
     source = tied_but(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": head}))
-    swept = carry_out(source, tmp_path / "out", step)
-    assert any("lm_head.weight differs from the input embedding" in text for text in swept.remarks)
+    result = carry_out(source, tmp_path / "out", step)
+    assert any("lm_head.weight differs from the input embedding" in text for text in result.remarks)
     assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
     weights = open_weights(tmp_path / "out", False)
     if "linear" in step:
@@ -480,8 +482,8 @@ def test_a_tied_weight_that_the_file_names_after_the_head_is_read(tmp_path: Path
 
     source = tied_but(tmp_path / "model", rename)
     embedding = load_file(source / "model.safetensors")["lm_head.weight"]
-    swept = carry_out(source, tmp_path / "out", LINEAR)
-    assert any("share is stored as model.embed_tokens.weight" in text for text in swept.remarks)
+    result = carry_out(source, tmp_path / "out", LINEAR)
+    assert any("share is stored as model.embed_tokens.weight" in text for text in result.remarks)
     assert open_weights(tmp_path / "out", False).parameter("model.embed_tokens.weight").equal(embedding)
     torch.testing.assert_close(logits(runtime.load(source)), original(source), rtol=1e-5, atol=1e-5)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -494,8 +496,8 @@ def test_an_equal_copy_of_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     source = tied_but(
         tmp_path / "model", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     )
-    swept = carry_out(source, tmp_path / "out", LINEAR)
-    assert any("lm_head.weight is equal to the input embedding" in text for text in swept.remarks)
+    result = carry_out(source, tmp_path / "out", LINEAR)
+    assert any("lm_head.weight is equal to the input embedding" in text for text in result.remarks)
     assert open_weights(tmp_path / "out", False).skeleton.tied
 
 
@@ -508,9 +510,9 @@ def test_every_tensor_beside_the_language_model_is_carried_over(step: dict[str, 
     tensors = load_file(source / "model.safetensors")
     tensors["mtp.layers.0.weight"], tensors["mtp.norm.weight"] = torch.randn(3, 5), torch.ones(3, dtype=torch.bfloat16)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    swept = carry_out(source, tmp_path / "out", step)
-    assert any("carried over as they are: 2 tensors" in text for text in swept.remarks)
-    rows = {row.name: row for row in swept.ledger}
+    result = carry_out(source, tmp_path / "out", step)
+    assert any("carried over as they are: 2 tensors" in text for text in result.remarks)
+    rows = {row.name: row for row in result.ledger}
     assert rows["mtp.layers.0.weight"].nbytes == 60 and "carried over" in rows["mtp.norm.weight"].reason
     carry_out(tmp_path / "out", tmp_path / "again", {"linear": {"bits": 8, "ignore": ["*.q_proj"]}})
     for folder in (tmp_path / "out", tmp_path / "again"):
@@ -538,13 +540,13 @@ def test_packed_layers_that_the_network_does_not_have_stay_as_they_are(llama: Pa
     carry_out(llama, tmp_path / "first", LINEAR)
     config = read_config(tmp_path / "first")
     (tmp_path / "first" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    swept = carry_out(tmp_path / "first", tmp_path / "out", {"linear": {"bits": 8}})
+    result = carry_out(tmp_path / "first", tmp_path / "out", {"linear": {"bits": 8}})
     before, after = load_file(tmp_path / "first" / "model.safetensors"), Checkpoint.open(tmp_path / "out")
     last = {name: tensor for name, tensor in before.items() if name.startswith("model.layers.3.")}
     assert any(name.endswith("weight_packed") for name in last)
     assert all(after.read(name).equal(tensor) for name, tensor in last.items())
     assert verify.verify(tmp_path / "out").passed
-    assert any(f"carried over as they are: {len(last)} tensors" in text for text in swept.remarks)
+    assert any(f"carried over as they are: {len(last)} tensors" in text for text in result.remarks)
 
 
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
@@ -567,14 +569,14 @@ def test_what_stock_transformers_can_read_is_written_for_it(
 ) -> None:
     """It reads zero points only where all layers have the same bits; else the layout is effcli's own, and says so."""
     step = {"linear": {"bits": 4, **options, "layers": {"*.down_proj": override} if override else {}}}
-    swept = carry_out(llama, tmp_path / "out", step)
+    result = carry_out(llama, tmp_path / "out", step)
     assert is_own(read_config(tmp_path / "out")) != standard
     reference = logits(runtime.load(tmp_path / "out", packed=False))
     if standard:
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         torch.testing.assert_close(logits(stock), reference, rtol=0.02, atol=0.02)
     else:
-        assert any("mixed bits only where all layers are symmetric" in text for text in swept.remarks)
+        assert any("mixed bits only where all layers are symmetric" in text for text in result.remarks)
 
 
 def rewritten(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -631,14 +633,14 @@ def test_large_activations_in_float16_are_no_overflow(tmp_path: Path) -> None:
     def enlarge(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.input_layernorm.weight"] *= 200
 
-    swept = carry_out(rewritten(source, tmp_path / "large", enlarge), tmp_path / "out", AWQ)
-    assert all(row.output_error is not None for row in swept.ledger if row.status == "compressed")
+    result = carry_out(rewritten(source, tmp_path / "large", enlarge), tmp_path / "out", AWQ)
+    assert all(row.output_error is not None for row in result.ledger if row.status == "compressed")
 
 
 def test_tensors_that_the_network_does_not_use_are_carried_and_said(llama: Path, tmp_path: Path) -> None:
     source = rewritten(llama, tmp_path / "model", lambda tensors: tensors.update({"model.mtp.weight": torch.ones(2)}))
-    swept = carry_out(source, tmp_path / "out", LINEAR)
-    assert any("model.mtp.weight" in text for text in swept.remarks)
+    result = carry_out(source, tmp_path / "out", LINEAR)
+    assert any("model.mtp.weight" in text for text in result.remarks)
     assert Checkpoint.open(tmp_path / "out").read("model.mtp.weight").equal(torch.ones(2))
 
 

@@ -19,10 +19,10 @@ from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.options import Evaluate
 from effcli.inputs.text import Windows
-from effcli.language.evaluate import Yardstick
+from effcli.language.evaluate import Evaluation
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.run import pipeline
 from effcli.run import recipe as recipes
 from effcli.run.recipe import PassStep
@@ -46,7 +46,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {key: checkpoint.read(key) for key in checkpoint.entries}
 
 
-def assert_alike(found: Swept, expected: Swept) -> None:
+def assert_alike(found: PassResult, expected: PassResult) -> None:
     """Other kernels round sums of activations otherwise; weights alone are rounded the same."""
     for mine, theirs in zip(found.ledger, expected.ledger, strict=True):
         errors = [row.model_dump(include={"weight_error", "output_error"}) for row in (mine, theirs)]
@@ -126,8 +126,8 @@ def test_evaluation(tmp_path: Path) -> None:
         folder = tmp_path / f"work-{elsewhere}"
         folder.mkdir()
         with present(elsewhere) as device:
-            yardstick = Yardstick(source, options, folder, device=device)
-            found.append([yardstick.measure(source), yardstick.measure(changed)])
+            evaluation = Evaluation(source, options, folder, device=device)
+            found.append([evaluation.measure(source), evaluation.measure(changed)])
     for there, here in zip(*found, strict=True):
         assert there.perplexity == pytest.approx(here.perplexity, rel=1e-3)
         assert there.kl == pytest.approx(here.kl, abs=1e-4) and there.accuracy == here.accuracy

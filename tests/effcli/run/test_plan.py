@@ -14,7 +14,7 @@ from effcli.errors import CheckpointError, SelectionError
 from effcli.files.checkpoint import Checkpoint
 from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.run import plan
 from effcli.run.recipe import Recipe, check
 
@@ -23,16 +23,16 @@ def recipe(source: Path, *steps: dict[str, Any]) -> Recipe:
     return check({"model": str(source), "passes": list(steps)})
 
 
-def carried_out(made: Recipe, folder: Path) -> tuple[Swept, Path]:
+def carried_out(made: Recipe, folder: Path) -> tuple[PassResult, Path]:
     """What the last step made, and the checkpoint that the steps leave, without the rest of a run."""
     current = Path(made.model)
     ids = torch.randint(architectures.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     for number, step in enumerate(made.passes):
         target = folder / f"out-{number}"
         target.mkdir()
-        swept = sweep(current, target, step, Windows([ids]), folder / f"work-{number}")
+        result = sweep(current, target, step, Windows([ids]), folder / f"work-{number}")
         current = target
-    return swept, current
+    return result, current
 
 
 def tensor_bytes(path: Path) -> int:
@@ -74,11 +74,11 @@ def test_planned_bytes_are_those_of_the_file(
     made = recipe(source, *steps)
     planned = plan.make(made)
     assert planned.input_bytes == tensor_bytes(source)
-    swept, out = carried_out(made, tmp_path)
+    result, out = carried_out(made, tmp_path)
     assert planned.output_bytes == tensor_bytes(out)
     last = [row for row in planned.rows if row.step == planned.rows[-1].step]
     assert sorted((row.name, row.kind, row.format, row.nbytes) for row in last) == sorted(
-        (row.name, row.kind, row.format, row.nbytes) for row in swept.ledger
+        (row.name, row.kind, row.format, row.nbytes) for row in result.ledger
     )
 
 
@@ -145,8 +145,8 @@ def test_what_the_network_does_not_use_has_a_row(tmp_path: Path) -> None:
     save_file({**tensors, "mtp.weight": torch.ones(3, 5)}, source / "model.safetensors", {"format": "pt"})
     made = recipe(source, {"linear": {"bits": 8, "group_size": 16}})
     planned = plan.make(made)
-    swept, out = carried_out(made, tmp_path)
+    result, out = carried_out(made, tmp_path)
     assert planned.output_bytes == tensor_bytes(out)
     rows = {row.name: row for row in planned.rows}
     assert rows["mtp.weight"].nbytes == 60 and "no parameter of the network" in rows["mtp.weight"].reason
-    assert rows.keys() == {row.name for row in swept.ledger}
+    assert rows.keys() == {row.name for row in result.ledger}

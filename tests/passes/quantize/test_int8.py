@@ -375,9 +375,9 @@ def test_dead_channels_after_learned_rounding(tmp_path: Path) -> None:
     for step in check({"model": "net.pt2", "passes": steps}).for_graph().passes:
         target = tmp_path / step.name
         target.mkdir()
-        swept = graph_sweep(source, target, step, lambda: iter([inputs]))
+        result = graph_sweep(source, target, step, lambda: iter([inputs]))
         source = target
-    assert {row.format for row in swept.ledger} == {"int4 channel sym"}
+    assert {row.format for row in result.ledger} == {"int4 channel sym"}
     rounded, network = Graph.read(tmp_path / "adaround"), IntegerNetwork.read(tmp_path / "int8")
     assert decibels(rounded, network, inputs) > 30 and decibels(graph, network, inputs) > 15
 

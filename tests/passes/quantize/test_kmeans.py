@@ -395,7 +395,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
         kmeans.KMeans(**options)
 
 
-def swept(graph: Graph, folder: Path, options: dict[str, Any], count: int = 12) -> Graph:
+def result(graph: Graph, folder: Path, options: dict[str, Any], count: int = 12) -> Graph:
     """`graph` after a kmeans step, read back from its file."""
     (folder / "before").mkdir()
     (folder / "after").mkdir()
@@ -409,7 +409,7 @@ def swept(graph: Graph, folder: Path, options: dict[str, Any], count: int = 12) 
 def test_convolutions(tmp_path: Path, options: dict[str, Any]) -> None:
     """Grouped and ungrouped ones; the file computes what the graph does."""
     graph = small_graphs.separable()
-    made = swept(graph, tmp_path, {"bits": 5, **options})
+    made = result(graph, tmp_path, {"bits": 5, **options})
     assert set(made.stored) == {site.name for site in graph.sites()}
     inputs = small_graphs.inputs(graph)
     wanted, found = graph.run(inputs), made.run(inputs)
@@ -424,7 +424,7 @@ def test_convolutions(tmp_path: Path, options: dict[str, Any]) -> None:
 
 def test_groups_must_divide_the_rows_of_a_graph(tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match="does not divide"):
-        swept(small_graphs.separable(), tmp_path, {"granularity": "group", "group_size": 8})
+        result(small_graphs.separable(), tmp_path, {"granularity": "group", "group_size": 8})
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     weight: Any = graph.layer("layer0").weight
     weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(NumericsError, match=r"layer0\.weight holds NaN"):
-        swept(graph, tmp_path, {})
+        result(graph, tmp_path, {})
 
 
 def test_a_single_layer_may_ask_for_inputs() -> None:

@@ -28,7 +28,7 @@ from effcli.language.verify import verify
 from effcli.language.weights import open_weights
 from effcli.layers.contract import UNSEEN, Layer, LayerPass, Needs, Statistics
 from effcli.layers.ranges import Method, Observer
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.passes.quantize import linear
 from effcli.passes.quantize._affine import nearest
 from effcli.run.recipe import PassStep
@@ -232,7 +232,7 @@ def test_layers_whose_inputs_are_no_tokens(kind: str) -> None:
         linear.Linear(activations="int8").apply(layer_of(torch.ones(2, 3), kind))
 
 
-def of_graph(graph: Graph, folder: Path, **options: Any) -> tuple[Graph, Swept]:
+def of_graph(graph: Graph, folder: Path, **options: Any) -> tuple[Graph, PassResult]:
     source, target = folder / "source", folder / "target"
     source.mkdir()
     target.mkdir()
@@ -240,8 +240,8 @@ def of_graph(graph: Graph, folder: Path, **options: Any) -> tuple[Graph, Swept]:
     inputs = options.pop("inputs", "original")
     checked = PassStep.model_validate({"linear": {"activations": "int8", **options}})
     prepared = checked.model_copy(update={"config": checked.config.for_graph()})
-    swept = graph_sweep(source, target, prepared, small_graphs.batches(graph), inputs=inputs)
-    return Graph.read(target), swept
+    result = graph_sweep(source, target, prepared, small_graphs.batches(graph), inputs=inputs)
+    return Graph.read(target), result
 
 
 def rounded(x: Tensor, weight: AffineWeight) -> Tensor:
@@ -256,7 +256,7 @@ def rounded(x: Tensor, weight: AffineWeight) -> Tensor:
 def test_a_network_of_convolutions_rounds_its_inputs(method: Method, inputs: str, tmp_path: Path) -> None:
     """A depthwise one among them; read back from the file it computes what the definition says, layer by layer."""
     graph = small_graphs.separable()
-    made, swept = of_graph(graph, tmp_path, activation_range=method, inputs=inputs)
+    made, result = of_graph(graph, tmp_path, activation_range=method, inputs=inputs)
     x = small_graphs.inputs(graph)
     value = x.double()
     for name in ("layer0", "layer2", "layer4", "layer7"):
@@ -274,7 +274,7 @@ def test_a_network_of_convolutions_rounds_its_inputs(method: Method, inputs: str
         if name == "layer4":
             value = value.flatten(1)
     torch.testing.assert_close(made.run(x), value.float(), rtol=1e-3, atol=1e-2)
-    rows = {row.name: row for row in swept.ledger}
+    rows = {row.name: row for row in result.ledger}
     for name in ("layer0", "layer2", "layer4", "layer7"):
         low, high = rows[name].notes["activation_range"]
         assert low <= 0 <= high and rows[name].notes["observer"] == method
@@ -289,9 +289,9 @@ def test_a_network_of_convolutions_rounds_its_inputs(method: Method, inputs: str
 def test_one_range_serves_all_groups_of_a_convolution(tmp_path: Path) -> None:
     """The channels of a depthwise convolution differ; padding does not count as an input."""
     graph = chain((3, 4, 4), nn.Conv2d(3, 3, 3, padding=1, groups=3))
-    made, swept = of_graph(graph, tmp_path, activation_range="minmax")
+    made, result = of_graph(graph, tmp_path, activation_range="minmax")
     x = small_graphs.inputs(graph)
-    (row,) = [row for row in swept.ledger if row.name == "layer0"]
+    (row,) = [row for row in result.ledger if row.name == "layer0"]
     assert row.notes["activation_range"] == [pytest.approx(float(x.min()), 1e-3), pytest.approx(float(x.max()), 1e-3)]
     weight = made.stored["layer0"]
     assert isinstance(weight, AffineWeight) and weight.activation_scale is not None
@@ -412,8 +412,8 @@ def test_a_fixed_range_reaches_the_ledger_and_the_file(tmp_path: Path) -> None:
     target.mkdir()
     options = {"activations": "int8", "activation_range": "minmax", "layers": {"*.o_proj": {"percentile": 90}}}
     step = PassStep.model_validate({"linear": options})
-    swept = sweep(source, target, step, windows(), tmp_path / "work")
-    rows = {row.name: row for row in swept.ledger}
+    result = sweep(source, target, step, windows(), tmp_path / "work")
+    rows = {row.name: row for row in result.ledger}
     row = rows["model.layers.1.mlp.down_proj"]
     assert row.format == "int8 channel sym, int8 inputs per tensor"
     low, high = row.notes["activation_range"]

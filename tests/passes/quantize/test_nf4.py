@@ -207,10 +207,10 @@ def test_convolutions(double: bool, tmp_path: Any) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "out").mkdir()
     graph.save(tmp_path / "source")
-    swept = graph_sweep(
+    result = graph_sweep(
         tmp_path / "source", tmp_path / "out", PassStep.model_validate(parse_pass(f"nf4:double={str(double).lower()}"))
     )
-    assert {row.name for row in swept.ledger if row.status == "compressed"} == {site.name for site in graph.sites()}
+    assert {row.name for row in result.ledger if row.status == "compressed"} == {site.name for site in graph.sites()}
     again = Graph.read(tmp_path / "out")
     for site in graph.sites():
         weight: Any = graph.layer(site.name).weight

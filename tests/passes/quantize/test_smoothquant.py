@@ -25,7 +25,7 @@ from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Group, Layer, Needs, ScalingPass, Statistics
-from effcli.layers.result import Swept
+from effcli.layers.result import PassResult
 from effcli.passes.quantize.smoothquant import Objective, SmoothQuant, factors
 from effcli.run.recipe import PassStep
 
@@ -208,7 +208,7 @@ def windows() -> Windows:
     return Windows([torch.randint(architectures.VOCABULARY, (3, 16), generator=generator)] * 2, "original")
 
 
-def carry_out(source: Path, target: Path, step: dict[str, Any]) -> Swept:
+def carry_out(source: Path, target: Path, step: dict[str, Any]) -> PassResult:
     target.mkdir()
     return sweep(source, target, PassStep.model_validate(step), windows(), target.with_name(f"{target.name}-work"))
 
@@ -224,10 +224,10 @@ def logits(path: Path) -> Tensor:
 def test_every_architecture_computes_the_same(name: str, tmp_path: Path) -> None:
     """To float32 rounding; every layer is scaled or says why not, and at least one group of a block is scaled."""
     source = architectures.make(name, tmp_path / "model")
-    swept = carry_out(source, tmp_path / "smooth", SMOOTH)
+    result = carry_out(source, tmp_path / "smooth", SMOOTH)
     before, after = logits(source), logits(tmp_path / "smooth")
     assert float((after - before).norm() / before.norm()) < 1e-5
-    rows = [row for row in swept.ledger if row.kind in ("linear", "conv1d", "expert")]
+    rows = [row for row in result.ledger if row.kind in ("linear", "conv1d", "expert")]
     inner = [row for row in rows if "repeated blocks" not in row.reason and "output head" not in row.reason]
     assert inner
     for row in inner:
@@ -239,10 +239,10 @@ def test_every_architecture_computes_the_same(name: str, tmp_path: Path) -> None
 def test_a_search_in_a_whole_network(tmp_path: Path) -> None:
     """Every shared input has its own α, and the network computes what it computed."""
     source = architectures.make("llama", tmp_path / "model")
-    swept = carry_out(source, tmp_path / "searched", {"smoothquant": {"alpha": "search"}})
+    result = carry_out(source, tmp_path / "searched", {"smoothquant": {"alpha": "search"}})
     before, after = logits(source), logits(tmp_path / "searched")
     assert float((after - before).norm() / before.norm()) < 1e-5
-    gains = [row.notes["scale_gain"] for row in swept.ledger if "scale_gain" in row.notes]
+    gains = [row.notes["scale_gain"] for row in result.ledger if "scale_gain" in row.notes]
     assert gains and all(0 <= gain < 1 for gain in gains)
 
 
@@ -264,15 +264,15 @@ def test_inputs_that_are_not_finite(tmp_path: Path) -> None:
         carry_out(source, tmp_path / "smooth", SMOOTH)
 
 
-def of_graph(graph: Graph, folder: Path, step: dict[str, Any]) -> tuple[Graph, Swept]:
+def of_graph(graph: Graph, folder: Path, step: dict[str, Any]) -> tuple[Graph, PassResult]:
     source, target = folder / "source", folder / "target"
     source.mkdir()
     target.mkdir()
     graph.save(source)
     checked = PassStep.model_validate(step)
     prepared = checked.model_copy(update={"config": checked.config.for_graph()})
-    swept = graph_sweep(source, target, prepared, small_graphs.batches(graph))
-    return Graph.read(target), swept
+    result = graph_sweep(source, target, prepared, small_graphs.batches(graph))
+    return Graph.read(target), result
 
 
 @pytest.mark.parametrize("alpha", [0.5, "search"])
@@ -284,12 +284,12 @@ def test_networks_of_convolutions_compute_the_same(make: str, alpha: Any, tmp_pa
         graph = getattr(small_graphs, make)()
     inputs = small_graphs.inputs(graph)
     before = graph.run(inputs)
-    made, swept = of_graph(graph, tmp_path, {"smoothquant": {"alpha": alpha}})
+    made, result = of_graph(graph, tmp_path, {"smoothquant": {"alpha": alpha}})
     torch.testing.assert_close(made.run(inputs), before, rtol=1e-4, atol=1e-4)
-    for row in swept.ledger:
+    for row in result.ledger:
         assert row.notes or row.reason.startswith("unscaled:"), row
     if make == "convolutions" and alpha == 0.5:
-        (scaled,) = [row for row in swept.ledger if "folded_into" in row.notes]
+        (scaled,) = [row for row in result.ledger if "folded_into" in row.notes]
         assert (scaled.name, scaled.notes["folded_into"]) == ("layer2", "layer0")
         # Eq. 4 by channel: afterwards the peaks of inputs and of weights are alike.
         weight: Any = made.layer("layer2").weight

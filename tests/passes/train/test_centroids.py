@@ -197,7 +197,7 @@ def test_after_kmeans_in_a_run(tmp_path: Path) -> None:
     steps = [PassStep.model_validate(step).for_graph() for step in ({"kmeans": {"bits": 3}}, "centroids")]
     batches = small_graphs.batches(graph)
     graph_sweep(tmp_path / "input", tmp_path / "kmeans", steps[0], batches)
-    swept = train_graph(
+    result = train_graph(
         tmp_path / "kmeans",
         tmp_path / "centroids",
         steps[1],
@@ -205,7 +205,7 @@ def test_after_kmeans_in_a_run(tmp_path: Path) -> None:
         batch_size=5,
         reference=tmp_path / "input",
     )
-    assert all(row.status == "changed" and row.format.startswith("kmeans3") for row in swept.ledger)
+    assert all(row.status == "changed" and row.format.startswith("kmeans3") for row in result.ledger)
     made = Graph.read(tmp_path / "centroids")
     assert error(made, graph) < error(Graph.read(tmp_path / "kmeans"), graph)
 
