@@ -156,7 +156,7 @@ def convolution(op: Operator) -> fx.Node:
     rank = weight.ndim - 2
     _check_rank(op, x, rank)
     kernel, groups = weight.shape[2:], op.attribute("group", 1)
-    stride, dilation = op.attribute("strides", [1] * rank), op.attribute("dilations", [1] * rank)
+    stride, dilation = _per_axis(op, "strides", rank), _per_axis(op, "dilations", rank)
     pads = _pads(op, x, kernel, stride, dilation)
     if not _even(pads):
         x, pads = _padded(op, x, pads, 0.0), [(0, 0)] * rank
@@ -227,8 +227,7 @@ def layer_norm(op: Operator) -> fx.Node:
 def max_pool(op: Operator) -> fx.Node:
     x, kernel = op.activation(), op.attribute("kernel_shape", [])
     _check_rank(op, x, len(kernel))
-    stride = op.attribute("strides", [1] * len(kernel))
-    dilation = op.attribute("dilations", [1] * len(kernel))
+    stride, dilation = _per_axis(op, "strides", len(kernel)), _per_axis(op, "dilations", len(kernel))
     pads, ceil = _pads(op, x, kernel, stride, dilation), _ceil(op)
     if not _even(pads) or any(2 * before > width for (before, _), width in zip(pads, kernel, strict=True)):
         if ceil:
@@ -242,8 +241,8 @@ def average_pool(op: Operator) -> fx.Node:
     x, kernel = op.activation(), op.attribute("kernel_shape", [])
     rank = len(kernel)
     _check_rank(op, x, rank)
-    stride = op.attribute("strides", [1] * rank)
-    if any(extent != 1 for extent in op.attribute("dilations", [1])):
+    stride = _per_axis(op, "strides", rank)
+    if any(extent != 1 for extent in _per_axis(op, "dilations", rank)):
         raise op.refuse("has dilations, which effcli does not average with")
     pads, ceil = _pads(op, x, kernel, stride, [1] * rank), _ceil(op)
     counted = bool(op.attribute("count_include_pad", 0)) or not np.any(pads)
@@ -427,6 +426,14 @@ def _check_rank(op: Operator, x: fx.Node, rank: int) -> None:
         raise op.refuse(
             f"works on {rank} axes of a tensor with {len(op.shape(x))}; effcli takes 1 or 2 after batch and channels"
         )
+
+
+def _per_axis(op: Operator, name: str, rank: int) -> list[int]:
+    """An attribute with one number for each of `rank` axes, 1 unless given; refused with another count."""
+    values: list[int] = op.attribute(name, [1] * rank)
+    if len(values) != rank:
+        raise op.refuse(f"has {len(values)} {name} for {rank} axes")
+    return values
 
 
 def _pads(op: Operator, x: fx.Node, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Pads:
