@@ -327,35 +327,48 @@ def _replacing(file: Path) -> Iterator[Path]:
 
 
 def assemble(
-    parts: Iterable[Path], folder: Path, stem: str, shard_bytes: int, carried: Mapping[str, Entry] | None = None
+    parts: Iterable[Path],
+    folder: Path,
+    stem: str,
+    shard_bytes: int,
+    carried: Mapping[str, Entry] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Join the safetensors files `parts` into shards of at most about `shard_bytes` in `folder`, copying bytes.
 
-    carried: further tensors by name, which stand in other files.
+    carried: further tensors by name, which stand in other files; names: other names for tensors of `parts`, or for the
+    layers that they belong to.
     One shard is named `<stem>.safetensors`; several get numbers and an index. Tensors stand widest dtype first, then
     by name, so that each is aligned to its own width, and the same tensors always give the same bytes.
     """
     shards: list[dict[str, Entry]] = [{}]
     size = 0
     further = ({name: entry} for name, entry in (carried or {}).items())
-    for entries in chain((read_header(part) for part in parts), further):
+    own = ({_named(name, names or {}): entry for name, entry in read_header(part).items()} for part in parts)
+    for entries in chain(own, further):
         part_bytes = sum(entry.nbytes for entry in entries.values())
         if size and size + part_bytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1].update(entries)
         size += part_bytes
-    names = [f"{stem}.safetensors"]
+    files = [f"{stem}.safetensors"]
     if len(shards) > 1:
-        names = [f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
-    for name, entries in zip(names, shards, strict=True):
-        _copy_tensors(folder / name, entries)
+        files = [f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+    for file, entries in zip(files, shards, strict=True):
+        _copy_tensors(folder / file, entries)
     if len(shards) > 1:
-        weight_map = {tensor: name for name, entries in zip(names, shards, strict=True) for tensor in entries}
+        weight_map = {tensor: file for file, entries in zip(files, shards, strict=True) for tensor in entries}
         total = sum(entry.nbytes for entries in shards for entry in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    return [folder / name for name in names]
+    return [folder / file for file in files]
+
+
+def _named(tensor: str, names: Mapping[str, str]) -> str:
+    """The other name of a tensor, or its name with that of its layer changed."""
+    layer, _, suffix = tensor.rpartition(".")
+    return names.get(tensor) or (f"{names[layer]}.{suffix}" if layer in names else tensor)
 
 
 def _copy_tensors(file: Path, entries: dict[str, Entry]) -> None:

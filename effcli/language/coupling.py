@@ -136,7 +136,7 @@ def cut(source: Path, target: Path, cuts: Sequence[Cut], work: Path, trust_remot
         parts.append(part)
         memory.trim()
     own = config.get("model_type") == "effcli"
-    assemble(parts, target, OWN_STEM if own else STOCK_STEM, _SHARD_BYTES, carried)
+    assemble(parts, target, OWN_STEM if own else STOCK_STEM, _SHARD_BYTES, carried, {} if own else weights.file_names())
     write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for part in parts:
         part.unlink()

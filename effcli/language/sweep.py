@@ -282,7 +282,9 @@ class _Sweep:
         described = own_config(config, stored, self.skeleton.widths) if own else self._standard(config, stored)
         copy_companions(self.weights.checkpoint.path, target)
         parts = [self.journal.part(name) for name in names]
-        assemble(parts, target, OWN_STEM if own else STOCK_STEM, SHARD_BYTES, self.carried)
+        # In effcli's own layout tensors have the names of the modules.
+        names_in_files = {} if own else self.weights.file_names()
+        assemble(parts, target, OWN_STEM if own else STOCK_STEM, SHARD_BYTES, self.carried, names_in_files)
         write_text(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
         self.journal.remove()
         self.progress(len(names), len(names))

@@ -141,6 +141,22 @@ class Weights:
         config = network_config(self.checkpoint.config)
         return untied(config) if self.skeleton.was_tied and not self.skeleton.tied else config
 
+    def file_names(self) -> dict[str, str]:
+        """Module name -> name in the files, of tensors and of layers whose parameters stand there under another one.
+
+        What several tensors make up, or one that is split, has no name there.
+        """
+        counts = Counter(key for found in self._sources.values() for _, key in found)
+        names = {
+            name: found[0][1]
+            for name, found in self._sources.items()
+            if name not in self._converters and len(found) == 1 and counts[found[0][1]] == 1
+        }
+        for layer, packed in self._packed.items():
+            names[f"{layer}.weight"] = f"{next(iter(packed.values())).rpartition('.')[0]}.weight"
+        layers = {name.removesuffix(".weight"): key.removesuffix(".weight") for name, key in names.items()}
+        return {name: key for name, key in (names | layers).items() if name != key}
+
     def sites(self, parameter: str) -> list[LayerSite]:
         """The layers that a parameter holds: one, several for a stack of experts, or none."""
         return self._sites.get(parameter, [])

@@ -19,6 +19,7 @@ from effcli.inputs.text import Windows
 from effcli.language.model import LanguageModel
 from effcli.language.stream import Stream
 from effcli.language.sweep import sweep
+from effcli.language.verify import verify
 from effcli.language.weights import open_weights
 from effcli.layers.result import PassResult
 from effcli.platform.huggingface import logits_of
@@ -169,3 +170,27 @@ def test_blocks_that_share_their_weights_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(LlamaForCausalLM, "post_init", lambda self: None)
     with pytest.raises(UnsupportedError, match="shares its weight with model"):
         open_weights(source)
+
+
+@pytest.mark.parametrize("family", ["llava", "mllama", "base"])
+def test_tensors_keep_the_names_of_the_files(family: str, tmp_path: Path) -> None:
+    """Where these are not the modules' names, as in checkpoints of text and images, and of a network without a head."""
+    source = tmp_path / "model"
+    if family == "base":
+        torch.manual_seed(0)
+        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON, tie_word_embeddings=True))
+        whole.model.save_pretrained(source)
+    else:
+        architectures.make_family(family, source)
+    carry_out(source, tmp_path / "out", LINEAR)
+    before, after = (
+        {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+        for folder in (source, tmp_path / "out")
+    )
+    assert any(key not in open_weights(source).skeleton.parameters() for key in before)
+    kept = before.keys() & after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+    packed = {key.removesuffix("_packed") for key in after if key.endswith(".weight_packed")}
+    assert before.keys() == kept | packed and len(packed) == 14
+    found = verify(tmp_path / "out", against=source)
+    assert found.passed and found.stock is not None, found.line
