@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effcli.errors import UnfinishedError
+from effcli.errors import DataError, UnfinishedError
 from effcli.files.checkpoint import (
     DTYPES,
     OWN_STEM,
@@ -66,8 +66,10 @@ def sweep(
 
     work: a folder for what is unfinished; when it holds unfinished work of the same request, that is continued.
     device: where blocks run and passes compute, one block at a time.
-    Raises `UnfinishedError` when that is damaged.
+    Raises `UnfinishedError` when that is damaged, and `DataError` where `step` needs windows and none are given.
     """
+    if step.needs and windows is None:
+        raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
     weights = open_weights(source, trust_remote_code, device=device)
     checkpoint = weights.checkpoint
     journal = Journal.open(work, fingerprint(checkpoint, step, windows))

@@ -175,10 +175,15 @@ class PassStep(Step):
 
     @property
     def needs(self) -> Needs:
-        """What the pass must be given for all layers together, those with options of their own included."""
+        """What the pass must be given for all layers together, those with options of their own included.
+
+        Of a search also what the steps need among which it chooses, for one of them is carried out.
+        """
         needs = self.config.needs
         for overrides in self.config.layers.values():
             needs |= self.for_layer(overrides).needs
+        for step in self.candidates:
+            needs |= step.needs
         return needs
 
     def for_layer(self, overrides: Mapping[str, Any]) -> Pass:

@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 
 from effcli import passes
 from effcli.cli import main
-from effcli.errors import RecipeError
+from effcli.errors import DataError, RecipeError
+from effcli.language.sweep import sweep
 from effcli.layers.contract import Evaluator, Needs, SearchPass
 from effcli.platform.registry import Entry
 from effcli.reports.report import Report
 from effcli.reports.sensitivity import Point, Search, Sensitivity
+from effcli.run import pipeline
 from effcli.run import recipe as recipes
+from effcli.run.recipe import PassStep
 from effcli.search.budget import Budget
 
 
@@ -65,9 +69,22 @@ class Alike(SearchPass):
         )
 
 
+class Unsaid(Alike):
+    """A search that asks for nothing itself, of a pass that looks at the inputs of the layers."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.NOTHING
+
+    @property
+    def base(self) -> tuple[str, Mapping[str, Any]]:
+        return "awq", {}
+
+
 @pytest.fixture
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(passes.PASSES, "alike", Entry(f"{__name__}:Alike", "The same bits for every layer."))
+    for kind in (Alike, Unsaid):
+        monkeypatch.setitem(passes.PASSES, kind.__name__.lower(), Entry(f"{__name__}:{kind.__name__}", "A search."))
 
 
 def test_a_search_that_says_less_than_it_must() -> None:
@@ -102,3 +119,23 @@ def test_another_search_is_carried_out_like_auto(net: Path, tmp_path: Path, caps
 def test_alternatives_are_checked_with_the_recipe() -> None:
     with pytest.raises(RecipeError, match="bits"):
         recipes.from_arguments("sample:cnn", passes=["alike:tried=[2,9]"])
+
+
+@pytest.mark.usefixtures("alike")
+def test_what_the_alternatives_need_is_read(net: Path, tmp_path: Path) -> None:
+    """A pass that a search chose is given the inputs of its layers, though the search asked for none."""
+    step = PassStep.model_validate({"unsaid": {}})
+    assert step.config.needs == Needs.NOTHING
+    assert step.needs == PassStep.model_validate("awq").needs != Needs.NOTHING
+    small = ["calibration.samples=8", "evaluate.latency=false"]
+    recipe = recipes.from_arguments(str(net), passes=["unsaid"], output=str(tmp_path / "out"), overrides=small)
+    stage = pipeline.run(recipe).stages[-1]
+    assert stage.name == "awq"
+    assert all(row.output_error is not None for row in stage.ledger if row.status == "compressed")
+
+
+def test_a_language_model_is_not_compressed_without_what_the_pass_needs(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "llama", num_hidden_layers=1)
+    with pytest.raises(DataError, match="awq looks at the inputs of the layers"):
+        sweep(source, tmp_path / "out", PassStep.model_validate("awq"), None, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
