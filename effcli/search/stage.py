@@ -301,7 +301,10 @@ def with_bits(step: PassStep, bits: Mapping[str, int]) -> PassStep:
         matching = [options for pattern, options in config.layers.items() if matches(name, pattern)]
         given = matching[-1] if matching else {}
         if given.get("bits", usual) != own:
-            layers[glob.escape(name)] = {**given, "bits": own}
+            # Of several patterns that match the last one counts: an entry that stood before another one moves.
+            key = glob.escape(name)
+            layers.pop(key, None)
+            layers[key] = {**given, "bits": own}
     return PassStep(name=step.name, config=config.model_copy(update={"bits": usual, "layers": layers}))
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import architectures
 import pytest
+import small_graphs
 
 from effcli import passes
 from effcli.cli import main
 from effcli.errors import DataError, RecipeError
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Evaluator, Needs, SearchPass
+from effcli.layers.selection import choose_graph
 from effcli.platform.registry import Entry
 from effcli.reports.report import Report
 from effcli.reports.sensitivity import Point, Search, Sensitivity
@@ -22,6 +24,7 @@ from effcli.run import pipeline
 from effcli.run import recipe as recipes
 from effcli.run.recipe import PassStep
 from effcli.search.budget import Budget
+from effcli.search.stage import with_bits
 
 
 class Alike(SearchPass):
@@ -139,3 +142,13 @@ def test_a_language_model_is_not_compressed_without_what_the_pass_needs(tmp_path
     with pytest.raises(DataError, match="awq looks at the inputs of the layers"):
         sweep(source, tmp_path / "out", PassStep.model_validate("awq"), None, tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_chosen_bits_outlive_a_wider_pattern_behind_them() -> None:
+    layers = {"layer0": {"granularity": "channel"}, "layer*": {"granularity": "tensor"}}
+    step = PassStep.model_validate({"linear": {"bits": 4, "layers": layers}})
+    graph = small_graphs.separable()
+    bits = {site.name: 4 for site in graph.sites()} | {"layer0": 8}
+    found = {name: choice.config for name, choice in choose_graph(graph, with_bits(step, bits)).items()}
+    assert {name: own.bits for name, own in found.items()} == bits  # type: ignore[union-attr]
+    assert found["layer0"].granularity == "tensor"  # type: ignore[union-attr]
