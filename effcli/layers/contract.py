@@ -184,7 +184,7 @@ class TrainPass(TrainingOptions, Pass):
 
 
 class SearchPass(Pass):
-    """A pass that chooses options of another one for every layer. What is carried out is that other pass.
+    """A pass that chooses the bits of another one for every layer. What is carried out is that other pass.
 
     The engine finds what each alternative of `space` costs each layer, `choose` decides, and may have whole choices
     carried out and measured on the way.
@@ -193,12 +193,12 @@ class SearchPass(Pass):
     @property
     @abstractmethod
     def base(self) -> tuple[str, Mapping[str, Any]]:
-        """The name of the pass whose options are chosen, and those of its options that are fixed."""
+        """The name of the pass whose bits are chosen, which must have the option `bits`, and its other options."""
 
     @property
     @abstractmethod
     def space(self) -> Sequence[Mapping[str, Any]]:
-        """The options that each layer may get, one mapping for each alternative."""
+        """What each layer may get: `{"bits": n}` for each alternative, in any order; no other option can be chosen."""
 
     @property
     @abstractmethod

@@ -139,30 +139,31 @@ class PassStep(Step):
     def _candidates(cls, config: Pass, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
         """For a step that searches, the pass that it searches for with each of its alternatives; None for any other.
 
-        What cannot be carried out is noted, and then left out.
+        Fewest bits first, in whichever order they were given. What cannot be carried out is noted, and then left out.
         """
         if not isinstance(config, SearchPass):
             return None
         name, options = config.base
+        strange = next((own for own in config.space if set(own) != {"bits"}), None)
+        if strange is not None or not config.space:
+            found = "nothing" if strange is None else shown(dict(strange))
+            mistakes.add(
+                path, f"a search chooses among bits, and it offers {found}; let each alternative be {{bits: n}}"
+            )
+            return ()
         if passes.REGISTRY.find(name) is not None:
-            searched, keys = passes.load(name), dict.fromkeys(key for own in config.space for key in own)
-            missing = [key for key in keys if key not in searched.model_fields]
-            if missing or not issubclass(searched, LayerPass):
-                lacking = missing[0] if missing else next(iter(keys), "option")
-                mistakes.add(
-                    join(path, "using"), f"{name} has no {lacking} to choose layer by layer; take awq or linear"
-                )
+            searched = passes.load(name)
+            if "bits" not in searched.model_fields or not issubclass(searched, LayerPass):
+                mistakes.add(path, f"{name} has no bits to choose layer by layer; take awq or linear")
                 return ()
-            given = [key for key in keys if key in options]
-            if given:
-                why = f"the {given[0]} are what is chosen; name those to choose from beside `using`"
-                mistakes.add(join(path, f"options.{given[0]}"), why)
+            if "bits" in options:
+                mistakes.add(path, f"the bits are what is chosen; leave them out of the options of {name}")
                 return ()
         made = []
         for own in config.space:
             step = cls.check({name: {**options, **own}}, path, mistakes)
             made += [] if step is None else [step]
-        return tuple(made)
+        return tuple(sorted(made, key=_bits))
 
     @property
     def candidates(self) -> tuple[PassStep, ...]:
@@ -465,6 +466,13 @@ def _check_values(value: Any, path: str, mistakes: Mistakes) -> None:
     elif isinstance(value, list | tuple):
         for number, below in enumerate(value):
             _check_values(below, join(path, str(number)), mistakes)
+
+
+def _bits(step: PassStep) -> int:
+    """The bits of a pass that has such an option."""
+    config: Any = step.config
+    bits: int = config.bits
+    return bits
 
 
 def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Mapping[str, Any]] | None:

@@ -111,12 +111,9 @@ def plan(network: RunNetwork) -> Plan:
 def _alternatives(step: PassStep) -> str:
     """What a search chooses among, and its budget, in words."""
     options: SearchPass = step.config  # type: ignore[assignment]
-    values: dict[str, list[str]] = {}
-    for alternative in options.space:
-        for key, value in alternative.items():
-            values.setdefault(key, []).append(str(value))
-    each = " and ".join(f"{key} {', '.join(known)}" for key, known in values.items())
-    return f"{each} of {step.candidates[0].name} for each layer; budget: {options.budget}"
+    configs: list[Any] = [candidate.config for candidate in step.candidates]
+    known = ", ".join(str(config.bits) for config in configs)
+    return f"bits {known} of {step.candidates[0].name} for each layer; budget: {options.budget}"
 
 
 def _between(first: Row, last: Row, larger: Row) -> Row:

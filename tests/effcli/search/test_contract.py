@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import architectures
 import pytest
 import small_graphs
+from pydantic import Field
 
 from effcli import passes
 from effcli.cli import main
@@ -17,6 +19,7 @@ from effcli.errors import DataError, RecipeError
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Evaluator, Needs, SearchPass
 from effcli.layers.selection import choose_graph
+from effcli.passes.search.auto import Auto
 from effcli.platform.registry import Entry
 from effcli.reports.report import Report
 from effcli.reports.sensitivity import Point, Search, Sensitivity
@@ -84,9 +87,33 @@ class Unsaid(Alike):
         return "awq", {}
 
 
+class Other(Alike):
+    """A search of which a test says what it chooses among, of which pass."""
+
+    among: tuple[dict[str, Any], ...] = ({"bits": 2}, {"bits": 8})
+    of: str = "linear"
+    fixed: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def base(self) -> tuple[str, Mapping[str, Any]]:
+        return self.of, self.fixed
+
+    @property
+    def space(self) -> Sequence[Mapping[str, Any]]:
+        return self.among
+
+
+class Backwards(Auto):
+    """`auto` that names its alternatives in another order."""
+
+    @property
+    def space(self) -> Sequence[Mapping[str, Any]]:
+        return [{"bits": bits} for bits in (8, 2, 4)]
+
+
 @pytest.fixture
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (Alike, Unsaid):
+    for kind in (Alike, Unsaid, Other, Backwards):
         monkeypatch.setitem(passes.PASSES, kind.__name__.lower(), Entry(f"{__name__}:{kind.__name__}", "A search."))
 
 
@@ -152,3 +179,38 @@ def test_chosen_bits_outlive_a_wider_pattern_behind_them() -> None:
     found = {name: choice.config for name, choice in choose_graph(graph, with_bits(step, bits)).items()}
     assert {name: own.bits for name, own in found.items()} == bits  # type: ignore[union-attr]
     assert found["layer0"].granularity == "tensor"  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("alike")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"among": [{"granularity": "tensor"}, {"granularity": "channel"}]}, "offers {'granularity': 'tensor'}"),
+        ({"among": [{"bits": 4}, {"bits": 8, "symmetric": True}]}, "offers {'bits': 8, 'symmetric': True}"),
+        ({"among": [{}]}, "a search chooses among bits, and it offers {}"),
+        ({"among": []}, "a search chooses among bits, and it offers nothing"),
+        ({"among": [{"sparsity": 0.25}], "of": "nowhere"}, "a search chooses among bits"),
+        ({"of": "nf4"}, "nf4 has no bits to choose layer by layer"),
+        ({"of": "fold"}, "fold has no bits to choose layer by layer"),
+        ({"fixed": {"bits": 4}}, "the bits are what is chosen\nleave them out of the options of linear"),
+    ],
+)
+def test_what_no_search_can_choose_is_refused_with_the_recipe(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)) as refused:
+        recipes.from_arguments("sample:cnn", passes=[{"other": options}])
+    assert "using" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("alike")
+def test_the_order_of_alternatives_does_not_matter(net: Path, tmp_path: Path) -> None:
+    assert [own.config.bits for own in PassStep.model_validate({"alike": {"tried": [8, 2, 6]}}).candidates] == [2, 6, 8]  # type: ignore[attr-defined]
+    found = {}
+    for name in ("auto", "backwards"):
+        step = f"{name}:using=linear,by=gram,bits=[2,4,8],size=4600"
+        small = ["calibration.samples=8", "evaluate.latency=false"]
+        recipe = recipes.from_arguments(str(net), passes=[step], output=str(tmp_path / name), overrides=small)
+        stage = pipeline.run(recipe).stages[-1]
+        assert stage.search is not None and stage.nbytes <= 4600
+        found[name] = stage.search.bits
+    assert found["auto"] == found["backwards"]
+    assert len(set(found["auto"].values())) > 1
