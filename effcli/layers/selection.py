@@ -107,6 +107,11 @@ def _check_needs(name: str, choices: Iterable[Choice]) -> None:
                 f"{name} asks for labels or the network as the run found it, which only a pass that trains is given",
                 "make it a TrainPass",
             )
+        if isinstance(config, NetworkPass) and config.needs.observes:
+            raise UnsupportedError(
+                f"{name} takes the network as a whole and asks for statistics of single layers",
+                "ask for the calibration inputs (INPUTS), or make it a LayerPass",
+            )
         if isinstance(config, TrainPass) and config.needs.observes:
             raise UnsupportedError(
                 f"{name} trains the network and asks for statistics of single layers", "make it a LayerPass"

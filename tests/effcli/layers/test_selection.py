@@ -10,10 +10,11 @@ import architectures
 import pytest
 import small_graphs
 
-from effcli.errors import SelectionError
+from effcli.errors import SelectionError, UnsupportedError
 from effcli.files.checkpoint import Checkpoint
 from effcli.graphs.graph import Graph
 from effcli.language.skeleton import Skeleton
+from effcli.layers.contract import Needs, NetworkPass, Transformed
 from effcli.layers.selection import Choice, choose, choose_graph
 from effcli.run.recipe import PassStep
 
@@ -200,3 +201,24 @@ def test_a_graph_without_layers() -> None:
     with pytest.raises(SelectionError, match="would take no layer at all") as caught:
         chosen_of_graph(small_graphs.chain((3,), "relu.default"))
     assert caught.value.remedy == "the network has no convolution and no linear layer"
+
+
+class Whole(NetworkPass):
+    """Leaves the graph as it is. asks: for what."""
+
+    asks: int
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.asks)
+
+    def transform(self, graph: Graph, seen: Any) -> Transformed:
+        return Transformed(graph)
+
+
+@pytest.mark.parametrize("needs", [Needs.GRADIENTS | Needs.NORMS, Needs.INPUTS | Needs.GRAM, Needs.SQUARED_GRADIENTS])
+def test_a_pass_over_a_whole_graph_is_given_no_statistics_of_layers(needs: Needs) -> None:
+    with pytest.raises(UnsupportedError, match="asks for statistics of single layers"):
+        choose_graph(small_graphs.separable(), PassStep(name="whole", config=Whole(asks=needs.value)))
+    given = Needs.INPUTS | Needs.DENSE
+    assert choose_graph(small_graphs.separable(), PassStep(name="whole", config=Whole(asks=given.value)))
