@@ -109,8 +109,8 @@ def _seen(
     seen.clear()
     engine.explain(filter(home.repeated, engine.taken), "it runs more than once; its inputs were those of the first")
     for name, own in home.walk(engine.taken, batches()):
-        found, columns = gradients.get(name), home.factors.columns.get(name)
-        # What reaches the layer stands scaled by now, and its gradients do not.
+        found, columns = gradients.get(name), engine.folded(name)
+        # What reaches the layer stands divided by folded factors by now, and its gradients do not.
         yield name, with_gradients(own, found.scaled(1 / columns) if found and columns is not None else found)
 
 

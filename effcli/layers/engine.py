@@ -59,6 +59,10 @@ class LayerEngine:
         for name in names:
             self._reasons.setdefault(name, []).append(reason)
 
+    def folded(self, name: str) -> Tensor | None:
+        """The factor (in,) by which a module before layer `name` divides its inputs; None without one."""
+        return None if name in self._explicit else self.network.factors.columns.get(name)
+
     def scale(self, seen: Mapping[str, Seen]) -> dict[str, Seen]:
         """Find a factor for every shared input and fold it, or say why not; returns what the layers see afterwards.
 

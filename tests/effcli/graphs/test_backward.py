@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import small_graphs
@@ -105,7 +105,16 @@ class Taylor(LayerPass):
 
 
 class Scaled(ScalingPass):
-    """Scales every input, and remembers W ∘ ∂L/∂W, which no scale changes."""
+    """Scales every input, and remembers W ∘ ∂L/∂W, which no scale changes.
+
+    stays: what becomes of a factor that no module can take in.
+    """
+
+    stays: Literal["unscaled", "explicit"] = "unscaled"
+
+    @property
+    def without_scale(self) -> Literal["unscaled", "explicit"]:
+        return self.stays
 
     @property
     def needs(self) -> Needs:
@@ -147,8 +156,10 @@ def test_a_pass_that_reads_them(tmp_path: Path) -> None:
             assert not own.flatten()[order[:half]].any() and bool(own.flatten()[order[half:]].all())
 
 
+@pytest.mark.parametrize("stays", ["unscaled", "explicit"])
 @pytest.mark.parametrize("inputs", ["original", "compressed"])
-def test_scales_do_not_change_what_a_weight_is_worth(inputs: str, tmp_path: Path) -> None:
+def test_scales_do_not_change_what_a_weight_is_worth(inputs: str, stays: Any, tmp_path: Path) -> None:
+    """Folded into the layer before, and on the first layer, which has none before it, absent or explicit."""
     graph = small_graphs.chain(
         (3, 5, 5),
         nn.Conv2d(3, 6, 3),
@@ -158,7 +169,7 @@ def test_scales_do_not_change_what_a_weight_is_worth(inputs: str, tmp_path: Path
         ("mean.dim", [2, 3], False),
         nn.Linear(5, 4),
     )
-    config = Scaled()
+    config = Scaled(stays=stays)
     carry_out(graph, tmp_path, config, data(graph), inputs=inputs)
     for site in graph.sites():
         weight = site.view(graph.module.get_parameter(site.parameter)).double()
