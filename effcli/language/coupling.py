@@ -33,7 +33,7 @@ from effcli.language.calls import Call, hidden_of, kind_of
 from effcli.language.pairs import weights_with_inputs
 from effcli.language.skeleton import Skeleton, with_widths
 from effcli.language.stream import Stream, WatchLayers
-from effcli.language.weights import Weights, open_weights, place
+from effcli.language.weights import Weights, open_weights, place, zeros_for_weights
 from effcli.layers.coupling import Coupled, Cut, Member, entries_kept, shortened
 from effcli.layers.layer import LayerSite
 from effcli.platform import memory
@@ -45,9 +45,12 @@ _FEED_FORWARD = (
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k")
+# The number of equal groups of experts that a router chooses among first.
+_GROUPS = ("n_group", "num_expert_group")
 
 _SHARD_BYTES = 4 << 30
-_ROWS, _LENGTH = 4, 12
+# A prime number of tokens, lest wrong shapes be divided among them evenly.
+_ROWS, _LENGTH = 1, 47
 # How many numbers of positions less a config is asked for.
 _TRIED = 64
 # Positions are read off quotients digit by digit.
@@ -87,14 +90,12 @@ class _Uncuttable(Exception):
 def coupled(weights: Weights) -> list[Width]:
     """The widths of all blocks that can be cut: heads, feed-forwards and experts.
 
-    A width that exists and cannot be cut says why and has no members. The hidden width is not among them: norms over
-    it would see other means.
+    A width that exists and cannot be cut says why and has no members, as do experts that are routed in groups. The
+    hidden width is not among them: norms over it would see other means.
     """
     found: list[Width] = []
     with Stream(weights) as stream:
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = weights.skeleton.config.get_text_config().vocab_size
-        hidden, calls = stream.enter(torch.randint(vocabulary, (_ROWS, _LENGTH), generator=generator))
+        hidden, calls = stream.enter(_tokens(weights.skeleton))
         for kind in _kinds(weights.skeleton):
             found += _found(weights, kind, hidden, calls)
     return sorted(found, key=lambda width: width.block)
@@ -106,7 +107,7 @@ def cut(source: Path, target: Path, cuts: Sequence[Cut], work: Path, trust_remot
     cuts: of groups of `coupled`. Blocks are read, shortened and written one after another; work: a folder for what is
     unfinished. Stock transformers loads the result where config.json can say the widths; where they differ between
     blocks it is in effcli's own layout. Raises `UserError` for a checkpoint that is compressed, `UnsupportedError` for
-    widths with which the network cannot be built.
+    widths with which the network cannot be built or does not run.
     """
     weights = open_weights(source, trust_remote_code)
     skeleton, carried = weights.skeleton, weights.carried()
@@ -142,6 +143,12 @@ def cut(source: Path, target: Path, cuts: Sequence[Cut], work: Path, trust_remot
         part.unlink()
 
 
+def _tokens(skeleton: Skeleton) -> Tensor:
+    """Token ids (_ROWS, _LENGTH) at random."""
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
+
+
 def _described(
     weights: Weights, cuts: Sequence[Cut], after: Mapping[str, tuple[int, ...]], trust_remote_code: bool
 ) -> dict[str, Any]:
@@ -167,11 +174,14 @@ def _described(
     def obstacle(config: dict[str, Any], widths: Mapping[int, Mapping[str, int]]) -> str:
         try:
             built = Skeleton(path, config, trust_remote_code, widths)
+            shapes = {key: tuple(value.shape) for key, value in built.model.state_dict().items()}
+            wrong = (f"{key} would be {shapes.get(key)}" for key, wanted in after.items() if shapes.get(key) != wanted)
+            reason = next(wrong, "")
+            if not reason:
+                _run_once(Weights(weights.checkpoint, built))
         except EffcliError as error:
             return error.cause
-        shapes = {key: tuple(value.shape) for key, value in built.model.state_dict().items()}
-        wrong = (f"{key} would be {shapes.get(key)}" for key, wanted in after.items() if shapes.get(key) != wanted)
-        return next(wrong, "")
+        return reason
 
     one_for_all = with_widths(own, uniform)
     if not obstacle(one_for_all, {}):
@@ -182,6 +192,16 @@ def _described(
     raise UnsupportedError(
         f"{type(skeleton.model).__name__} cannot be built with these widths: {reason}", "cut other numbers of positions"
     )
+
+
+def _run_once(weights: Weights) -> None:
+    """Run one block of every kind on zeros for weights; raises `EffcliError` where the network's code does not run."""
+    blocks = weights.skeleton.blocks
+    with Stream(weights) as stream, torch.inference_mode():
+        hidden, calls = stream.enter(_tokens(weights.skeleton))
+        for k in {kind_of(block): k for k, block in enumerate(blocks)}.values():
+            with zeros_for_weights(blocks[k], weights.skeleton.dtype):
+                stream.through(k, hidden, calls[k])
 
 
 def _says(text: Any, values: Mapping[str, int]) -> dict[str, int]:
@@ -234,6 +254,8 @@ def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call |
     skeleton = weights.skeleton
     names = {k: f"{name} {kind.what}" for k, name in enumerate(skeleton.block_names)}
     try:
+        if kind.what == "experts":
+            _check_ungrouped(skeleton.config.get_text_config())
         smaller, less, reason = _smaller(weights, kind)
     except (_Uncuttable, EffcliError) as error:
         return [Width(f"{skeleton.block_path} {kind.what}", 0, (), first_line(error), 0, kind.keys, kind.fixed)]
@@ -285,6 +307,14 @@ def _smaller(weights: Weights, kind: _Kind) -> tuple[Skeleton, int, str]:
         _check_outside(skeleton, smaller, kind)
         return smaller, less, reason
     raise _Uncuttable(reason or "there is only one")
+
+
+def _check_ungrouped(text: Any) -> None:
+    """Raise `_Uncuttable` where experts are routed in groups: without one of them, others would change their group."""
+    for key in _GROUPS:
+        groups = getattr(text, key, None)
+        if isinstance(groups, int) and groups > 1:
+            raise _Uncuttable(f"its experts are routed in {groups} groups of equal size ({key})")
 
 
 def _check_outside(skeleton: Skeleton, smaller: Skeleton, kind: _Kind) -> None:

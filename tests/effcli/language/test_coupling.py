@@ -14,13 +14,14 @@ import torch
 from coupled_cuts import random_cuts, zero
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import effcli
 from effcli.errors import CheckpointError, UnsupportedError, UserError
 from effcli.exporters.onnx import ONNX
 from effcli.exporters.safetensors import Safetensors
 from effcli.files.checkpoint import Checkpoint
+from effcli.language import coupling
 from effcli.language.coupling import Width, coupled, cut
 from effcli.language.sweep import sweep
 from effcli.language.verify import verify
@@ -219,6 +220,36 @@ def test_experts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would have 1 experts, of which each token takes 2"):
         few = alike(groups, lambda _: torch.tensor([True, False, False, False]))
         carry_out(source, tmp_path / "few", few)
+
+
+def grouped(folder: Path, groups: int) -> Path:
+    """A small DeepSeek-V3 whose second block routes 16 experts in groups."""
+    torch.manual_seed(0)
+    heads = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
+    experts = dict(n_routed_experts=16, num_experts_per_tok=2, n_group=groups, topk_group=1, n_shared_experts=1)
+    common = {**architectures._COMMON, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(
+        "deepseek_v3", **common, **heads, **experts, moe_intermediate_size=32, first_k_dense_replace=1
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_experts_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one expert the groups are unequal: refused by the config, by the trial, and when a network is built."""
+    source = grouped(tmp_path / "grouped", 4)
+    found = coupled(open_weights(source))
+    assert [width.reason for width in found if "experts" in width.name] == [
+        "its experts are routed in 4 groups of equal size (n_group)"
+    ]
+    assert {width.count for width in found if not width.reason} == {4, 128, 32}
+    monkeypatch.setattr(coupling, "_GROUPS", ())
+    (experts,) = (width for width in coupled(open_weights(source)) if "experts" in width.name)
+    assert experts.reason.startswith("a block of this width does not run: ") and not experts.members
+    (experts,) = (width for width in widths(grouped(tmp_path / "plain", 1)) if "experts" in width.name)
+    assert experts.count == 16
+    with pytest.raises(UnsupportedError, match=r"cannot be built with these widths: .* does not run: "):
+        carry_out(source, tmp_path / "target", [Cut(experts, torch.arange(16) != 3)])
 
 
 def test_blocks_of_different_widths_are_in_the_own_layout(tmp_path: Path) -> None:
