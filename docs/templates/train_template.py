@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +12,9 @@ from effcli.layers.contract import Layer, Needs, Outcome, Step, TrainPass
 
 
 class FineTune(TrainPass):
-    """Train all weights towards the labels, or the outputs of the original network (arXiv:1503.02531)."""
+    """Train all floating weights towards the labels, or the outputs of the original network (arXiv:1503.02531)."""
+
+    takes: ClassVar[str] = "floating weight"
 
     labels: bool = Field(True, description="Learn from labels; without, from the outputs of the original network.")
 
@@ -19,8 +23,8 @@ class FineTune(TrainPass):
         return Needs.INPUTS | (Needs.LABELS if self.labels else Needs.ORIGINAL)
 
     def attach(self, layer: Layer) -> nn.Module | None:
-        """Every weight is trained as it is."""
-        return nn.Identity()
+        """A floating weight is trained as it is; a compressed one stays, for it would come out dense."""
+        return nn.Identity() if layer.stored is None else None
 
     def loss(self, step: Step) -> Tensor:
         """The cross-entropy of the labels, or the mean squared distance between the outputs."""

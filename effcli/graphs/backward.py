@@ -39,9 +39,8 @@ def gradients(
         for weight in weights:
             weight.requires_grad_(True)
         for given, targets in batches:
-            _check(targets, classes)
-            assert targets is not None
-            inputs, labels = given.to(graph.device), targets.to(graph.device)
+            labels = check_labels("gradients are of the loss of labelled inputs", targets, classes).to(graph.device)
+            inputs = given.to(graph.device)
             # Squares are of single inputs.
             size = 1 if single else max(len(inputs), 1)
             for part, own in zip(torch.split(inputs, size), torch.split(labels, size), strict=True):
@@ -66,18 +65,23 @@ def _add(
         found[site.name].end_sample(samples)
 
 
-def _check(labels: Tensor | None, classes: int) -> None:
+def check_labels(use: str, labels: Tensor | None, classes: int) -> Tensor:
+    """The labels, int64 (n,), if they are classes of the network; use: what they are for, a clause.
+
+    Raises `DataError` without labels, and for one that is no class.
+    """
     if labels is None:
         raise DataError(
-            "gradients are of the loss of labelled inputs, and the calibration data has no labels",
-            "give one folder per class, or an array or a column of class numbers",
+            f"{use}, and the calibration data has no labels",
+            "give labelled inputs: --calib DATA with one folder per class, or an array or a column of class numbers",
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(
             f"the labels of the calibration data go from {int(labels.min())} to {int(labels.max())}, and the network "
-            f"has {classes} classes",
-            "give data with the classes that the network was trained on",
+            f"has the classes 0 to {classes - 1}",
+            "number the classes from 0, as the network was trained, and leave out what has no class",
         )
+    return labels
 
 
-__all__ = ["gradients"]
+__all__ = ["check_labels", "gradients"]

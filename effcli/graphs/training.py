@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from effcli.errors import DataError, UserError
+from effcli.errors import DataError, UnfinishedError, UserError, behind, writing
 from effcli.files.digest import of_folder
+from effcli.graphs.backward import check_labels
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.ledger import dense, whole_rows
 from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed
@@ -48,8 +50,47 @@ def train_graph(
 
     data: the calibration inputs; batch_size: of the recipe; reference: the checkpoint before weights were first
     compressed, `source` itself where none were; original: the one before the first pass; work: a folder for
-    snapshots, from which an unfinished training of the same request goes on; seed: where the options have none.
+    snapshots, from which an unfinished training of the same request goes on; a damaged one is thrown away, and a remark
+    says so; seed: where the options have none.
     """
+    request: dict[str, Any] = {
+        "batch_size": batch_size,
+        "reference": reference,
+        "original": original,
+        "seed": seed,
+        "device": device,
+    }
+    try:
+        return _train_graph(source, target, step, data, work=work, progress=progress, **request)
+    except UnfinishedError as error:
+        failure = behind(error)
+        if failure is not None:
+            # The snapshot may be whole: the same command reads it once the machine does.
+            raise failure from error
+        assert work is not None
+        damage = error.cause
+    with writing(work):
+        shutil.rmtree(work)
+    result = _train_graph(source, target, step, data, work=work, progress=progress, **request)
+    result.remarks.append(f"{step.name} trained anew, for unfinished training cannot be continued: {damage}")
+    return result
+
+
+def _train_graph(
+    source: Path,
+    target: Path,
+    step: PassStep,
+    data: Examples | None,
+    *,
+    batch_size: int,
+    reference: Path | None,
+    original: Path | None,
+    work: Path | None,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> PassResult:
+    """What `train_graph` does; `UnfinishedError` for a snapshot in `work` that is damaged."""
     options = step.config
     assert isinstance(options, TrainPass)
     if options.seed is None:
@@ -77,7 +118,7 @@ def train_graph(
         progress=progress,
     )
     graph.save(target)
-    result = PassResult(remarks=list(made.remarks), training=made.training)
+    result = PassResult(remarks=[*made.remarks, *_undone(graph, step.name, before, compressed)], training=made.training)
     result.ledger = whole_rows(graph, choices, before, compressed, made.notes, result)
     result.histograms = worst(result)
     return result
@@ -130,6 +171,7 @@ def train(
             progress=progress,
         )
     notes: dict[str, dict[str, Any]] = {}
+    attached.set_training(False)
     for each, (site, own, module) in attached.layers.items():
         layer = _layer(graph, site)
         with torch.no_grad():
@@ -144,6 +186,18 @@ def train(
         lost = f"{training.steps} steps at a learning rate of {options.learning_rate} lower no error"
         told = f"the weights stay as they are: {lost}"
     return Transformed(graph, notes, remarks=(*attached.remarks, told), training=training)
+
+
+def _undone(graph: Graph, name: str, before: Mapping[str, Tensor], compressed: Collection[str]) -> Iterator[str]:
+    """What the pass `name` took back of the passes before it. before: the weights (out, in) that were, by layer."""
+    loosened = [layer for layer in before if layer in compressed and layer not in graph.stored]
+    if loosened:
+        yield f"{name} made compressed layers dense again: {', '.join(loosened)}"
+    sites = {site.name: site for site in graph.sites()}
+    filled = {layer: int(((weight == 0) & (dense(graph, sites[layer]) != 0)).sum()) for layer, weight in before.items()}
+    filled = {layer: count for layer, count in filled.items() if count}
+    if filled:
+        yield f"{name} filled {sum(filled.values())} weights that were zero, in {', '.join(filled)}"
 
 
 class _Attached:
@@ -191,13 +245,19 @@ class _Attached:
         return Objective(
             module=self.graph.module,
             optimizer=self.options.optimizer(parameters),
-            loss=lambda batch: self.options.loss(self._step(batch)),
-            error=lambda batch: self.options.measure(self._step(batch)),
+            loss=lambda batch: self.options.loss(self._step(batch, training=True)),
+            error=lambda batch: self.options.measure(self._step(batch, training=False)),
             measured=self.options.measured,
             beside=tuple(teacher.module for teacher in self.teachers.values()),
         )
 
-    def _step(self, batch: Batch) -> Step:
+    def set_training(self, training: bool) -> None:
+        """Whether what is attached runs as in training, with its dropout say; the network itself never does."""
+        for _, _, module in self.layers.values():
+            module.train(training)
+
+    def _step(self, batch: Batch, *, training: bool) -> Step:
+        self.set_training(training)
         with torch.no_grad():
             taught = {name: teacher.module(batch.inputs).float() for name, teacher in self.teachers.items()}
         # A layer that runs more than once has one weight.
@@ -226,23 +286,13 @@ def _layer(graph: Graph, site: LayerSite) -> Layer:
 
 def _check_labels(name: str, graph: Graph, data: Examples) -> None:
     """Raise `DataError` unless the inputs have labels that are classes of the network."""
-    if data.labels is None:
-        raise DataError(
-            f"{name} learns from labels, and the calibration inputs have none",
-            "give labelled ones: --calib DATA with one folder per class, or an array or a column of class numbers",
-        )
     classes = class_count(graph)
     if classes is None:
         raise DataError(
             f"{name} learns from labels, and the network's output is no vector of logits",
             "train towards the outputs of the original network",
         )
-    if len(data) and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < classes:
-        raise DataError(
-            f"the calibration inputs have labels {data.labels.min()} to {data.labels.max()}, the network's classes "
-            f"are 0 to {classes - 1}",
-            "number the classes from 0, as the network was trained, and leave out what has no class",
-        )
+    check_labels(f"{name} learns from labels", None if data.labels is None else torch.from_numpy(data.labels), classes)
 
 
 def _key(source: Path, step: PassStep, numbers: list[int | None]) -> str:

@@ -349,7 +349,7 @@ class Step:
     inputs: float32 (n, *shape); outputs: of the network, float32 (n, ...); dense, original: those of the networks that
     `Needs.DENSE` and `Needs.ORIGINAL` name, None unless asked for; labels: int64 (n,), None without `Needs.LABELS`;
     progress: the share of all steps that are done, in [0, 1); scale: the sum of the second numbers of
-    `TrainPass.measure` before training, as a mean over the batches, 1 while that is being found out.
+    `TrainPass.measure` before training, as a mean over the batches. `TrainPass.measure` is given 0 and 1.
     """
 
     inputs: Tensor

@@ -18,7 +18,7 @@ WORST_LAYERS = 6
 
 _DAMAGED = "the checkpoint is damaged; download or train it again"
 
-# Told how many blocks are done, of how many; of a graph, how many layers, or steps where a pass trains.
+# Called with (done, total): in blocks; of a graph in layers, or in steps where a pass trains.
 Progress = Callable[[int, int], None]
 Status = Literal["compressed", "changed", "kept"]
 

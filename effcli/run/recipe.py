@@ -29,9 +29,15 @@ from effcli.platform.registry import Registry
 from effcli.run import yaml_files as yamls
 from effcli.run.overrides import apply_overrides, parse_pass, plain, set_on_only_step
 from effcli.run.validation import Mistakes, join, shown, validated
+from effcli.training.options import TrainingOptions
 
 # What a pass's `layers` may not override: these say which layers are taken, not how.
 NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
+
+
+def not_per_layer(kind: type[Options]) -> frozenset[str]:
+    """The options of `kind` that `layers` may not override: there is one training of all layers together."""
+    return NOT_PER_LAYER | (TrainingOptions.model_fields.keys() if issubclass(kind, TrainPass) else frozenset())
 
 
 # What reads no text needs more samples than windows of hundreds of tokens, and takes more of them at once.
@@ -503,11 +509,13 @@ def _check_layers(
         here = join(path, "layers", str(pattern))
         if not isinstance(override, Mapping):
             continue  # said by the type of `layers` itself
-        allowed = [key for key in config_type.model_fields if key not in NOT_PER_LAYER]
+        whole = not_per_layer(config_type)
+        allowed = [key for key in config_type.model_fields if key not in whole]
         for key in override:
-            if key in NOT_PER_LAYER:
-                mistakes.add(join(here, str(key)), f"belongs to the whole pass; one layer can set {', '.join(allowed)}")
-        own = {key: value for key, value in override.items() if key not in NOT_PER_LAYER}
+            if key in whole:
+                rest = f"; one layer can set {', '.join(allowed)}" if allowed else ", as all of its options do"
+                mistakes.add(join(here, str(key)), f"belongs to the whole pass{rest}")
+        own = {key: value for key, value in override.items() if key not in whole}
         found = Mistakes()
         validated(config_type, common | own, here, found, owner=name, known=allowed)
         # The pass's own mistakes were reported at their own place; here only those of this entry count.

@@ -10,7 +10,7 @@ from effcli import passes
 from effcli.errors import UserError
 from effcli.layers.contract import LayerPass, SearchPass
 from effcli.options import Options
-from effcli.run.recipe import NOT_PER_LAYER, ExportStep, PassStep, Recipe, Step
+from effcli.run.recipe import ExportStep, PassStep, Recipe, Step, not_per_layer
 
 _NULL = {"type": "null"}
 
@@ -53,7 +53,7 @@ def _options(kind: type[Options], definitions: dict[str, Any]) -> dict[str, Any]
         # Those of the pass whose options are chosen may stand beside its own.
         found["properties"] = keys = {**_of_layer_passes(), **keys}
     if "layers" in keys:
-        own = {name: schema for name, schema in keys.items() if name not in NOT_PER_LAYER}
+        own = {name: schema for name, schema in keys.items() if name not in not_per_layer(kind)}
         keys["layers"]["additionalProperties"] = {"type": "object", "properties": own, "additionalProperties": False}
     return found
 

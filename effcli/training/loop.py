@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Rows = NDArray[np.int64]
-# Told how many steps are done, of how many.
+# Called with (done, total), in steps.
 Progress = Callable[[int, int], None]
 
 # Seconds of work that a crash may cost: a snapshot takes about three times the bytes of what is trained.
@@ -59,7 +59,7 @@ class Batch:
     """Inputs of one forward, on the device. labels: int64 (n,), None without.
 
     progress: the share of all steps that are done, in [0, 1); scale: the sum of the second numbers that
-    `Objective.error` returns before training, as a mean over the batches, 1 while that is being found out.
+    `Objective.error` returns before training, as a mean over the batches. `Objective.error` is given 0 and 1.
     """
 
     inputs: Tensor
@@ -242,7 +242,8 @@ class _Run:
         with torch.no_grad():
             for batch in self._batches(np.arange(len(self.data), dtype=np.int64)):
                 with self.accelerator.autocast():
-                    more = self.objective.error(batch)
+                    # Errors of different epochs are compared: what an error makes of these must not move.
+                    more = self.objective.error(replace(batch, progress=0.0, scale=1.0))
                 part, whole, batches = part + more[0], whole + more[1], batches + 1
         if not math.isfinite(part + whole):
             if self.step:
@@ -255,12 +256,12 @@ class _Run:
         if error < self.least:
             self.least, self.kept = error, self.step
             if self.options.keep_best:
-                self.best = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+                self.best = {name: tensor.detach().clone() for name, tensor in self._state().items()}
 
     def _restore(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(values[name])
+            for name, tensor in self._state().items():
+                tensor.copy_(values[name])
 
     def _save(self) -> None:
         """Write a snapshot where one is due: after some time, and at the end, before what follows may be killed."""
@@ -269,9 +270,8 @@ class _Run:
             return
         tensors, scalars = snapshots.optimizer_state(self.optimizer)
         parts: dict[str, Mapping[str, Tensor]] = {
-            "now": self.trained,
+            "now": self._state(),
             "best": self.best,
-            "buffer": self._buffers(),
             "optimizer": tensors,
             "random": self._random(),
         }
@@ -301,14 +301,12 @@ class _Run:
         return True
 
     def _take_up(self, record: Snapshot, tensors: Mapping[str, Tensor]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("now", "best", "buffer", "optimizer", "random")}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("now", "best", "optimizer", "random")}
         for name, tensor in tensors.items():
             part, _, own = name.partition("/")
             parts[part][own] = tensor
         self._restore(parts["now"])
         self.best = {name: tensor.to(self.accelerator.device) for name, tensor in parts["best"].items()}
-        for name, buffer in self._buffers().items():
-            buffer.copy_(parts["buffer"][name])
         snapshots.restore_optimizer(self.optimizer, parts["optimizer"], record.scalars)
         torch.set_rng_state(parts["random"]["cpu"])
         if "cuda" in parts["random"]:
@@ -319,10 +317,11 @@ class _Run:
         self.pending, self.since = record.pending, record.since
         self.curve, self.errors = list(record.curve), list(record.errors)
 
-    def _buffers(self) -> dict[str, Tensor]:
-        """The tensors beside the parameters that belong to the module's state."""
+    def _state(self) -> dict[str, Tensor]:
+        """What a step may change: the parameters that are trained and the buffers of the module's state."""
         state = self.objective.module.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+        buffers = {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+        return {**self.trained, **buffers}
 
     def _random(self) -> dict[str, Tensor]:
         """The states of torch's random numbers."""

@@ -13,11 +13,12 @@ import pytest
 import small_graphs
 import torch
 from pydantic import Field
+from safetensors.torch import load_file, save_file
 from small_graphs import Held
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effcli.errors import DataError, UnsupportedError, UserError
+from effcli.errors import DataError, MachineError, UnfinishedError, UnsupportedError, UserError
 from effcli.graphs import training
 from effcli.graphs.graph import Graph
 from effcli.graphs.training import train, train_graph
@@ -256,6 +257,144 @@ class Killed(Exception):
     """In place of a signal."""
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:20], lambda data: b"", lambda data: b"x" * len(data)])
+def test_a_damaged_snapshot_is_thrown_away(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only this training begins anew, it says so, and its weights are those of one that ran through."""
+    monkeypatch.setattr(loop, "SNAPSHOT_SECONDS", 0.0)
+    data, config, work = labelled(small_graphs.separable()), Tune(epochs=1), tmp_path / "work"
+    whole = carried_out(config, tmp_path, data)
+    expected = (tmp_path / "target" / "effcli.safetensors").read_bytes()
+
+    def kill(done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        carried_out(config, tmp_path, data, work=work, progress=kill)
+    file = work / "step-2.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    told: list[int] = []
+    result = carried_out(config, tmp_path, data, work=work, progress=lambda done, total: told.append(done))
+    assert told == [0, 1, 2, 3, 4, 5] and result.training == whole.training
+    assert result.remarks[:-1] == whole.remarks
+    assert "tune trained anew" in result.remarks[-1] and "step-2.safetensors is damaged" in result.remarks[-1]
+    assert (tmp_path / "target" / "effcli.safetensors").read_bytes() == expected
+
+
+def test_a_snapshot_that_does_not_fit_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was taken up in part."""
+    monkeypatch.setattr(loop, "SNAPSHOT_SECONDS", 0.0)
+    data, config, work = labelled(small_graphs.separable()), Tune(epochs=1), tmp_path / "work"
+    carried_out(config, tmp_path, data)
+    expected = (tmp_path / "target" / "effcli.safetensors").read_bytes()
+    carried_out(config, tmp_path, data, work=work)
+    file = work / "step-5.safetensors"
+    save_file({name: own for name, own in load_file(file).items() if name != "random/cpu"}, file)
+    result = carried_out(config, tmp_path, data, work=work)
+    assert "does not fit" in result.remarks[-1]
+    assert (tmp_path / "target" / "effcli.safetensors").read_bytes() == expected
+
+
+def test_a_snapshot_that_the_machine_does_not_give_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(folder: Path, key: str) -> Any:
+        raise UnfinishedError("cannot be read") from MachineError("out of memory")
+
+    monkeypatch.setattr(loop.snapshots, "load", load)
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(MachineError, match="out of memory"):
+        carried_out(Tune(epochs=1), tmp_path, labelled(small_graphs.separable()), work=work)
+    assert work.is_dir()
+
+
+def test_what_a_training_undoes_is_said(tmp_path: Path) -> None:
+    graph = small_graphs.separable()
+    first: Any = graph.layer("layer0").weight
+    first.view(-1)[::3] = 0
+    last: Any = graph.layer("layer7").weight
+    graph.set_weight("layer7", Linear(bits=8).for_graph().apply(Layer("layer7", "linear", last, torch.float32)).weight)
+    remarks = carried_out(Tune(epochs=1), tmp_path, labelled(graph), graph).remarks
+    assert "tune made compressed layers dense again: layer7" in remarks
+    made = Graph.read(tmp_path / "target")
+    zeros = {site.name: (graph.layer(site.name).weight == 0) for site in graph.sites()}
+    filled = {name: int((made.layer(name).weight[own] != 0).sum()) for name, own in zeros.items()}  # type: ignore[index,operator]
+    assert filled["layer0"] > 0
+    names = [name for name, count in filled.items() if count]
+    assert f"tune filled {sum(filled.values())} weights that were zero, in {', '.join(names)}" in remarks
+
+
+class Mode(nn.Module):
+    """Writes down whether it runs as in training, and drops no weight outside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.seen: list[bool] = []
+
+    def forward(self, weight: Tensor) -> Tensor:
+        assert self.drop.training == self.training
+        self.seen.append(self.training)
+        return self.drop(weight)
+
+
+def test_what_is_attached_is_in_training_for_the_loss_alone() -> None:
+    modules: list[Mode] = []
+
+    class Dropped(Tune):
+        def attach(self, layer: Layer) -> nn.Module | None:
+            modules.append(Mode())
+            return modules[-1]
+
+        def finish(self, layer: Layer, trained: nn.Module) -> Outcome:
+            assert torch.equal(trained(layer.weight), layer.weight)
+            return Outcome(layer.weight)
+
+    graph = small_graphs.separable()
+    config, data = Dropped(epochs=2), labelled(graph, 16)
+    made = train(graph, "tune", config, data, {"layer0": config}, batch_size=8)
+    # Attached; two batches measured, trained on and measured, twice; finished.
+    assert modules[0].seen[1:11] == [False] * 2 + ([True] * 2 + [False] * 2) * 2
+    assert not any(modules[0].seen[11:]) and made.notes and not graph.layer("layer0").training
+
+
+class Counting(nn.Module):
+    """Keeps in a buffer how often it ran in training."""
+
+    runs: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.runs += self.training
+        return weight * 1
+
+
+def test_the_buffers_of_the_best_weights_are_kept() -> None:
+    runs: list[float] = []
+
+    class Counted(Tune):
+        def attach(self, layer: Layer) -> nn.Module | None:
+            return Counting()
+
+        def finish(self, layer: Layer, trained: nn.Module) -> Outcome:
+            runs.append(float(trained.runs))  # type: ignore[arg-type]
+            return Outcome(layer.weight)
+
+        def measure(self, step: Step) -> tuple[float, float]:
+            assert (step.scale, step.progress) == (1, 0)
+            return next(errors), 1.0
+
+    graph = small_graphs.separable()
+    errors = iter([4.0, 1.0, 2.0, 3.0])
+    config = Counted(epochs=3)
+    made = train(graph, "tune", config, labelled(graph, 8), {"layer0": config}, batch_size=8)
+    assert made.training is not None and made.training.kept == 1 and runs == [1]
+
+
 def test_it_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SNAPSHOT_SECONDS", 0.0)
     data = labelled(small_graphs.separable())
@@ -301,8 +440,14 @@ def test_the_graph_is_whole_after_an_error() -> None:
     ("data", "message"),
     [
         (lambda graph: None, "trains on inputs of the network"),
-        (lambda graph: Held(small_graphs.inputs(graph, 8)), "learns from labels, and the calibration inputs have none"),
-        (lambda graph: Held(small_graphs.inputs(graph, 2), np.array([0, 4])), "labels 0 to 4, the network's classes"),
+        (
+            lambda graph: Held(small_graphs.inputs(graph, 8)),
+            "tune learns from labels, and the .* no labels",
+        ),
+        (
+            lambda graph: Held(small_graphs.inputs(graph, 2), np.array([0, 4])),
+            "go from 0 to 4, .* the classes 0 to 3",
+        ),
         (lambda graph: Held(small_graphs.inputs(graph, 0), np.zeros(0, np.int64)), "no calibration input reached"),
     ],
 )

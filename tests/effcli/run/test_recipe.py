@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effcli.errors import RecipeError
+from effcli.passes.quantize.linear import Linear
+from effcli.passes.train.centroids import Centroids
 from effcli.run import recipe
 from effcli.run import yaml_files as yamls
-from effcli.run.recipe import Calibration, Evaluate, PassStep, Recipe
+from effcli.run.recipe import Calibration, Evaluate, PassStep, Recipe, not_per_layer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 BITS = st.sampled_from([2, 3, 4, 8])
@@ -138,6 +140,14 @@ def test_one_mistake_is_cause_and_remedy() -> None:
 )
 def test_wrong_shapes(data: Any, message: str) -> None:
     assert message in mistakes(data)
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "epochs", "seed", "precision", "ignore"])
+def test_one_layer_has_no_training_of_its_own(key: str) -> None:
+    text = mistakes({"model": "m", "passes": [{"centroids": {"layers": {"x": {key: 1}}}}]})
+    assert f"passes.0.layers.x.{key}: belongs to the whole pass, as all of its options do" in text
+    assert not_per_layer(Centroids) == set(Centroids.model_fields)
+    assert not_per_layer(Linear) == {"ignore", "layers", "lm_head"}
 
 
 def test_a_mistake_of_the_pass_is_not_repeated_for_its_layers() -> None:

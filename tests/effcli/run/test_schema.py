@@ -67,7 +67,7 @@ def test_every_option_of_a_pass(name: str, schema: dict[str, Any]) -> None:
     for key in options:
         assert both(schema, whole({name: {**required, f"{key}_": options[key]}})) == (False, False), key
         inside = {**required, "layers": {"*": {key: options[key]}}}
-        if key in recipe.NOT_PER_LAYER:
+        if key in recipe.not_per_layer(passes.load(name)):
             assert both(schema, whole({name: inside})) == (False, False), key
 
 

@@ -255,6 +255,19 @@ def test_the_scale_of_the_error_reaches_the_loss() -> None:
     assert seen == [(11.0, k / 6) for k in range(6)], "66 of 6 batches"
 
 
+def test_errors_of_different_epochs_can_be_compared() -> None:
+    module = network()
+    seen: list[tuple[float, float]] = []
+    task = objective(module)
+
+    def error(batch: Batch) -> tuple[float, float]:
+        seen.append((batch.scale, batch.progress))
+        return 1.0, 3.0 * len(batch.inputs)
+
+    made = loop.train(Objective(module, task.optimizer, task.loss, error), data(), TrainingOptions(), batch_size=4)
+    assert seen == [(1.0, 0.0)] * 24 and len({value for _, value in made.errors}) == 1
+
+
 def test_nothing_to_learn_from() -> None:
     with pytest.raises(DataError, match="no calibration input") as raised:
         trained(TrainingOptions(), Held(torch.zeros(0, 6)))
