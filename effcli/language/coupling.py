@@ -127,7 +127,7 @@ def cut(source: Path, target: Path, cuts: Sequence[Cut], work: Path, trust_remot
     }
     config = _described(weights, cuts, after, trust_remote_code)
     copy_companions(source, target)
-    names = [name for name in skeleton.outer_parameters() if name not in weights.shared]
+    names = [name for name in skeleton.outer_parameters() if name not in weights.left_out()]
     groups = [*(skeleton.block_parameters(k) for k in range(len(skeleton.blocks))), names]
     parts = []
     for number, keys in enumerate(groups):

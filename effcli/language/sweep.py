@@ -204,8 +204,9 @@ class _Sweep:
         with torch.inference_mode():
             if taken and head is not None and self.windows is not None:
                 gram = self._head_statistics(sites[head])
+            left_out = self.weights.left_out(apart=taken)
             for key in self.skeleton.outer_parameters():
-                if key in self.weights.shared or (taken and key == f"{head}.weight"):
+                if key in left_out or (taken and key == f"{head}.weight"):
                     continue
                 part.keep(self.weights, key, outside.row)
             for name, tensor in part.tensors.items():

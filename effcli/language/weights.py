@@ -128,6 +128,14 @@ class Weights:
             shared[name] = other
         return shared
 
+    def left_out(self, apart: bool = False) -> Mapping[str, str]:
+        """The parameters of `shared` that what is written of this network needs no tensor of.
+
+        apart: whether the output head gets a weight of its own there. A config that says so ties nothing at all.
+        """
+        apart = self.skeleton.was_tied and (apart or not self.skeleton.tied)
+        return {} if apart else self.shared
+
     def _same(self, first: str, second: str) -> bool:
         """Whether two dense parameters are equal."""
         if any(site.name in self._packed for name in (first, second) for site in self.sites(name)):

@@ -157,7 +157,8 @@ class LayerEngine:
             # A dense weight takes a factor on its input into itself.
             weight = effective
         elif explicit is not None:
-            weight = weight.with_input_scale(explicit.to(layer.dtype))
+            # A copy of its own: tensors of one file share no memory.
+            weight = weight.with_input_scale(explicit.to(layer.dtype, copy=True))
         # Before the weight is written, for `layer` may be a view of it. Errors of outputs are told with undivided rows,
         # and columns as the inputs stand; errors of weights as the layer was.
         factors = self.network.factors

@@ -245,8 +245,10 @@ class _Sizes:
 
     def total(self) -> int:
         skeleton = self.weights.skeleton
-        names = [name for name in skeleton.parameters() if name not in self.weights.shared]
-        if skeleton.tied and skeleton.head in self.taken:
+        apart = skeleton.head in self.taken
+        left_out = self.weights.left_out(apart)
+        names = [name for name in skeleton.parameters() if name not in left_out]
+        if skeleton.tied and apart:
             names.append(f"{skeleton.head}.weight")
         state = skeleton.model.state_dict()
         total = 0

@@ -159,6 +159,43 @@ def test_parameters_that_have_no_tensor_of_their_own_are_found(
     assert not left_out
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("own", [False, True], ids=["head taken", "head of its own"])
+def test_a_head_that_is_tied_no_more_keeps_its_bias(family: str, own: bool, tmp_path: Path) -> None:
+    """A config that ties no head ties no bias either, so that both need a tensor."""
+    source = save_causal(tmp_path / "model", family, is_decoder=True)
+    head = open_weights(source).skeleton.head
+    if own:
+        tensors = load_file(source / "model.safetensors")
+        shape = open_weights(source).skeleton.model.state_dict()[f"{head}.weight"].shape
+        tensors[f"{head}.weight"] = torch.randn(shape)
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    step = {"linear": {"bits": 8, "group_size": 8, "lm_head": not own}}
+    before = open_weights(source)
+    carry_out(source, tmp_path / "out", step)
+    after = open_weights(tmp_path / "out")
+    assert (f"{head}" in after.stored) == (not own)
+    assert torch.equal(after.parameter(f"{head}.bias"), before.parameter(f"{head}.bias"))
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        expected, found = (logits_of(runtime.load(folder), ids) for folder in (source, tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_layers_in_float32_that_share_a_scale_are_written(tmp_path: Path) -> None:
+    source, target = save_causal(tmp_path / "model", "bert", is_decoder=True), tmp_path / "out"
+    target.mkdir()
+    step = PassStep.model_validate({"awq": {"bits": 4, "group_size": 8, "without_pair": "explicit"}})
+    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    result = sweep(source, target, step, Windows([ids]), tmp_path / "work")
+    scaled = [row.name for row in result.ledger if row.reason.startswith("its scale stays explicit")]
+    assert len([name for name in scaled if name.endswith(("query", "key", "value"))]) >= 3
+    weights = open_weights(target)
+    for name in scaled:
+        packed = weights.packed(name)
+        assert packed is not None and packed.input_scale is not None
+
+
 def test_blocks_that_share_their_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_causal(tmp_path / "model", "llama")
     file = source / "model.safetensors"
