@@ -7,7 +7,7 @@ budget; where a figure does not rise with the bytes all the way, a better choice
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from effcli.errors import RecipeError, SelectionError
 from effcli.layers.contract import Evaluator
@@ -28,6 +28,29 @@ def choose_bits(costs: Sensitivity, budget: Budget, evaluator: Evaluator, measur
     `SelectionError` for a budget that no choice keeps, and for one that every choice keeps or misses alike.
     """
     return _Chooser(costs, budget, evaluator).choose(measured)
+
+
+def check_size(name: str, limit: int, smallest: int, largest: int) -> None:
+    """Raise `SelectionError` for a size in bytes that no choice or every choice of the search `name` keeps."""
+    if limit < smallest:
+        raise SelectionError(
+            f"{name}: the budget is {size(limit)}, and the fewest bits everywhere take {size(smallest)}",
+            "raise the budget, offer fewer `bits`, or take larger groups",
+        )
+    if limit > largest:
+        raise SelectionError(
+            f"{name}: the budget is {size(limit)}, and the most bits everywhere take only {size(largest)}",
+            "lower the budget or offer more `bits`",
+        )
+
+
+def check_average(name: str, bits: float, widths: Collection[int]) -> None:
+    """Raise `SelectionError` for an average of bits outside of `widths`, those that the search `name` chooses from."""
+    if not min(widths) <= bits <= max(widths):
+        raise SelectionError(
+            f"{name}.average_bits: {bits:g} is outside of the bits to choose from, {min(widths)} to {max(widths)}",
+            "choose a number between them, or offer other `bits`",
+        )
 
 
 class _Chooser:
@@ -80,30 +103,13 @@ class _Chooser:
         return f"{self.evaluator.name}.{self.budget.quantity}"
 
     def _at(self, nbytes: int, fixed: int = 0) -> Choice:
-        smallest, largest = self.frontier.smallest, self.frontier.largest
-        if nbytes < smallest:
-            raise SelectionError(
-                f"{self.evaluator.name}: the budget is {size(nbytes + fixed)}, and the fewest bits everywhere take "
-                f"{size(smallest + fixed)}",
-                "raise the budget, offer fewer `bits`, or take larger groups",
-            )
-        if nbytes > largest:
-            raise SelectionError(
-                f"{self.evaluator.name}: the budget is {size(nbytes + fixed)}, and the most bits everywhere take only "
-                f"{size(largest + fixed)}",
-                "lower the budget or offer more `bits`",
-            )
+        smallest, largest = self.frontier.smallest + fixed, self.frontier.largest + fixed
+        check_size(self.evaluator.name, nbytes + fixed, smallest, largest)
         return self.frontier.at(nbytes)
 
     def _average(self, bits: float) -> int:
-        nbytes = self.widths.nbytes(bits)
-        if nbytes is None:
-            uniform = self.widths.uniform
-            raise SelectionError(
-                f"{self._key}: {bits:g} is outside of the bits to choose from, {min(uniform)} to {max(uniform)}",
-                "choose a number between them, or offer other `bits`",
-            )
-        return nbytes
+        check_average(self.evaluator.name, bits, self.widths.uniform)
+        return self.widths.nbytes(bits)
 
     def _smallest(self, figure: Figure) -> Choice:
         """The smallest choice on the front whose measured quality keeps the budget."""
@@ -178,13 +184,11 @@ class Widths:
                 found[bits] = self.frontier.choice([own.index(bits) if bits in own else 0 for own in places])
         return found
 
-    def nbytes(self, bits: float) -> int | None:
-        """The bytes of `bits` for every layer, between two whole numbers interpolated; None outside of them."""
+    def nbytes(self, bits: float) -> int:
+        """The bytes of `bits` for every layer, between two whole numbers interpolated; `ValueError` outside of them."""
         uniform = self.uniform
-        below = max((each for each in uniform if each <= bits), default=None)
-        above = min((each for each in uniform if each >= bits), default=None)
-        if below is None or above is None:
-            return None
+        below = max(each for each in uniform if each <= bits)
+        above = min(each for each in uniform if each >= bits)
         share = (bits - below) / (above - below) if above > below else 0.0
         return int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
 
@@ -206,4 +210,4 @@ def _figure(figure: Figure, value: float) -> str:
     return size(int(value)) if figure in ("ram", "flash") else f"{significant(value)} ms"
 
 
-__all__ = ["Widths", "choose_bits"]
+__all__ = ["Widths", "check_average", "check_size", "choose_bits"]

@@ -11,12 +11,12 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.errors import DataError, RecipeError, SelectionError, UnfinishedError, behind, writing
+from effcli.errors import DataError, RecipeError, UnfinishedError, behind, writing
 from effcli.layers.contract import Change, SearchPass
 from effcli.layers.selection import matches
 from effcli.options import Record
@@ -25,6 +25,7 @@ from effcli.reports.report import Quality, Stage
 from effcli.reports.sensitivity import Search, Sensitivity
 from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep
+from effcli.search.bits import check_average, check_size
 from effcli.search.budget import Figure
 from effcli.search.journal import Journal
 from effcli.search.sensitivity import sensitivity, told
@@ -85,18 +86,22 @@ def check_measured(network: RunNetwork, original: Stage) -> None:
 def plan(network: RunNetwork) -> Plan:
     """The plan of a recipe; what a search decides stands there from the first to the last of its alternatives.
 
-    Bytes are those of the larger end. Raises what `check` raises, and `SelectionError` for a size below the smallest.
+    Bytes are those of the larger end. Raises what `check` raises, and `SelectionError` for a size or an average of bits
+    that no choice keeps.
     """
     passes = network.recipe.passes
     searches = [step for step in passes if isinstance(step.config, SearchPass)]
     if not searches:
         return network.plan()
     check(network)
-    first, last = (
-        network.plan([network.with_defaults((step.candidates or (step,))[at]) for step in passes]) for at in (0, -1)
-    )
+    ends = [[network.with_defaults((step.candidates or (step,))[at]) for step in passes] for at in (0, -1)]
+    first, last = map(network.plan, ends)
+    for number, step in enumerate(passes, start=1):
+        if not isinstance(step.config, SearchPass):
+            continue
+        whole = number == len(passes)
+        _check_limit(step, *((first, last) if whole else (network.plan(steps[:number]) for steps in ends)))
     low, high = sorted((first, last), key=lambda found: found.output_bytes)
-    _check_size(passes[-1], low.output_bytes)
     weights = f"weights: {size(high.input_bytes)} before, {size(low.output_bytes)} to {size(high.output_bytes)} after"
     chosen = [
         f"{step.name} measures the layers before it can say what it does to each; it chooses {_alternatives(step)}"
@@ -125,19 +130,38 @@ def _between(first: Row, last: Row, larger: Row) -> Row:
     return larger.model_copy(update={"format": format})
 
 
-def _check_size(step: PassStep, smallest: int) -> None:
-    """Raise `SelectionError` where the last step is a search, and the weights exceed its budget however it chooses.
+def _check_limit(step: PassStep, first: Plan, last: Plan) -> None:
+    """Raise `SelectionError` for a size or an average of bits that the search `step` cannot keep.
 
-    smallest: bytes that they take at least.
+    first, last: the plans of all steps up to it, with the first and the last of its alternatives.
     """
-    options = step.config
-    if not isinstance(options, SearchPass) or options.budget.quantity != "size" or options.budget.limit >= smallest:
-        return
-    raise SelectionError(
-        f"{step.name}: the budget is {size(int(options.budget.limit))}, and the fewest bits everywhere take "
-        f"{size(smallest)}",
-        "raise the budget, offer fewer `bits`, or take larger groups",
-    )
+    options: SearchPass = step.config  # type: ignore[assignment]
+    limit, own = options.budget.limit, [_rows(plan) for plan in (first, last)]
+    match options.budget.quantity:
+        case "average_bits":
+            configs: list[Any] = [candidate.config for candidate in step.candidates]
+            widths = {config.bits for config in configs}
+            if own[0] == own[1]:
+                # No layer is left to choose for: each may have bits of its own.
+                widths |= {given["bits"] for config in configs for given in config.layers.values() if "bits" in given}
+            check_average(step.name, limit, widths)
+        case "size":
+            found = [
+                plan.output_bytes + _headers(plan, (row.name for row in rows if row.status == "compress"))
+                for plan, rows in zip((first, last), own, strict=True)
+            ]
+            check_size(step.name, int(limit), min(found), max(found))
+
+
+def _rows(plan: Plan) -> list[Row]:
+    """The layers in the last step of a plan."""
+    return [row for row in plan.rows if row.step == plan.rows[-1].step]
+
+
+def _headers(plan: Plan, layers: Iterable[str]) -> int:
+    """Bytes that the headers of the weight files take at most; layers: those that are compressed."""
+    tensors = sum(4 * (len(name) + _HEADER) for name in layers)
+    return tensors + sum(len(row.name) + _HEADER for row in plan.rows) + _HEADERS
 
 
 def carry_out(network: RunNetwork, position: Position, folder: Path, listener: Listener) -> tuple[PassStep, Search]:
@@ -217,9 +241,7 @@ class _Running:
         # Of a plan with each layer's first option.
         plan = self.network.plan((*self.position.before, self.steps[0]))
         layers = sum(layer.options[0].nbytes for layer in self.costs.layers)
-        tensors = sum(4 * (len(layer.name) + _HEADER) for layer in self.costs.layers)
-        others = sum(len(row.name) + _HEADER for row in plan.rows)
-        return plan.output_bytes - layers + tensors + others + _HEADERS
+        return plan.output_bytes - layers + _headers(plan, (layer.name for layer in self.costs.layers))
 
     def original(self) -> float:
         return _quality(self.name, self.network, self.position.original.quality)

@@ -16,10 +16,11 @@ from effcli.exporters.c import C
 from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report, Speed
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity
-from effcli.run import pipeline
+from effcli.run import door, pipeline
 from effcli.run import recipe as recipes
 from effcli.run.network import Measured
 from effcli.run.recipe import PassStep
+from effcli.search import stage as stages
 from effcli.search.bits import choose_bits
 from effcli.search.budget import QUANTITIES, Budget, Figure, Quantity
 
@@ -184,7 +185,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def graph_run(net: Path, output: Path, *steps: str, **keys: Any) -> Report:
-    small = ["calibration.samples=16", "evaluate.latency=false"]
+    small = ["calibration.samples=16", *([] if keys.get("no_eval") else ["evaluate.latency=false"])]
     recipe = recipes.from_arguments(str(net), passes=steps, output=str(output), overrides=small, **keys)
     return pipeline.run(recipe)
 
@@ -229,6 +230,48 @@ def test_what_is_not_measured_is_said_before_any_pass(
     )
     with pytest.raises(DataError, match="auto: accuracy is not measured"):
         pipeline.run(recipe)
+
+
+def refused(net: Path, *steps: Any) -> str:
+    """What a plan says of a budget that no choice keeps."""
+    recipe = recipes.from_arguments(str(net), passes=steps)
+    with pytest.raises(SelectionError) as error:
+        stages.plan(door.of_run(recipe))
+    return error.value.cause
+
+
+def test_a_size_or_an_average_that_no_choice_keeps_is_refused_with_the_plan(net: Path) -> None:
+    few = {"using": "linear", "bits": [2, 4]}
+    outside = "auto.average_bits: {} is outside of the bits to choose from, 2 to 4"
+    assert refused(net, {"auto": {**few, "average_bits": 1}}) == outside.format(1)
+    # Bits of its own leave a layer out of the choice.
+    own = {**few, "layers": {"0": {"bits": 8}}}
+    assert refused(net, "fold", {"auto": {**own, "average_bits": 6}}, "int8") == outside.format(6)
+    for steps in ((), ("int8",)):
+        assert "the most bits everywhere take only" in refused(net, "fold", {"auto": {**few, "size": "10MB"}}, *steps)
+        assert "the fewest bits everywhere take" in refused(net, "fold", {"auto": {**few, "size": "1kB"}}, *steps)
+
+
+@pytest.mark.parametrize("bits", [[8], [2, 8]])
+def test_what_a_choice_keeps_is_planned(net: Path, bits: list[int]) -> None:
+    for more in ({"average_bits": 8}, {"average_bits": 5, "layers": {"*": {"bits": 5}}}):
+        recipe = recipes.from_arguments(str(net), passes=[{"auto": {"using": "linear", "bits": bits, **more}}])
+        assert "it chooses bits" in stages.plan(door.of_run(recipe)).remarks[-1]
+
+
+def test_the_plan_and_the_search_refuse_the_same_sizes(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[tuple[int, int]] = []
+
+    def check(name: str, limit: int, smallest: int, largest: int) -> None:
+        ends.append((smallest, largest))
+
+    for place in ("effcli.search.stage.check_size", "effcli.search.bits.check_size"):
+        monkeypatch.setattr(place, check)
+    graph_run(net, tmp_path / "out", "auto:using=linear,by=gram,size=4600", no_eval=True)
+    assert len(ends) == 2 and ends[0] == ends[1]
+    assert ends[0][0] < 4600 < ends[0][1]
 
 
 @pytest.mark.parametrize(
