@@ -33,7 +33,7 @@ from effcli.reports.human import size
 from effcli.reports.report import Exported, Report, Stage
 from effcli.run import door
 from effcli.run import recipe as recipes
-from effcli.run.listener import Listener, Silent
+from effcli.run.listener import Listener, Silent, told
 from effcli.run.plan import Plan
 from effcli.run.recipe import ExportStep, PassStep, Recipe, Step
 from effcli.run.workplace import EXPORTS, Workplace, check_output, existing, exports_in, files_in, resolved
@@ -251,19 +251,8 @@ class _Run:
         return stage
 
     def _sweep(self, number: int, step: PassStep, source: Path, target: Path, reference: Path) -> PassResult:
-        started = False
-
-        def progress(done: int, total: int) -> None:
-            nonlocal started
-            if not started:
-                self.listener.progress_start(step.name, total, step.config.unit)
-                started = True
-            self.listener.progress(done)
-
-        try:
+        with told(self.listener, step.name, step.config.unit) as progress:
             return self.network.sweep(step, source, target, reference, self.work / f"pass-{number}", progress)
-        finally:
-            self.listener.progress_end()
 
     def _measured(self, path: Path, name: str, options: dict[str, Any], first: bool = False) -> Stage:
         counts, found = self.network.count(path), self.network.measure(path, first)

@@ -9,9 +9,9 @@ from pathlib import Path
 from effcli.inputs.options import Evaluate
 from effcli.reports.sensitivity import Sensitivity, Way
 from effcli.run import door
-from effcli.run.listener import Listener, Silent
+from effcli.run.listener import Listener, Silent, told
 from effcli.run.recipe import Recipe
-from effcli.search.sensitivity import sensitivity, told
+from effcli.search.sensitivity import sensitivity
 
 
 def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listener | None = None) -> Sensitivity:
@@ -22,8 +22,9 @@ def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listene
         network = door.of_run(recipes[0].model_copy(update=unmeasured))
         network.plan()
         network.open(Path(folder))
-        own, shown = tuple(map(network.with_defaults, steps)), told(listener or Silent(), "sensitivity")
-        return sensitivity(network, own, network.base, Path(folder), way, shown)
+        own = tuple(map(network.with_defaults, steps))
+        with told(listener or Silent(), "sensitivity") as progress:
+            return sensitivity(network, own, network.base, Path(folder), way, progress)
 
 
 __all__ = ["inspect"]

@@ -14,28 +14,11 @@ from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Way
 from effcli.search.journal import Journal
 
 if TYPE_CHECKING:
-    from effcli.run.listener import Listener
     from effcli.run.network import RunNetwork
     from effcli.run.recipe import PassStep
 
 # Weights below which putting every layer into the network by itself is a matter of a minute.
 SMALL = 20_000_000
-
-
-def told(listener: Listener, name: str, unit: str = "block") -> Progress:
-    """Progress as a listener is told of it, under `name`; unit: what is counted."""
-    started = False
-
-    def progress(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            listener.progress_start(name, total, unit)
-            started = True
-        listener.progress(done)
-        if done == total:
-            listener.progress_end()
-
-    return progress
 
 
 def sensitivity(
@@ -97,4 +80,4 @@ def sensitivity(
     return made
 
 
-__all__ = ["SMALL", "sensitivity", "told"]
+__all__ = ["SMALL", "sensitivity"]

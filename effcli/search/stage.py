@@ -23,12 +23,13 @@ from effcli.options import Record
 from effcli.reports.human import size
 from effcli.reports.report import Quality, Stage
 from effcli.reports.sensitivity import Search, Sensitivity
+from effcli.run.listener import told
 from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep
 from effcli.search.bits import check_average, check_size
 from effcli.search.budget import Figure
 from effcli.search.journal import Journal
-from effcli.search.sensitivity import sensitivity, told
+from effcli.search.sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from effcli.run.listener import Listener
@@ -216,15 +217,9 @@ class _Running:
             states = self.journal.folder / "states"
             with writing(states):
                 states.mkdir(exist_ok=True)
-            self._costs = sensitivity(
-                self.network,
-                self.steps,
-                self.position.source,
-                states,
-                self.options.way,
-                told(self.listener, f"{self.name}: sensitivity"),
-                self.journal,
-            )
+            source, way = self.position.source, self.options.way
+            with told(self.listener, f"{self.name}: sensitivity") as progress:
+                self._costs = sensitivity(self.network, self.steps, source, states, way, progress, self.journal)
             shutil.rmtree(states)
         return self._costs
 
@@ -283,8 +278,9 @@ class _Running:
         with writing(target):
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
-        shown = told(self.listener, f"{self.name}: {step.name}", step.config.unit)
-        self.network.sweep(step, source, target, self.position.reference, self.journal.folder / "pass", shown)
+        work, reference = self.journal.folder / "pass", self.position.reference
+        with told(self.listener, f"{self.name}: {step.name}", step.config.unit) as progress:
+            self.network.sweep(step, source, target, reference, work, progress)
         return target
 
 
