@@ -15,6 +15,7 @@ class FineTune(TrainPass):
     """Train all floating weights towards the labels, or the outputs of the original network (arXiv:1503.02531)."""
 
     takes: ClassVar[str] = "floating weight"
+    remedy: ClassVar[str] = "put it before the step that compresses the weights"
 
     labels: bool = Field(True, description="Learn from labels; without, from the outputs of the original network.")
 

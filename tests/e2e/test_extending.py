@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import runpy
@@ -118,6 +119,17 @@ def test_training(install: Install, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(torch.equal(weight, again[name]) for name, weight in layers(learnt).items())
     assert main(["compress", "sample:lm", "--pass", "tune", "--no-eval", "-o", str(tmp_path / "none")]) == 1
     assert "tune takes networks read as a graph; sample:lm is a language model" in capsys.readouterr().err
+
+
+def test_the_training_leaves_compressed_layers() -> None:
+    from effcli.layers.contract import UNSEEN, Layer
+    from effcli.passes.quantize.linear import Linear
+
+    tune = runpy.run_path(str(TEMPLATES / "train_template.py"))["FineTune"]()
+    floating = Layer("layer", "linear", torch.randn(4, 8), torch.float32)
+    stored = Linear().for_graph().apply(floating, UNSEEN).weight
+    assert tune.attach(floating) is not None
+    assert tune.attach(dataclasses.replace(floating, stored=stored)) is None
 
 
 SHIFT_PASS = '''
