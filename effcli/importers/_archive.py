@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ class _Reader:
         graph = fx.Graph()
         weights, inputs = self.inputs(graph, described, signature["input_specs"])
         for item in described["nodes"]:
+            _check_described(item, described["tensor_values"])
             self.node(graph, item)
         kinds = [next(iter(spec.items())) for spec in signature["output_specs"]]
         changed = [
@@ -328,6 +329,15 @@ def _name(name: str) -> str:
     if not name.isidentifier():
         raise ValueError(f"{name!r} is no name of a value")
     return name
+
+
+def _check_described(item: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a node that makes a tensor of which the file says no type: torch refuses it, too."""
+    for output in item["outputs"]:
+        ((kind, _),) = output.items()
+        missing = [name for name in _names(output) if kind.startswith("as_tensor") and name not in values]
+        if missing:
+            raise ValueError(f"{missing[0]} is made by a node and described nowhere")
 
 
 def _names(output: dict[str, Any]) -> list[str]:

@@ -321,6 +321,7 @@ def _first_value(data: dict[str, Any]) -> dict[str, Any]:
         (_config(lambda item: item["tensor_meta"]["device"].update(type="gpu")), "is damaged"),
         (_config(lambda item: item["tensor_meta"]["device"].update(index="x")), "is damaged"),
         (_model(lambda data: data["graph_module"]["graph"].update(tensor_values={"a": 3})), "is damaged"),
+        (_model(lambda data: data["graph_module"]["graph"]["tensor_values"].popitem()), "is damaged"),
         (_model(lambda data: _first_value(data).update(storage_offset={"as_int": 1.5})), "has the size 1.5"),
         (_model(lambda data: _first_value(data).update(sizes=[])), "other strides than sizes"),
         (_model(lambda data: _first_value(data).update(requires_grad="x")), "nothing of its gradient"),
