@@ -115,8 +115,13 @@ def evaluate(
         typer.Option("--text", metavar="FILE", help="Text to measure perplexity on.", show_default="the sample's own"),
     ] = None,
     choices: Annotated[
-        str | None,
-        typer.Option("--choices", metavar="FILE", help="A .jsonl of multiple-choice questions.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            "--choices",
+            metavar="FILE",
+            help="Multiple-choice questions, jsonl or parquet; may be given for several files.",
+            show_default=False,
+        ),
     ] = None,
     images: Annotated[
         str | None,
@@ -153,13 +158,14 @@ def evaluate(
     from effcli.run import door, recipe
 
     # Without a text, questions are all that was asked for.
-    given: dict[str, Any] = {"perplexity": text if text is not None else choices is None, "latency": False}
-    given |= {"choices": choices, "images": images, "samples": samples, "length": length, "limit": limit}
+    given: dict[str, Any] = {"perplexity": text if text is not None else not choices, "latency": False}
+    questions = choices[0] if choices and len(choices) == 1 else choices or None
+    given |= {"choices": questions, "images": images, "samples": samples, "length": length, "limit": limit}
     options = recipe.check_evaluate({key: value for key, value in given.items() if value is not None})
     from effcli.reports import screen
 
     network = door.find(model)
-    flags = {"--text": text, "--choices": choices, "--length": length, "--limit": limit}
+    flags = {"--text": text, "--choices": questions, "--length": length, "--limit": limit}
     network.refuse({**flags, "--images": images, "--weights": weights, "--set": overrides})
     shaped = recipe.check_inputs(overrides or ())
     reading = door.Reading(path_of(weights), shaped.shape, shaped.preprocess, trust_remote_code)

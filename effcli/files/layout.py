@@ -245,7 +245,25 @@ def own_part(config: dict[str, Any]) -> Own:
             f"the checkpoint has effcli layout {version}, this effcli reads {LAYOUT_VERSION}",
             "use the effcli that wrote it",
         )
+    _check_formats(found.get("layers") if isinstance(found, dict) else None)
     return check_model(Own, found, "effcli in config.json", remedy=_RESTORE)
+
+
+def _check_formats(layers: Any) -> None:
+    """Raise `UnsupportedError` for layers in a format that effcli and the installed packages do not have."""
+    described = layers.items() if isinstance(layers, dict) else ()
+    formats = {
+        layer["format"]: str(name)
+        for name, layer in described
+        if isinstance(layer, dict) and isinstance(layer.get("format"), str)
+    }
+    for format, name in formats.items():
+        if find(format) is None:
+            raise UnsupportedError(
+                f"there is no format {format[:60]!r}, in which {name[:200]} is stored: neither effcli nor an installed "
+                "package has it",
+                "install the package that offers the format",
+            )
 
 
 def rounds_inputs(config: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
@@ -31,7 +32,7 @@ class Budget(Options):
     """One limit, in the unit of its quantity: bytes, multiplications, milliseconds, bits, or a share of 1."""
 
     quantity: Quantity
-    limit: float = Field(gt=0)
+    limit: float = Field(gt=0, allow_inf_nan=False)
 
     @property
     def figure(self) -> Figure | None:
@@ -83,14 +84,20 @@ class Budgeted(Options):
     )
     size: int | None = Field(None, gt=0, description="Budget: bytes of the weight files, or 40MB.")
     perplexity_increase: float | None = Field(
-        None, gt=0, description="Budget: how much the measured perplexity may rise, 0.05 or 5%; the smallest that does."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Budget: how much the measured perplexity may rise, 0.05 or 5%; the smallest that does.",
     )
     accuracy_drop: float | None = Field(
         None, gt=0, lt=1, description="Budget of a classifier: how far its accuracy may fall, 0.01 or 1%."
     )
     macs: int | None = Field(None, gt=0, description="Budget: multiplications for one input; bits do not change them.")
     latency: float | None = Field(
-        None, gt=0, description="Budget of a language model: measured milliseconds for one decoded token, 20 or 20ms."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Budget of a language model: measured milliseconds for one decoded token, 20 or 20ms.",
     )
     ram: int | None = Field(
         None, gt=0, description="Budget of a network that a later pass makes integer: bytes of RAM in C, or 64KiB."
@@ -107,7 +114,10 @@ class Budgeted(Options):
         match = re.fullmatch(r"\s*([\d.]+)\s*([kmgKMG]?i?[bB])\s*", value)
         if match is None or match[1].count(".") > 1 or match[2].lower() not in _BYTES:
             raise ValueError(f"{value!r} is no size; write it like 40MB or 1.5GB")
-        return int(float(match[1]) * _BYTES[match[2].lower()])
+        found = float(match[1]) * _BYTES[match[2].lower()]
+        if not math.isfinite(found):
+            raise ValueError("is more bytes than any file has")
+        return int(found)
 
     @field_validator("latency", mode="before", json_schema_input_type=float | str | None)
     @classmethod

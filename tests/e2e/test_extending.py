@@ -177,6 +177,7 @@ def test_a_format_of_a_package(
     assert main(["verify", str(out)]) == 1
     captured = capsys.readouterr()
     assert "there is no format 'shift'" in captured.err + captured.out
+    assert "restore config.json" not in captured.err + captured.out
     assert main(["compress", str(out), "--pass", "linear", *small, "--no-eval", "-o", str(tmp_path / "none")]) == 1
     assert "there is no format 'shift'" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from effcli.cli import main
 from effcli.errors import DataError
 from effcli.files import locate as samples
 from effcli.inputs import choices, published, tables
@@ -352,6 +353,15 @@ def test_several_files_are_told_apart(tmp_path: Path) -> None:
     assert found.tasks[0].accuracy + found.tasks[1].accuracy == 1
     assert (found.accuracy, found.examples) == (0.5, 2)
     assert evaluate.evaluate(str(SAMPLE), options.model_copy(update={"choices": str(files[0])})).tasks == ()
+
+
+def test_several_files_may_be_given_to_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text(json.dumps({"query": "the king", "choices": ["is", "zq"], "gold": 0}) + "\n")
+    assert main(["eval", "sample:lm", *(word for file in files for word in ("--choices", str(file))), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["examples"] == 2 and [task["name"] for task in found["tasks"]] == list(map(str, files))
 
 
 def test_a_choice_that_gives_no_token_is_refused() -> None:

@@ -171,6 +171,9 @@ def test_every_quantity_is_an_option_of_its_own() -> None:
         ("auto:latency=0", "greater than 0"),
         ("auto:flash=4Q", "'4Q' is no size"),
         ("auto:ram=-1", "greater than 0"),
+        ("auto:size=" + "9" * 400 + "MB", "more bytes than any file has"),
+        ("auto:latency=inf", "finite"),
+        ("auto:perplexity_increase=inf", "finite"),
         ("auto:ram=1,flash=2", "not ram and flash"),
     ],
 )
