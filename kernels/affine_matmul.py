@@ -172,7 +172,7 @@ class Nibbles(Packed):
     @staticmethod
     def _tails(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Factor and zero, float32 (n, 1), of n groups; the zero is an integer, found by rounding."""
-        tail = rows[:, -4:].contiguous().view(torch.float16).float()
+        tail = _halves(rows[:, -4:]).float()
         factor, offset = tail[:, :1], tail[:, 1:]
         return factor, torch.round(-offset / factor)
 
@@ -189,7 +189,7 @@ class Nibbles(Packed):
             # An odd zero above 8 times a scale of 8 bits takes one bit more than float16 has: below bf16's rounding,
             # but not below float32's. What was lost in the offset is put back.
             factor, zero = self._tails(rows)
-            values += -zero * factor - rows[:, -2:].contiguous().view(torch.float16).float()
+            values += -zero * factor - _halves(rows[:, -2:]).float()
         return values.view(stop - start, self.shape[1])
 
     def _few(self, rows: int, dtype: torch.dtype) -> bool:
@@ -341,6 +341,11 @@ def prepare(weight: AffineWeight, device: torch.device | str | None = None) -> W
 def _moved(weight: AffineWeight, device: torch.device) -> AffineWeight:
     zero = None if weight.zero is None else weight.zero.to(device)
     return AffineWeight(weight.format, weight.codes.to(device), weight.scale.to(device), zero)
+
+
+def _halves(octets: Tensor) -> Tensor:
+    """uint8 (n, 2·k) as float16 (n, k); a copy, for a single row may begin at an odd byte."""
+    return octets.clone(memory_format=torch.contiguous_format).view(torch.float16)
 
 
 __all__ = ["Bytes", "Nibbles", "Packed", "Words", "matmul", "prepare", "reference", "route_name"]
