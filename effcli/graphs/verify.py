@@ -125,11 +125,12 @@ def verify(
     found: dict[str, Any] = {"path": str(path), "layout": "integer" if integer else "graph", "refused": _refused(path)}
     report = Report.read(path) if (path / FILE_NAME).is_file() else None
     try:
-        inputs, outputs = _outputs(path)
+        network = IntegerNetwork.read(path) if integer else Graph.read(path)
+        inputs, outputs = _outputs(network)
         source, before = _input(report, against, trust_remote_code)
         if before is not None:
             known = stages if stages is not None else report.stages if report is not None else ()
-            found["against"] = _against(path, before, source, known, inputs, outputs)
+            found["against"] = _against(network, before, source, known, inputs, outputs)
         else:
             found["absent"] = source
     except EffcliError as error:
@@ -231,21 +232,26 @@ def _input(
 
 
 def _against(
-    path: Path, before: Graph, source: str, stages: Sequence[Stage], inputs: torch.Tensor, outputs: torch.Tensor
+    network: Graph | IntegerNetwork,
+    before: Graph,
+    source: str,
+    stages: Sequence[Stage],
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
 ) -> Against:
+    """What became of the input `before`, called `source`; outputs: what `network` gives for `inputs`."""
     if before.facts.shape != tuple(inputs.shape[1:]):
         return Against(
             input=source, problem=f"it takes inputs {tuple(inputs.shape[1:])}, its input {before.facts.shape}"
         )
-    found = Against(input=source) if is_integer(path) else compare(before, Graph.read(path), source, stages)
+    found = compare(before, network, source, stages) if isinstance(network, Graph) else Against(input=source)
     return found if found.problem else found.model_copy(update={"moved": moved(before, inputs, outputs)})
 
 
-def _outputs(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(network: Graph | IntegerNetwork) -> tuple[torch.Tensor, torch.Tensor]:
     """A few fixed inputs, and what the network gives for them."""
     generator = torch.Generator().manual_seed(0)
-    if is_integer(path):
-        network = IntegerNetwork.read(path)
+    if isinstance(network, IntegerNetwork):
         if network.probe is not None:
             # Random numbers lie outside the ranges that it was calibrated for.
             codes = torch.from_numpy(network.probe).float()
@@ -253,9 +259,8 @@ def _outputs(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         else:
             inputs = torch.randn(_ROWS, *network.facts.shape, generator=generator)
         return inputs, torch.from_numpy(executor.run_float(network, inputs.numpy()))
-    graph = Graph.read(path)
-    inputs = graph.examples(_ROWS, generator)
-    return inputs, graph.run(inputs)
+    inputs = network.examples(_ROWS, generator)
+    return inputs, network.run(inputs)
 
 
 def _refused(path: Path) -> bool:

@@ -95,9 +95,7 @@ class Weights:
                 return ""
         elif not self.has(embedding):
             # The stock loader ties whichever of the two is there.
-            self._sources[embedding] = self._sources[head]
-            if head in self._converters:
-                self._converters[embedding] = self._converters[head]
+            self._read_as(embedding, head)
             return f"the weight that {self.skeleton.head} and the input embedding share is stored as {embedding} now"
         elif self._same(head, embedding):
             return f"{head} is equal to the input embedding, which it is tied to: stored once, as {embedding}"
@@ -122,11 +120,15 @@ class Weights:
                     "by itself",
                     "this version compresses networks whose blocks have weights of their own",
                 )
-            self._sources[name] = self._sources[other]
-            if other in self._converters:
-                self._converters[name] = self._converters[other]
+            self._read_as(name, other)
             shared[name] = other
         return shared
+
+    def _read_as(self, name: str, other: str) -> None:
+        """Have parameter `name` read from what `other` is made of in the files."""
+        self._sources[name] = self._sources[other]
+        if other in self._converters:
+            self._converters[name] = self._converters[other]
 
     def left_out(self, apart: bool = False) -> Mapping[str, str]:
         """The parameters of `shared` that what is written of this network needs no tensor of.
