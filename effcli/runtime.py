@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.run import door
+from effcli.run import detect
 
 if TYPE_CHECKING:
     import torch
@@ -23,4 +23,4 @@ def load(
     packed: False gives a dense model with the dequantized weights, the reference that packed kernels are held against.
     Raises `CheckpointError` for a checkpoint that is damaged or incomplete.
     """
-    return door.find(str(model)).load(device, trust_remote_code, packed)
+    return detect.find(str(model)).load(device, trust_remote_code, packed)

@@ -29,7 +29,7 @@ from effcli.exporters._onnx_integer_linear import IntegerLinear, input_range, qu
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph
 from effcli.platform import onnx_session
-from effcli.reports.human import count
+from effcli.reports.units import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -54,7 +54,7 @@ from effcli.graphs.integer import (
     Weighted,
 )
 from effcli.platform import onnx_session
-from effcli.reports.human import count
+from effcli.reports.units import count
 
 FILE_NAME = "model.onnx"
 # Of 8-bit weights, which more versions of onnxruntime read, and the first with INT4.

@@ -32,7 +32,7 @@ from effcli.language.verify import Agreement
 from effcli.language.weights import Weights, open_weights
 from effcli.options import Options
 from effcli.platform import onnx_session
-from effcli.reports.human import count, size
+from effcli.reports.units import count, size
 
 if TYPE_CHECKING:
     import onnx_ir

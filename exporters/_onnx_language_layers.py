@@ -21,7 +21,7 @@ from effcli.exporters._obstacles import by_reason
 from effcli.exporters._onnx_integer_linear import Inputs, IntegerLinear, declare, declare_rest, input_factor
 from effcli.files.layout import Stored
 from effcli.formats import Affine, AffineWeight
-from effcli.reports.human import count
+from effcli.reports.units import count
 
 Tensors = dict[str, Tensor]
 

@@ -22,8 +22,8 @@ from effcli.files.documents import read_model
 from effcli.files.exporter import Exporter, Footprint
 from effcli.graphs.integer import IntegerNetwork, is_integer
 from effcli.options import Options
-from effcli.reports.human import count
 from effcli.reports.report import Exported
+from effcli.reports.units import count
 
 # Inputs on which an export is compared.
 _COMPARED = 16

@@ -241,14 +241,14 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def _shown(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The figures of times and memory as a page shows them, and what stands for them."""
-    from effcli.reports import human
+    from effcli.reports import units
 
     for number, stage in enumerate(report["stages"]):
         if stage["seconds"] is not None:
-            yield human.duration(stage["seconds"]), "<time>"
+            yield units.duration(stage["seconds"]), "<time>"
             yield repr(stage["seconds"]), f"<seconds of {number}>"
         if stage["peak_memory"] is not None:
-            yield human.size(stage["peak_memory"]), "<memory>"
+            yield units.size(stage["peak_memory"]), "<memory>"
             yield str(stage["peak_memory"]), f"<bytes of {number}>"
 
 

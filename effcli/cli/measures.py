@@ -53,13 +53,13 @@ def inspect(
         return
     _refuse(given, "it belongs to --sensitivity", "add --sensitivity, or leave it out")
     from effcli.reports import screen
-    from effcli.run import door, recipe
+    from effcli.run import detect, recipe
     from effcli.run import plan as planning
 
     shape = recipe.check_inputs(overrides or (), ("shape",)).shape
-    network = door.find(model)
+    network = detect.find(model)
     network.refuse({"--weights": weights, "--set": overrides})
-    found = network.inspect(door.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code))
+    found = network.inspect(detect.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code))
     if json:
         print_json(found.to_json())
     else:
@@ -155,7 +155,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure the quality of MODEL: perplexity, multiple-choice or top-1 accuracy, the distance to another model."""
-    from effcli.run import door, recipe
+    from effcli.run import detect, recipe
 
     # Without a text, questions are all that was asked for.
     given: dict[str, Any] = {"perplexity": text if text is not None else not choices, "latency": False}
@@ -164,11 +164,11 @@ def evaluate(
     options = recipe.check_evaluate({key: value for key, value in given.items() if value is not None})
     from effcli.reports import screen
 
-    network = door.find(model)
+    network = detect.find(model)
     flags = {"--text": text, "--choices": questions, "--length": length, "--limit": limit}
     network.refuse({**flags, "--images": images, "--weights": weights, "--set": overrides})
     shaped = recipe.check_inputs(overrides or ())
-    reading = door.Reading(path_of(weights), shaped.shape, shaped.preprocess, trust_remote_code)
+    reading = detect.Reading(path_of(weights), shaped.shape, shaped.preprocess, trust_remote_code)
     quality = network.evaluate(options, reading, reference)
     if json:
         print_json(quality.model_dump_json(indent=1))
@@ -199,13 +199,13 @@ def bench(
     """Measure the speed of MODEL: prefill and decode of a language model, one input of any other network."""
     from effcli.reports import screen
     from effcli.reports.report import Speed
-    from effcli.run import door, recipe
+    from effcli.run import detect, recipe
 
     shape = recipe.check_inputs(overrides or (), ("shape",)).shape
-    network = door.find(model)
+    network = detect.find(model)
     flags = {"--prefill": prefill, "--decode": decode, "--device": device}
     network.refuse({**flags, "--weights": weights, "--set": overrides})
-    reading = door.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code)
+    reading = detect.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code)
     found = network.time(reading, prefill, decode, threads, device)
     if isinstance(found, Speed):
         print_json(found.model_dump_json(indent=1)) if json else show(screen.speed_table(found))

@@ -34,7 +34,7 @@ def print_report(report: Report, layers: int | None) -> None:
 
 def show(renderable: Any) -> None:
     """Print what rich can lay out."""
-    from effcli.reports.shown import Console
+    from effcli.reports.text import Console
 
     with _standard_output():
         Console().print(renderable)

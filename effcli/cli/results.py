@@ -105,9 +105,9 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Load OUT as its users will; compare it with effcli's own arithmetic, and tensor by tensor with its input."""
-    from effcli.run import door
+    from effcli.run import detect
 
-    result = door.at(path).verify(target, against, trust_remote_code)
+    result = detect.at(path).verify(target, against, trust_remote_code)
     if json:
         print_json(result.to_json())
     else:

@@ -129,11 +129,11 @@ def plan(
             trust_remote_code=trust_remote_code or None,
         )
     from effcli.reports import screen
-    from effcli.run import door
+    from effcli.run import detect
     from effcli.run import plan as planning
     from effcli.search import stage as searching
 
-    found = searching.plan(door.of_run(made))
+    found = searching.plan(detect.of_run(made))
     if json:
         print_json(found.to_json())
     else:

@@ -17,8 +17,8 @@ from effcli.inputs.options import Calibration
 from effcli.layers.contract import Change, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, choose_graph
-from effcli.reports.human import size
 from effcli.reports.report import LedgerRow
+from effcli.reports.units import size
 from effcli.run.plan import BASE_MEMORY, Inspection, Plan, Row, kept_remarks, size_remark
 from effcli.run.recipe import Recipe
 

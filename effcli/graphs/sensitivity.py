@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from effcli.graphs.graph import Graph, class_count
-from effcli.graphs.opened import OpenGraph
+from effcli.graphs.open_graph import OpenGraph
 from effcli.inputs.images import Inputs
 from effcli.layers.contract import Needs
 from effcli.layers.engine import LayerEngine

@@ -19,7 +19,7 @@ from effcli.graphs.backward import gradients
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
-from effcli.graphs.opened import OpenGraph
+from effcli.graphs.open_graph import OpenGraph
 from effcli.layers.contract import Needs, NetworkPass, Observed, ScalingPass
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.result import PassResult, Progress, check_tensor, worst

@@ -30,8 +30,8 @@ from effcli.options import Options
 from effcli.platform import onnx_session
 from effcli.platform.huggingface import restoring_verbosity
 from effcli.reports.against import Against
-from effcli.reports.human import count
 from effcli.reports.report import FILE_NAME, Report, Stage
+from effcli.reports.units import count
 
 _ROWS = 16
 # Inputs on which the C is compared.

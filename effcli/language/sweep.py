@@ -30,9 +30,9 @@ from effcli.files.checkpoint import (
 from effcli.files.layout import Stored, own_config, standard_config, untied
 from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
-from effcli.language.block import OpenBlock, Part, PartRecord, open_head
 from effcli.language.calls import kind_of
 from effcli.language.journal import Journal
+from effcli.language.open_block import OpenBlock, Part, PartRecord, open_head
 from effcli.language.pairs import SharedInput, SharedInputs, leaders, probe_pairs
 from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool

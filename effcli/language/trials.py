@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from effcli.inputs.text import Windows
 from effcli.language.backward import GradientStream, differentiable
-from effcli.language.block import OpenBlock, Part, open_head
 from effcli.language.calls import Call, kind_of
 from effcli.language.evaluate import kl
 from effcli.language.forward import chunks, logits
+from effcli.language.open_block import OpenBlock, Part, open_head
 from effcli.language.pairs import SharedInput, leaders, probe_pairs
 from effcli.language.spool import Spool
 from effcli.language.stream import WatchLayers

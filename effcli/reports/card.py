@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from effcli.errors import RecipeError
-from effcli.reports import human
+from effcli.reports import units
 from effcli.reports.columns import EMPTY_TEXT, Column, became, columns, conditions, export_lines
 from effcli.reports.escaping import markdown, markdown_code
 from effcli.reports.report import Classification, Quality, Report, Stage
@@ -112,19 +112,19 @@ def _what(report: Report) -> str:
     first, last = report.stages[0], report.stages[-1]
     model = markdown_code(_shown_model(report.model))
     if len(report.stages) == 1:
-        return f"{model}, {human.size(first.nbytes)}, not compressed."
-    text = f"{model} compressed from {human.size(first.nbytes)} to {human.size(last.nbytes)}"
+        return f"{model}, {units.size(first.nbytes)}, not compressed."
+    text = f"{model} compressed from {units.size(first.nbytes)} to {units.size(last.nbytes)}"
     if last.nbytes:
-        text += f" ({human.ratio(first.nbytes / last.nbytes)})"
-    text += f", {human.bits(last.bits_per_weight)} bits per weight"
+        text += f" ({units.ratio(first.nbytes / last.nbytes)})"
+    text += f", {units.bits(last.bits_per_weight)} bits per weight"
     if first.quality and last.quality and first.quality.perplexity and last.quality.perplexity:
-        change = human.change(last.quality.perplexity, first.quality.perplexity)
+        change = units.change(last.quality.perplexity, first.quality.perplexity)
         before, after = first.quality.perplexity, last.quality.perplexity
-        text += f"; perplexity from {human.significant(before, 4)} to {human.significant(after, 4)} ({change})"
+        text += f"; perplexity from {units.significant(before, 4)} to {units.significant(after, 4)} ({change})"
     one, two = _classification(first), _classification(last)
     if one.top1 is not None and two.top1 is not None:
-        points = human.points(two.top1, one.top1)
-        text += f"; top-1 from {human.fraction(one.top1)} to {human.fraction(two.top1)} ({points})"
+        points = units.points(two.top1, one.top1)
+        text += f"; top-1 from {units.fraction(one.top1)} to {units.fraction(two.top1)} ({points})"
     return text + "."
 
 
@@ -247,7 +247,7 @@ def _text_limits(report: Report) -> list[str]:
         }
     )
     if quality.perplexity is not None:
-        tokens = f" of {human.count(quality.tokens, 'token')}" if quality.tokens else ""
+        tokens = f" of {units.count(quality.tokens, 'token')}" if quality.tokens else ""
         found.append(f"Perplexity is that of one text{tokens}; it says little of following instructions or reasoning.")
     if last.speed is not None:
         found.append(
@@ -277,7 +277,7 @@ def _vision_limits(report: Report) -> list[str]:
         }
     )
     if classified.top1 is not None:
-        images = human.count(classified.images, "image")
+        images = units.count(classified.images, "image")
         found.append(f"Top-1 is that of one test set of {images}; classes it lacks or has few of are not judged by it.")
     if last.latencies:
         devices = " and ".join(dict.fromkeys(markdown(latency.device) for latency in last.latencies))

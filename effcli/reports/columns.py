@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from effcli.reports import human, latencies
+from effcli.reports import latencies, units
 
 if TYPE_CHECKING:
     from effcli.reports.report import Classification, Latency, Report, Speed, Stage, Training
@@ -82,7 +82,7 @@ def kernel_text(speed: Speed) -> str:
 def became(stage: Stage) -> str:
     """What became of the layers of one step, in words: '20 layers compressed, 1 kept'."""
     number = Counter(row.status for row in stage.ledger)
-    done = [f"{human.count(number[how], 'layer')} {how}" for how in ("compressed", "changed") if number[how]]
+    done = [f"{units.count(number[how], 'layer')} {how}" for how in ("compressed", "changed") if number[how]]
     return f"{', '.join(done) or 'no layer compressed'}, {number['kept']:,} kept"
 
 
@@ -90,22 +90,22 @@ def export_lines(report: Report) -> list[str]:
     """One line for each export: its size, how fast it runs, and what running it next to the checkpoint showed."""
     lines = []
     for found in report.exports:
-        parts = [human.size(found.nbytes)]
+        parts = [units.size(found.nbytes)]
         for latency in found.latencies:
-            parts.append(f"{latency.runtime} {human.significant(latency.milliseconds)} ms")
+            parts.append(f"{latency.runtime} {units.significant(latency.milliseconds)} ms")
         if found.speed is not None:
             prefill, decode = found.speed.prefill_tokens_per_second, found.speed.decode_tokens_per_second
-            speeds = f"prefill {human.significant(prefill)} tok/s, decode {human.significant(decode)} tok/s"
-            parts.append(f"{found.speed.kernel}: {speeds} with {human.count(found.speed.threads, 'thread')}")
+            speeds = f"prefill {units.significant(prefill)} tok/s, decode {units.significant(decode)} tok/s"
+            parts.append(f"{found.speed.kernel}: {speeds} with {units.count(found.speed.threads, 'thread')}")
         lines.append(f"{found.target}: " + "; ".join([*parts, *filter(None, [found.checked]), *found.remarks]))
     return lines
 
 
 def training_text(training: Training) -> str:
     """How many steps, from what loss to what, and whose weights were kept."""
-    parts = [human.count(training.steps, "step")]
+    parts = [units.count(training.steps, "step")]
     if training.curve:
-        first, last = (human.significant(training.curve[at][1]) for at in (0, -1))
+        first, last = (units.significant(training.curve[at][1]) for at in (0, -1))
         parts.append(f"loss {first} to {last}")
     kept = f"the weights of step {training.kept:,} are kept" if training.kept else "no step made the error less"
     return f"{', '.join(parts)}; {kept}"
@@ -118,38 +118,38 @@ def conditions(stages: Sequence[Stage]) -> list[str]:
         quality, speed = stage.quality, stage.speed
         classified = quality.classification if quality else None
         if quality and quality.tokens and (quality.perplexity is not None or quality.kl is not None):
-            found.append(f"perplexity and KL over {human.count(quality.tokens, 'token')}")
+            found.append(f"perplexity and KL over {units.count(quality.tokens, 'token')}")
         if quality and quality.examples and quality.accuracy is not None:
-            found.append(f"accuracy over {human.count(quality.examples, 'example')}")
+            found.append(f"accuracy over {units.count(quality.examples, 'example')}")
             found += [
-                f"{stage.name}: {human.fraction(task.accuracy, task.accuracy_stderr)} of "
-                f"{human.count(task.examples, 'example')} in {task.name}"
+                f"{stage.name}: {units.fraction(task.accuracy, task.accuracy_stderr)} of "
+                f"{units.count(task.examples, 'example')} in {task.name}"
                 for task in quality.tasks
             ]
         if classified and classified.images:
-            found.append(f"classification of {human.count(classified.images, 'image')}")
+            found.append(f"classification of {units.count(classified.images, 'image')}")
         if speed:
-            threads = human.count(speed.threads, "thread")
-            found.append(f"speed on {speed.device}, {threads}, prompt of {human.count(speed.prefill_tokens, 'token')}")
+            threads = units.count(speed.threads, "thread")
+            found.append(f"speed on {speed.device}, {threads}, prompt of {units.count(speed.prefill_tokens, 'token')}")
     return list(dict.fromkeys([*found, *latencies.conditions(stages)]))
 
 
 def latency_cell(latency: Latency, stage: Stage, first: Stage) -> Cell:
     """Milliseconds for one input, and how many times as fast as the network that came in."""
     ratio = None if stage is first else latencies.speedup(latency, first)
-    text = human.significant(latency.milliseconds)
-    return Cell(text) if ratio is None else Cell(text, human.ratio(ratio), _slower(ratio))
+    text = units.significant(latency.milliseconds)
+    return Cell(text) if ratio is None else Cell(text, units.ratio(ratio), _slower(ratio))
 
 
 def _size(stage: Stage, first: Stage) -> Cell | None:
     if stage is first or not stage.nbytes:
-        return Cell(human.size(stage.nbytes))
+        return Cell(units.size(stage.nbytes))
     ratio = first.nbytes / stage.nbytes
-    return Cell(human.size(stage.nbytes), human.ratio(ratio), "bad" if ratio < 1 else "")
+    return Cell(units.size(stage.nbytes), units.ratio(ratio), "bad" if ratio < 1 else "")
 
 
 def _bits(stage: Stage, first: Stage) -> Cell | None:
-    return Cell(human.bits(stage.bits_per_weight))
+    return Cell(units.bits(stage.bits_per_weight))
 
 
 def _perplexity(stage: Stage, first: Stage) -> Cell | None:
@@ -158,14 +158,14 @@ def _perplexity(stage: Stage, first: Stage) -> Cell | None:
     if value is None:
         return None
     # Four digits: at a perplexity of 29.35 the third decides between two good methods.
-    note = "" if stage is first or before is None else human.change(value, before)
-    return Cell(human.significant(value, 4), note, "" if math.isfinite(value) else "bad")
+    note = "" if stage is first or before is None else units.change(value, before)
+    return Cell(units.significant(value, 4), note, "" if math.isfinite(value) else "bad")
 
 
 def _kl(stage: Stage, first: Stage) -> Cell | None:
     if stage.quality is None or stage.quality.kl is None:
         return None
-    return Cell(human.significant(stage.quality.kl))
+    return Cell(units.significant(stage.quality.kl))
 
 
 def _accuracy(stage: Stage, first: Stage) -> Cell | None:
@@ -194,12 +194,12 @@ def _top5(stage: Stage, first: Stage) -> Cell | None:
 
 def _agreement(stage: Stage, first: Stage) -> Cell | None:
     found = _classification(stage)
-    return None if found is None or found.agreement is None else Cell(human.fraction(found.agreement))
+    return None if found is None or found.agreement is None else Cell(units.fraction(found.agreement))
 
 
 def _sqnr(stage: Stage, first: Stage) -> Cell | None:
     found = _classification(stage)
-    return None if found is None or found.sqnr is None else Cell(human.significant(found.sqnr))
+    return None if found is None or found.sqnr is None else Cell(units.significant(found.sqnr))
 
 
 def _classification(stage: Stage) -> Classification | None:
@@ -207,12 +207,12 @@ def _classification(stage: Stage) -> Classification | None:
 
 
 def _fraction(value: float, before: float | None, stderr: float | None) -> Cell:
-    text = human.fraction(value, stderr)
+    text = units.fraction(value, stderr)
     if before is None:
         return Cell(text)
     # Within two standard errors of one measurement a loss is not told from chance.
     lost = before - value > 2 * (stderr or 0)
-    return Cell(text, human.points(value, before), "bad" if lost else "")
+    return Cell(text, units.points(value, before), "bad" if lost else "")
 
 
 def _latency_makers(stages: Sequence[Stage]) -> list[tuple[str, str, str, Maker]]:
@@ -242,9 +242,9 @@ def _rate(stage: Stage, first: Stage, of: Callable[[Speed], float]) -> Cell | No
         return None
     rate = of(stage.speed)
     if stage is first or first.speed is None or not of(first.speed):
-        return Cell(human.significant(rate))
+        return Cell(units.significant(rate))
     ratio = rate / of(first.speed)
-    return Cell(human.significant(rate), human.ratio(ratio), _slower(ratio))
+    return Cell(units.significant(rate), units.ratio(ratio), _slower(ratio))
 
 
 def _slower(ratio: float) -> Tone:
@@ -253,11 +253,11 @@ def _slower(ratio: float) -> Tone:
 
 
 def _memory(stage: Stage, first: Stage) -> Cell | None:
-    return None if stage.peak_memory is None else Cell(human.size(stage.peak_memory))
+    return None if stage.peak_memory is None else Cell(units.size(stage.peak_memory))
 
 
 def _seconds(stage: Stage, first: Stage) -> Cell | None:
-    return None if stage.seconds is None else Cell(human.duration(stage.seconds))
+    return None if stage.seconds is None else Cell(units.duration(stage.seconds))
 
 
 def _kernel(stage: Stage, first: Stage) -> Cell | None:

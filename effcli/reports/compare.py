@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from effcli.options import Record
-from effcli.reports import human, latencies
+from effcli.reports import latencies, units
 from effcli.reports.columns import kernel_text
 from effcli.reports.report import Classification, LedgerRow, Quality, Report, Stage
 
@@ -42,11 +42,11 @@ class Figure(Record):
         if self.a is None or self.b is None:
             return ""
         if self.unit == "fraction":
-            return human.points(self.b, self.a)
+            return units.points(self.b, self.a)
         if self.unit == "decibels":
             # A ratio of logarithms says nothing, nor does a difference from infinity.
             return f"{self.b - self.a:+.1f} dB" if math.isfinite(self.b - self.a) else ""
-        return human.change(self.b, self.a)
+        return units.change(self.b, self.a)
 
 
 class LayerDifference(Record):
@@ -205,18 +205,18 @@ def _other_network(a: Report, b: Report) -> str | None:
     if first_a.weights != first_b.weights:
         return f"{first_a.weights:,} and {first_b.weights:,} weights"
     if first_a.nbytes != first_b.nbytes:
-        return f"{human.size(first_a.nbytes)} and {human.size(first_b.nbytes)}"
+        return f"{units.size(first_a.nbytes)} and {units.size(first_b.nbytes)}"
     rows_a, rows_b = _final_rows(a), _final_rows(b)
     for name in sorted(rows_a.keys() & rows_b.keys()):
         one, two = rows_a[name].shape, rows_b[name].shape
         if one != two:
-            return f"{name} is {human.shape(one)} in one and {human.shape(two)} in the other"
+            return f"{name} is {units.shape(one)} in one and {units.shape(two)} in the other"
     quality_a, quality_b = first_a.quality or Quality(), first_b.quality or Quality()
     both = quality_a.perplexity, quality_b.perplexity
     # One network over the same tokens gives one perplexity, but for rounding.
     alike = None in both or quality_a.tokens != quality_b.tokens
     if not alike and not math.isclose(both[0] or 0.0, both[1] or 0.0, rel_tol=0.01):
-        return f"perplexity {human.significant(both[0] or 0.0, 4)} and {human.significant(both[1] or 0.0, 4)}"
+        return f"perplexity {units.significant(both[0] or 0.0, 4)} and {units.significant(both[1] or 0.0, 4)}"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from effcli.reports import human, svg
+from effcli.reports import svg, units
 from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import folded, headings, is_positive, missing, number, sortable, value_text
 from effcli.reports.report import LedgerRow
@@ -21,12 +21,12 @@ def plots(ledger: Sequence[LedgerRow]) -> str:
 
     kind = "output" if by_output else "weight"
     what = f"{kind} error, relative and squared"
-    errors = svg.figure_plot(axis, ledger, error, human.error, f"{what}, per layer", log=True, height=300)
+    errors = svg.figure_plot(axis, ledger, error, units.error, f"{what}, per layer", log=True, height=300)
     stored = svg.figure_plot(
         axis,
         ledger,
         lambda row: row.bits_per_weight,
-        lambda value: f"{human.bits(value)} bits",
+        lambda value: f"{units.bits(value)} bits",
         "Bits per weight, per layer",
         log=False,
         height=190,
@@ -44,7 +44,7 @@ def plots(ledger: Sequence[LedgerRow]) -> str:
     work = svg.cost_plot(axis, ledger, height=300)
     if work:
         macs = svg.quantity(sum(row.macs or 0 for row in ledger))
-        total = f"{macs} multiplications of one input, {human.size(sum(row.nbytes for row in ledger))}"
+        total = f"{macs} multiplications of one input, {units.size(sum(row.nbytes for row in ledger))}"
         key = '<span><i class="macs"></i>MACs, upwards</span><span><i class="bytes"></i>stored bytes, downwards</span>'
         parts.append(f'<h3>Work and storage per layer <small>{total}</small></h3><p class="legend">{key}</p>')
         parts.append(f'<div class="scroll">{work}</div>')
@@ -69,19 +69,19 @@ def table(ledger: Sequence[LedgerRow]) -> str:
         cells = [
             f'<th scope="row">{escape(row.name)}{below}</th>',
             f"<td>{escape(row.kind)}</td>",
-            number(math.prod(row.shape), human.shape(row.shape)),
+            number(math.prod(row.shape), units.shape(row.shape)),
             *[missing() if row.macs is None else number(row.macs, svg.quantity(row.macs))] * by_macs,
             *[missing() if row.parameters is None else number(row.parameters, f"{row.parameters:,}")] * by_parameters,
             f"<td>{escape(row.format)}</td>",
-            number(row.bits_per_weight, human.bits(row.bits_per_weight)),
-            number(row.nbytes, human.size(row.nbytes)),
+            number(row.bits_per_weight, units.bits(row.bits_per_weight)),
+            number(row.nbytes, units.size(row.nbytes)),
             *[_error(row.output_error, largest)] * by_output,
             *[_error(row.weight_error, 0.0)] * by_weight,
             f'<td class="{row.status}">{row.status}</td>',
         ]
         rows.append("".join(cells))
     shown = sortable(headings(titles, numeric), rows)
-    return folded("Ledger", human.count(len(ledger), "layer"), len(ledger), shown)
+    return folded("Ledger", units.count(len(ledger), "layer"), len(ledger), shown)
 
 
 def _error(value: float | None, largest: float) -> str:
@@ -92,4 +92,4 @@ def _error(value: float | None, largest: float) -> str:
         bar = f'<span class="bar" style="width:{100 * value / largest:.1f}%"></span>'
     # NaN sorts as the worst there is.
     key = "Infinity" if value != value else repr(value).replace("inf", "Infinity")
-    return f'<td class="number" data-v="{key}">{human.error(value)}{bar}</td>'
+    return f'<td class="number" data-v="{key}">{units.error(value)}{bar}</td>'

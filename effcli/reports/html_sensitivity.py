@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effcli.errors import writing
-from effcli.reports import human, svg
+from effcli.reports import svg, units
 from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import LONG, breakable, folded, headings, missing, number, sortable
 from effcli.reports.html_style import CSS, SORT
@@ -59,13 +59,13 @@ def choices(found: Search) -> str:
         name = "chosen" if point.nbytes == found.chosen.nbytes and point.cost == found.chosen.cost else point.name
         figures = (point.measured, *((point.limited,) if found.limited else ()))
         measured = "".join(
-            missing() if value is None else number(value, human.significant(value, 4)) for value in figures
+            missing() if value is None else number(value, units.significant(value, 4)) for value in figures
         )
         rows.append(
             f'<th scope="row">{escape(name or "front")}</th>'
-            + number(point.nbytes, human.size(point.nbytes))
+            + number(point.nbytes, units.size(point.nbytes))
             + number(point.average_bits, f"{point.average_bits:.2f}")
-            + number(point.cost, human.significant(point.cost))
+            + number(point.cost, units.significant(point.cost))
             + measured
         )
     more = (found.limited,) if found.limited else ()
@@ -103,9 +103,9 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
     for series, shown in ((0, front), (1, uniform), (3, [chosen])):
         for point in shown:
             x, y = place(point)
-            measured = "" if point.measured is None else f", measured {human.significant(point.measured, 4)}"
+            measured = "" if point.measured is None else f", measured {units.significant(point.measured, 4)}"
             name = f"{point.name}: " if point.name else ""
-            title = f"{name}{human.size(point.nbytes)}, {human.significant(point.cost)} {unit}{measured}"
+            title = f"{name}{units.size(point.nbytes)}, {units.significant(point.cost)} {unit}{measured}"
             radius = 5 if series else 3.4
             parts.append(
                 f'<circle class="mark s{series}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
@@ -113,7 +113,7 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
             )
     for point in uniform:
         x, _ = place(point)
-        label = f"{point.name}, {human.size(point.nbytes)}"
+        label = f"{point.name}, {units.size(point.nbytes)}"
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(label)}</text>')
     parts.append(f'<text x="{right}" y="{bottom + 36}" text-anchor="end">bytes of the layers</text>')
     return "".join(parts) + "</svg>"
@@ -143,7 +143,7 @@ def _sensitivity(found: Sensitivity) -> str:
             axis,
             rows,
             lambda row, costs=costs: costs[row.name],  # type: ignore[misc]
-            human.significant,
+            units.significant,
             f"Cost of each layer with {bits} bits",
             log=True,
             height=240,
@@ -161,8 +161,8 @@ def _sensitivity(found: Sensitivity) -> str:
 
 def _line(layer: LayerCosts, widths: Sequence[int]) -> str:
     costs = {option.bits: option.cost for option in layer.options}
-    cells = (number(costs[bits], human.significant(costs[bits])) if bits in costs else missing() for bits in widths)
-    return f'<th scope="row">{breakable(layer.name)}</th><td>{human.shape(layer.shape)}</td>' + "".join(cells)
+    cells = (number(costs[bits], units.significant(costs[bits])) if bits in costs else missing() for bits in widths)
+    return f'<th scope="row">{breakable(layer.name)}</th><td>{units.shape(layer.shape)}</td>' + "".join(cells)
 
 
 def _row(layer: LayerCosts, at: int) -> LedgerRow:

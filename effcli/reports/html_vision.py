@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from effcli.reports import human, svg_vision
+from effcli.reports import svg_vision, units
 from effcli.reports.columns import EMPTY_TEXT, latency_cell
 from effcli.reports.escaping import markup as escape
 from effcli.reports.html_parts import breakable, folded, headings, missing, number, sortable
@@ -25,9 +25,9 @@ def latencies(report: Report) -> str:
             tone = "bad" if cell.tone else "figure" if cell.note else "none"
             rows.append(
                 f'<th scope="row">{escape(stage.name)}</th><td>{escape(found.runtime)}</td>'
-                + number(found.milliseconds, human.significant(found.milliseconds))
+                + number(found.milliseconds, units.significant(found.milliseconds))
                 + f'<td class="number"><span class="{tone}">{escape(cell.note) or EMPTY_TEXT}</span></td>'
-                + number(found.fastest, human.significant(found.fastest))
+                + number(found.fastest, units.significant(found.fastest))
                 + number(found.repetitions, f"{found.repetitions:,}")
                 + number(found.threads, str(found.threads))
                 + f"<td>{escape(found.device)}</td>"
@@ -160,7 +160,7 @@ def _class_table(found: Sequence[tuple[Stage, Classification]]) -> str:
 
 
 def _share(value: float | None) -> str:
-    return missing() if value is None else number(value, human.fraction(value))
+    return missing() if value is None else number(value, units.fraction(value))
 
 
 def _change(before: ClassRow, after: ClassRow) -> float:
@@ -177,14 +177,14 @@ def _changed(before: ClassRow, after: ClassRow, lowest: float) -> str:
     # Within two standard errors of one measurement a loss is not told from chance.
     bad = -change > 2 * stderr
     tone = " bad" if bad else ""
-    text = human.points(after.recall, before.recall)
+    text = units.points(after.recall, before.recall)
     picture = svg_vision.recall_plot(before.recall, after.recall, lowest, bad)
     return f'<td class="number{tone}" data-v="{change!r}">{text}</td><td data-v="{after.recall!r}">{picture}</td>'
 
 
 def _percent(part: float) -> str:
-    """A small part as a percentage of two digits: 0.012%, where `human.fraction` would say 0.0%."""
-    return f"{human.significant(100 * part, 2)}%"
+    """A small part as a percentage of two digits: 0.012%, where `units.fraction` would say 0.0%."""
+    return f"{units.significant(100 * part, 2)}%"
 
 
 __all__ = ["activations", "classes", "clipped_fraction", "definitions", "latencies"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from effcli.reports import human
+from effcli.reports import units
 
 if TYPE_CHECKING:
     from effcli.reports.report import Latency, Stage
@@ -44,7 +44,7 @@ def conditions(stages: Sequence[Stage]) -> list[str]:
     alike: dict[str, list[str]] = {}
     for stage in stages:
         for found in stage.latencies:
-            how = f"{found.device}, {human.count(found.threads, 'thread')}, median"
+            how = f"{found.device}, {units.count(found.threads, 'thread')}, median"
             alike.setdefault(how, []).append(found.runtime)
     return [f"latency of {', '.join(dict.fromkeys(names))}: one input, {how}" for how, names in alike.items()]
 

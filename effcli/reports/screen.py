@@ -10,10 +10,10 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from effcli.reports import human
+from effcli.reports import units
 from effcli.reports.columns import EMPTY_TEXT
-from effcli.reports.shown import Console, Text
 from effcli.reports.terminal import SweepProgress, stage_line
+from effcli.reports.text import Console, Text
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -77,27 +77,27 @@ def quality_table(quality: Quality) -> RenderableType:
     """The figures of `effcli eval`; below them how well each class is recognised, where classes were counted."""
     rows = []
     if quality.perplexity is not None:
-        rows.append(("perplexity", human.significant(quality.perplexity, 4), human.count(quality.tokens, "token")))
+        rows.append(("perplexity", units.significant(quality.perplexity, 4), units.count(quality.tokens, "token")))
     if quality.kl is not None:
-        rows.append(("KL to the reference", human.significant(quality.kl), "nats per token"))
+        rows.append(("KL to the reference", units.significant(quality.kl), "nats per token"))
     if quality.accuracy is not None:
-        figure = human.fraction(quality.accuracy, quality.accuracy_stderr)
-        rows.append(("accuracy", figure, human.count(quality.examples, "example")))
+        figure = units.fraction(quality.accuracy, quality.accuracy_stderr)
+        rows.append(("accuracy", figure, units.count(quality.examples, "example")))
     for task in quality.tasks:
-        figure = human.fraction(task.accuracy, task.accuracy_stderr)
-        rows.append(("", figure, f"{human.count(task.examples, 'example')} of {task.name}"))
+        figure = units.fraction(task.accuracy, task.accuracy_stderr)
+        rows.append(("", figure, f"{units.count(task.examples, 'example')} of {task.name}"))
     found = quality.classification
     if found is None:
         return _table(rows)
-    images = human.count(found.images, "image")
+    images = units.count(found.images, "image")
     if found.top1 is not None:
-        rows.append(("top-1", human.fraction(found.top1, found.top1_stderr), images))
+        rows.append(("top-1", units.fraction(found.top1, found.top1_stderr), images))
     if found.top5 is not None:
-        rows.append(("top-5", human.fraction(found.top5), images))
+        rows.append(("top-5", units.fraction(found.top5), images))
     if found.agreement is not None:
-        rows.append(("agreement", human.fraction(found.agreement), "same class as the reference's"))
+        rows.append(("agreement", units.fraction(found.agreement), "same class as the reference's"))
     if found.sqnr is not None:
-        rows.append(("SQNR", f"{human.significant(found.sqnr)} dB", "outputs against the reference's"))
+        rows.append(("SQNR", f"{units.significant(found.sqnr)} dB", "outputs against the reference's"))
     return Group(_table(rows), *_class_table(found.classes))
 
 
@@ -112,7 +112,7 @@ def _class_table(classes: Sequence[ClassRow]) -> list[RenderableType]:
         title = f"{len(shown)} of {title}, lowest recall first"
 
     def percent(value: float | None) -> str:
-        return EMPTY_TEXT if value is None else human.fraction(value)
+        return EMPTY_TEXT if value is None else units.fraction(value)
 
     rows = [(row.name, percent(row.recall), percent(row.precision), f"{row.images:,}") for row in shown]
     table = _table(rows, ("class", "recall", "precision", "images"))
@@ -123,12 +123,12 @@ def _class_table(classes: Sequence[ClassRow]) -> list[RenderableType]:
 
 def speed_table(speed: Speed) -> Table:
     """The figures of `effcli bench`."""
-    conditions = f"{speed.device}, {human.count(speed.threads, 'thread')}"
-    prefill = f"{human.count(speed.prefill_tokens, 'token')}, {speed.prefill_kernel or speed.kernel}"
+    conditions = f"{speed.device}, {units.count(speed.threads, 'thread')}"
+    prefill = f"{units.count(speed.prefill_tokens, 'token')}, {speed.prefill_kernel or speed.kernel}"
     return _table(
         [
-            ("prefill", f"{human.significant(speed.prefill_tokens_per_second)} tok/s", prefill),
-            ("decode", f"{human.significant(speed.decode_tokens_per_second)} tok/s", speed.kernel),
+            ("prefill", f"{units.significant(speed.prefill_tokens_per_second)} tok/s", prefill),
+            ("decode", f"{units.significant(speed.decode_tokens_per_second)} tok/s", speed.kernel),
             ("on", conditions, ""),
         ]
     )
@@ -175,10 +175,10 @@ def _shown(name: str, value: Any) -> str:
     if value is None or value == "":
         return ""
     if isinstance(value, tuple):
-        return human.shape(value)
+        return units.shape(value)
     if isinstance(value, float):
-        return human.significant(value)
-    return human.size(value) if isinstance(value, int) and name.endswith("bytes") else str(value)
+        return units.significant(value)
+    return units.size(value) if isinstance(value, int) and name.endswith("bytes") else str(value)
 
 
 def _values(field: FieldInfo) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from effcli.reports import human
+from effcli.reports import units
 from effcli.reports.report import Training
 from effcli.reports.svg import log_scale, opened
 
@@ -32,7 +32,7 @@ def training_plot(training: Training) -> str:
     parts.append(f'<polyline class="loss s0" points="{line}"/>')
     for step, value in training.errors:
         x, y = place(step, value)
-        title = f"<title>step {step:,}: {human.significant(value)}{' (kept)' if step == training.kept else ''}</title>"
+        title = f"<title>step {step:,}: {units.significant(value)}{' (kept)' if step == training.kept else ''}</title>"
         size = 5 if step == training.kept else 3.2
         parts.append(f'<circle class="mark s1" cx="{x:.1f}" cy="{y:.1f}" r="{size}">{title}</circle>')
     parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">0</text>')

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from effcli.platform import memory
-from effcli.reports import human
+from effcli.reports import units
 from effcli.reports.columns import (
     EMPTY_TEXT,
     Cell,
@@ -27,7 +27,7 @@ from effcli.reports.columns import (
     export_lines,
     training_text,
 )
-from effcli.reports.shown import Console, Text
+from effcli.reports.text import Console, Text
 
 if TYPE_CHECKING:
     from effcli.reports.compare import Comparison, Unit
@@ -41,15 +41,15 @@ _NARROW_TITLES = {"onnxruntime": "ONNX\nRuntime"}
 _LONG_NAME = 7
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _UNITS: dict[Unit, Callable[[float], str]] = {
-    "bytes": human.size,
-    "ratio": human.ratio,
-    "bits": human.bits,
-    "number": lambda value: human.significant(value, 4),
-    "fraction": human.fraction,
-    "rate": human.significant,
-    "decibels": human.significant,
-    "milliseconds": human.significant,
-    "seconds": human.duration,
+    "bytes": units.size,
+    "ratio": units.ratio,
+    "bits": units.bits,
+    "number": lambda value: units.significant(value, 4),
+    "fraction": units.fraction,
+    "rate": units.significant,
+    "decibels": units.significant,
+    "milliseconds": units.significant,
+    "seconds": units.duration,
 }
 
 
@@ -134,9 +134,9 @@ def ledger_table(stage: Stage, worst: int | None = 10) -> Group:
         table.add_row(
             _with_reason(row.name, row.reason),
             Text(row.format),
-            human.bits(row.bits_per_weight),
-            human.size(row.nbytes),
-            *(EMPTY_TEXT if value is None else human.error(value) for value in errors),
+            units.bits(row.bits_per_weight),
+            units.size(row.nbytes),
+            *(EMPTY_TEXT if value is None else units.error(value) for value in errors),
         )
     return Group(title, table, *kept)
 
@@ -187,7 +187,7 @@ def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:
         parts += [Text(), _layer_differences(comparison, worst)]
     if comparison.same_layers:
         verb = "is" if comparison.same_layers == 1 else "are"
-        parts.append(Text(f"{human.count(comparison.same_layers, 'layer')} {verb} the same in both", style="dim"))
+        parts.append(Text(f"{units.count(comparison.same_layers, 'layer')} {verb} the same in both", style="dim"))
     return Group(*parts)
 
 
@@ -247,8 +247,8 @@ class SweepProgress:
         """End the pass: take the bar away, and leave one line where there is no terminal."""
         self._stop()
         if self._name and not self._quiet and not self._console.is_terminal:
-            spent = human.duration(self._clock() - self._began)
-            line = f"{self._name}: {human.count(self._done, self._unit)} in {spent}"
+            spent = units.duration(self._clock() - self._began)
+            line = f"{self._name}: {units.count(self._done, self._unit)} in {spent}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._name = ""
 
@@ -271,8 +271,8 @@ class SweepProgress:
         began, first = self._pace or (self._began, 0)
         if first < self._done < self._total:
             left = (self._clock() - began) / (self._done - first) * (self._total - self._done)
-            parts.append(f"{human.duration(left)} left")
-        parts.append(human.size(memory.current()))
+            parts.append(f"{units.duration(left)} left")
+        parts.append(units.size(memory.current()))
         return ", ".join(parts)
 
 
@@ -324,9 +324,9 @@ def _harm(row: LedgerRow) -> tuple[float, float]:
 
 def _ledger_title(name: str, shown: int, compressed: int, measured: bool) -> str:
     if shown == compressed:
-        return f"{name}: {human.count(compressed, 'compressed layer')}"
+        return f"{name}: {units.count(compressed, 'compressed layer')}"
     which = "largest error first" if measured else "errors not measured"
-    return f"{name}: {shown} of {human.count(compressed, 'compressed layer')}, {which}"
+    return f"{name}: {shown} of {units.count(compressed, 'compressed layer')}, {which}"
 
 
 def _with_reason(name: str, reason: str) -> Text:
@@ -340,7 +340,7 @@ def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
     """The layers that differ, first those that differ most."""
     shown = comparison.layers if worst is None else comparison.layers[:worst]
     table = _table()
-    title = human.count(len(comparison.layers), "different layer")
+    title = units.count(len(comparison.layers), "different layer")
     if len(shown) < len(comparison.layers):
         title = f"{len(shown)} of {title}"
     table.add_column("layer", overflow="fold")
@@ -349,7 +349,7 @@ def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
     for label in (comparison.a.label, comparison.b.label):
         table.add_column(Text(f"error\n{label}"), justify="right", overflow="fold")
     for layer in shown:
-        errors = (EMPTY_TEXT if value is None else human.error(value) for value in (layer.error_a, layer.error_b))
+        errors = (EMPTY_TEXT if value is None else units.error(value) for value in (layer.error_a, layer.error_b))
         stored = (Text(found or "absent") for found in (layer.format_a, layer.format_b))
         table.add_row(Text(layer.name), *stored, *errors)
     kinds = {layer.error for layer in shown} - {""}
@@ -366,8 +366,8 @@ def _kept_lines(rows: Iterable[LedgerRow]) -> list[str]:
         alike.setdefault((re.sub(r"\d+", "*", row.name), row.reason, row.format), []).append(row)
     lines = []
     for (pattern, reason, stored), members in alike.items():
-        name = members[0].name if len(members) == 1 else f"{pattern} ({human.count(len(members), 'layer')})"
-        line = f"kept {name}: {stored}, {human.size(sum(row.nbytes for row in members))}"
+        name = members[0].name if len(members) == 1 else f"{pattern} ({units.count(len(members), 'layer')})"
+        line = f"kept {name}: {stored}, {units.size(sum(row.nbytes for row in members))}"
         lines.append(f"{line}; {reason}" if reason else line)
     return lines
 

@@ -6,9 +6,9 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from effcli.reports import human
+from effcli.reports import units
 from effcli.reports.sensitivity import Search, Sensitivity
-from effcli.reports.shown import Text
+from effcli.reports.text import Text
 
 # Points of a front that a terminal shows.
 _SHOWN = 12
@@ -22,14 +22,14 @@ def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableTy
     result = _table("layer", "shape", *(f"{bits} bits" for bits in widths), "")
     top = max((layer.options[0].cost for layer in ranked), default=0.0)
     for layer in shown:
-        costs = {option.bits: human.significant(option.cost) for option in layer.options}
+        costs = {option.bits: units.significant(option.cost) for option in layer.options}
         bar = "\N{FULL BLOCK}" * round(12 * layer.options[0].cost / top) if top > 0 else ""
         cells = (costs.get(bits, "") for bits in widths)
-        result.add_row(Text(layer.name, overflow="fold"), human.shape(layer.shape), *cells, Text(bar, style="cyan"))
-    which = f"{len(shown)} of {human.count(len(ranked), 'layer')}, dearest first" if len(shown) < len(ranked) else ""
+        result.add_row(Text(layer.name, overflow="fold"), units.shape(layer.shape), *cells, Text(bar, style="cyan"))
+    which = f"{len(shown)} of {units.count(len(ranked), 'layer')}, dearest first" if len(shown) < len(ranked) else ""
     lines = [found.explained, *([which] if which else [])]
     sums = {bits: sum(o.cost for layer in ranked for o in layer.options if o.bits == bits) for bits in widths}
-    total = ", ".join(f"{bits} bits {human.significant(value)}" for bits, value in sums.items())
+    total = ", ".join(f"{bits} bits {units.significant(value)}" for bits, value in sums.items())
     lines += [f"sum over the layers: {total}"]
     return Group(
         Text(f"{found.model}: each layer alone with {found.step}", style="bold"),
@@ -52,12 +52,12 @@ def search_table(found: Search) -> RenderableType:
     result = _table("choice", "layers", "bits", f"cost, {found.sensitivity.unit}", found.measure, *more)
     for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
         figures = (point.measured, *((point.limited,) if found.limited else ()))
-        measured = ("" if value is None else human.significant(value, 4) for value in figures)
+        measured = ("" if value is None else units.significant(value, 4) for value in figures)
         style = "bold" if point.name == "chosen" else ""
-        cells = (human.size(point.nbytes), f"{point.average_bits:.2f}", human.significant(point.cost), *measured)
+        cells = (units.size(point.nbytes), f"{point.average_bits:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
     counts = {bits: list(found.bits.values()).count(bits) for bits in sorted(set(found.bits.values()))}
-    taken = ", ".join(f"{human.count(count, 'layer')} of {bits} bits" for bits, count in counts.items())
+    taken = ", ".join(f"{units.count(count, 'layer')} of {bits} bits" for bits, count in counts.items())
     return Group(
         Text(f"bits per layer for {found.sensitivity.step}: {found.budget}", style="bold"),
         result,

@@ -29,9 +29,9 @@ from effcli.layers.contract import SearchPass
 from effcli.platform import memory
 from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports import card, html, html_sensitivity
-from effcli.reports.human import size
 from effcli.reports.report import Exported, Report, Stage
-from effcli.run import door
+from effcli.reports.units import size
+from effcli.run import detect
 from effcli.run import recipe as recipes
 from effcli.run.listener import Listener, Silent, told
 from effcli.run.plan import Plan
@@ -71,7 +71,7 @@ def run(
 
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener) -> None:
-        self.network = door.of_run(recipe)
+        self.network = detect.of_run(recipe)
         self.recipe = self.network.recipe
         self.output = output
         self.overwrite = overwrite

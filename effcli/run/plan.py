@@ -22,7 +22,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.result import CARRIED, MATRIX
 from effcli.layers.selection import Choice, choose
 from effcli.options import Options
-from effcli.reports.human import size
+from effcli.reports.units import size
 from effcli.run.recipe import Recipe
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 
 from effcli.errors import RecipeError, SelectionError
 from effcli.layers.contract import Evaluator
-from effcli.reports.human import significant, size
 from effcli.reports.sensitivity import Point, Search, Sensitivity
+from effcli.reports.units import significant, size
 from effcli.search.budget import Budget, Figure, figure_title
 from effcli.search.knapsack import Choice, Frontier
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from effcli.options import Options
-from effcli.reports.human import size
+from effcli.reports.units import size
 
 Quantity = Literal["average_bits", "size", "perplexity_increase", "accuracy_drop", "macs", "latency", "ram", "flash"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)

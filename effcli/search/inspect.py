@@ -8,7 +8,7 @@ from pathlib import Path
 
 from effcli.inputs.options import Evaluate
 from effcli.reports.sensitivity import Sensitivity, Way
-from effcli.run import door
+from effcli.run import detect
 from effcli.run.listener import Listener, Silent, told
 from effcli.run.recipe import Recipe
 from effcli.search.sensitivity import sensitivity
@@ -19,7 +19,7 @@ def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listene
     with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
         steps = tuple(recipe.passes[0] for recipe in recipes)
         unmeasured = {"passes": steps[:1], "evaluate": Evaluate.nothing(), "export": ()}
-        network = door.of_run(recipes[0].model_copy(update=unmeasured))
+        network = detect.of_run(recipes[0].model_copy(update=unmeasured))
         network.plan()
         network.open(Path(folder))
         own = tuple(map(network.with_defaults, steps))

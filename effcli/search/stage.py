@@ -20,9 +20,9 @@ from effcli.errors import DataError, RecipeError, UnfinishedError, behind, writi
 from effcli.layers.contract import Change, SearchPass
 from effcli.layers.selection import matches
 from effcli.options import Record
-from effcli.reports.human import size
 from effcli.reports.report import Quality, Stage
 from effcli.reports.sensitivity import Search, Sensitivity
+from effcli.reports.units import size
 from effcli.run.listener import told
 from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep

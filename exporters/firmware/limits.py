@@ -7,7 +7,7 @@ from effcli.exporters._obstacles import some
 from effcli.exporters.firmware.arena import Plan
 from effcli.exporters.firmware.cost import Cost
 from effcli.exporters.firmware.program import Program
-from effcli.reports.human import size
+from effcli.reports.units import size
 
 _BLAMED = 3
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from effcli.errors import UnfinishedError
-from effcli.language.block import Part, PartRecord
 from effcli.language.journal import Journal
+from effcli.language.open_block import Part, PartRecord
 from effcli.language.pairs import SharedInputs
 
 

@@ -16,7 +16,7 @@ from effcli.exporters.c import C
 from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report, Speed
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity
-from effcli.run import door, pipeline
+from effcli.run import detect, pipeline
 from effcli.run import recipe as recipes
 from effcli.run.network import Measured
 from effcli.run.recipe import PassStep
@@ -239,7 +239,7 @@ def refused(net: Path, *steps: Any) -> str:
     """What a plan says of a budget that no choice keeps."""
     recipe = recipes.from_arguments(str(net), passes=steps)
     with pytest.raises(SelectionError) as error:
-        stages.plan(door.of_run(recipe))
+        stages.plan(detect.of_run(recipe))
     return error.value.cause
 
 
@@ -259,7 +259,7 @@ def test_a_size_or_an_average_that_no_choice_keeps_is_refused_with_the_plan(net:
 def test_what_a_choice_keeps_is_planned(net: Path, bits: list[int]) -> None:
     for more in ({"average_bits": 8}, {"average_bits": 5, "layers": {"*": {"bits": 5}}}):
         recipe = recipes.from_arguments(str(net), passes=[{"auto": {"using": "linear", "bits": bits, **more}}])
-        assert "it chooses bits" in stages.plan(door.of_run(recipe)).remarks[-1]
+        assert "it chooses bits" in stages.plan(detect.of_run(recipe)).remarks[-1]
 
 
 def test_the_plan_and_the_search_refuse_the_same_sizes(

@@ -15,7 +15,7 @@ from effcli.errors import DataError, RecipeError, SelectionError
 from effcli.files.checkpoint import weight_files
 from effcli.language.weights import open_weights
 from effcli.layers.selection import choose
-from effcli.reports import human
+from effcli.reports import units
 from effcli.reports.sensitivity import Search, Sensitivity
 from effcli.run import pipeline
 from effcli.run import recipe as recipes
@@ -260,8 +260,8 @@ def test_a_plan_says_what_it_cannot_know(llama: Path, capsys: pytest.CaptureFixt
     assert found["output_bytes"] == plain[8]["output_bytes"]
     assert [row["nbytes"] for row in found["rows"]] == [row["nbytes"] for row in plain[8]["rows"]]
     assert {row["format"] for row in found["rows"] if row["status"] == "compress"} == {"int2 to int8 g32 asym"}
-    ends = (human.size(plain[bits]["output_bytes"]) for bits in (2, 8))
-    assert found["remarks"][0] == f"weights: {human.size(found['input_bytes'])} before, {' to '.join(ends)} after"
+    ends = (units.size(plain[bits]["output_bytes"]) for bits in (2, 8))
+    assert found["remarks"][0] == f"weights: {units.size(found['input_bytes'])} before, {' to '.join(ends)} after"
 
 
 @pytest.mark.parametrize("way", ["gram", "fisher", "loss"])

@@ -7,7 +7,7 @@ import io
 from rich import text
 from rich.table import Table
 
-from effcli.reports.shown import Console, Text
+from effcli.reports.text import Console, Text
 
 NASTY = "a\x1b]0;x\x07\u202eb"
 VISIBLE = r"a\x1b]0;x\x07\u202eb"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from effcli.reports import human
+from effcli.reports import units
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from effcli.reports import human
     ],
 )
 def test_significant(value: float, text: str) -> None:
-    assert human.significant(value) == text
+    assert units.significant(value) == text
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_significant(value: float, text: str) -> None:
     ],
 )
 def test_size(nbytes: float, text: str) -> None:
-    assert human.size(nbytes) == text
+    assert units.size(nbytes) == text
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_size(nbytes: float, text: str) -> None:
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert human.duration(seconds) == text
+    assert units.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -80,22 +80,22 @@ def test_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_change(value: float, reference: float, text: str) -> None:
-    assert human.change(value, reference) == text
+    assert units.change(value, reference) == text
 
 
 def test_fractions() -> None:
-    assert human.fraction(0.412) == "41.2%"
-    assert human.fraction(0.412, 0.0102) == "41.2±1.0%"
-    assert human.points(0.399, 0.412) == "-1.3 pt"
-    assert human.points(0.412, 0.41199) == "0.0 pt"
+    assert units.fraction(0.412) == "41.2%"
+    assert units.fraction(0.412, 0.0102) == "41.2±1.0%"
+    assert units.points(0.399, 0.412) == "-1.3 pt"
+    assert units.points(0.412, 0.41199) == "0.0 pt"
 
 
 def test_the_rest() -> None:
-    assert human.ratio(2.364) == "2.36x"
-    assert human.ratio(0.971) == "0.97x"
-    assert human.ratio(12.34) == "12.3x"
-    assert human.error(0.0042) == "4.2e-03"
-    assert human.error(0) == "0"
-    assert human.count(1, "layer") == "1 layer"
-    assert human.count(1234, "token") == "1,234 tokens"
-    assert human.shape((576, 1536)) == "576 x 1536"
+    assert units.ratio(2.364) == "2.36x"
+    assert units.ratio(0.971) == "0.97x"
+    assert units.ratio(12.34) == "12.3x"
+    assert units.error(0.0042) == "4.2e-03"
+    assert units.error(0) == "0"
+    assert units.count(1, "layer") == "1 layer"
+    assert units.count(1234, "token") == "1,234 tokens"
+    assert units.shape((576, 1536)) == "576 x 1536"
