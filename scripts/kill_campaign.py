@@ -316,7 +316,27 @@ def preload(modules: list[str]) -> None:
 
 
 def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    """The files that differ; of JSON also the first place that does, with both values."""
+    names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    return [f"{name}{_place(one[name], other[name])}" if name in one.keys() & other.keys() else name for name in names]
+
+
+def _place(one: bytes, other: bytes) -> str:
+    """The first place where two JSON files differ; empty for other files."""
+    try:
+        here, there = json.loads(one), json.loads(other)
+    except ValueError:
+        return ""
+    place = ""
+    while type(here) is type(there) and isinstance(here, dict | list) and len(here) == len(there):
+        keys = list(here) if isinstance(here, dict) else range(len(here))
+        key = next(
+            (key for key in keys if not isinstance(there, dict) or key in there if here[key] != there[key]), None
+        )
+        if key is None:
+            break
+        place, here, there = f"{place}/{key}", here[key], there[key]
+    return f" at {place or '/'}: {str(here)[:200]} and {str(there)[:200]}"
 
 
 def attempt(seed: str, number: int, at: str, wanted: Whole, folder: Path) -> tuple[str, list[Ended], str]:
