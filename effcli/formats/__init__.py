@@ -19,7 +19,7 @@ from effcli.formats.bits import pack_bits, unpack_bits
 from effcli.formats.codebook import Codebook, CodebookWeight, DoubleQuantized, Kind
 from effcli.formats.dense import Dense, DenseWeight
 from effcli.formats.patterns import Bitmask, Blocks, Gaps, Pattern
-from effcli.formats.sparse import VALUES, Sparse, SparseWeight
+from effcli.formats.sparse import VALUES, Mask, Sparse, SparseWeight
 from effcli.platform import registry
 from effcli.platform.registry import Registry
 
@@ -82,6 +82,7 @@ __all__ = [
     "Gaps",
     "Integers",
     "Kind",
+    "Mask",
     "Packing",
     "Pattern",
     "Quantized",

@@ -177,6 +177,11 @@ class Packing(abc.ABC):
         """Whether the weights are the entries of tables that are stored with them."""
         return False
 
+    @property
+    def floating(self) -> bool:
+        """Whether the weights are floating-point numbers, none of which was rounded to fewer bits."""
+        return False
+
 
 class Values(Packing):
     """A format of numbers: a code for each of them, and beside the codes what they stand for."""

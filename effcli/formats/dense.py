@@ -48,6 +48,10 @@ class Dense(Values):
         return False
 
     @property
+    def floating(self) -> bool:
+        return True
+
+    @property
     def bits(self) -> int:  # type: ignore[override]
         return 8 * self.dtype.itemsize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from effcli.formats.base import (
     shape_tensor,
 )
 from effcli.formats.codebook import Codebook
-from effcli.formats.dense import Dense
+from effcli.formats.dense import Dense, DenseWeight
 
 # The formats of numbers, whose weights a pattern may leave out.
 VALUES: tuple[type[Values], ...] = (Dense, Affine, Codebook)
@@ -91,6 +91,10 @@ class Sparse(Packing):
     @property
     def signed_bits(self) -> int:
         return self.values.signed_bits
+
+    @property
+    def floating(self) -> bool:
+        return self.values.floating
 
     def nbytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
         """Bytes on disk; an upper bound where the pattern does not say how many weights are kept."""
@@ -201,3 +205,55 @@ class SparseWeight(Quantized):
         assert isinstance(values, Numbers)
         format = Sparse(self.format.pattern, values.format)
         return SparseWeight(format, values, torch.cat([weight.mask for weight in weights]))
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which weights of a matrix are kept. kept: bool (out, in); pattern: how a file says so."""
+
+    kept: Tensor
+    pattern: patterns.Pattern = field(default_factory=patterns.Bitmask)
+
+    @staticmethod
+    def of(weight: Quantized | None) -> Mask | None:
+        """The mask of a sparse weight; None of any other."""
+        return Mask(weight.mask, weight.format.pattern) if isinstance(weight, SparseWeight) else None
+
+    def to(self, device: torch.device) -> Mask:
+        return self if self.kept.device == device else Mask(self.kept.to(device), self.pattern)
+
+    def chunk(self, count: int) -> list[Mask]:
+        """Equal parts of the rows."""
+        return [Mask(part, self.pattern) for part in self.kept.chunk(count)]
+
+    def __and__(self, other: Mask | None) -> Mask:
+        """What both keep, in the pattern of this mask where it still is one, as a bitmask else."""
+        if other is None:
+            return self
+        kept = self.kept & other.kept
+        try:
+            self.pattern.check(kept)
+        except ValueError:
+            return Mask(kept)
+        return Mask(kept, self.pattern)
+
+    def over(self, weight: Quantized | Tensor) -> SparseWeight:
+        """The weight (out, in) without what is not kept; a sparse one keeps what both keep.
+
+        `ValueError` for a mask of another shape or not of its pattern, and for a format that no pattern goes around.
+        """
+        if isinstance(weight, SparseWeight):
+            both = Mask(weight.mask, weight.format.pattern) & self
+            return dataclasses.replace(both.over(weight.values), input_scale=weight.input_scale)
+        if isinstance(weight, Tensor):
+            return self.over(DenseWeight(Dense(weight.dtype), weight))
+        if not isinstance(weight, Numbers):
+            raise ValueError(f"weights stored as {weight.format} cannot be left out")
+        if tuple(self.kept.shape) != weight.shape:
+            raise ValueError(f"a mask {tuple(self.kept.shape)} of a weight {weight.shape}")
+        format = Sparse(self.pattern, weight.format)
+        if format.rounds_inputs or weight.input_scale is None:
+            return SparseWeight(format, weight, self.kept)
+        made: Any = weight
+        values: Numbers = dataclasses.replace(made, input_scale=None)
+        return SparseWeight(format, values, self.kept, weight.input_scale)

@@ -8,6 +8,7 @@ batch. On disk it is a checkpoint of effcli's own layout: `config.json`, `graph.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import keyword
@@ -27,7 +28,7 @@ from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedEr
 from effcli.files.checkpoint import Checkpoint, read_config, write_shard, write_text
 from effcli.files.documents import check_model, read_model
 from effcli.files.layout import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
-from effcli.formats import Quantized, unpack
+from effcli.formats import Mask, Quantized, unpack
 from effcli.graphs.trial import largest
 from effcli.inputs.preprocess import Preprocess
 from effcli.layers.input_rounding import round_inputs
@@ -116,6 +117,9 @@ class _Document(Options):
 class Graph:
     """A network as a graph. `stored` holds the compressed layers by name; the modules hold their dequantized weights.
 
+    `masks` says which weights were kept of pruned layers that are not compressed; those of compressed ones say it
+    themselves. Whatever weight a pruned layer is given, what was removed stays 0.
+
     Modules whose inputs are int8 round them with a hook (`effcli.layers.input_rounding`), wherever the graph runs.
     Every node carries its source, such as 'networks.py:39 in forward' or an ONNX node's name, in
     `node.meta["source"]`.
@@ -125,8 +129,15 @@ class Graph:
         self.module = module.eval()
         self.facts = facts
         self.stored: dict[str, Quantized] = dict(stored or {})
+        self.masks: dict[str, Mask] = {}
         # Of the largest value for one input, once it is known.
         self._numbers: int | None = None
+
+    def copy(self) -> Graph:
+        """A graph of its own, whose compressed weights and masks are shared."""
+        made = Graph(copy.deepcopy(self.module), self.facts, self.stored)
+        made.masks = dict(self.masks)
+        return made
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -185,17 +196,40 @@ class Graph:
         """Give layer `name` a weight (out, in): compressed, to be stored as it is, or dense.
 
         effective: the weight as float32 (out, in), worked out unless given. Where the weight asks for inputs of int8
-        the layer rounds them from now on.
+        the layer rounds them from now on. A sparse weight of floating-point numbers is a dense one with a mask.
         """
         parameter: Tensor = self.layer(name).weight  # type: ignore[assignment]
+        mask = self.mask(name)
+        if mask is not None and isinstance(weight, Quantized):
+            weight = mask.over(weight)
         if effective is None:
             effective = weight.effective(torch.float32) if isinstance(weight, Quantized) else weight
+        if mask is not None:
+            effective = effective.masked_fill(~mask.kept, 0)
         with torch.no_grad():
             parameter.copy_(effective.reshape(parameter.shape))
         round_inputs(self.layer(name), weight)
         self.stored.pop(name, None)
-        if isinstance(weight, Quantized):
+        mask = Mask.of(weight) if isinstance(weight, Quantized) else mask
+        self.masks.pop(name, None)
+        if isinstance(weight, Quantized) and not weight.format.floating:
             self.stored[name] = weight
+        elif mask is not None:
+            self.masks[name] = mask
+
+    def mask(self, name: str) -> Mask | None:
+        """What was kept of the weights of layer `name`; None where nothing was removed."""
+        found = self.masks.get(name) or Mask.of(self.stored.get(name))
+        return None if found is None else found.to(self.device)
+
+    def held(self, site: LayerSite) -> Quantized | Tensor:
+        """The weight of a layer (out, in) as it is stored: compressed, sparse, or dense."""
+        if site.name in self.stored:
+            return self.stored[site.name]
+        weight: Tensor = self.layer(site.name).weight  # type: ignore[assignment]
+        dense = site.view(weight.detach())
+        mask = self.mask(site.name)
+        return dense if mask is None else mask.over(dense)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -274,17 +308,19 @@ class Graph:
     def save(self, folder: Path) -> None:
         """Write the graph as a checkpoint into `folder`, which exists."""
         tensors: dict[str, Tensor] = {}
+        sites = {site.name: site for site in self.sites()}
+        held = {name: self.held(sites[name]) for name in sorted({*self.stored, *self.masks})}
+        written = {name: weight for name, weight in held.items() if isinstance(weight, Quantized)}
         for key, value in self.module.state_dict().items():
             owner, _, own = key.rpartition(".")
-            if own == "weight" and owner in self.stored:
-                packed = self.stored[owner].pack()
+            if own == "weight" and owner in written:
+                packed = written[owner].pack()
                 tensors.update({f"{owner}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()})
             elif own != "num_batches_tracked":
                 tensors[key] = value.cpu().contiguous()
-        kinds = {site.name: site.kind for site in self.sites()}
         layers = {
-            name: Stored(weight.format, kinds[name], weight.input_scale is not None).to_json()
-            for name, weight in sorted(self.stored.items())
+            name: Stored(weight.format, sites[name].kind, weight.input_scale is not None).to_json()
+            for name, weight in written.items()
         }
         described = {
             "version": LAYOUT_VERSION,

@@ -103,7 +103,7 @@ def dense(graph: Graph, site: LayerSite) -> Tensor:
 
 def kept_row(graph: Graph, site: LayerSite, costs: Costs, reason: str) -> LedgerRow:
     """The ledger's line for a layer as it stands in the graph."""
-    return costs.held(site.name, graph.stored.get(site.name, dense(graph, site))).row(site, "kept", reason=reason)
+    return costs.held(site.name, graph.held(site)).row(site, "kept", reason=reason)
 
 
 def whole_rows(

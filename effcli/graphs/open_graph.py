@@ -141,7 +141,8 @@ class OpenGraph:
         return module.in_features if isinstance(module, nn.Linear) else int(module.in_channels)  # type: ignore[arg-type]
 
     def read(self, site: LayerSite) -> Layer:
-        return Layer(site.name, site.kind, site.view(self._weight(site)).clone(), torch.float32)
+        weight, mask = site.view(self._weight(site)).clone(), self.graph.mask(site.name)
+        return Layer(site.name, site.kind, weight, torch.float32, mask=mask)
 
     def _weight(self, site: LayerSite) -> Tensor:
         weight: Tensor = self.graph.layer(site.name).weight  # type: ignore[assignment]
@@ -165,7 +166,7 @@ class OpenGraph:
         return self._costs.held(site.name, weight)
 
     def held(self, site: LayerSite) -> Held:
-        return self._costs.held(site.name, self.graph.stored.get(site.name, site.view(self._weight(site))))
+        return self._costs.held(site.name, self.graph.held(site))
 
 
 __all__ = ["OpenGraph"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -17,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from effcli.errors import DataError, UnfinishedError, UserError, behind, writing
 from effcli.files.digest import of_folder
+from effcli.formats import SparseWeight
 from effcli.graphs.backward import check_labels
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.ledger import dense, whole_rows
@@ -150,7 +150,7 @@ def train(
         teachers["dense"] = Observed(dense=dense).before_compression(name)
     if Needs.ORIGINAL in options.needs:
         # Before the first pass the network is the original.
-        teachers["original"] = original or Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
+        teachers["original"] = original or graph.copy()
     if Needs.LABELS in options.needs:
         _check_labels(name, graph, data)
     attached = _Attached(graph, options, teachers)
@@ -178,7 +178,8 @@ def train(
             same = training.kept == 0 and torch.equal(module(layer.weight), layer.weight)
         if not same:
             outcome = own.finish(layer, module)
-            graph.set_weight(each, outcome.weight)
+            weight = outcome.weight if outcome.mask is None else outcome.mask.over(outcome.weight)
+            graph.set_weight(each, weight)
             notes[each] = dict(outcome.notes)
     first, least = training.errors[0][1], dict(training.errors)[training.kept]
     told = f"{options.measured}: {first:.3g} before training, {least:.3g} after"
@@ -225,7 +226,9 @@ class _Attached:
                     self.remarks.append(f"{name} stays as it is: it has no {self.options.takes}")
                     continue
                 layer = self.graph.layer(name)
-                parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape))
+                mask = self.graph.mask(name)
+                kept = None if mask is None else mask.kept
+                parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape, kept))
                 layer.parametrizations.weight.original.requires_grad_(own.trains_weights)  # type: ignore[union-attr]
                 self.layers[name] = site, own, module
             with straight_through(self.graph.module):
@@ -268,20 +271,32 @@ class _Attached:
 
 
 class _Matrix(nn.Module):
-    """The weight that runs, in the shape of the layer's parameter, made by a module that takes matrices (out, in)."""
+    """The weight that runs, in the shape of the layer's parameter, made by a module that takes matrices (out, in).
 
-    def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
+    kept: bool (out, in), which weights an earlier pass kept; the others stay 0. None where it removed nothing.
+    """
+
+    kept: Tensor | None
+
+    def __init__(self, inner: nn.Module, shape: tuple[int, int], kept: Tensor | None) -> None:
         super().__init__()
         self.inner = inner
         self.shape = shape
+        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         made: Tensor = self.inner(weight.view(self.shape))
+        if self.kept is not None:
+            made = made.masked_fill(~self.kept, 0)
         return made.view_as(weight)
 
 
 def _layer(graph: Graph, site: LayerSite) -> Layer:
-    return Layer(site.name, site.kind, dense(graph, site).clone(), torch.float32, graph.stored.get(site.name))
+    stored, mask = graph.stored.get(site.name), graph.mask(site.name)
+    if isinstance(stored, SparseWeight):
+        numbers = stored.values
+        stored = numbers if stored.input_scale is None else numbers.with_input_scale(stored.input_scale)
+    return Layer(site.name, site.kind, dense(graph, site).clone(), torch.float32, stored, mask)
 
 
 def _check_labels(name: str, graph: Graph, data: Examples) -> None:

@@ -130,7 +130,8 @@ class OpenBlock:
     def read(self, site: LayerSite) -> Layer:
         weight = site.view(self._parameter(site)).float()
         scaled = self.factors.scaled(site.name, weight).contiguous()
-        return Layer(site.name, site.kind, scaled, self._weights.dtype_of(site.parameter))
+        mask = self._weights.mask(site.name)
+        return Layer(site.name, site.kind, scaled, self._weights.dtype_of(site.parameter), mask=mask)
 
     def _parameter(self, site: LayerSite) -> Tensor:
         return self._block.get_parameter(site.parameter.removeprefix(self._prefix))

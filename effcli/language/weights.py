@@ -27,7 +27,7 @@ from effcli.files.layout import (
     stored_layers,
     untied,
 )
-from effcli.formats import SUFFIXES, Quantized, unpack
+from effcli.formats import SUFFIXES, Mask, Quantized, Sparse, unpack
 from effcli.language.experts import zeros_like
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.layers.input_rounding import round_inputs
@@ -327,6 +327,14 @@ class Weights:
         value = result[name]
         value = value[0] if isinstance(value, list) else value
         return value.contiguous()  # type: ignore[no-any-return]
+
+    def mask(self, layer: str) -> Mask | None:
+        """What an earlier pass kept of `layer`, on the device; None where it removed nothing."""
+        stored = self.stored.get(layer)
+        if stored is None or not isinstance(stored.format, Sparse):
+            return None
+        found = Mask.of(self.packed(layer))
+        return None if found is None else found.to(self.device)
 
     def nonzeros(self) -> int:
         """How many of the parameters are not 0, tied ones counted once; one parameter is in memory at a time."""

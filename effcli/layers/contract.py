@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from effcli.errors import UserError
-from effcli.formats import Packing, Quantized
+from effcli.formats import Mask, Packing, Quantized
 from effcli.layers.layer import Kind
 from effcli.layers.statistics import Needs, Statistics
 from effcli.options import Options
@@ -46,6 +46,8 @@ class Change(enum.Flag):
     """What a pass does to a network."""
 
     VALUES = enum.auto()  # weights take other values, or other formats
+    MASK = enum.auto()  # weights are removed one by one: they stay 0 in every pass that follows
+    SHAPE = enum.auto()  # channels are removed: weights take other shapes
     INTEGER = enum.auto()  # the network becomes one of integers, which no pass can follow
 
 
@@ -99,7 +101,9 @@ class LayerPass(Pass):
 
         The rows of `layer.weight` fall into as many equal parts as there are groups.
         """
-        parts = [dataclasses.replace(layer, weight=part) for part in layer.weight.chunk(len(seen))]
+        masks = [None] * len(seen) if layer.mask is None else layer.mask.chunk(len(seen))
+        weights = layer.weight.chunk(len(seen))
+        parts = [dataclasses.replace(layer, weight=part, mask=mask) for part, mask in zip(weights, masks, strict=True)]
         return Outcome.joined([self.apply(part, own) for part, own in zip(parts, seen, strict=True)])
 
 
@@ -251,8 +255,9 @@ class Layer:
     """A weight with inputs, as a pass sees it.
 
     weight: float32 (out, in); for a convolution in = in_channels / groups · kernel height · kernel width, the inputs
-    being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in. stored: the weight as
-    an earlier pass compressed it, for a pass that trains; None where it is dense.
+    being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in. stored: the numbers as
+    an earlier pass compressed them, for a pass that trains; None where they are dense. mask: what an earlier pass
+    kept, None where it removed nothing; the other weights are 0, and stay 0 whatever a pass returns.
     """
 
     name: str
@@ -260,6 +265,7 @@ class Layer:
     weight: Tensor
     dtype: torch.dtype
     stored: Quantized | None = None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -289,17 +295,26 @@ def tied(values: Tensor, channel: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one layer: a quantized weight or a dense one (out, in), and notes for the ledger."""
+    """What became of one layer: a quantized weight or a dense one (out, in), and notes for the ledger.
+
+    mask: which weights are kept, None where the pass removes none. The engine sets the others to 0, stores the weight
+    sparse, and keeps them at 0 in every pass that follows.
+    """
 
     weight: Quantized | Tensor
     notes: dict[str, Any] = field(default_factory=dict)
+    mask: Mask | None = None
+
+    def kept(self, layer: Layer) -> Mask | None:
+        """What this pass and those before it keep of `layer`; None where nothing was removed."""
+        return layer.mask if self.mask is None else self.mask & layer.mask
 
     @staticmethod
     def joined(outcomes: Sequence[Outcome]) -> Outcome:
         """One outcome of the groups of a convolution, whose rows follow one another.
 
         A scale per tensor becomes one per channel, since each group has its own. Notes that are numbers are averaged,
-        of the others those are kept that all groups agree on.
+        of the others those are kept that all groups agree on. Masks of several patterns become a bitmask.
         """
         notes: dict[str, Any] = {}
         for key in outcomes[0].notes:
@@ -315,8 +330,24 @@ class Outcome:
             dense = [
                 weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight for weight in weights
             ]
-            return Outcome(torch.cat(dense), notes)
-        return Outcome(packed[0].join(packed[1:]), notes)
+            return Outcome(torch.cat(dense), notes, _joined(outcomes))
+        return Outcome(packed[0].join(packed[1:]), notes, _joined(outcomes))
+
+
+def _joined(outcomes: Sequence[Outcome]) -> Mask | None:
+    """The mask of all rows together; None where no outcome has one."""
+    masks = [outcome.mask for outcome in outcomes if outcome.mask is not None]
+    if not masks:
+        return None
+    shapes = [outcome.weight.shape for outcome in outcomes]
+    kept = torch.cat(
+        [
+            torch.ones(shape, dtype=torch.bool, device=masks[0].kept.device) if own.mask is None else own.mask.kept
+            for own, shape in zip(outcomes, shapes, strict=True)
+        ]
+    )
+    same = len(masks) == len(outcomes) and all(mask.pattern == masks[0].pattern for mask in masks)
+    return Mask(kept, masks[0].pattern) if same else Mask(kept)
 
 
 @dataclass(frozen=True)

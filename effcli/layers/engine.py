@@ -150,12 +150,14 @@ class LayerEngine:
         if seen and not seen[0].tokens:
             self.explain([name], "no calibration token reached it: rounded without activations")
         outcome = self.apply(options, layer, seen)
-        weight = outcome.weight
+        weight, mask = outcome.weight, outcome.kept(layer)
+        if mask is not None:
+            weight = mask.over(weight) if isinstance(weight, Quantized) else weight.masked_fill(~mask.kept, 0)
         restored = weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight.float()
         effective = restored if explicit is None else restored / explicit
         if not isinstance(weight, Quantized):
             # A dense weight takes a factor on its input into itself.
-            weight = effective
+            weight = effective if mask is None else mask.over(effective.to(layer.dtype))
         elif explicit is not None:
             # A copy of its own: tensors of one file share no memory.
             weight = weight.with_input_scale(explicit.to(layer.dtype, copy=True))
@@ -174,7 +176,7 @@ class LayerEngine:
         held = self.network.write(site, weight, effective)
         self._rows[name] = held.row(
             site,
-            "compressed" if isinstance(weight, Quantized) else "changed",
+            "compressed" if isinstance(weight, Quantized) and not weight.format.floating else "changed",
             reason="; ".join(self._reasons.get(name, ())),
             weight_error=weight_error,
             output_error=error,

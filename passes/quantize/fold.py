@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from effcli.graphs.graph import Graph
@@ -16,7 +15,7 @@ class Fold(NetworkPass):
 
     def planned(self, graph: Graph, chosen: Mapping[str, Pass]) -> Graph:
         """A copy of `graph` without the batch norms that are folded."""
-        folded = Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
+        folded = graph.copy()
         fold_batch_norms(folded, chosen)
         return folded
 

@@ -7,7 +7,6 @@ takes the shift out again, layer after layer, by running the integer network its
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -82,7 +81,7 @@ class Int8(NetworkPass):
 
 def prepare(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
     """A copy of `graph` as it will be lowered, batch norms folded, attention decomposed, and remarks."""
-    prepared = Graph(copy.deepcopy(graph.module), graph.facts, graph.stored)
+    prepared = graph.copy()
     _, remarks = fold_batch_norms(prepared)
     decompose_attention(prepared)
     count_padding(prepared)
