@@ -32,7 +32,7 @@ from effcli.layers.contract import Needs, TrainPass
 from effcli.layers.result import PassResult, Progress
 from effcli.platform.machine import pick_device
 from effcli.reports import card
-from effcli.reports.report import Exported, Latency, Quality, Stage
+from effcli.reports.report import Exported, Latency, Layout, Quality, Stage
 from effcli.run.network import Counts, Measured
 from effcli.run.plan import Plan
 from effcli.run.recipe import PassStep, Recipe
@@ -193,7 +193,7 @@ class GraphNetwork:
         found = exporter.latency(folder, self.recipe.threads) if self.recipe.evaluate.latency else None
         return exported if found is None else exported.model_copy(update={"latencies": (found,)})
 
-    def layout(self, checkpoint: Path) -> card.Layout:
+    def layout(self, checkpoint: Path) -> Layout:
         return "graph"
 
     def loaders(self, checkpoint: Path) -> tuple[str, str]:

@@ -60,6 +60,13 @@ class Reader:
             # verbose: the text is longer than the model's context on purpose.
             return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens; ids that the tokenizer does not know are left out."""
+        name = getattr(self.tokenizer, "name_or_path", "")
+        known = [token for token in ids if token < len(self.tokenizer)]
+        with foreign(lambda cause: DataError(f"the tokenizer in {name} writes no text: {cause}", _TOKENIZER)):
+            return str(self.tokenizer.decode(known, skip_special_tokens=True))
+
     def check_length(self, length: int, key: str) -> None:
         """Raise `DataError` when windows of `length` tokens, asked for under `key`, do not fit the network."""
         if self.longest is not None and length > self.longest:

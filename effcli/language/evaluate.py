@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,12 @@ from effcli.files import locate as samples
 from effcli.inputs import choices as multiple_choice
 from effcli.inputs import text
 from effcli.inputs.tokens import Reader
+from effcli.language.continuations import continuations
 from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream
 from effcli.language.weights import CPU, Weights, open_weights
-from effcli.reports.report import Quality, TaskRow
+from effcli.reports.report import Continuation, Quality, TaskRow
 
 if TYPE_CHECKING:
     from effcli.inputs.options import Calibration, Evaluate
@@ -80,6 +82,7 @@ class Evaluation:
         self.trust_remote_code = trust_remote_code
         self.device = device
         self.compare = compare and options.perplexity is not False
+        self._reader: Reader | None = None
         self._windows: list[Tensor] = []
         self._task: multiple_choice.Task | None = None
         # Each file of questions with the first of its questions and the one behind its last.
@@ -87,7 +90,7 @@ class Evaluation:
         self._reference: tuple[Weights, Spool] | None = None
         remarks: list[str] = []
         if options.quality:
-            reader = Reader.open(original, trust_remote_code)
+            reader = self._reader = Reader.open(original, trust_remote_code)
             if options.perplexity is not False:
                 cut = text.evaluation_windows(options, reader, original, calibration)
                 self._windows = cut.batches(max(1, TOKENS_PER_BATCH // cut.windows.shape[1]))
@@ -122,6 +125,12 @@ class Evaluation:
                 return self._judge(stream, spool, against, spooled)
         finally:
             file.unlink(missing_ok=True)
+
+    def continuations(self, network: Any) -> tuple[Continuation, ...]:
+        """What `network` writes behind the first words of the windows for perplexity; empty where there are none."""
+        if self._reader is None or not self._windows:
+            return ()
+        return continuations(network, self._windows, self._reader)
 
     def close(self) -> None:
         """Remove the original's hidden states."""
@@ -168,22 +177,29 @@ class Evaluation:
 
     def _perplexity(
         self, stream: Stream, spool: Spool, against: Stream | None, spooled: Spool | None
-    ) -> dict[str, float | int | None]:
+    ) -> dict[str, Any]:
         nll, divergence, tokens = 0.0, 0.0, 0
+        losses: list[float] = []
         for number, batch in enumerate(self._windows):
             hidden = spool.read(number)[:, :-1].flatten(0, 1)
             targets = batch[:, 1:].flatten().to(hidden.device)
             original = None
+            likelihoods = []
             if against is not None and spooled is not None:
                 original = spooled.read(number)[:, :-1].flatten(0, 1)
             for part in _parts(stream, len(targets), batch.shape[1]):
                 mine = _log_probabilities(stream, hidden[part])
-                nll -= float(mine.gather(1, targets[part].unsqueeze(1)).double().sum())
+                likelihoods.append(mine.gather(1, targets[part].unsqueeze(1)).double())
+                nll -= float(likelihoods[-1].sum())
                 if against is not None and original is not None:
                     divergence += kl(_log_probabilities(against, original[part]), mine)
             tokens += len(targets)
+            losses += (-torch.cat(likelihoods).view(len(batch), -1).mean(dim=1)).tolist()
+        perplexity = _exp(nll / tokens)
         return {
-            "perplexity": _exp(nll / tokens),
+            "perplexity": perplexity,
+            "perplexity_stderr": stderr_of_exp(perplexity, losses),
+            "losses": losses,
             "kl": None if against is None else max(0.0, divergence / tokens),
             "tokens": tokens,
         }
@@ -210,6 +226,17 @@ def kl(original: Tensor, other: Tensor) -> float:
     # A token that the original rules out counts nothing, whatever the other thinks of it.
     terms = torch.where(probability > 0, probability * (original - other), 0.0)
     return float(terms.sum(dim=1).double().sum())
+
+
+def stderr_of_exp(perplexity: float, losses: Sequence[float]) -> float | None:
+    """The standard error of exp of the mean of `losses`, which is `perplexity`, to first order.
+
+    None of fewer than two windows, or of an infinite loss. d exp(m) = exp(m) dm, and the standard error of a mean of n
+    windows is their deviation, with n - 1, over √n.
+    """
+    if len(losses) < 2 or not all(map(math.isfinite, losses)):
+        return None
+    return perplexity * statistics.stdev(losses) / math.sqrt(len(losses))
 
 
 def _log_probabilities(stream: Stream, hidden: Tensor) -> Tensor:
@@ -243,4 +270,4 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-__all__ = ["Evaluation", "evaluate", "kl"]
+__all__ = ["Evaluation", "evaluate", "kl", "stderr_of_exp"]

@@ -6,6 +6,7 @@ import inspect
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ def measure(
     threads: int | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    afterwards: Callable[[Any], None] = lambda network: None,
 ) -> Speed:
     """Time the prefill of `prefill` tokens and the decoding of `decode` tokens, one sequence at a time.
 
     Without one it is what `lengths` says. Loaded as `effcli.load` does; each figure is the median over repetitions,
     after a warm-up. threads: CPU threads (default: torch's own); device: cpu, cuda, cuda:N or auto. torch's number of
-    threads is restored afterwards.
+    threads is restored afterwards. afterwards: called with the network before it is freed.
     """
     target = pick_device(device)
     with cpu_threads(threads) as used:
@@ -53,6 +55,7 @@ def measure(
         prefill, decode = lengths(prefill, decode, longest_sequence(network.config))
         ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
         read, written = _time(network, ids, decode, target)
+        afterwards(network)
     return Speed(
         kernel=kernel_name(network, 1),
         prefill_kernel=kernel_name(network, prefill),

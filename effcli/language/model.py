@@ -22,7 +22,7 @@ from effcli.layers.result import PassResult, Progress
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
 from effcli.reports import card
-from effcli.reports.report import Exported, Stage
+from effcli.reports.report import Continuation, Exported, Layout, Stage
 from effcli.run.network import Counts, Measured
 from effcli.run.plan import Plan, all_sites, count_weights, make
 from effcli.run.recipe import PassStep, Recipe
@@ -125,6 +125,12 @@ class LanguageModel:
         wanted, evaluation = self.recipe.evaluate, self._evaluation
         known = evaluation.measure(checkpoint) if quality and evaluation is not None else None
         timed = None
+        written: list[Continuation] = []
+
+        def write(network: Any) -> None:
+            if known is not None and evaluation is not None:
+                written.extend(evaluation.continuations(network))
+
         if speed and wanted.latency:
             prefill, decode = self._timed(self._longest())
             timed = latency.measure(
@@ -134,8 +140,11 @@ class LanguageModel:
                 threads=self.recipe.threads,
                 device=self.recipe.device,
                 trust_remote_code=self.recipe.trust_remote_code,
+                # The network is in memory: it need not be loaded twice.
+                afterwards=write,
             )
-        return Measured(known, timed, remarks=tuple(evaluation.remarks) if evaluation is not None and first else ())
+        remarks = tuple(evaluation.remarks) if evaluation is not None and first else ()
+        return Measured(known, timed, continuations=tuple(written), remarks=remarks)
 
     def footprint(self, checkpoint: Path) -> None:
         return None
@@ -157,7 +166,7 @@ class LanguageModel:
         speed = exporter.speed(folder, *self._timed(self._longest()), self.recipe.threads)
         return exported.model_copy(update={"speed": speed})
 
-    def layout(self, checkpoint: Path) -> card.Layout:
+    def layout(self, checkpoint: Path) -> Layout:
         return "effcli" if is_own(read_config(checkpoint)) else "standard"
 
     def loaders(self, checkpoint: Path) -> tuple[str, str]:

@@ -6,17 +6,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 from effcli.errors import RecipeError
 from effcli.reports import units
 from effcli.reports.columns import EMPTY_TEXT, Column, became, columns, conditions, export_lines
 from effcli.reports.escaping import markdown, markdown_code
-from effcli.reports.report import Classification, Quality, Report, Stage
+from effcli.reports.report import Classification, Layout, Quality, Report, Stage
 from effcli.run import yaml_files as yamls
 
 FILE_NAME = "README.md"
-Layout = Literal["standard", "effcli", "graph"]
 # The classes of transformers that load a model and prepare its inputs.
 LANGUAGE = ("AutoModelForCausalLM", "AutoTokenizer")
 IMAGES = ("AutoModelForImageClassification", "AutoImageProcessor")

@@ -18,6 +18,8 @@ from effcli.reports.sensitivity import Search
 
 SCHEMA_VERSION = 1
 FILE_NAME = "report.json"
+# How a finished checkpoint is loaded: by transformers, by `effcli.load` alone, or as a graph by `effcli.load`.
+Layout = Literal["standard", "effcli", "graph"]
 # What is drawn and reckoned with these takes roots and logarithms.
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -131,6 +133,12 @@ class Quality(Record):
     """What the network still knows. Every figure is None where it was not measured."""
 
     perplexity: float | None = None
+    perplexity_stderr: float | None = Field(
+        default=None, description="standard error over windows; None of fewer than two windows or of an infinite loss"
+    )
+    losses: tuple[float, ...] = Field(
+        default=(), description="mean negative log-likelihood per token of each window of the perplexity's text, nats"
+    )
     kl: float | None = Field(default=None, description="mean KL(original ‖ this) per token, nats")
     tokens: int = 0
     accuracy: Fraction | None = Field(
@@ -140,6 +148,13 @@ class Quality(Record):
     examples: Count = 0
     tasks: tuple[TaskRow, ...] = Field(default=(), description="the accuracy by file, where there are several")
     classification: Classification | None = None
+
+
+class Continuation(Record):
+    """What greedy decoding writes behind a prompt."""
+
+    prompt: str
+    text: str
 
 
 class Latency(Record):
@@ -180,6 +195,9 @@ class Stage(Record):
     )
     bits_per_weight: float
     quality: Quality | None = None
+    continuations: tuple[Continuation, ...] = Field(
+        default=(), description="of a language model whose quality and speed were measured: the same prompts each time"
+    )
     speed: Speed | None = None
     latencies: tuple[Latency, ...] = Field(default=(), description="of a network that reads no text, one per runtime")
     peak_memory: int | None = Field(default=None, description="highest resident set during the pass, bytes")
@@ -213,7 +231,9 @@ class Report(Record):
     machine: str
     software: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict, description="the recipe, resolved")
+    given: dict[str, Any] = Field(default_factory=dict, description="the recipe as it was given, without defaults")
     stages: tuple[Stage, ...] = Field(min_length=1, description="the input first, then one per pass")
+    layout: Layout | None = Field(default=None, description="what loads the finished checkpoint")
     verified: str | None = Field(default=None, description="what `verify` found, in one line")
     exports: tuple[Exported, ...] = ()
     files: tuple[str, ...] = Field(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from effcli.reports.report import Exported, Latency, Quality, Speed, Stage
+from effcli.reports.report import Continuation, Exported, Latency, Layout, Quality, Speed, Stage
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from effcli.layers.result import PassResult, Progress
     from effcli.layers.selection import Choice
     from effcli.options import Options
-    from effcli.reports.card import Layout
     from effcli.reports.sensitivity import Unit, Way
     from effcli.run.plan import Inspection, Plan
     from effcli.run.recipe import PassStep, Recipe
@@ -43,6 +42,7 @@ class Measured:
     quality: Quality | None = None
     speed: Speed | None = None
     latencies: tuple[Latency, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property

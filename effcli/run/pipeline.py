@@ -72,6 +72,8 @@ def run(
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener) -> None:
         self.network = detect.of_run(recipe)
+        given = recipe.model_dump(mode="json", exclude_unset=True)
+        self.given = {key: value for key, value in given.items() if value != []}
         self.recipe = self.network.recipe
         self.output = output
         self.overwrite = overwrite
@@ -268,6 +270,7 @@ class _Run:
             quality=found.quality,
             speed=found.speed,
             latencies=found.latencies,
+            continuations=found.continuations,
             remarks=found.remarks,
         )
 
@@ -289,7 +292,9 @@ class _Run:
             software=_software((*steps, *self.recipe.export)),
             stages=tuple(stages),
             verified=self.network.verify(finished, stages) if self.recipe.evaluate.enabled else None,
+            layout=self.network.layout(finished),
             recipe=self._settings(steps),
+            given=self.given,
         )
         exported, failed = self._exports(finished)
         report = report.model_copy(update={"exports": exported})

@@ -13,6 +13,8 @@ import torch
 from effcli import runtime
 from effcli.errors import DataError, NumericsError
 from effcli.files import locate as samples
+from effcli.inputs import text
+from effcli.inputs.tokens import Reader
 from effcli.language import evaluate, forward
 from effcli.language.evaluate import Evaluation
 from effcli.language.sweep import sweep
@@ -113,6 +115,27 @@ def test_uniform_logits_have_the_perplexity_of_their_number(tmp_path: Path) -> N
 
     quality = evaluate.evaluate(str(tiny(tmp_path / "flat", 1500, flatten)), small())
     assert quality.perplexity == pytest.approx(1500, rel=1e-6)
+
+
+def test_the_loss_of_every_window_and_the_standard_error_they_give(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "source")
+    quality = evaluate.evaluate(str(source), small(samples=5))
+    assert len(quality.losses) == 5
+    assert math.exp(sum(quality.losses) / 5) == pytest.approx(quality.perplexity, rel=1e-9)
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(source).eval()
+    windows = text.windows(samples.EVALUATION_TEXT, Reader.open(source), 5, 32).windows
+    for window, loss in zip(windows, quality.losses, strict=True):
+        assert math.exp(loss) == pytest.approx(plain(network, window.unsqueeze(0))[0], rel=1e-5)
+    mean = sum(quality.losses) / 5
+    deviation = math.sqrt(sum((loss - mean) ** 2 for loss in quality.losses) / 4)
+    assert quality.perplexity_stderr == pytest.approx(quality.perplexity * deviation / math.sqrt(5), rel=1e-9)
+
+
+@pytest.mark.parametrize("losses", [(), (1.5,), (1.0, math.inf)])
+def test_no_standard_error_without_spread(losses: tuple[float, ...]) -> None:
+    assert evaluate.stderr_of_exp(9.0, losses) is None
 
 
 def test_a_copy_diverges_by_nothing(tmp_path: Path) -> None:

@@ -91,6 +91,33 @@ def test_data_changed_between_two_tries(work: Path, monkeypatch: pytest.MonkeyPa
     assert [stage.quality for stage in resumed.stages] == [stage.quality for stage in whole.stages]
 
 
+def test_what_a_language_model_writes_is_the_same_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(output: str) -> Report:
+        recipe = recipes.from_arguments(
+            "sample:lm",
+            passes=["linear:bits=3"],
+            output=str(tmp_path / output),
+            overrides=["evaluate.samples=3", "evaluate.length=32", "evaluate.prefill=4", "evaluate.decode=1"],
+        )
+        return pipeline.run(recipe)
+
+    killed_at(monkeypatch, pipeline._Run, "_sweep", lambda: start("out"))
+    resumed, whole = start("out"), start("whole")
+    written = [stage.continuations for stage in resumed.stages]
+    assert written == [stage.continuations for stage in whole.stages]
+    before, after = written
+    assert [each.prompt for each in before] == [each.prompt for each in after] and len(before) == 3
+    assert before != after
+    assert resumed.layout == "standard"
+    # What was given, and nothing that follows from it.
+    assert resumed.given == {
+        "model": "sample:lm",
+        "output": str(tmp_path / "out"),
+        "evaluate": {"samples": 3, "length": 32, "prefill": 4, "decode": 1},
+        "passes": [{"linear": {"bits": 3}}],
+    }
+
+
 def test_killed_while_an_export_is_written(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed_at(monkeypatch, c, "_checked", lambda: run(work, "out", "c"))
     assert not (work / "out").exists()
