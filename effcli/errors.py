@@ -210,6 +210,15 @@ def foreign(refusal: Callable[[str], EffcliError]) -> Iterator[None]:
 
 
 @contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put `what`, an option and what the user gave for it, before the cause of an error."""
+    try:
+        yield
+    except EffcliError as error:
+        raise type(error)(f"{what}: {error.cause}", error.remedy) from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Map the operating system's refusals while writing below `path` to an `OutputError`."""
     try:

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 from effcli import exporters, importers
-from effcli.errors import EffcliError, MachineError, UnsupportedError
+from effcli.errors import EffcliError, MachineError, UnsupportedError, naming
 from effcli.exporters.firmware import targets
 from effcli.files import locate as samples
 from effcli.graphs import executor
@@ -117,17 +117,19 @@ def verify(
     target: a processor to which an integer network is also compiled as C, see `_firmware`. against: the network that it
     was made from, or its name; what `report.json` names unless given, where that is a file at hand. stages: of the run
     between the two; those of `report.json` unless given. Raises `UnsupportedError` for a target that there is not or a
-    checkpoint that has no C, `UserError` where there is no C compiler.
+    checkpoint that has no C, `UserError` where there is no C compiler, and `against` with what is wrong with it.
     """
     integer = is_integer(path)
     if target is not None:
         _require_compilable(path, target)
     found: dict[str, Any] = {"path": str(path), "layout": "integer" if integer else "graph", "refused": _refused(path)}
     report = Report.read(path) if (path / FILE_NAME).is_file() else None
+    source, before = ("", None) if against is None else _given(report, against, trust_remote_code)
     try:
         network = IntegerNetwork.read(path) if integer else Graph.read(path)
         inputs, outputs = _outputs(network)
-        source, before = _input(report, against, trust_remote_code)
+        if against is None:
+            source, before = _input_of(report, trust_remote_code)
         if before is not None:
             known = stages if stages is not None else report.stages if report is not None else ()
             found["against"] = _against(network, before, source, known, inputs, outputs)
@@ -202,33 +204,42 @@ def _firmware(path: Path, name: str) -> Firmware:
     return Firmware(target=name, checked=checked, emulated=emulated)
 
 
-def _input(
-    report: Report | None, against: str | Path | Graph | None, trust_remote_code: bool
-) -> tuple[str, Graph | None]:
-    """The name of the input, empty where nothing says it, and the input itself where it is at hand.
-
-    A function that report.json names is not called: whoever sent the checkpoint wrote that name.
-    """
+def _given(report: Report | None, against: str | Path | Graph, trust_remote_code: bool) -> tuple[str, Graph | None]:
+    """The input that the user names, and its name; an error says that it is not the checkpoint that is at fault."""
     if isinstance(against, Graph):
         return against.facts.origin, against
     recipe = report.recipe if report is not None else {}
-    if against is not None:
-        source: str | Path | None = samples.locate(str(against))
-    elif report is not None:
-        revision = recipe.get("revision")
-        source = samples.at_hand(report.model, revision if isinstance(revision, str) else None)
-    else:
+    weights = recipe.get("weights")
+    with naming(f"--against {against}"):
+        source = samples.locate(str(against))
+        return str(source), _read(
+            source, recipe, Path(weights) if isinstance(weights, str) else None, trust_remote_code
+        )
+
+
+def _input_of(report: Report | None, trust_remote_code: bool) -> tuple[str, Graph | None]:
+    """The name of the input that a report names, empty where none does, and the input itself where it is at hand.
+
+    A function that report.json names is not called: whoever sent the checkpoint wrote that name.
+    """
+    if report is None:
         return "", None
+    revision = report.recipe.get("revision")
+    source = samples.at_hand(report.model, revision if isinstance(revision, str) else None)
     if source is None:
-        return str(report.model) if report is not None else "", None
-    shape, weights = recipe.get("shape"), recipe.get("weights")
-    graph = importers.read(
+        return report.model, None
+    return str(source), _read(source, report.recipe, None, trust_remote_code)
+
+
+def _read(source: str | Path, recipe: dict[str, Any], weights: Path | None, trust_remote_code: bool) -> Graph:
+    """The input `source` of a run; recipe: that of the run, as far as it is known."""
+    shape = recipe.get("shape")
+    return importers.read(
         source,
-        weights=Path(weights) if isinstance(weights, str) and against is not None else None,
+        weights=weights,
         shape=tuple(shape) if isinstance(shape, list) else None,
         trust_remote_code=trust_remote_code,
     )
-    return str(source), graph
 
 
 def _against(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effcli.errors import RecipeError, UnsupportedError
+from effcli.errors import RecipeError, UnsupportedError, naming
+from effcli.files import locate as samples
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +68,16 @@ class FoundLanguageModel:
         self, target: str | None = None, against: str | None = None, trust_remote_code: bool = False
     ) -> Verification:
         from effcli.language import verify
+        from effcli.language.weights import open_weights
 
         if target is not None:
             raise UnsupportedError(
                 f"{self.source} holds no integer network, which C is made from",
                 "verify it without --target, or let `int8` be the last pass",
             )
+        if against is not None:
+            with naming(f"--against {against}"):
+                open_weights(samples.resolve(against), trust_remote_code)
         return verify.verify(self.source, against=against, trust_remote_code=trust_remote_code)
 
     def load(self, device: str | torch.device, trust_remote_code: bool, packed: bool) -> Any:

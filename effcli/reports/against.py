@@ -50,7 +50,6 @@ class Against(Options):
         # Of an integer network no tensor is that of its input.
         told = [", ".join(parts)] if self.equal or self.compressed or self.changed else []
         told += [] if self.moved is None else [str(self.moved)]
-        built = f", as {self.network}" if self.network else ""
         return f"against its input{built}: {'; '.join(told)}"
 
 

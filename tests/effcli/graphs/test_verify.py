@@ -213,6 +213,14 @@ def test_the_tensors_and_outputs_of_the_input_are_compared(tmp_path: Path, capsy
     assert "against its input: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["missing.pt2", "org/missing", "sample:cmm", "."])
+def test_an_input_that_cannot_be_read_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = floating(tmp_path / "out")
+    assert main(["verify", str(path), "--against", name]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: --against {name}: ") and "VERIFIED" not in printed.out
+
+
 def change(path: Path, key: str, how: Callable[[Tensor], Tensor]) -> None:
     file = path / "effcli.safetensors"
     tensors = load_file(file)

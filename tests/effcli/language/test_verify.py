@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from effcli import formats
+from effcli.cli import main
 from effcli.errors import CheckpointError, UserError
 from effcli.files import locate as samples
 from effcli.language import verify
@@ -73,6 +74,13 @@ def test_the_standard_layout(standard: Path) -> None:
     assert found.line.startswith("verified: reloaded with transformers ")
     data = json.loads(found.to_json())
     assert data["passed"] is True and data["stock"]["top1"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["missing", "org/missing", "sample:ln", "sample:cnn"])
+def test_an_input_that_cannot_be_read_is_named(name: str, standard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(standard), "--against", name]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: --against {name}: ") and "VERIFIED" not in printed.out
 
 
 def test_effclis_own_layout(own: Path) -> None:
