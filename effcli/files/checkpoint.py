@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -287,7 +288,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file atomically: under a temporary name, synced, then renamed."""
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
         except SafetensorError as error:
@@ -298,26 +299,25 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a small text file atomically."""
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def umask() -> int:
-    """The permissions that new files go without."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Iterator[Path]:
     """A temporary name to write under; `file` takes its place once it is whole and on the disk, or not at all."""
     temporary = file.with_name(file.name + ".tmp")
     with writing(file):
         try:
+            # The umask can only be read by changing it, for all threads: an empty file tells what it leaves. What a
+            # killed run left behind may have other permissions.
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            temporary.unlink()
             yield temporary
             # The safetensors library makes its files private; an output is as readable as any other file.
-            temporary.chmod(0o666 & ~umask())
+            temporary.chmod(mode)
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(file)
@@ -385,7 +385,7 @@ def _copy_tensors(file: Path, entries: dict[str, Entry]) -> None:
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(file) as temporary, temporary.open("wb") as target:
+    with replacing(file) as temporary, temporary.open("wb") as target:
         target.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             entry = entries[name]

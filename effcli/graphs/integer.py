@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from safetensors.numpy import load_file, save_file
 
 from effcli.errors import CheckpointError, first_line, writing
-from effcli.files.checkpoint import read_config, umask, write_text
+from effcli.files.checkpoint import read_config, replacing, write_text
 from effcli.files.documents import check_model, read_model
 from effcli.files.layout import LAYOUT_VERSION, OWN_TYPE, holds, own_part
 from effcli.formats import pack_bits, unpack_bits
@@ -186,11 +186,8 @@ class IntegerNetwork:
                     codes = torch.from_numpy(self.codes(step))
                 stored[f"{step.name}.weight"] = pack_bits(codes, step.weight_bits).numpy()
         shapes = {f"{step.name}.weight": list(self.array(step, "weight").shape) for step in self._weighted()}
-        file = folder / WEIGHTS_NAME
-        with writing(file):
-            save_file({name: np.ascontiguousarray(array) for name, array in stored.items()}, file)
-            # The library makes it private; an output is as readable as any other file.
-            file.chmod(0o666 & ~umask())
+        with replacing(folder / WEIGHTS_NAME) as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in stored.items()}, temporary)
         with writing(folder / PROBE_NAME):
             if self.probe is None:
                 (folder / PROBE_NAME).unlink(missing_ok=True)

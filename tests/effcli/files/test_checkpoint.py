@@ -375,6 +375,25 @@ def test_a_replaced_file_stays_whole_when_writing_fails(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_permissions_are_those_of_other_files_and_the_umask_stays(
+    mask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.safetensors.tmp").touch(0o600)
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("it changes for all threads"))
+            write_shard(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+            write_text(tmp_path / "a.txt", "")
+            assemble([tmp_path / "a.safetensors"], tmp_path, "b", 100)
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()} == {oct(0o666 & ~mask)}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "a.txt", "b.safetensors", "other"]
+
+
 @pytest.mark.parametrize(("code", "cause"), [(28, "no space left"), (122, "no space left"), (30, "cannot write")])
 def test_a_full_disk_is_said(code: int, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:

@@ -189,6 +189,7 @@ def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
         linear_network(4).save(tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    assert len({file.stat().st_mode for file in (tmp_path / "a").iterdir()}) == 1
 
 
 def with_codebook(bits: Literal[2, 4], tables: int) -> IntegerNetwork:
