@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import typer
@@ -17,6 +18,9 @@ from effcli.reports.escaping import terminal
 def usage_error(error: Any) -> tuple[str, str]:
     """Cause and remedy of an error that Typer found in the arguments."""
     context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
+    if option and context is not None and error.message.startswith("No such option"):
+        return error.message, _other_option(option, context)
     near = getattr(error, "possibilities", None)
     if near:
         return error.message, f"did you mean {near[0]}?"
@@ -24,6 +28,35 @@ def usage_error(error: Any) -> tuple[str, str]:
     if suggestion:
         return cause.rstrip("."), f"did you mean {suggestion}"
     return cause, f"see `{context.command_path if context is not None else 'effcli'} --help`"
+
+
+# What several commands call by different names.
+_ALIKE = (("--eval", "--text", "--choices", "--images"), ("--reference", "--against"))
+
+
+def _other_option(name: str, context: Any) -> str:
+    """What may have been meant by an option that the command of `context` does not have."""
+    own = set(_options(context.command))
+    commands = {command.name: set(_options(command)) for command in context.find_root().command.commands.values()}
+    near = difflib.get_close_matches(name, own.union(*commands.values()), cutoff=0.7)
+    meant = near[0] if near else ""
+    if meant != name and own.intersection(near):
+        meant = next(option for option in near if option in own)
+        return f"did you mean {meant}?"
+    alike = [option for names in _ALIKE if meant in names for option in names if option in own]
+    if alike:
+        return f"did you mean {_listed(alike, 'or')}?"
+    see = f"see `{context.command_path} --help`"
+    having = [str(command) for command, options in commands.items() if meant in options]
+    return f"{meant} is an option of {_listed(having, 'and')}; {see}" if having else see
+
+
+def _options(command: Any) -> Iterator[str]:
+    return (name for parameter in command.params for name in parameter.opts if name.startswith("-"))
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    return f" {last} ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def complain(cause: str, remedy: str = "") -> None:
