@@ -15,6 +15,7 @@ from effcli.reports.columns import kernel_text
 from effcli.reports.report import Classification, LedgerRow, Quality, Report, Stage
 
 Unit = Literal["bytes", "ratio", "bits", "number", "fraction", "decibels", "milliseconds", "rate", "seconds"]
+Error = Literal["output", "weight", ""]
 _MILLISECONDS: Unit = "milliseconds"
 
 
@@ -57,7 +58,7 @@ class LayerDifference(Record):
     format_b: str | None
     bits_a: float | None
     bits_b: float | None
-    error: Literal["output", "weight", ""] = Field(description="which error both sides have measured")
+    error: Error = Field(description="which error is told: one that both sides have measured where there is one")
     error_a: float | None
     error_b: float | None
 
@@ -92,7 +93,7 @@ def compare(a: Report, b: Report) -> Comparison:
         a=_side(a, label_a),
         b=_side(b, label_b),
         figures=figures,
-        caveats=tuple(_caveats(a, b, last_a, last_b)),
+        caveats=(*_caveats(a, b, last_a, last_b), *_unrecorded(a, label_a), *_unrecorded(b, label_b)),
         layers=tuple(layers),
         same_layers=sum(layer is None for layer in found),
     )
@@ -162,19 +163,11 @@ def _final_rows(report: Report) -> dict[str, LedgerRow]:
 
 def _difference(name: str, a: LedgerRow | None, b: LedgerRow | None) -> LayerDifference | None:
     """The difference between two rows of one layer, None when there is none."""
-    error_a, error_b = None, None
-    kind: Literal["output", "weight", ""] = ""
-    if a and b and a.output_error is not None and b.output_error is not None:
-        kind, error_a, error_b = "output", a.output_error, b.output_error
-    elif a and b and a.weight_error is not None and b.weight_error is not None:
-        kind, error_a, error_b = "weight", a.weight_error, b.weight_error
-    if a and b and a.format == b.format and a.bits_per_weight == b.bits_per_weight:
-        # Sums of one run are repeated to about six digits on another number of threads.
-        same = error_a == error_b or (
-            error_a is not None and error_b is not None and math.isclose(error_a, error_b, rel_tol=1e-4)
-        )
-        if same:
-            return None
+    kind, error_a, error_b = _errors(a, b)
+    # Sums of one run are repeated to about six digits on another number of threads.
+    alike = error_a is None or error_b is None or error_a == error_b or math.isclose(error_a, error_b, rel_tol=1e-4)
+    if alike and a and b and a.format == b.format and a.bits_per_weight == b.bits_per_weight:
+        return None
     return LayerDifference(
         name=name,
         format_a=a.format if a else None,
@@ -185,6 +178,16 @@ def _difference(name: str, a: LedgerRow | None, b: LedgerRow | None) -> LayerDif
         error_a=error_a,
         error_b=error_b,
     )
+
+
+def _errors(a: LedgerRow | None, b: LedgerRow | None) -> tuple[Error, float | None, float | None]:
+    """The error that both rows have, of outputs before that of weights, or else one that a single row has."""
+    found: list[tuple[Error, float | None, float | None]] = [
+        ("output", a.output_error if a else None, b.output_error if b else None),
+        ("weight", a.weight_error if a else None, b.weight_error if b else None),
+    ]
+    best = max(found, key=lambda errors: -errors[1:].count(None))
+    return ("", None, None) if best[1] is best[2] is None else best
 
 
 def _distance(layer: LayerDifference) -> tuple[float, float]:
@@ -218,6 +221,14 @@ def _other_network(a: Report, b: Report) -> str | None:
     if not alike and not math.isclose(both[0] or 0.0, both[1] or 0.0, rel_tol=0.01):
         return f"perplexity {units.significant(both[0] or 0.0, 4)} and {units.significant(both[1] or 0.0, 4)}"
     return None
+
+
+def _unrecorded(report: Report, label: str) -> list[str]:
+    """What the ledger of a report leaves out, so that layers are not compared by what the passes made of them."""
+    if not _final_rows(report):
+        return [f"{label} has no ledger: its layers are not known"]
+    empty = [stage.name for stage in report.stages[1:] if not stage.ledger]
+    return [f"{label} has no ledger of {name}: what it did to the layers is not known" for name in empty]
 
 
 def _caveats(a: Report, b: Report, last_a: Stage, last_b: Stage) -> list[str]:

@@ -346,16 +346,20 @@ def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
     table.add_column("layer", overflow="fold")
     for label in (comparison.a.label, comparison.b.label):
         table.add_column(Text(f"format\n{label}"), overflow="fold")
+    kinds = {layer.error for layer in shown} - {""}
+    mixed = len(kinds) > 1
+    if mixed:
+        table.add_column("error of")
+    error = "error" if mixed or not kinds else f"{next(iter(kinds))} error"
     for label in (comparison.a.label, comparison.b.label):
-        table.add_column(Text(f"error\n{label}"), justify="right", overflow="fold")
+        table.add_column(Text(f"{error}\n{label}"), justify="right", overflow="fold")
     for layer in shown:
         errors = (EMPTY_TEXT if value is None else units.error(value) for value in (layer.error_a, layer.error_b))
         stored = (Text(found or "absent") for found in (layer.format_a, layer.format_b))
-        table.add_row(Text(layer.name), *stored, *errors)
-    kinds = {layer.error for layer in shown} - {""}
+        table.add_row(Text(layer.name), *stored, *([layer.error] if mixed else []), *errors)
     parts: list[RenderableType] = [Text(title, style="bold"), table]
     if kinds:
-        parts.append(Text(f"error: {' or '.join(sorted(kinds))} error, relative and squared", style="dim"))
+        parts.append(Text("errors are relative and squared", style="dim"))
     return Group(*parts)
 
 

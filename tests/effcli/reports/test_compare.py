@@ -59,6 +59,45 @@ def test_a_layer_of_one_run_only(report: Report) -> None:
     assert all(layer.format_b is None and layer.error_b is None for layer in found.layers)
 
 
+def test_an_emptied_ledger_is_said(report: Report) -> None:
+    assert compare(report, with_last(report, ledger=(), name="none")).caveats == (
+        "B: awq4 has no ledger of none: what it did to the layers is not known",
+    )
+    emptied = report.model_copy(
+        update={
+            "stages": tuple(stage.model_copy(update={"ledger": ()}) for stage in report.stages),
+            "output": "out/emptied",
+        }
+    )
+    assert compare(report, emptied).caveats == ("emptied has no ledger: its layers are not known",)
+
+
+@pytest.mark.parametrize(
+    ("errors_a", "errors_b", "told"),
+    [
+        ((0.1, 0.2), (0.3, 0.4), ("output", 0.1, 0.3)),
+        ((0.1, 0.2), (None, 0.4), ("weight", 0.2, 0.4)),
+        ((None, 0.2), (None, None), ("weight", 0.2, None)),
+        ((None, None), (0.3, 0.4), ("output", None, 0.3)),
+        ((None, None), (None, None), ("", None, None)),
+    ],
+)
+def test_which_error_is_told(
+    errors_a: tuple[float | None, float | None],
+    errors_b: tuple[float | None, float | None],
+    told: tuple[str, float | None, float | None],
+    report: Report,
+) -> None:
+    def with_row(format: str, errors: tuple[float | None, float | None]) -> Report:
+        row = report.stages[-1].ledger[0]
+        made = row.model_copy(update={"format": format, "output_error": errors[0], "weight_error": errors[1]})
+        return report.model_copy(update={"stages": (report.stages[0], *with_last(report, ledger=(made,)).stages[2:])})
+
+    (layer,) = compare(with_row("int4", errors_a), with_row("int3", errors_b)).layers
+    assert (layer.error, layer.error_a, layer.error_b) == told
+    assert compare(with_row("int4", errors_a), with_row("int4", (None, None))).layers == ()
+
+
 def test_a_layer_that_the_last_pass_kept_has_the_error_of_the_pass_before(report: Report) -> None:
     def keep(row: LedgerRow) -> LedgerRow:
         return row.model_copy(update={"status": "kept", "output_error": None, "weight_error": None})

@@ -163,6 +163,31 @@ def test_two_runs_side_by_side(make_report: Callable[..., Report]) -> None:
     assert "2 layers are the same in both" in text
 
 
+def test_which_errors_are_compared_stands_above_them(make_report: Callable[..., Report]) -> None:
+    def only_weights(report: Report, names: Callable[[str], bool]) -> Report:
+        stages = [
+            stage.model_copy(
+                update={
+                    "ledger": tuple(
+                        row.model_copy(update={"output_error": None}) if names(row.name) else row
+                        for row in stage.ledger
+                    )
+                }
+            )
+            for stage in report.stages
+        ]
+        return report.model_copy(update={"stages": tuple(stages)})
+
+    a, b = make_report(), make_report(bits=3, output="out/awq3", scale=4.0)
+    assert "output error" in "\n".join(drawn(compare_table(a, b)))
+    text = "\n".join(drawn(compare_table(only_weights(a, lambda name: True), b)))
+    assert "weight error" in text and "output error" not in text and "error of" not in text
+    lines = drawn(compare_table(only_weights(a, lambda name: ".0." in name), b, None))
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "error of" in text and " weight " in text and " output " in text
+
+
 def trained(report: Report, training: Training) -> Report:
     stage = report.stages[1].model_copy(update={"training": training})
     return report.model_copy(update={"stages": (report.stages[0], stage)})
