@@ -40,7 +40,10 @@ def passes_show(
     """Show the options of a pass."""
     found = pass_table.load(name)
     if json:
-        print_json(found.model_json_schema())
+        described = found.model_json_schema()
+        for key, value in found.graph_defaults.items():
+            described["properties"][key]["graph_default"] = value
+        print_json(described)
         return
     from effcli.reports import screen
 

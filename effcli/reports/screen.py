@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
+    from effcli.layers.contract import Pass
     from effcli.platform.registry import Entry
     from effcli.reports.report import ClassRow, Quality, Report, Speed, Stage
     from effcli.run.recipe import Recipe
@@ -149,12 +150,18 @@ def passes_table(
     return Group(*parts, *(Text(remark, style="yellow") for remark in remarks))
 
 
-def options_table(name: str, summary: str, options: type[BaseModel]) -> RenderableType:
-    """The options of the pass `name` with their values and defaults, its own before those that every pass has."""
-    from effcli.layers.contract import Pass
+def options_table(name: str, summary: str, options: type[Pass]) -> RenderableType:
+    """The options of the pass `name` with their values and defaults, its own before those that every pass has.
 
-    fields = sorted(options.model_fields.items(), key=lambda item: item[0] in Pass.model_fields)
-    rows = [(key, _values(field), _default(field), field.description or "") for key, field in fields]
+    Where a network read as a graph has another default, that stands beside the one of language models.
+    """
+    from effcli.layers import contract
+
+    fields = sorted(options.model_fields.items(), key=lambda item: item[0] in contract.Pass.model_fields)
+    others = {key: f"; in graphs {_written(value)}" for key, value in options.graph_defaults.items()}
+    rows = [
+        (key, _values(field), _default(field) + others.get(key, ""), field.description or "") for key, field in fields
+    ]
     return Group(Text(f"{name}: {summary}"), Text(), _table(rows, ("option", "values", "default", "")))
 
 
@@ -208,7 +215,11 @@ def _bounds(item: Any) -> list[tuple[str, Any]]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
+    return _written(field.get_default(call_default_factory=True, validated_data={}))
+
+
+def _written(value: Any) -> str:
+    """A value as people write it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return "none" if value in ((), {}) else str(value)

@@ -154,6 +154,18 @@ def test_passes_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(json.loads(capsys.readouterr().out)["properties"]) == set(options)
 
 
+def test_passes_show_tells_the_defaults_of_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes", "show", "linear"]) == 0
+    text = capsys.readouterr().out
+    assert "64; in graphs null" in text and "group; in graphs" in text
+    assert main(["passes", "show", "kmeans", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["properties"]
+    assert {key: value["graph_default"] for key, value in found.items() if "graph_default" in value} == {
+        "granularity": "tensor"
+    }
+    assert passes.load("kmeans")().for_graph().model_dump()["granularity"] == "tensor"
+
+
 @pytest.fixture
 def finished(tmp_path: Path, make_report: Callable[..., Report]) -> Path:
     """A folder with the report of a run."""
