@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from effcli.errors import writing
-from effcli.reports import html_ledger, html_sensitivity, html_vision, svg
-from effcli.reports.columns import Column, became, columns, conditions, export_lines, training_text
-from effcli.reports.escaping import markup as escape
-from effcli.reports.html_parts import breakable, figure, right, value_text
-from effcli.reports.html_style import CSS, SORT
-from effcli.reports.report import Report, Stage, Training
+from effcli.reports import html_ledger, html_quality, html_sensitivity, html_vision, svg
+from effcli.reports.columns import EMPTY_TEXT, Column, became, columns, conditions, export_lines, training_text
+from effcli.reports.html_remarks import gather
+from effcli.reports.html_summary import sentence
+from effcli.reports.html_tables import Field, Folded, Head, Table, value_text
+from effcli.reports.html_templates import drawn
+from effcli.reports.html_templates import render as rendered
+from effcli.reports.report import Report, Stage
 from effcli.reports.svg_training import training_plot
 from effcli.run import yaml_files as yamls
 
@@ -20,6 +25,22 @@ FILE_NAME = "report.html"
 
 # What the head of the page shows of the last stage, where it was measured.
 _TILES = ("size", "bits", "perplexity", "accuracy", "top1", "agreement", "sqnr", "decode")
+# What the figures of a column are, for who points at its head.
+_HINTS = {
+    "size": "of the weight files on disk",
+    "bits": "stored bits over the number of weights, scales and zero points included",
+    "perplexity": "exp of the mean loss per token; lower is better",
+    "kl": "mean KL divergence of the predictions from the input's, per token",
+    "accuracy": "multiple-choice questions answered rightly",
+    "top1": "inputs whose likeliest class is right",
+    "top5": "inputs whose class is among the five likeliest",
+    "agreement": "inputs whose likeliest class is the original's",
+    "sqnr": "energy of the original's outputs over that of their change",
+    "prefill": "tokens of a prompt read per second",
+    "decode": "tokens written per second, one after another",
+    "memory": "highest resident memory during the pass",
+    "seconds": "of the pass itself, measuring excluded",
+}
 
 
 def write(report: Report, folder: Path) -> None:
@@ -31,162 +52,184 @@ def write(report: Report, folder: Path) -> None:
 
 def render(report: Report) -> str:
     """The whole page."""
-    title = f"{report.model} \N{MIDDLE DOT} effcli"
-    body = [
-        _head(report),
-        _stages(report),
-        _remarks(report),
-        html_vision.latencies(report),
-        _exports(report),
-        html_vision.classes(report),
-        *(part for stage in report.stages[1:] for part in (_search(stage), _stage(stage))),
-        _provenance(report),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + f"\n</main>\n<script>{SORT}</script>\n</body>\n</html>\n"
+    return rendered(
+        "report.html.j2",
+        title=f"{report.model} \N{MIDDLE DOT} effcli",
+        report=report,
+        steps=", then ".join(stage.name for stage in report.stages[1:]) or "measured, not compressed",
+        sentence=sentence(report),
+        tiles=list(_tiles(report)),
+        stages=_stages(report),
+        levels=html_quality.LEVEL_NAMES if len(report.stages) > 1 and _has_quality(report) else (),
+        notes=conditions(report.stages),
+        measured_on=[f"{key}: {name}" for key, name in html_quality.data_names(report).items()],
+        quality_plots=[drawn(plot) for plot in html_quality.plots(report)],
+        unmeasured=html_quality.unmeasured_searches(report),
+        texts=_texts(report),
+        remarks=gather(report.stages),
+        latencies=html_vision.latencies(report),
+        exports=export_lines(report),
+        classes=html_vision.classes(report),
+        passes=list(_passes(report)),
+        facts=[(key, value) for key, value in [("machine", report.machine), *report.software.items()] if value],
+        recipe=yamls.dump(report.given or report.recipe) if report.recipe else "",
+        definitions=html_vision.definitions(report),
     )
 
 
-def _head(report: Report) -> str:
-    steps = ", then ".join(stage.name for stage in report.stages[1:]) or "measured, not compressed"
-    output = f' into <span class="path">{escape(report.output)}</span>' if report.output else ""
-    parts = [
-        f'<header><p class="maker">effcli {escape(report.effcli_version)}</p>',
-        f"<h1>{escape(report.model)}</h1>",
-        f'<p class="lead">{escape(steps)}{output}</p>',
-    ]
-    if report.verified:
-        parts.append(f'<p class="verified">{escape(report.verified)}</p>')
+@dataclass(frozen=True)
+class _Tile:
+    """The last figure of a column; was: the input's, and what else is to be said of it; level: of quality lost."""
+
+    title: str
+    note: str
+    text: str
+    unit: str
+    was: str
+    tone: str
+
+
+def _tiles(report: Report) -> Iterator[_Tile]:
     found = {column.key: column for column in columns(report)}
-    keys = [*_TILES, *(key for key in found if key.startswith("latency"))]
-    tiles = [tile for key in keys if key in found and (tile := _tile(found[key]))]
-    parts.append(f'<dl class="tiles">{"".join(tiles)}</dl></header>')
-    return "".join(parts)
+    names = html_quality.data_names(report)
+    for key in (*_TILES, *(key for key in found if key.startswith("latency"))):
+        if key not in found or found[key].cells[-1] is None:
+            continue
+        column = found[key]
+        first, last = column.cells[0], column.cells[-1]
+        assert last is not None
+        was = f"from {first.text}" if first is not None and len(column.cells) > 1 else ""
+        title = column.key if column.key.startswith("latency ") else column.title
+        tone = _tone(report, column, len(column.cells) - 1)
+        note = ", ".join(part for part in (was, last.note) if part)
+        yield _Tile(title, names.get(key, ""), last.text, column.unit, note, tone)
 
 
-def _tile(column: Column) -> str:
-    """The last figure of a column, and the input's below it."""
-    first, last = column.cells[0], column.cells[-1]
-    if last is None:
-        return ""
-    unit = f" <small>{escape(column.unit)}</small>" if column.unit else ""
-    was = f"from {first.text}" if first is not None and len(column.cells) > 1 else ""
-    note = ", ".join(part for part in (was, last.note) if part)
-    tone = ' class="bad"' if last.tone else ""
-    title = column.key if column.key.startswith("latency ") else column.title
-    return (
-        f"<div><dt>{escape(title)}</dt><dd>{escape(last.text)}{unit}</dd>"
-        f"<dd{tone}>{escape(note) or '&nbsp;'}</dd></div>"
-    )
+def _tone(report: Report, column: Column, index: int) -> str:
+    """The classes of what is said below a figure: how much quality was lost, or that it is a step back."""
+    lost = html_quality.loss(column.key, report.stages[index], report.stages[0])
+    if lost is not None:
+        return f"lost{lost.level}"
+    cell = column.cells[index]
+    return "bad" if cell is not None and cell.tone else ""
 
 
-def _stages(report: Report) -> str:
+def _has_quality(report: Report) -> bool:
+    first = report.stages[0]
+    keys = [column.key for column in columns(report)]
+    return any(html_quality.loss(key, stage, first) for key in keys for stage in report.stages[1:])
+
+
+def _stages(report: Report) -> Table:
     found = columns(report)
-    head = "".join(
-        f'<th scope="col"{_numeric(column)}>{escape(column.title)}'
-        + (f"<small>{escape(column.unit)}</small>" if column.unit else "")
-        + "</th>"
-        for column in found
-    )
-    largest = max(stage.nbytes for stage in report.stages) or 1
-    rows = []
-    for index, stage in enumerate(report.stages):
-        cells = []
-        for column in found:
-            cell = figure(column.cells[index])
-            if column.key == "step":
-                cells.append(f'<th scope="row">{cell}</th>')
-                continue
-            if column.key == "size":
-                cell += f'<span class="bar" style="width:{72 * stage.nbytes / largest:.1f}px"></span>'
-            cells.append(f"<td{_numeric(column)}>{cell}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    items = "".join(f"<li>{escape(text)}</li>" for text in conditions(report.stages))
-    notes = f'<ul class="notes">{items}</ul>' if items else ""
-    return (
-        f'<section><h2>Step by step</h2><div class="scroll"><table class="stages"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>{notes}</section>"
-    )
-
-
-def _exports(report: Report) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in export_lines(report))
-    return f'<section><h2>Exports</h2><ul class="notes">{items}</ul></section>' if items else ""
-
-
-def _remarks(report: Report) -> str:
-    items = [
-        f"<li><b>{escape(stage.name)}</b> {escape(remark)}</li>" for stage in report.stages for remark in stage.remarks
-    ]
-    return f'<section><h2>Remarks</h2><ul class="remarks">{"".join(items)}</ul></section>' if items else ""
-
-
-def _search(stage: Stage) -> str:
-    """How the options of the pass behind it were chosen."""
-    found = stage.search
-    if found is None:
-        return ""
-    what = f"bits per layer for {stage.name}, from what each layer costs alone; {found.sensitivity.explained}"
-    return f"<section><h2>Search</h2><p>{escape(what)}</p></section>{html_sensitivity.choices(found)}"
-
-
-def _stage(stage: Stage) -> str:
-    parts = [f'<section class="pass"><h2>{escape(stage.name)}</h2>', _options(stage.options)]
-    parts.append(f'<p class="lead">{became(stage)}</p>')
-    if stage.training is not None:
-        parts.append(_training(stage.training))
-    if stage.ledger:
-        parts.append(html_ledger.plots(stage.ledger))
-    if stage.histograms:
-        figures = "".join(
-            f"<figure>{svg.histogram_plot(found)}<figcaption>{breakable(found.layer)}</figcaption></figure>"
-            for found in stage.histograms
+    names = html_quality.data_names(report)
+    heads = [
+        Head(
+            column.title,
+            ", ".join(part for part in (column.unit, names.get(column.key, "")) if part),
+            "number" if column.numeric else column.key,
+            _HINTS.get(column.key, ""),
         )
-        key = '<span><i class="before"></i>before, upwards</span><span><i class="after"></i>after, downwards</span>'
-        parts.append(f'<h3>Weights</h3><p class="legend">{key}</p><div class="histograms">{figures}</div>')
-    parts.append(html_vision.activations(stage.activations))
-    if stage.ledger:
-        parts.append(html_ledger.table(stage.ledger))
-    return "".join(parts) + "</section>"
+        for column in found
+    ]
+    rows = [[_field(report, column, index) for column in found] for index in range(len(report.stages))]
+    return Table("Step by step", heads, rows, "stages")
 
 
-def _training(training: Training) -> str:
-    measured = f"error: {training.measured}" if training.measured else "error"
-    key = f'<span><i class="s0"></i>loss</span><span><i class="s1"></i>{escape(measured)}</span>'
-    return (
-        f"<h3>Training <small>{escape(training_text(training))}</small></h3>"
-        f'<p class="legend">{key}</p><div class="curve">{training_plot(training)}</div>'
+def _field(report: Report, column: Column, index: int) -> Field:
+    stage, cell = report.stages[index], column.cells[index]
+    css = "number" if column.numeric else column.key
+    if column.key == "step":
+        return Field(stage.name, row=True)
+    if cell is None:
+        return Field(EMPTY_TEXT, text_css="none", css=css)
+    tone = _tone(report, column, index)
+    lost = html_quality.loss(column.key, stage, report.stages[0])
+    note = f"{cell.note} {lost.stderr}".strip() if lost is not None and cell.note else cell.note
+    largest = max(each.nbytes for each in report.stages) or 1
+    return Field(
+        cell.text + html_quality.stderr_text(column.key, stage),
+        note,
+        css=css,
+        text_css="figure" if note else f"figure {tone}".strip(),
+        tone=f"note {tone}".strip(),
+        bar=f"{72 * stage.nbytes / largest:.1f}px" if column.key == "size" else "",
     )
 
 
-def _options(options: Mapping[str, Any]) -> str:
-    items = "".join(
-        f"<li>{escape(key)} <b>{escape(value_text(value))}</b></li>"
-        for key, value in options.items()
-        if value not in ((), [], {}, None)
-    )
-    return f'<ul class="options">{items}</ul>' if items else ""
+@dataclass(frozen=True)
+class _Written:
+    """What one stage wrote behind a prompt: the beginning that the input wrote, too, and what follows it.
+
+    alike: whether it is the input's text to the end.
+    """
+
+    name: str
+    same: str
+    other: str
+    alike: bool
 
 
-def _provenance(report: Report) -> str:
-    parts = ["<section><h2>How it was made</h2>"]
-    facts = [("machine", report.machine), *report.software.items()]
-    items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts if value)
-    parts.append(f'<dl class="facts">{items}</dl>')
-    if report.recipe:
-        parts.append(f"<h3>Recipe</h3><pre>{escape(yamls.dump(report.recipe))}</pre>")
-    parts.append(
-        '<p class="notes">Sizes are powers of 1000. Ratios and changes are against the input. '
-        "Output error: mean squared norm of (W - \N{LATIN CAPITAL LETTER W WITH CIRCUMFLEX}) x "
-        "over that of W x on the calibration inputs; weight error: the same without x."
-        f"{html_vision.definitions(report)}</p></section>"
-    )
-    return "".join(parts)
+def _texts(report: Report) -> list[tuple[str, list[_Written]]]:
+    """Every prompt with what each stage wrote behind it; empty where nothing was written."""
+    first, *others = report.stages
+    found = []
+    for at, each in enumerate(first.continuations):
+        written = [_Written(first.name, each.text, "", False)]
+        for stage in others:
+            for one in stage.continuations[at : at + 1]:
+                # Marked from the beginning of the word.
+                same = each.text[: _common(each.text, one.text)]
+                same = same if one.text == same else same[: same.rfind(" ") + 1]
+                written.append(_Written(stage.name, same, one.text[len(same) :], one.text == each.text))
+        found.append((each.prompt, written))
+    return found
 
 
-def _numeric(column: Column) -> str:
-    return right(True) if column.numeric else f' class="{column.key}"'
+def _common(one: str, two: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(two)))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The section of one stage behind the input."""
+
+    stage: Stage
+    became: str
+    options: list[tuple[str, str]]
+    search: Markup
+    training_note: str
+    training_measured: str
+    training: Markup
+    plots: Markup
+    histograms: list[tuple[str, Markup]]
+    activations: Markup
+    ledger: Folded | None
+
+
+def _passes(report: Report) -> Iterator[_Pass]:
+    drawn_before: html_ledger.Drawn = {}
+    for stage in report.stages[1:]:
+        training = stage.training
+        measured = f"error: {training.measured}" if training and training.measured else "error"
+        yield _Pass(
+            stage=stage,
+            became=became(stage),
+            options=list(_options(stage.options)),
+            search=html_sensitivity.choices(stage.search) if stage.search is not None else Markup(),
+            training_note=training_text(training) if training is not None else "",
+            training_measured=measured,
+            training=drawn(training_plot(training)) if training is not None else Markup(),
+            plots=html_ledger.plots(stage.ledger, stage.name, drawn_before) if stage.ledger else Markup(),
+            histograms=[(each.layer, drawn(svg.histogram_plot(each))) for each in stage.histograms],
+            activations=html_vision.activations(stage.activations),
+            ledger=html_ledger.table(stage.ledger) if stage.ledger else None,
+        )
+
+
+def _options(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in options.items():
+        if value not in ((), [], {}, None):
+            yield key, value_text(value)

@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from effcli.errors import writing
 from effcli.reports import svg, units
 from effcli.reports.escaping import markup as escape
-from effcli.reports.html_parts import LONG, breakable, folded, headings, missing, number, sortable
-from effcli.reports.html_style import CSS, SORT
+from effcli.reports.html_tables import Field, Folded, Table, headings, missing, number
+from effcli.reports.html_templates import drawn
+from effcli.reports.html_templates import render as rendered
 from effcli.reports.report import LedgerRow
 from effcli.reports.sensitivity import LayerCosts, Point, Search, Sensitivity
 
@@ -38,45 +41,50 @@ def render(found: Sensitivity | Search) -> str:
     """The whole page."""
     layers = found.sensitivity if isinstance(found, Search) else found
     what = f"bits per layer for {layers.step}" if isinstance(found, Search) else f"each layer alone with {layers.step}"
-    head = (
-        f'<header><p class="maker">effcli</p><h1>{escape(layers.model)}</h1><p class="lead">{escape(what)}</p></header>'
-    )
-    body = [head, *([choices(found)] if isinstance(found, Search) else []), _sensitivity(layers)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(layers.model)} \N{MIDDLE DOT} {escape(what)}</title>\n<style>{CSS}</style>\n</head>\n"
-        "<body>\n<main>\n" + "\n".join(body) + f"\n</main>\n<script>{SORT}</script>\n</body>\n</html>\n"
+    widths = sorted({option.bits for layer in layers.layers for option in layer.options})
+    axis = svg.layer_axis([_row(layer, 0) for layer in layers.layers])
+    heads = headings(("layer", "shape", *(f"{bits} bits" for bits in widths)), [f"{bits} bits" for bits in widths])
+    table = Table("All layers", heads, [_line(layer, widths) for layer in layers.layers])
+    return rendered(
+        "sensitivity.html.j2",
+        title=f"{layers.model} \N{MIDDLE DOT} {what}",
+        model=layers.model,
+        what=what,
+        search=choices(found) if isinstance(found, Search) else Markup(),
+        explained=layers.explained,
+        inputs=f"{layers.inputs:,}",
+        unit=layers.unit,
+        roles=axis.legend,
+        plots=[(bits, _plot(layers, bits)) for bits in widths],
+        layers=Folded("All layers", f"{len(layers.layers)}", table, closed=False),
+        remarks=layers.remarks,
     )
 
 
-def choices(found: Search) -> str:
-    """The front of a search, and every choice that is drawn in it, as a section of a page."""
+def choices(found: Search) -> Markup:
+    """The front of a search, and every choice that is drawn in it."""
     points = [*found.front, *found.uniform]
     unit = found.sensitivity.unit
     rows = []
     for point in sorted({id(point): point for point in points}.values(), key=lambda point: point.nbytes):
         name = "chosen" if point.nbytes == found.chosen.nbytes and point.cost == found.chosen.cost else point.name
         figures = (point.measured, *((point.limited,) if found.limited else ()))
-        measured = "".join(
-            missing() if value is None else number(value, units.significant(value, 4)) for value in figures
-        )
         rows.append(
-            f'<th scope="row">{escape(name or "front")}</th>'
-            + number(point.nbytes, units.size(point.nbytes))
-            + number(point.average_bits, f"{point.average_bits:.2f}")
-            + number(point.cost, units.significant(point.cost))
-            + measured
+            [
+                Field(name or "front", row=True),
+                number(point.nbytes, units.size(point.nbytes)),
+                number(point.average_bits, f"{point.average_bits:.2f}"),
+                number(point.cost, units.significant(point.cost)),
+                *(missing() if value is None else number(value, units.significant(value, 4)) for value in figures),
+            ]
         )
     more = (found.limited,) if found.limited else ()
     titles = ("choice", "layers", "bits", f"cost, {unit}", found.measure or "measured", *more)
-    return (
-        f"<section><h2>{escape(found.budget)}</h2>"
-        f'<div class="scroll plots">{front_plot(found.front, found.uniform, found.chosen, unit)}</div>'
-        '<p class="legend"><span class="s0"><i></i>cheapest choices</span><span class="s1"><i></i>every layer alike'
-        '</span><span class="s3"><i></i>chosen</span></p>'
-        + folded("Choices", "", len(rows), sortable(headings(titles, titles[1:]), rows))
-        + "</section>"
+    return rendered(
+        "search.html.j2",
+        budget=found.budget,
+        picture=drawn(front_plot(found.front, found.uniform, found.chosen, unit)),
+        choices=Folded("Choices", "", Table("Choices", headings(titles, titles[1:]), rows)),
     )
 
 
@@ -92,7 +100,8 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
         up = min(1.0, max(0.0, rise(point.cost)))
         return _LEFT + (right - _LEFT) * across, bottom - (bottom - _TOP) * up
 
-    parts = [svg.opened(_WIDTH, _HEIGHT, "Cost of the cheapest choices over their size")]
+    parts = [svg.opened(_WIDTH, _HEIGHT, "Cost of the cheapest choices over their size, logarithmic axis")]
+    parts.append(svg.logarithmic(right - 96, _TOP))
     for tick, text in ticks:
         y = bottom - (bottom - _TOP) * rise(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -119,50 +128,26 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
     return "".join(parts) + "</svg>"
 
 
-def _sensitivity(found: Sensitivity) -> str:
-    """One plot for each number of bits, and the figures of all layers."""
-    widths = sorted({option.bits for layer in found.layers for option in layer.options})
-    parts = [f"<section><h2>Cost of each layer</h2><p>{escape(found.explained)}; {found.inputs:,} inputs.</p>"]
-    axis = svg.layer_axis([_row(layer, 0) for layer in found.layers])
-    if axis.legend:
-        names = (f'<span class="s{at} k{at}"><i></i>{escape(text)}</span>' for at, text in enumerate(axis.legend))
-        legend = f'<p class="legend">{"".join(names)}</p>'
-    else:
-        legend = ""
-    plots = []
-    for bits in widths:
-        places = {
-            layer.name: at
-            for layer in found.layers
-            for at, option in enumerate(layer.options)
-            if option.bits == bits and math.isfinite(option.cost)
-        }
-        costs = {layer.name: layer.options[places[layer.name]].cost for layer in found.layers if layer.name in places}
-        rows = [_row(layer, places[layer.name]) for layer in found.layers if layer.name in places]
-        drawn = svg.figure_plot(
-            axis,
-            rows,
-            lambda row, costs=costs: costs[row.name],  # type: ignore[misc]
-            units.significant,
-            f"Cost of each layer with {bits} bits",
-            log=True,
-            height=240,
-        )
-        plots.append(f"<h3>{bits} bits <small>{escape(found.unit)}</small></h3>{drawn}")
-    parts.append(f'<div class="plots scroll">{legend}{"".join(plots)}</div>')
-    titles = ("layer", "shape", *(f"{bits} bits" for bits in widths))
-    table = [_line(layer, widths) for layer in found.layers]
-    parts.append(
-        folded("All layers", f"{len(table)}", max(len(table), LONG), sortable(headings(titles, titles[2:]), table))
-    )
-    parts += [f"<p>{escape(remark)}</p>" for remark in found.remarks]
-    return "".join(parts) + "</section>"
+def _plot(found: Sensitivity, bits: int) -> Markup:
+    """The costs of all layers with one number of bits."""
+    places = {
+        layer.name: at
+        for layer in found.layers
+        for at, option in enumerate(layer.options)
+        if option.bits == bits and math.isfinite(option.cost)
+    }
+    costs = {layer.name: layer.options[places[layer.name]].cost for layer in found.layers if layer.name in places}
+    rows = [_row(layer, places[layer.name]) for layer in found.layers if layer.name in places]
+    axis = svg.layer_axis([_row(layer, 0) for layer in found.layers], costs)
+    label = f"Cost of each layer with {bits} bits"
+    picture = svg.figure_plot(axis, rows, lambda row: costs[row.name], units.significant, label, log=True, height=240)
+    return drawn(picture)
 
 
-def _line(layer: LayerCosts, widths: Sequence[int]) -> str:
+def _line(layer: LayerCosts, widths: Sequence[int]) -> list[Field]:
     costs = {option.bits: option.cost for option in layer.options}
     cells = (number(costs[bits], units.significant(costs[bits])) if bits in costs else missing() for bits in widths)
-    return f'<th scope="row">{breakable(layer.name)}</th><td>{units.shape(layer.shape)}</td>' + "".join(cells)
+    return [Field(layer.name, row=True), Field(units.shape(layer.shape)), *cells]
 
 
 def _row(layer: LayerCosts, at: int) -> LedgerRow:

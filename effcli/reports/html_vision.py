@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from effcli.reports import svg_vision, units
 from effcli.reports.columns import EMPTY_TEXT, latency_cell
-from effcli.reports.escaping import markup as escape
-from effcli.reports.html_parts import breakable, folded, headings, missing, number, sortable
+from effcli.reports.html_tables import Field, Folded, Head, Table, headings, missing, number
+from effcli.reports.html_templates import drawn, render
 from effcli.reports.report import ActivationRange, Classification, ClassRow, Report, Stage
 
 # More pictures of activations are folded until asked for.
 _MANY_PICTURES = 24
 
 
-def latencies(report: Report) -> str:
+def latencies(report: Report) -> Markup:
     """One row per stage and runtime; empty without latencies."""
     first = report.stages[0]
     rows = []
@@ -24,47 +27,55 @@ def latencies(report: Report) -> str:
             cell = latency_cell(found, stage, first)
             tone = "bad" if cell.tone else "figure" if cell.note else "none"
             rows.append(
-                f'<th scope="row">{escape(stage.name)}</th><td>{escape(found.runtime)}</td>'
-                + number(found.milliseconds, units.significant(found.milliseconds))
-                + f'<td class="number"><span class="{tone}">{escape(cell.note) or EMPTY_TEXT}</span></td>'
-                + number(found.fastest, units.significant(found.fastest))
-                + number(found.repetitions, f"{found.repetitions:,}")
-                + number(found.threads, str(found.threads))
-                + f"<td>{escape(found.device)}</td>"
+                [
+                    Field(stage.name, row=True),
+                    Field(found.runtime),
+                    number(found.milliseconds, units.significant(found.milliseconds)),
+                    Field(cell.note or EMPTY_TEXT, css="number", text_css=tone),
+                    number(found.fastest, units.significant(found.fastest)),
+                    number(found.repetitions, f"{found.repetitions:,}"),
+                    number(found.threads, str(found.threads)),
+                    Field(found.device),
+                ]
             )
     if not rows:
-        return ""
+        return Markup()
     titles = ["step", "runtime", "median, ms", "against input", "fastest, ms", "repetitions", "threads", "device"]
-    head = headings(titles, titles[2:7])
-    return f"<section><h2>Latency of one input</h2>{sortable(head, rows)}</section>"
+    return render("latencies.html.j2", table=Table("Latency of one input", headings(titles, titles[2:7]), rows))
 
 
-def classes(report: Report) -> str:
+def classes(report: Report) -> Markup:
     """How well each class is recognised before and after, and what it is taken for; empty without classes."""
     found = [(stage, given) for stage in report.stages if (given := _classification(stage)) and given.classes]
-    parts = [_confusions(report.stages), _class_table(found)]
-    return f"<section><h2>Classes</h2>{''.join(parts)}</section>" if any(parts) else ""
+    matrices, note = _confusions(report.stages)
+    table = _class_table(found)
+    if not matrices and table is None:
+        return Markup()
+    return render("classes.html.j2", matrices=matrices, note=note, table=table)
 
 
-def activations(ranges: Sequence[ActivationRange]) -> str:
+@dataclass(frozen=True)
+class _Activation:
+    """A picture of an activation; clipped: the part that its range cuts off, empty where it cuts off none."""
+
+    name: str
+    range: str
+    clipped: str
+    picture: Markup
+
+
+def activations(ranges: Sequence[ActivationRange]) -> Markup:
     """The values of each activation on the calibration data, and what of them the chosen range cuts off."""
     if not ranges:
-        return ""
+        return Markup()
     pictures = []
     for found in ranges:
         part = clipped_fraction(found)
-        lost = f'<small class="bad">{_percent(part)} clipped</small>' if part else "<small>none clipped</small>"
-        chosen = f"<small>{escape(found.observer)}: {found.low:.4g} to {found.high:.4g}</small>"
-        caption = f"<b>{breakable(found.name)}</b>{chosen}{lost}"
-        pictures.append(f"<figure>{svg_vision.activation_plot(found)}<figcaption>{caption}</figcaption></figure>")
-    key = (
-        '<span><i class="after"></i>inside the range of 8 bits</span><span><i class="clipped"></i>clipped</span>'
-        "<span>height: logarithm of the count, a line per power of ten</span>"
-    )
-    grid = f'<p class="legend">{key}</p><div class="histograms">{"".join(pictures)}</div>'
-    if len(ranges) <= _MANY_PICTURES:
-        return f"<h3>Activations</h3>{grid}"
-    return f"<details><summary>Activations <small>{len(ranges):,}</small></summary>{grid}</details>"
+        chosen = f"{found.observer}: {found.low:.4g} to {found.high:.4g}"
+        picture = drawn(svg_vision.activation_plot(found))
+        pictures.append(_Activation(found.name, chosen, _percent(part) if part else "", picture))
+    folded = f"{len(ranges):,}" if len(ranges) > _MANY_PICTURES else ""
+    return render("activations.html.j2", activations=pictures, folded=folded)
 
 
 def definitions(report: Report) -> str:
@@ -99,11 +110,11 @@ def _classification(stage: Stage) -> Classification | None:
     return stage.quality.classification if stage.quality else None
 
 
-def _confusions(stages: Sequence[Stage]) -> str:
-    """The matrices of the first and the last stage that have one, for the same classes."""
+def _confusions(stages: Sequence[Stage]) -> tuple[list[tuple[str, Markup]], str]:
+    """The matrices of the first and the last stage that have one, for the same classes, by name; and a note on them."""
     found = [(stage, given) for stage in stages if (given := _classification(stage)) and given.confusion]
     if not found:
-        return ""
+        return [], ""
     last = found[-1][1]
     ends = [entry for entry in found if len(entry[1].confusion) == len(last.confusion)]
     ends = ends if len(ends) == 1 else [ends[0], ends[-1]]
@@ -113,53 +124,51 @@ def _confusions(stages: Sequence[Stage]) -> str:
     note = "rows: the class; columns: what it was taken for"
     if len(shown) < count:
         note = f"the {len(shown)} most confused of {count:,} classes; {note}"
-    key = (
-        '<span><i class="right"></i>recognised</span><span><i class="wrong"></i>taken for another class</span>'
-        "<span>shade: square root of the share of all images of the class</span>"
-    )
-    figures = "".join(
-        f"<figure>{svg_vision.confusion_plot(given.confusion, names, shown, f'Confusion of classes, {stage.name}')}"
-        f"<figcaption>{escape(stage.name)}</figcaption></figure>"
+    matrices = [
+        (
+            stage.name,
+            drawn(svg_vision.confusion_plot(given.confusion, names, shown, f"Confusion of classes, {stage.name}")),
+        )
         for stage, given in ends
-    )
-    return f'<h3>Confusion <small>{note}</small></h3><p class="legend">{key}</p><div class="matrices">{figures}</div>'
+    ]
+    return matrices, note
 
 
-def _class_table(found: Sequence[tuple[Stage, Classification]]) -> str:
+def _class_table(found: Sequence[tuple[Stage, Classification]]) -> Folded | None:
     """Recall after every step, the class that lost most first, and the precision at the end."""
     if not found:
-        return ""
+        return None
     last = found[-1][1].classes
     found = [entry for entry in found if len(entry[1].classes) == len(last)]
     first = found[0][1].classes
     compared = len(found) > 1
     recalls = [row.recall for _, given in found for row in given.classes if row.recall is not None]
     lowest = math.floor(10 * min(recalls, default=0.0)) / 10
-    titles = ["class", "images", *(stage.name for stage, _ in found)]
-    head = headings(titles[:2], ["images"]) + "".join(
-        f'<th scope="col" class="number">{escape(title)}<small>recall</small></th>' for title in titles[2:]
-    )
+    heads = [
+        Head("class"),
+        Head("images", css="number"),
+        *(Head(stage.name, note="recall", css="number") for stage, _ in found),
+    ]
     if compared:
-        head += headings(["change"], ["change"])
-        head += f'<th scope="col" class="way">{100 * lowest:.0f}% to 100%</th>'
-    head += '<th scope="col" class="number">precision</th>'
+        heads += [Head("change", css="number"), Head(f"{100 * lowest:.0f}% to 100%", css="way")]
+    heads.append(Head("precision", css="number"))
     rows = []
     for k in sorted(range(len(last)), key=lambda k: _change(first[k], last[k])):
         cells = [
-            f'<th scope="row" data-v="{k}">{escape(last[k].name)}</th>',
+            Field(last[k].name, key=str(k), row=True),
             number(last[k].images, f"{last[k].images:,}"),
             *(_share(given.classes[k].recall) for _, given in found),
         ]
         if compared:
-            cells.append(_changed(first[k], last[k], lowest))
+            cells += _changed(first[k], last[k], lowest)
         cells.append(_share(last[k].precision))
-        rows.append("".join(cells))
+        rows.append(cells)
     order = "; largest loss first" if compared else ""
-    shown = f'<div class="classes">{sortable(head, rows)}</div>'
-    return folded("Recall and precision", f"{len(last):,} classes{order}", len(last), shown)
+    table = Table("Recall and precision", heads, rows)
+    return Folded("Recall and precision", f"{len(last):,} classes{order}", table, wrapped="classes")
 
 
-def _share(value: float | None) -> str:
+def _share(value: float | None) -> Field:
     return missing() if value is None else number(value, units.fraction(value))
 
 
@@ -168,18 +177,20 @@ def _change(before: ClassRow, after: ClassRow) -> float:
     return math.inf if before.recall is None or after.recall is None else after.recall - before.recall
 
 
-def _changed(before: ClassRow, after: ClassRow, lowest: float) -> str:
+def _changed(before: ClassRow, after: ClassRow, lowest: float) -> list[Field]:
     """Two cells: the change of recall in points, and where it went from and to."""
     if before.recall is None or after.recall is None:
-        return f'{missing()}<td class="none">{EMPTY_TEXT}</td>'
+        return [missing(), Field(EMPTY_TEXT, css="none")]
     change = after.recall - before.recall
     stderr = math.sqrt(after.recall * (1 - after.recall) / after.images) if after.images else 0.0
     # Within two standard errors of one measurement a loss is not told from chance.
     bad = -change > 2 * stderr
-    tone = " bad" if bad else ""
     text = units.points(after.recall, before.recall)
     picture = svg_vision.recall_plot(before.recall, after.recall, lowest, bad)
-    return f'<td class="number{tone}" data-v="{change!r}">{text}</td><td data-v="{after.recall!r}">{picture}</td>'
+    return [
+        Field(text, key=repr(change), css="number bad" if bad else "number"),
+        Field(key=repr(after.recall), picture=drawn(picture)),
+    ]
 
 
 def _percent(part: float) -> str:

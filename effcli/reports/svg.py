@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from effcli.reports import units
 from effcli.reports.escaping import markup as escape
 from effcli.reports.report import Histogram, LedgerRow
+from effcli.reports.short_names import shortened
 
 SERIES = 8
 _WIDTH = 960
 _LEFT, _RIGHT, _TOP = 64, 16, 14
 _FEW = 24  # so many layers can be named below the axis
+_NAME, _SLANTED = 12, 17  # characters of a name below the axis
+# The part of the width that a layer outside of the blocks needs for its name.
+_OUTER = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,42 +34,58 @@ class Place:
     series: int | None
 
 
+class Tick(NamedTuple):
+    """What stands below an axis at `x`; name: in full, where `text` is short."""
+
+    x: float
+    text: str
+    name: str = ""
+
+
 @dataclass(frozen=True)
 class Axis:
     """The horizontal axis of all plots of one ledger: blocks of a repeated network, or layers one by one."""
 
     places: dict[str, Place]
-    ticks: tuple[tuple[float, str], ...]
+    ticks: tuple[Tick, ...]
     length: float
     title: str
     slanted: bool
     legend: tuple[str, ...]
 
 
-def layer_axis(rows: Sequence[LedgerRow]) -> Axis:
-    """Lay out the layers: by block where names count blocks, in the ledger's order otherwise."""
+def layer_axis(rows: Sequence[LedgerRow], drawn: Collection[str] | None = None) -> Axis:
+    """Lay out the layers: by block where names count blocks, in the ledger's order otherwise.
+
+    drawn: the names of the layers that have something to be drawn (default: all); others take no room. A series is
+    that of all rows, so that plots of one ledger agree on its colour.
+    """
     blocks = {name: found for name in (row.name for row in rows) if (found := _block(name)) is not None}
-    numbers = sorted({number for number, _ in blocks.values()})
     roles = list(dict.fromkeys(role for _, role in blocks.values()))
+    if drawn is not None:
+        rows = [row for row in rows if row.name in drawn]
+        blocks = {row.name: blocks[row.name] for row in rows if row.name in blocks}
+    numbers = sorted({number for number, _ in blocks.values()})
     if len(numbers) < 3 or len(roles) > 2 * len(blocks) / 3 or _numbered_twice(rows):
         return _by_order(rows)
     shown = roles[:SERIES] if len(roles) <= SERIES else roles[: SERIES - 1]
     places: dict[str, Place] = {}
     x = 0.0
-    ticks: list[tuple[float, str]] = []
+    ticks: list[Tick] = []
     outside = [row.name for row in rows if row.name not in blocks]
+    short = dict(zip(outside, _shortened(outside, _NAME), strict=True))
+    wide = max(1.0, _OUTER * len(numbers))
     first = next((index for index, row in enumerate(rows) if row.name in blocks), 0)
     leading = {row.name for row in rows[:first]}
     for name in outside:
         if name in leading:
-            x += 1.5
-            places[name] = Place(x, None)
-            ticks.append((x, _tail(name)))
-            x += 1.5
+            places[name] = Place(x + wide / 2, None)
+            ticks.append(Tick(x + wide / 2, short[name], name))
+            x += wide
     slot = {number: x + index + 0.5 for index, number in enumerate(numbers)}
     x += len(numbers)
     step = _nice_step(len(numbers) / 14)
-    ticks += [(slot[number], str(number)) for number in numbers if number % step == 0]
+    ticks += [Tick(slot[number], str(number)) for number in numbers if number % step == 0]
     for name, (number, role) in blocks.items():
         series = roles.index(role) if role in shown else None
         # Side by side within the block, so that layers of one figure do not hide each other.
@@ -72,10 +93,9 @@ def layer_axis(rows: Sequence[LedgerRow]) -> Axis:
         places[name] = Place(slot[number] + aside, series)
     for name in outside:
         if name not in leading:
-            x += 1.5
-            places[name] = Place(x, None)
-            ticks.append((x, _tail(name)))
-            x += 1.5
+            places[name] = Place(x + wide / 2, None)
+            ticks.append(Tick(x + wide / 2, short[name], name))
+            x += wide
     return Axis(places, tuple(ticks), x, "block", False, _short_roles(shown))
 
 
@@ -96,7 +116,7 @@ def figure_plot(
     points = [(row, found) for row in rows if (found := value(row)) is not None]
     if not points:
         return ""
-    scale = log_scale if log else _linear_scale
+    scale = log_scale if log else linear_scale
     to_unit, ticks = scale([found for _, found in points])
     bottom = height - _below(axis)
     tall = bottom - _TOP
@@ -107,8 +127,10 @@ def figure_plot(
     def rise(found: float) -> float:
         return bottom - tall * min(1.0, max(0.0, to_unit(found)))
 
-    parts = [opened(_WIDTH, height, label)]
+    parts = [opened(_WIDTH, height, f"{label}, logarithmic axis" if log else label)]
     parts += [_grid(bottom - tall * to_unit(tick), tick_text) for tick, tick_text in ticks]
+    if log:
+        parts.append(logarithmic(_LEFT + 6, _TOP))
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     parts += _names(axis, bottom)
     for series in sorted({p.series for p in axis.places.values() if p.series is not None}):
@@ -142,8 +164,8 @@ def cost_plot(axis: Axis, rows: Sequence[LedgerRow], height: int) -> str:
     bottom = height - _below(axis)
     half = (bottom - _TOP) / 2
     middle = _TOP + half
-    work_to_unit, work_ticks = _linear_scale([row.macs or 0 for row in rows], most=3)
-    size_to_unit, size_ticks = _linear_scale([row.nbytes for row in rows], most=3)
+    work_to_unit, work_ticks = linear_scale([row.macs or 0 for row in rows], most=3)
+    size_to_unit, size_ticks = linear_scale([row.nbytes for row in rows], most=3)
     # A slot is one wide; layers of one block stand a tenth of it apart.
     wide = max((_across(axis, 1) - _across(axis, 0)) * (0.09 if axis.legend else 0.72), 1.0)
     parts = [opened(_WIDTH, height, "Multiplications and stored bytes, per layer")]
@@ -192,10 +214,11 @@ def histogram_plot(histogram: Histogram) -> str:
 def _by_order(rows: Sequence[LedgerRow]) -> Axis:
     places = {row.name: Place(index + 0.5, 0) for index, row in enumerate(rows)}
     if len(rows) <= _FEW:
-        ticks = tuple((index + 0.5, _tail(row.name, 17)) for index, row in enumerate(rows))
+        short = _shortened([row.name for row in rows], _SLANTED)
+        ticks = tuple(Tick(index + 0.5, text, rows[index].name) for index, text in enumerate(short))
         return Axis(places, ticks, max(1, len(rows)), "", True, ())
     step = _nice_step(len(rows) / 14)
-    ticks = tuple((index + 0.5, str(index + 1)) for index in range(0, len(rows), step))
+    ticks = tuple(Tick(index + 0.5, str(index + 1), rows[index].name) for index in range(0, len(rows), step))
     return Axis(places, ticks, len(rows), "layer", False, ())
 
 
@@ -221,14 +244,9 @@ def _short_roles(roles: Sequence[str]) -> tuple[str, ...]:
     return tuple(tails) if len(set(tails)) == len(tails) and "*" not in tails else tuple(roles)
 
 
-def _tail(name: str, most: int = 12) -> str:
-    """The end of a name, which tells layers apart, with a mark where it was cut."""
-    # An embedding is listed by its parameter; `weight` alone would say nothing.
-    name = name.removesuffix(".weight")
-    if len(name) <= most:
-        return name
-    tail = name.rsplit(".", 1)[-1]
-    return tail if len(tail) <= most and most < 16 else f"\N{HORIZONTAL ELLIPSIS}{name[-most + 1 :]}"
+def _shortened(names: Sequence[str], most: int) -> list[str]:
+    # An embedding is listed by its parameter; `weight` alone would say nothing of it.
+    return shortened([name.removesuffix(".weight") for name in names], most)
 
 
 def _nice_step(least: float) -> int:
@@ -264,7 +282,12 @@ def log_scale(values: Iterable[float]) -> tuple[Callable[[float], float], list[t
     return to_unit, inside
 
 
-def _linear_scale(values: Iterable[float], most: int = 5) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+def logarithmic(x: float, y: float) -> str:
+    """What says of an axis that it is logarithmic; its lower left corner."""
+    return f'<text class="scale" x="{x}" y="{y}">logarithmic axis</text>'
+
+
+def linear_scale(values: Iterable[float], most: int = 5) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
     """From 0 at the bottom to a little above the largest value, with at most `most` ticks, that of zero included."""
     largest = max((value for value in values if math.isfinite(value)), default=1.0) or 1.0
     power = 10.0 ** math.floor(math.log10(largest / (most - 1)))
@@ -295,15 +318,16 @@ def _grid(y: float, text: str) -> str:
 
 def _names(axis: Axis, bottom: float) -> list[str]:
     """What stands below the axis."""
-    ticks = [_tick_text(_across(axis, at), bottom, text, axis.slanted) for at, text in axis.ticks]
+    ticks = [_tick_text(_across(axis, tick.x), bottom, tick, axis.slanted) for tick in axis.ticks]
     return [*ticks, f'<text x="{_LEFT - 8}" y="{bottom + 18}" text-anchor="end">{escape(axis.title)}</text>']
 
 
-def _tick_text(x: float, bottom: float, text: str, slanted: bool) -> str:
+def _tick_text(x: float, bottom: float, tick: Tick, slanted: bool) -> str:
+    content = escape(tick.text) + (f"<title>{escape(tick.name)}</title>" if tick.name else "")
     if not slanted:
-        return f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(text)}</text>'
+        return f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{content}</text>'
     turn = f'transform="rotate(-40 {x:.1f} {bottom + 14})"'
-    return f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="end" {turn}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="end" {turn}>{content}</text>'
 
 
 def _steps(counts: Sequence[int], width: float, base: float, height: float, name: str) -> str:

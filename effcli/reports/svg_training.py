@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effcli.reports import units
 from effcli.reports.report import Training
-from effcli.reports.svg import log_scale, opened
+from effcli.reports.svg import log_scale, logarithmic, opened
 
 _WIDTH, _HEIGHT = 480, 170
 _LEFT, _RIGHT, _TOP, _FOOT = 58, 8, 10, 20
@@ -22,7 +22,8 @@ def training_plot(training: Training) -> str:
         x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / max(training.steps, 1)
         return x, bottom - (bottom - _TOP) * min(1.0, max(0.0, to_unit(value)))
 
-    parts = [opened(_WIDTH, _HEIGHT, "Loss and error over the steps of the training")]
+    parts = [opened(_WIDTH, _HEIGHT, "Loss and error over the steps of the training, logarithmic axis")]
+    parts.append(logarithmic(_WIDTH - _RIGHT - 96, _TOP + 2))
     for tick, text in ticks:
         _, y = place(0, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

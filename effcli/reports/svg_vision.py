@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from effcli.reports.escaping import markup as escape
 from effcli.reports.report import ActivationRange
+from effcli.reports.short_names import shortened
 from effcli.reports.svg import opened
 
 # A matrix of more classes is drawn for the most confused ones, and of more than these without its counts.
@@ -39,7 +40,8 @@ def confusion_plot(confusion: Sequence[Sequence[int]], names: Sequence[str], sho
     if not shown:
         return ""
     counted = len(shown) <= _COUNTED
-    longest = 14 + _LETTER * max(min(len(names[k]), _LONGEST) for k in shown)
+    short = shortened([names[k] for k in shown], _LONGEST)
+    longest = 14 + _LETTER * max(map(len, short))
     # Narrow columns have no room for slanted names; the last slanted one reaches beyond its column.
     angle = 45 if counted else 90
     left, above = longest, longest * math.sin(math.radians(angle))
@@ -50,7 +52,8 @@ def confusion_plot(confusion: Sequence[Sequence[int]], names: Sequence[str], sho
     for place, k in enumerate(shown):
         middle = (place + 0.5) * size
         x, y = left + middle, above + middle
-        name = escape(_short(names[k]))
+        full = f"<title>{escape(names[k])}</title>" if names[k] != short[place] else ""
+        name = escape(short[place]) + full
         parts.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
         x += 0 if counted else 4
         turn = f'transform="rotate(-{angle} {x:.1f} {above - 8:.1f})"'
@@ -135,7 +138,3 @@ def _shaded(x: float, y: float, size: float, shade: float, right: bool, title: s
         middle = f'x="{x + size / 2:.1f}" y="{y + size / 2 + 4:.1f}"'
         cell += f'<text class="count{light}" {middle} text-anchor="middle">{text}</text>'
     return f"<g><title>{escape(title)}</title>{cell}</g>"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"

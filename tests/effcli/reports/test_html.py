@@ -11,7 +11,7 @@ import pytest
 from pages import checked
 
 from effcli.reports import html, svg, svg_training
-from effcli.reports.report import Histogram, LedgerRow, Quality, Report, Training
+from effcli.reports.report import Continuation, Histogram, LedgerRow, Quality, Report, Stage, Training
 
 
 def with_ledger(report: Report, rows: list[LedgerRow]) -> Report:
@@ -39,14 +39,16 @@ def test_every_layer_figure_and_option_is_there(report: Report) -> None:
         "int4 _weight_int4pack_mm_for_cpu",
     ):
         assert words in text
-    # Two passes, 210 errors and 211 figures of bits each.
-    assert found.counts["circle"] == 2 * (210 + 211)
+    # Two passes of 210 errors each, and 211 figures of bits, which are the same in both passes.
+    assert sum(len(plots.all("circle")) for plots in found.root.all("div", "plots")) == 2 * 210 + 211
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 80])
 def test_any_depth(make_report: Callable[..., Report], blocks: int) -> None:
     found = checked(html.render(make_report(blocks=blocks)))
-    assert found.counts["circle"] == 2 * (14 * blocks + 1)
+    marks = sum(len(plots.all("circle")) for plots in found.root.all("div", "plots"))
+    # One figure alone makes no plot.
+    assert marks == (2 * 7 * blocks + 7 * blocks + 1 if blocks else 0)
 
 
 def test_nothing_measured_and_nothing_compressed(bare_report: Report) -> None:
@@ -141,7 +143,7 @@ def test_layers_of_repeated_blocks_stand_by_block() -> None:
     assert axis.places["model.layers.2.attn.q"].series == 0
     assert round(axis.places["model.layers.2.attn.q"].x - axis.places["model.layers.1.attn.q"].x, 9) == 1
     assert axis.places["embed"].x < axis.places[names[0]].x < axis.places[names[-1]].x < axis.places["lm_head"].x
-    assert [text for _, text in axis.ticks] == ["embed", "0", "1", "2", "3", "lm_head"]
+    assert [tick.text for tick in axis.ticks] == ["embed", "0", "1", "2", "3", "lm_head"]
 
 
 def test_experts_share_a_series() -> None:
@@ -194,8 +196,141 @@ def test_quantities(number: float, text: str) -> None:
 
 def test_layers_of_a_small_network_stand_in_order() -> None:
     axis = axis_of("features.0", "features.3", "classifier")
-    assert [text for _, text in axis.ticks] == ["features.0", "features.3", "classifier"]
+    assert [tick.text for tick in axis.ticks] == ["features.0", "features.3", "classifier"]
     assert axis.slanted and axis.legend == ()
+
+
+def test_layers_without_a_figure_take_no_room() -> None:
+    names = [f"model.layers.{block}.{role}" for block in range(4) for role in ("attn.q", "mlp.up")]
+    rows = [row_named(name) for name in ("model.embed_tokens", *names, "lm_head")]
+    axis = svg.layer_axis(rows, names)
+    assert axis.length == 4 and set(axis.places) == set(names)
+    assert [tick.text for tick in axis.ticks] == ["0", "1", "2", "3"]
+    # With them, one slot each, whose names are whole where the pointer asks.
+    whole = svg.layer_axis(rows)
+    assert whole.length == 6
+    assert next((tick.text, tick.name) for tick in whole.ticks) == ("embed_tokens", "model.embed_tokens")
+    # A series keeps its colour where the layers of another have nothing to be drawn.
+    fewer = svg.layer_axis(rows, [name for name in names if "mlp" in name])
+    assert fewer.places[names[1]].series == axis.places[names[1]].series == 1
+
+
+def test_a_head_without_a_weight_of_its_own_has_no_mark_at_0_bits(make_report: Callable[..., Report]) -> None:
+    report = make_report(blocks=3)
+    *rows, head = report.stages[1].ledger
+    tied = head.model_copy(update={"nbytes": 0, "bits_per_weight": 0.0})
+    found = checked(html.render(with_ledger(report, [*rows, tied]))).root.one("section", "pass", id="pass-1")
+    marks = [mark.text for plots in found.all("div", "plots") for mark in plots.all("circle")]
+    assert len(marks) == 2 * 21 and not any("lm_head" in mark for mark in marks)
+    assert "lm_head stores no weight of its own" in found.text
+    *_, row = found.one("table", "ledger").one("tbody").all("tr")
+    assert row.all("td", "none")[0].attributes["data-v"] == "-1"
+
+
+def test_an_axis_says_that_it_is_logarithmic(report: Report) -> None:
+    errors, bits = checked(html.render(report)).root.all("section", "pass")[0].all("svg", role="img")[:2]
+    assert "logarithmic axis" in errors.text and "logarithmic" in errors.attributes["aria-label"]
+    assert "logarithmic" not in bits.text + bits.attributes["aria-label"]
+
+
+def test_plots_without_anything_to_see_are_said_in_a_line() -> None:
+    rows = [
+        row_named(name).model_copy(update={"output_error": 0.0, "macs": 9, "bits_per_weight": 32.0})
+        for name in ("stem.conv", "a.conv", "head")
+    ]
+    stages = [Stage(name=name, nbytes=9, weights=9, bits_per_weight=32, ledger=rows) for name in ("fold", "equalize")]
+    base = Stage(name="input", nbytes=9, weights=9, bits_per_weight=32)
+    report = Report(effcli_version="1", model="m", output=None, machine="", stages=(base, *stages))
+    first, second = checked(html.render(report)).root.all("section", "pass")
+    assert len(first.all("svg")) == 1 and not second.all("svg")
+    for found in (first, second):
+        assert "Output error, relative and squared: 0 in all 3 layers" in found.text
+        assert "Bits per weight: 32.0 in all 3 layers" in found.text
+    assert "Work and storage per layer: as after fold" in second.text
+
+
+def test_long_names_below_an_axis_are_whole_for_the_pointer() -> None:
+    names = [f"backbone.stage{stage}.{block}.depthwise.conv" for stage in (1, 2) for block in ("first", "second")]
+    rows = [row_named(name).model_copy(update={"bits_per_weight": k}) for k, name in enumerate(names)]
+    picture = checked(html.render(report_with(rows))).root.one("div", "plots").all("svg")[0]
+    labels = [each for each in picture.all("text") if each.all("title")]
+    assert [label.one("title").text for label in labels] == names
+    assert len({label.inside[0] for label in labels}) == len(names)
+
+
+def report_with(rows: list[LedgerRow]) -> Report:
+    stages = (
+        Stage(name="input", nbytes=9, weights=9, bits_per_weight=32),
+        Stage(name="linear", nbytes=9, weights=9, bits_per_weight=32, ledger=tuple(rows)),
+    )
+    return Report(effcli_version="1", model="m", output=None, machine="", stages=stages)
+
+
+def test_the_table_of_contents_names_every_section(report: Report) -> None:
+    root = checked(html.render(report)).root
+    links = {link.attributes["href"][1:] for link in root.one("nav", "toc").all("a")}
+    sections = [section.attributes["id"] for section in root.all("section")]
+    assert links == set(sections) and {"steps", "quality", "remarks", "pass-1", "pass-2", "made"} <= links
+
+
+def test_wide_tables_scroll_and_show_that_they_do(report: Report) -> None:
+    root = checked(html.render(report)).root
+    boxes = root.all("div", "scroll")
+    inside = [table for box in boxes for table in box.all("table")]
+    assert len(inside) == len(root.all("table")) == 3
+    for box in boxes:
+        if box.all("table"):
+            assert box.attributes["tabindex"] == "0" and box.attributes["aria-label"]
+    style = "".join(str(part) for part in root.one("style").inside)
+    rule = style[style.index(".scroll {") :].partition("}")[0]
+    assert "overflow-x: auto" in rule and "local" in rule and "--shade" in rule
+
+
+def test_on_paper_headings_stay_with_their_charts_and_everything_is_open(report: Report) -> None:
+    root = checked(html.render(report)).root
+    style = "".join(str(part) for part in root.one("style").inside)
+    paper = style[style.index("@media print") :]
+    assert re.search(r"h1, h2, h3[^{}]*\{ break-after: avoid; \}", paper)
+    assert re.search(r"svg[^{}]*\.chart \{ break-inside: avoid; \}", paper)
+    script = "".join(str(part) for part in root.one("script").inside)
+    assert "beforeprint" in script and "details:not([open])" in script and "folded.open = true" in script
+    for chart in root.all("figure", "chart"):
+        assert len(chart.all("svg")) == 1
+
+
+def test_the_recipe_is_that_which_was_given(report: Report) -> None:
+    given = {"model": "SmolLM2", "passes": [{"awq": {"bits": 4}}]}
+    recipe = {**given, "seed": 0, "calibration": {"samples": 32}}
+    made = checked(html.render(report.model_copy(update={"given": given, "recipe": recipe}))).root.one(id="made")
+    assert "seed" not in made.one("pre").text and "calibration" not in made.one("pre").text
+    assert "bits: 4" in made.one("pre").text and "report.json has all settings" in made.text
+    # A report of an effcli that did not record it.
+    assert "calibration" in checked(html.render(report)).root.one(id="made").one("pre").text
+
+
+def test_texts_before_and_after(report: Report) -> None:
+    def written(stage: Stage, *texts: str) -> Stage:
+        found = tuple(Continuation(prompt=f"<prompt {k}>", text=text) for k, text in enumerate(texts))
+        return stage.model_copy(update={"continuations": found})
+
+    first, second, third = report.stages
+    stages = (
+        written(first, "a king is dead", "same"),
+        written(second, "a king is gone", "same"),
+        written(third, "a king", "same"),
+    )
+    section = checked(html.render(report.model_copy(update={"stages": stages}))).root.one(id="texts")
+    assert [prompt.text for prompt in section.all("p", "prompt")] == ["<prompt 0>", "<prompt 1>"]
+    assert [each.text for each in section.all("dd")] == [
+        "a king is dead",
+        "a king is gone",
+        "a king",
+        "same",
+        "same as the input",
+        "same as the input",
+    ]
+    assert [mark.text for mark in section.all("mark")] == ["gone"]
+    assert not checked(html.render(report)).root.all(id="texts")
 
 
 def test_written_to_its_file(report: Report, tmp_path: Path) -> None:
@@ -217,7 +352,9 @@ def test_a_training_is_drawn(report: Report) -> None:
     text = "".join(found.text)
     assert "40 steps, loss 0.500 to 0.250; the weights of step 20 are kept" in text
     assert "error: loss on <these> inputs" in text and "step 20: 0.200 (kept)" in text
-    assert found.counts["circle"] == 3 and found.counts["polyline"] == 1
+    curve = found.root.one("div", "curve")
+    assert len(curve.all("circle")) == 3 and len(curve.all("polyline")) == 1
+    assert "logarithmic axis" in curve.text
 
 
 @pytest.mark.parametrize(
