@@ -80,7 +80,7 @@ PASSES: dict[str, Entry] = {
 REGISTRY: Registry[Pass] = Registry(
     "pass",
     registry.PASSES,
-    tuple(f"effcli.layers.contract:{kind}Pass" for kind in ("Layer", "Network", "Train", "Search")),
+    tuple(f"effcli.layers.contract:{kind}Pass" for kind in ("Layer", "Network", "Cut", "Train", "Search")),
     PASSES,
 )
 

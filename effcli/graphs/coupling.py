@@ -11,7 +11,7 @@ and fused projections need no more than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from effcli.errors import UserError
+from effcli.formats import Mask
 from effcli.graphs.graph import Graph, operation, where
 from effcli.layers.coupling import Classes, Coupled, Cut, Member, entries_kept, shortened
 
@@ -80,6 +81,9 @@ def cut(graph: Graph, cuts: Iterable[Cut]) -> None:
     for node in graph.nodes:
         following.resize(node, removed)
     for name in {parameter.rpartition(".")[0]: None for parameter in kept}:
+        if name in graph.masks:
+            shape = graph.module.state_dict()[f"{name}.weight"].shape
+            graph.masks[name] = _shortened(graph.masks[name], shape, kept.get(f"{name}.weight", {}))
         _shorten(graph.module.get_submodule(name), {k.rpartition(".")[2]: v for k, v in kept.items() if _owns(name, k)})
     graph.module.recompile()
     graph.reshaped()
@@ -87,6 +91,12 @@ def cut(graph: Graph, cuts: Iterable[Cut]) -> None:
 
 def _owns(name: str, parameter: str) -> bool:
     return parameter.rpartition(".")[0] == name
+
+
+def _shortened(mask: Mask, shape: torch.Size, axes: Mapping[int, Tensor]) -> Mask:
+    """The mask of a parameter of this shape without some of its entries; a bitmask where its pattern is broken."""
+    kept = shortened(mask.kept.view(shape), axes).flatten(1)
+    return Mask(kept, mask.pattern) & Mask(kept)
 
 
 def _shorten(module: nn.Module, kept: dict[str, dict[int, Tensor]]) -> None:

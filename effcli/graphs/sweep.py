@@ -7,7 +7,7 @@ inputs are seen batch by batch, as sums.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,12 +16,15 @@ from torch import Tensor
 
 from effcli.errors import DataError
 from effcli.graphs.backward import gradients
+from effcli.graphs.coupling import coupled, cut
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
 from effcli.graphs.open_graph import OpenGraph
-from effcli.layers.contract import Needs, NetworkPass, Observed, ScalingPass
+from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ScalingPass
+from effcli.layers.cutting import decide, rows
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
+from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
 from effcli.layers.selection import Choice, choose_graph, needs_of
 from effcli.layers.statistics import Gradients
@@ -64,6 +67,8 @@ def graph_sweep(
         batches = None
     elif batches is None:
         raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
+    if isinstance(step.config, CutPass):
+        return _cut(graph, target, step.name, step.config, choices, labelled, progress)
     if isinstance(step.config, NetworkPass):
         progress(0, len(choices))
         dense = reference if Needs.DENSE in step.needs and reference != source else None
@@ -112,6 +117,32 @@ def _seen(
         found, columns = gradients.get(name), engine.folded(name)
         # What reaches the layer stands divided by folded factors by now, and its gradients do not.
         yield name, with_gradients(own, found.scaled(1 / columns) if found and columns is not None else found)
+
+
+def _cut(
+    graph: Graph,
+    target: Path,
+    name: str,
+    options: CutPass,
+    choices: Mapping[str, Choice],
+    labelled: Labelled | None,
+    progress: Progress,
+) -> PassResult:
+    """Carry out a pass that removes channels."""
+    progress(0, 1)
+    tensors = graph.module.state_dict()
+
+    def slopes(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
+        return gradients(graph, sites, labelled() if labelled is not None else (), options.needs)
+
+    decided = decide(name, options, coupled(graph), choices, tensors.__getitem__, slopes)
+    before = graph.sites()
+    cut(graph, decided.cuts)
+    graph.save(target)
+    costs = Costs(graph)
+    made = rows(before, graph.sites(), choices, lambda site: costs.held(site.name, graph.held(site)))
+    progress(1, 1)
+    return PassResult([*made, *table_rows(graph)], remarks=list(decided.remarks))
 
 
 def _transform(

@@ -7,6 +7,7 @@ the error it measured, and inside the blocks norms and biases where a pass folde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,8 +42,17 @@ class _Comparison:
         self.known = any(stage.ledger for stage in stages)
         rows = [row for stage in stages for row in stage.ledger]
         self.taken = {row.name for row in rows if row.status != "kept"}
+        # Layers that lost channels, those of which nothing else is known to have changed, and those that are gone.
+        self.cut = {row.name for row in rows if "shape_before" in row.notes}
+        others = {row.name for row in rows if row.status != "kept" and "shape_before" not in row.notes}
+        self.only_cut = self.cut - others
+        self.removed = {row.name for row in rows if row.status == "removed"}
         self.folds = Folds(before, after, rows)
         self.outer = set(before.skeleton.outer_parameters())
+        self.shapes = tuple(
+            {name: value.shape for name, value in weights.skeleton.model.state_dict().items()}
+            for weights in (before, after)
+        )
 
     def run(self, source: str) -> Against:
         network = type(self.before.skeleton.model).__name__
@@ -54,6 +64,9 @@ class _Comparison:
         if self.before.skeleton.tied and not self.after.skeleton.tied:
             names.append(f"{self.before.skeleton.head}.weight")
         for name in names:
+            if self._gone(name):
+                counts["changed"] += 1
+                continue
             found = self._parameter(name)
             if found not in counts:
                 return Against(input=source, network=network, problem=found)
@@ -74,7 +87,11 @@ class _Comparison:
         if self.before.skeleton.tied and not self.after.skeleton.tied:
             # The embedding stays, the head is one of its own now.
             after.discard(f"{self.after.skeleton.head}.weight")
-        return _difference(before, after)
+        return _difference({name for name in before if not self._gone(name)}, after)
+
+    def _gone(self, name: str) -> bool:
+        """Whether the report says that the layer of a parameter was removed as a whole."""
+        return name.rpartition(".")[0] in self.removed and name not in self.shapes[1]
 
     def _carried(self) -> str:
         """Which tensors that no parameter is made of are lost, new or altered."""
@@ -89,6 +106,8 @@ class _Comparison:
 
     def _parameter(self, name: str) -> str:
         """What became of one parameter: equal, compressed, changed, or what is wrong with it."""
+        if self.cut and self.shapes[0].get(name) != self.shapes[1].get(name):
+            return self._shorter(name)
         sites = self.after.sites(name)
         packed = [site for site in sites if site.name in self.after.stored]
         if packed and all(self._same_packed(site.name) for site in packed) and len(packed) == len(sites):
@@ -103,6 +122,17 @@ class _Comparison:
         if self._may_change(name):
             return "changed"
         return _altered(name, before.whole(), after.whole())
+
+    def _shorter(self, name: str) -> str:
+        """What became of a parameter that lost channels, as of a parameter."""
+        sites = self.after.sites(name)
+        if any(site.name in self.after.stored for site in sites):
+            return "compressed"
+        whole = not sites and self.folds.scaled(name)
+        if whole or any(site.name not in self.only_cut for site in sites):
+            return "changed"
+        before, after = (_Matrices(weights, name).whole() for weights in (self.before, self.after))
+        return "changed" if is_part(after, before) else f"{name} is not a part of the input's"
 
     def _layer(self, site: LayerSite, before: _Matrices, after: _Matrices) -> str:
         """What became of one layer, as of a parameter."""
@@ -145,6 +175,9 @@ class _Comparison:
         return name not in self.outer and (not self.known or self.folds.scaled(name))
 
 
+# Rows whose digests are taken at a time.
+_ROWS = 256
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # From the least to the most that can become of a layer.
 _RANK = ("equal", "changed", "compressed")
 
@@ -186,6 +219,34 @@ def same(first: Tensor, second: Tensor) -> bool:
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
+
+
+def is_part(part: Tensor, whole: Tensor) -> bool:
+    """Whether `part` is `whole` without some entries along one axis, bit for bit.
+
+    Where they differ along several axes only the number of axes and the sizes are compared.
+    """
+    if part.dtype != whole.dtype or part.ndim != whole.ndim:
+        return False
+    axes = [axis for axis in range(part.ndim) if part.shape[axis] != whole.shape[axis]]
+    if any(part.shape[axis] > whole.shape[axis] for axis in axes) or len(axes) != 1:
+        return len(axes) > 1
+    wanted, left = (_digests(tensor.movedim(axes[0], 0)).tolist() for tensor in (part, whole))
+    found, place = [], 0
+    for digest in wanted:
+        try:
+            place = left.index(digest, place) + 1
+        except ValueError:
+            return False
+        found.append(place - 1)
+    return same(whole.index_select(axes[0], torch.tensor(found, dtype=torch.int64)), part)
+
+
+def _digests(tensor: Tensor) -> Tensor:
+    """A number for each entry of the first axis, int64 (n,), equal where the entries are equal bit for bit."""
+    rows = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).contiguous().view(_INTEGERS[tensor.dtype.itemsize])
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
+    return torch.cat([(part.long() * factors).sum(1) for part in torch.split(rows, _ROWS)])
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -14,10 +14,12 @@ from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, verify
+from effcli.language.cutting import cut_model
 from effcli.language.evaluate import Evaluation
 from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
+from effcli.layers.contract import CutPass
 from effcli.layers.result import PassResult, Progress
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
@@ -153,6 +155,9 @@ class LanguageModel:
         self, step: PassStep, source: Path, target: Path, reference: Path, work: Path, progress: Progress
     ) -> PassResult:
         windows = self._windows if step.needs else None
+        if isinstance(step.config, CutPass):
+            trust = self.recipe.trust_remote_code
+            return cut_model(source, target, step, windows, work, progress, trust, self._device)
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:

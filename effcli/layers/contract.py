@@ -5,7 +5,8 @@ A pass is one class with its options and its mathematics:
 - a `LayerPass` turns one layer's weight into another, a `ScalingPass` also finds a factor for the channels of an input
   that several layers share;
 - a `NetworkPass` takes a network read as a graph as a whole;
-- a `TrainPass` trains the layers of such a network, step by step, towards less of a loss;
+- a `CutPass` removes channels, heads or experts, with everything that goes with them;
+- a `TrainPass` trains the layers of a network read as a graph, step by step, towards less of a loss;
 - a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass.
 
 `needs` names what the engine gathers for it, `changes` what plan and recipe must expect of the result.
@@ -29,6 +30,7 @@ from torch.optim import Adam, Optimizer
 
 from effcli.errors import UserError
 from effcli.formats import Mask, Packing, Quantized
+from effcli.layers.coupling import Coupled, Cut
 from effcli.layers.layer import Kind
 from effcli.layers.statistics import Needs, Statistics
 from effcli.options import Options
@@ -142,6 +144,21 @@ class NetworkPass(Pass):
     def integer(self, graph: Graph) -> Graph | None:
         """A copy of `graph` as it becomes a network of integers; None where a step leaves floating layers."""
         return None
+
+
+class CutPass(Pass):
+    """A pass that removes whole channels, heads or experts: of channels that are coupled it says which stay.
+
+    The engine finds the groups, in language models and in networks read as a graph, and cuts every member of those that
+    the pass names. What is left computes what the network did with the removed channels set to zero.
+    """
+
+    changes: ClassVar[Change] = Change.SHAPE
+    unit: ClassVar[str] = "group"
+
+    @abstractmethod
+    def cut(self, groups: Sequence[Coupled], seen: Members) -> Sequence[Cut]:
+        """What stays of the groups, all of which may be cut; a group that is not named stays whole."""
 
 
 class TrainPass(TrainingOptions, Pass):
@@ -374,6 +391,43 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Members:
+    """What a pass that cuts may look at of the members of its groups.
+
+    read: a parameter by its state-dict key, float32 of its own shape; a language model reads it from the disk at each
+    call. chosen: the options of every group, by its name. gradients: of a layer's parameter, in its shape, what `needs`
+    asks for; empty of what belongs to no layer. samples: how many these are sums over.
+    """
+
+    read: Callable[[str], Tensor]
+    chosen: Mapping[str, Pass] = field(default_factory=dict)
+    gradients: Callable[[str], Mapping[Needs, Tensor]] = lambda parameter: {}
+    samples: int = 0
+
+    def sums(self, group: Coupled, measure: Callable[[Tensor], Tensor] = torch.square) -> Tensor:
+        """Σ measure(w) over all entries that go with each position of a group, float32 (count,).
+
+        measure: of each number of a parameter by itself.
+        """
+        found = (member.per_position(measure(self.read(member.parameter)), group.count) for member in group.members)
+        return torch.stack(list(found)).sum(0)
+
+    def products(self, group: Coupled, need: Needs) -> Tensor:
+        """Σ w · g of each position, g = Σ ∂L/∂w, or Σ w² · g, g = Σ (∂L/∂w)²: float32 (count,).
+
+        need: GRADIENTS or SQUARED_GRADIENTS. What belongs to no layer counts as 0.
+        """
+        total = torch.zeros(group.count)
+        for member in group.members:
+            slopes = self.gradients(member.parameter)
+            if need in slopes:
+                weight = self.read(member.parameter)
+                weight = weight.square() if need is Needs.SQUARED_GRADIENTS else weight
+                total += member.per_position(weight * slopes[need], group.count).to(total.device)
+        return total
+
+
+@dataclass(frozen=True)
 class Step:
     """A batch on its way through a network in training, as a loss sees it.
 
@@ -418,10 +472,12 @@ __all__ = [
     "UNSEEN",
     "Apply",
     "Change",
+    "CutPass",
     "Evaluator",
     "Group",
     "Layer",
     "LayerPass",
+    "Members",
     "Needs",
     "NetworkPass",
     "Observed",

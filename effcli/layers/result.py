@@ -20,7 +20,7 @@ _DAMAGED = "the checkpoint is damaged; download or train it again"
 
 # Called with (done, total): in blocks; of a graph in layers, or in steps where a pass trains.
 Progress = Callable[[int, int], None]
-Status = Literal["compressed", "changed", "kept"]
+Status = Literal["compressed", "changed", "kept", "removed"]
 
 _BINS = 64
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from effcli.errors import SelectionError, UnsupportedError, did_you_mean
 from effcli.language.skeleton import Skeleton
-from effcli.layers.contract import LayerPass, Needs, NetworkPass, Pass, TrainPass
+from effcli.layers.contract import Change, CutPass, LayerPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ class Choice:
         """What becomes of it, as a plan says it: a scale alone, say, changes a layer and leaves it floating."""
         if self.config is None:
             return "keep"
+        if Change.SHAPE in self.config.changes:
+            return "cut"
+        if Change.MASK in self.config.changes and self.config.result is None:
+            return "prune"
         return "change" if self.config.result is None else "compress"
 
 
@@ -111,6 +115,10 @@ def _check_needs(name: str, choices: Iterable[Choice]) -> None:
             raise UnsupportedError(
                 f"{name} takes the network as a whole and asks for statistics of single layers",
                 "ask for the calibration inputs (INPUTS), or make it a LayerPass",
+            )
+        if isinstance(config, CutPass) and config.needs & ~config.needs.gradients:
+            raise UnsupportedError(
+                f"{name} removes channels and asks for more than gradients", "ask in `needs` for gradients alone"
             )
         if isinstance(config, TrainPass) and config.needs.observes:
             raise UnsupportedError(

@@ -34,7 +34,7 @@ class LedgerRow(Record):
     format: str = Field(description="how the weight is stored now, e.g. 'int4 g64 asym' or 'bfloat16'")
     bits_per_weight: float = Field(description="stored bits over number of weights, scales and zero points included")
     nbytes: int
-    status: Literal["compressed", "changed", "kept"]
+    status: Literal["compressed", "changed", "kept", "removed"]
     reason: str = Field(default="", description="why it was kept, or what is to be known of its compression")
     weight_error: float | None = Field(default=None, description="‖W - Ŵ‖² / ‖W‖²")
     output_error: float | None = Field(

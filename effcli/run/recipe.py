@@ -335,6 +335,12 @@ def check(data: Any, source: str = "recipe") -> Recipe:
         if Change.INTEGER in step.config.changes:
             why = f"{following.name} cannot follow {step.name}, which leaves no floating-point layer"
             mistakes.add(f"passes.{index}", f"{why}; make {step.name} the last step")
+    for index, step in enumerate(steps):
+        if Change.SHAPE in step.config.changes:
+            before = next((own for own in steps[:index] if _fixes_shapes(own)), None)
+            if before is not None:
+                why = f"{step.name} removes channels, and {before.name} before it has compressed layers"
+                mistakes.add(f"passes.{index}", f"{why}; put {step.name} first")
     if not given and "passes" not in mistakes.found:
         mistakes.add("passes", f"name at least one pass; known: {', '.join(passes.PASSES)}")
     wanted = data.get("export", ())
@@ -348,6 +354,11 @@ def check(data: Any, source: str = "recipe") -> Recipe:
     mistakes.raise_if_any(source)
     assert recipe is not None
     return recipe
+
+
+def _fixes_shapes(step: PassStep) -> bool:
+    """Whether channels can no longer be cut after a step: its layers are compressed or sparse."""
+    return step.config.result is not None or isinstance(step.config, SearchPass)
 
 
 def check_evaluate(data: Mapping[str, Any]) -> Evaluate:

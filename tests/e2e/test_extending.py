@@ -15,12 +15,12 @@ import numpy as np
 import packages
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from effcli.cli import main
 from effcli.errors import CheckpointError
 from effcli.formats import unpack
 from effcli.graphs.graph import Graph
+from effcli.language.weights import open_weights
 from effcli.layers import contract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +52,9 @@ def layers(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "graph.json").is_file():
         graph = Graph.read(folder)
         return {site.name: graph.layer(site.name).weight.flatten(1) for site in graph.sites()}
-    tensors = load_file(folder / "model.safetensors")
-    return {name: tensor for name, tensor in tensors.items() if re.search(r"layers\..*_proj\.weight$", name)}
+    weights = open_weights(folder)
+    names = [name for name in weights.skeleton.parameters() if re.search(r"layers\..*_proj\.weight$", name)]
+    return {name: weights.parameter(name) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -84,9 +85,47 @@ def test_the_pass_is_short_and_prunes_the_smallest(install: Install) -> None:
 
     kind = runpy.run_path(str(TEMPLATES / "pass_template.py"))["Magnitude"]
     weight = torch.tensor([[3.0, -1.0, 2.0, -4.0], [0.5, 0.25, -2.0, 1.0]])
-    pruned = kind(sparsity=0.5).apply(Layer("layer", "linear", weight, torch.float32), UNSEEN).weight
-    assert pruned.tolist() == [[3.0, 0.0, 0.0, -4.0], [0.0, 0.0, -2.0, 1.0]]
-    assert torch.equal(kind(sparsity=0).apply(Layer("layer", "linear", weight, torch.float32), UNSEEN).weight, weight)
+    layer = Layer("layer", "linear", weight, torch.float32)
+    outcome = kind(sparsity=0.5).apply(layer, UNSEEN)
+    assert outcome.mask.over(outcome.weight).dequantize().tolist() == [[3.0, 0.0, 0.0, -4.0], [0.0, 0.0, -2.0, 1.0]]
+    assert bool(kind(sparsity=0).apply(layer, UNSEEN).mask.kept.all())
+
+
+@pytest.mark.parametrize("taylor", [False, True], ids=["magnitude", "taylor"])
+@pytest.mark.parametrize(("model", "small"), [("sample:cnn", SMALL_IMAGES), ("sample:lm", SMALL_TEXT)])
+def test_channels_are_cut(
+    model: str,
+    small: tuple[str, ...],
+    taylor: bool,
+    install: Install,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Weights, bytes and multiplications fall, later passes follow, and what was written loads."""
+    install("cut", "effcli.passes", "narrow", "Narrow")
+    out, again = tmp_path / "out", tmp_path / "again"
+    step = f"narrow:ratio=0.25,taylor={str(taylor).lower()}"
+    command = ["compress", model, "--pass", step, "--pass", "linear:bits=8", *small]
+    assert main([*command, "-o", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    before, cut, rounded = report["stages"]
+    assert cut["weights"] < 0.9 * before["weights"] and cut["nbytes"] < 0.9 * before["nbytes"]
+    assert cut["macs"] < 0.9 * before["macs"] and rounded["nbytes"] < 0.7 * cut["nbytes"]
+    changed = [row for row in cut["ledger"] if row["status"] == "changed"]
+    assert len(changed) > 10 and all(row["shape"] != row["notes"]["shape_before"] for row in changed)
+    assert report["verified"].startswith("verified: ")
+    if taylor:
+        return
+    assert main(["plan", model, "--pass", step]) == 0
+    assert main(["run", str(out / "recipe.yaml"), "--no-eval", "-o", str(again)]) == 0
+    first, second = layers(out), layers(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    wrong = ["compress", model, "--pass", "linear", "--pass", step, "-o", str(tmp_path / "none")]
+    capsys.readouterr()
+    assert main(wrong) == 1
+    assert "narrow removes channels, and linear before it has compressed layers" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_training(install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from effcli.cli import main
 from effcli.files import locate as samples
 from effcli.inputs.text import Windows
 from effcli.language import verify
-from effcli.language.against import compare, same
+from effcli.language.against import compare, is_part, same
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
 from effcli.reports.against import Against
@@ -211,3 +211,21 @@ def test_the_report_names_the_input(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_in_words() -> None:
     found = Against(input="in", network="N", equal=2, compressed=1, changed=3)
     assert str(found) == "against its input, as N: 2 tensors equal bit for bit, 1 compressed, 3 changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_part_is_the_whole_without_entries_of_one_axis(dtype: torch.dtype) -> None:
+    whole = torch.randn(300, 7, 5).to(dtype)
+    whole[3] = whole[2]
+    for axis in range(3):
+        kept = torch.arange(whole.shape[axis]) % 3 > 0
+        part = whole.index_select(axis, kept.nonzero().flatten())
+        assert is_part(part, whole)
+        assert not is_part(part.flip(axis), whole)
+        changed = part.clone()
+        changed[1, 1, 1] += 1
+        assert not is_part(changed, whole)
+        assert not is_part(whole, part)
+    assert is_part(whole[:0], whole) and is_part(whole[:4, :4], whole)
+    assert not is_part(whole[:4].double(), whole) and not is_part(whole, whole)
+    assert not is_part(torch.zeros(2, dtype=dtype), whole)

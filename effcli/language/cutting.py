@@ -1,0 +1,103 @@
+"""A pass that cuts, carried out on a language model: heads, feed-forwards and experts of its blocks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from effcli.errors import writing
+from effcli.files.checkpoint import DTYPES
+from effcli.inputs.text import Windows
+from effcli.language.backward import StoredGradients
+from effcli.language.coupling import coupled, cut
+from effcli.language.weights import Weights, open_weights
+from effcli.layers.contract import CutPass
+from effcli.layers.cutting import decide, rows
+from effcli.layers.layer import LayerSite
+from effcli.layers.network import Held
+from effcli.layers.result import CARRIED, MATRIX, PassResult, Progress, dense_row
+from effcli.layers.selection import choose
+from effcli.layers.statistics import Gradients
+from effcli.reports.report import LedgerRow
+
+if TYPE_CHECKING:
+    from effcli.run.recipe import PassStep
+
+
+def cut_model(
+    source: Path,
+    target: Path,
+    step: PassStep,
+    windows: Windows | None,
+    work: Path,
+    progress: Progress = lambda done, total: None,
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
+) -> PassResult:
+    """Carry out `step`, whose pass cuts, on the checkpoint `source` and write `target`, a directory that exists.
+
+    windows: for gradients, which are those of the checkpoint as it is; work: a folder for what is unfinished; device:
+    where blocks run for gradients. Raises what `effcli.language.coupling.cut` raises.
+    """
+    options = step.config
+    assert isinstance(options, CutPass)
+    progress(0, 2)
+    weights = open_weights(source, trust_remote_code)
+    choices = choose(weights.skeleton, step)
+    with writing(work):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+
+    def gradients(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
+        assert windows is not None
+        count, names = len(weights.skeleton.blocks), {site.name for site in sites}
+        blocks = [[site for site in weights.skeleton.block_layers(k) if site.name in names] for k in range(count)]
+        where = device or weights.device
+        stored = StoredGradients(source, blocks, None, windows.batches, options.needs, work, trust_remote_code, where)
+        return {name: own for k in range(count) for name, own in stored.of(k).items()}
+
+    decided = decide(step.name, options, coupled(weights), choices, weights.parameter, gradients)
+    progress(1, 2)
+    cut(source, target, decided.cuts, work, trust_remote_code)
+    after = open_weights(target, trust_remote_code)
+    made = rows(_sites(weights), _sites(after), choices, lambda site: _held(after, site))
+    result = PassResult([*made, *_others(after)], remarks=list(decided.remarks))
+    if after.skeleton.widths:
+        result.remarks.append(
+            "written in effcli's own layout, which effcli.load reads and stock loaders refuse: its blocks have "
+            "different widths"
+        )
+    with writing(work):
+        shutil.rmtree(work)
+    progress(2, 2)
+    return result
+
+
+def _sites(weights: Weights) -> list[LayerSite]:
+    skeleton = weights.skeleton
+    return [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)] + skeleton.outer_layers()
+
+
+def _held(weights: Weights, site: LayerSite) -> Held:
+    dtype = weights.dtype_of(site.parameter)
+    shared = weights.skeleton.tied and site.name == weights.skeleton.head
+    return Held(str(dtype).removeprefix("torch."), 0 if shared else site.rows * site.columns * dtype.itemsize)
+
+
+def _others(weights: Weights) -> list[LedgerRow]:
+    """What is no layer: embeddings, other matrices, and tensors that the network does not use."""
+    state = weights.skeleton.model.state_dict()
+    matrices = [
+        dense_row(name, "embedding", tuple(state[name].shape), weights.dtype_of(name), MATRIX)
+        for name in weights.skeleton.parameters()
+        if not weights.sites(name) and state[name].ndim > 1
+    ]
+    carried = weights.carried().items()
+    return matrices + [dense_row(name, "other", entry.shape, DTYPES[entry.dtype], CARRIED) for name, entry in carried]
+
+
+__all__ = ["cut_model"]
