@@ -63,7 +63,7 @@ def columns(report: Report) -> list[Column]:
         ("kernel", "kernel", "", _kernel),
     ]
     first = report.stages[0]
-    step = Column("step", "step", "", tuple(Cell(stage.name) for stage in report.stages), numeric=False)
+    step = Column("step", "step", "", tuple(map(_step, report.stages)), numeric=False)
     found = [step]
     for key, title, unit, make in makers:
         cells = tuple(make(stage, first) for stage in report.stages)
@@ -139,6 +139,11 @@ def latency_cell(latency: Latency, stage: Stage, first: Stage) -> Cell:
     ratio = None if stage is first else latencies.speedup(latency, first)
     text = units.significant(latency.milliseconds)
     return Cell(text) if ratio is None else Cell(text, units.ratio(ratio), _slower(ratio))
+
+
+def _step(stage: Stage) -> Cell:
+    """The pass that was carried out, and below it the one that chose its options."""
+    return Cell(stage.name, f"by {stage.search.name}" if stage.search and stage.search.name else "")
 
 
 def _size(stage: Stage, first: Stage) -> Cell | None:

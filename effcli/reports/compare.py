@@ -24,7 +24,7 @@ class Side(Record):
 
     label: str = Field(description="the output directory, or the model where nothing was written")
     model: str
-    steps: tuple[str, ...] = Field(description="the passes in order")
+    steps: tuple[str, ...] = Field(description="the passes in order, with those that chose their options")
     kernel: str | None
 
 
@@ -134,9 +134,14 @@ def _side(report: Report, label: str) -> Side:
     return Side(
         label=label,
         model=report.model,
-        steps=tuple(stage.name for stage in report.stages[1:]),
+        steps=tuple(map(_step, report.stages[1:])),
         kernel=kernel_text(speed) if speed else None,
     )
+
+
+def _step(stage: Stage) -> str:
+    search = stage.search
+    return f"{stage.name} (by {search.name})" if search and search.name else stage.name
 
 
 def _labels(a: Report, b: Report) -> tuple[str, str]:

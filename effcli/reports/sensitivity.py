@@ -71,6 +71,10 @@ class Point(Record):
 class Search(Record):
     """What a search for bits under a budget found."""
 
+    name: str = Field(default="", description="the pass that searched, as the recipe names it")
+    fixed_bytes: int | None = Field(
+        default=None, description="of the weight files besides the layers' weights, headers included, at most"
+    )
     sensitivity: Sensitivity
     budget: str = Field(description="as it was asked for")
     front: tuple[Point, ...] = Field(description="the cheapest choices, fewest bytes first")

@@ -62,7 +62,7 @@ def stage_table(report: Report) -> Group:
     kernels = found.pop("kernel", None)
     table = _table()
     fillers: list[Callable[[int], Text]] = []
-    longest = max(len(stage.name) for stage in report.stages)
+    longest = max(len(line) for cell in found["step"].cells if cell for line in (cell.text, cell.note))
     if longest > _LONG_NAME:
         # 80 columns hold long names or the top-5, which says least; the HTML report has both.
         found.pop("top5", None)

@@ -49,19 +49,25 @@ def search_table(found: Search) -> RenderableType:
     ]
     rows = [*some, *found.uniform, *([found.chosen] if found.chosen not in some else [])]
     more = (found.limited,) if found.limited else ()
-    result = _table("choice", "layers", "bits", f"cost, {found.sensitivity.unit}", found.measure, *more)
+    fixed = found.fixed_bytes
+    files = ("files",) if fixed is not None else ()
+    result = _table("choice", "layers", *files, "bits", f"cost, {found.sensitivity.unit}", found.measure, *more)
     for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
         figures = (point.measured, *((point.limited,) if found.limited else ()))
         measured = ("" if value is None else units.significant(value, 4) for value in figures)
         style = "bold" if point.name == "chosen" else ""
-        cells = (units.size(point.nbytes), f"{point.average_bits:.2f}", units.significant(point.cost), *measured)
+        sizes = (point.nbytes, *((point.nbytes + fixed,) if fixed is not None else ()))
+        cells = (*map(units.size, sizes), f"{point.average_bits:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
     counts = {bits: list(found.bits.values()).count(bits) for bits in sorted(set(found.bits.values()))}
     taken = ", ".join(f"{units.count(count, 'layer')} of {bits} bits" for bits, count in counts.items())
+    beside = f"files: these layers and at most {units.size(fixed)} for all else" if fixed is not None else ""
+    title = f"bits per layer for {found.sensitivity.step}: {found.budget}"
     return Group(
-        Text(f"bits per layer for {found.sensitivity.step}: {found.budget}", style="bold"),
+        Text(f"{found.name}: {title}" if found.name else title, style="bold"),
         result,
         Text(f"chosen: {taken}", style="dim"),
+        *([Text(beside, style="dim")] if beside else []),
         Text(found.sensitivity.explained, style="dim"),
         *(Text(remark, style="yellow") for remark in found.sensitivity.remarks),
     )

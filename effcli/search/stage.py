@@ -207,6 +207,7 @@ class _Running:
         found = self.journal.recall(Search, "found")
         if found is None:
             found = self.options.choose(self.costs, self)
+            found = found.model_copy(update={"name": self.name, "fixed_bytes": self.fixed_bytes})
             self.journal.record("found", found)
         return with_bits(self.steps[0], found.bits), found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from effcli.language.model import LanguageModel
 from effcli.language.trials import Trials
 from effcli.reports.report import Report
 from effcli.reports.sensitivity import Search
+from effcli.reports.units import size
 from effcli.run import pipeline
 from effcli.run import recipe as recipes
 from effcli.search.costs import Cost
@@ -125,7 +127,10 @@ def test_the_report_holds_what_the_search_found(net: Path, tmp_path: Path, capsy
     found = report.stages[-1].search
     assert found is not None and report.stages[0].search is None
     assert found == Search.model_validate_json((tmp_path / "out" / "search.json").read_text())
-    assert found.budget == "3.5 bits on average"
+    assert found.budget == "3.5 bits on average" and found.name == "auto"
+    # What other tensors and headers take is no less than they do, and little more.
+    assert found.fixed_bytes is not None
+    assert 0 <= found.chosen.nbytes + found.fixed_bytes - report.stages[-1].nbytes < 2000
     assert found.chosen.measured is not None and len(found.front) > 2 and len(found.uniform) == 4
     assert report.recipe["passes"] == [{"linear": report.stages[-1].options}]
     assert {row.name: row.format.split()[0] for row in report.stages[-1].ledger} == {
@@ -134,8 +139,16 @@ def test_the_report_holds_what_the_search_found(net: Path, tmp_path: Path, capsy
     page = (tmp_path / "out" / "report.html").read_text()
     label = 'aria-label="Cost of the cheapest choices over their size, logarithmic axis"'
     assert "<h3>3.5 bits on average</h3>" in page and label in page
+    assert "<h3>Search by auto</h3>" in page
     assert main(["report", str(tmp_path / "out")]) == 0
-    assert "bits per layer for linear: 3.5 bits on average" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "auto: bits per layer for linear: 3.5 bits on average" in printed
+    assert size(found.chosen.nbytes + found.fixed_bytes) in printed
+    assert f"at most {size(found.fixed_bytes)} for all else" in printed
+    (row,) = re.findall(r"^linear .*\n(.*)", printed, re.MULTILINE)
+    assert row.startswith("by auto ")
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 0
+    assert "linear (by auto)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("way", ["gram", "loss", "fisher"])
