@@ -220,13 +220,13 @@ class Weights:
 
         Raises `UnsupportedError` when they belong to another class, whose names for the parameters are not these.
         """
-        unused = self.unused()
+        unused, known = self.unused(), self.skeleton.model.state_dict()
         named = self.skeleton.config.architectures or ()
         prefix = getattr(self.skeleton.model, "base_model_prefix", "")
         renamed = [
             (key, name)
             for name, found in self._sources.items()
-            if name in self.skeleton.model.state_dict() and name not in self._converters
+            if name in known and name not in self._converters
             for _, key in found
             if key not in (name, name.removeprefix(f"{prefix}."))
         ]
