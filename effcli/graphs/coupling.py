@@ -10,6 +10,7 @@ and fused projections need no more than that.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,27 +67,38 @@ def cut(graph: Graph, cuts: Iterable[Cut]) -> None:
     """Take channels out of `graph`, in place: weights, biases, norms, and every size that its nodes name.
 
     cuts: of groups of `coupled(graph)`, as the graph is now. What is left computes what it did with those channels set
-    to zero. Raises `UserError` for a layer whose weight is compressed.
+    to zero. Raises `UserError` for a layer whose weight is compressed and where nothing would be left of a value,
+    `UnsupportedError` where the network does not run without these channels; the graph is as it was then.
     """
     cuts = [one for one in cuts if one.changes]
     if not cuts:
         return
-    following = _Following(graph)
+    draft = _with_tensors_of(graph)
+    following = _Following(draft)
     removed = following.removed(cuts)
     kept = entries_kept(cuts)
     for parameter in kept:
         owner = parameter.rpartition(".")[0]
         if owner in graph.stored:
             raise UserError(f"{owner} is stored as {graph.stored[owner].format}", "cut channels before compressing")
-    for node in graph.nodes:
+    following.check_left(removed)
+    for node in draft.nodes:
         following.resize(node, removed)
     for name in {parameter.rpartition(".")[0]: None for parameter in kept}:
-        if name in graph.masks:
-            shape = graph.module.state_dict()[f"{name}.weight"].shape
-            graph.masks[name] = _shortened(graph.masks[name], shape, kept.get(f"{name}.weight", {}))
-        _shorten(graph.module.get_submodule(name), {k.rpartition(".")[2]: v for k, v in kept.items() if _owns(name, k)})
-    graph.module.recompile()
-    graph.reshaped()
+        if name in draft.masks:
+            shape = draft.module.state_dict()[f"{name}.weight"].shape
+            draft.masks[name] = _shortened(draft.masks[name], shape, kept.get(f"{name}.weight", {}))
+        _shorten(draft.layer(name), {k.rpartition(".")[2]: v for k, v in kept.items() if _owns(name, k)})
+    draft.module.recompile()
+    graph.become(draft)
+
+
+def _with_tensors_of(graph: Graph) -> Graph:
+    """A graph of its own nodes and modules, which holds the same tensors: none of them is copied."""
+    tensors = (*graph.module.parameters(), *graph.module.buffers())
+    made = Graph(copy.deepcopy(graph.module, {id(tensor): tensor for tensor in tensors}), graph.facts, graph.stored)
+    made.masks = dict(graph.masks)
+    return made
 
 
 def _owns(name: str, parameter: str) -> bool:
@@ -461,6 +473,13 @@ class _Following:
                 )
             gone[group.numbers[~one.kept]] = True
         return gone
+
+    def check_left(self, gone: Tensor) -> None:
+        """Raise `UserError` where nothing would be left of a value: pools, say, do not take it."""
+        for node in self.numbers:
+            _, stays = self._stays(node, gone)
+            if stays is not None and not bool(stays.any()):
+                raise UserError(f"nothing would be left of {where(node)}", "keep one of its channels at least")
 
     def resize(self, node: fx.Node, gone: Tensor) -> None:
         """Bring the sizes and bounds that a node names to what is left."""

@@ -245,12 +245,13 @@ class Graph:
         rescaled = dict.fromkeys((*self.facts.rescaled, name))
         self.facts = self.facts.model_copy(update={"rescaled": tuple(rescaled)})
 
-    def reshaped(self) -> None:
-        """Note that sizes have changed; `CheckpointError` where the graph no longer runs."""
+    def become(self, other: Graph) -> None:
+        """Take over a graph of other sizes; `UnsupportedError` where that does not run, and this one is as it was."""
         try:
-            self._numbers = largest(self.module, self.facts.shape)
+            numbers = largest(other.module, self.facts.shape)
         except ValueError as error:
-            raise CheckpointError(f"the network does not run: {error}", _DAMAGED) from error
+            raise UnsupportedError(f"the network does not run with these sizes: {error}", "choose others") from error
+        self.module, self.masks, self._numbers = other.module, other.masks, numbers
 
     def weights(self) -> int:
         """Number of parameters."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from small_graphs import chain, inputs, residual, seeded, separable
 from torch import Tensor, fx, nn
 
-from effcli.errors import UserError
+from effcli.errors import UnsupportedError, UserError
 from effcli.formats import Affine
 from effcli.graphs.coupling import coupled, cut
 from effcli.graphs.graph import Builder, Facts, Graph
@@ -366,3 +366,57 @@ def test_groups_of_another_graph_and_compressed_layers_are_refused() -> None:
     with pytest.raises(UserError, match="layer4 is stored as"):
         cut(graph, random_cuts(coupled(graph)))
     assert graph.digest() == before
+
+
+def branches(*step: Any) -> Graph:
+    """Both halves of a layer's channels take one step, then stand together again."""
+
+    def make(builder: Builder, x: fx.Node) -> fx.Node:
+        trunk = layer(builder, "trunk", nn.Conv2d(2, 8, 1), x)
+        halves = (builder.call("aten.slice.Tensor", trunk, 1, at, at + 4, 1) for at in (0, 4))
+        both = builder.call("aten.cat.default", [builder.call(step[0], half, *step[1:]) for half in halves], 1)
+        return layer(builder, "last", nn.Conv2d(8, 2, 1), both)
+
+    return built((2, 4, 4), make)
+
+
+def described(graph: Graph) -> tuple[list[tuple[str, str]], dict[str, Tensor]]:
+    """The nodes with their arguments, and the tensors."""
+    nodes = [(node.name, str((node.target, node.args, node.kwargs))) for node in graph.nodes]
+    return nodes, {name: value.clone() for name, value in graph.module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "step", [("aten.silu.default",), ("aten.max_pool2d.default", [2, 2]), ("aten.avg_pool2d.default", [2, 2])]
+)
+def test_a_cut_that_leaves_nothing_of_a_part_changes_nothing(step: tuple[Any, ...]) -> None:
+    graph = branches(*step)
+    nodes, tensors = described(graph)
+    (group,) = (group for group in coupled(graph) if not group.reason)
+    with pytest.raises(UserError, match=r"nothing would be left of slice_1 \(aten.slice.Tensor"):
+        cut(graph, [Cut(group, torch.arange(8) >= 4)])
+    after, left = described(graph)
+    assert after == nodes
+    torch.testing.assert_close(left, tensors, rtol=0, atol=0)
+    cut(graph, [Cut(group, torch.arange(8) >= 3)])
+    assert graph.run(inputs(graph, 2)).shape[1] == 2
+
+
+def test_a_cut_after_which_the_network_does_not_run_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = concatenated()
+    nodes, tensors = described(graph)
+    monkeypatch.setattr("effcli.graphs.coupling._Following.resize", lambda following, node, gone: None)
+    with pytest.raises(UnsupportedError, match="does not run with these sizes: reshape"):
+        cut(graph, random_cuts(coupled(graph)))
+    after, left = described(graph)
+    assert after == nodes
+    torch.testing.assert_close(left, tensors, rtol=0, atol=0)
+
+
+def test_tensors_that_stay_are_not_copied() -> None:
+    graph = residual()
+    before = {name: tensor.data_ptr() for name, tensor in graph.module.state_dict().items()}
+    cut(graph, random_cuts(coupled(graph))[:1])
+    after = {name: tensor.data_ptr() for name, tensor in graph.module.state_dict().items()}
+    same = [name for name in before if after[name] == before[name]]
+    assert "head.bias" in same and "stem.weight" not in same
