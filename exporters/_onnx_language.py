@@ -137,8 +137,7 @@ def _replace(weights: Weights, name: str, arithmetic: Arithmetic) -> None:
 def _kernels(skeleton: Skeleton, packed: Mapping[str, Stored], arithmetic: Arithmetic) -> Counter[str]:
     """What multiplies the weights, and how many layers each."""
     names: Counter[str] = Counter()
-    sites = [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)]
-    for site in sites + skeleton.outer_layers():
+    for site in skeleton.sites():
         if site.name in packed:
             names[layers.kernel(packed[site.name], arithmetic)] += 1
         else:

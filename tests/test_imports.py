@@ -52,6 +52,7 @@ STRANGERS = {
     "effcli.importers": ("effcli.language", "effcli.reports"),
     "effcli.inputs": ("effcli.language", "effcli.graphs"),
     "effcli.training": ("effcli.language", "effcli.graphs", "effcli.importers", "effcli.inputs", "effcli.layers"),
+    "effcli.layers.selection": ("effcli.language", "effcli.graphs"),
     "effcli.reports": ("effcli.language", "effcli.graphs", "effcli.inputs"),
 }
 

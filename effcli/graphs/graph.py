@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from effcli.errors import CheckpointError, DataError, EffcliError, UnsupportedError, first_line, foreign
+from effcli.errors import CheckpointError, DataError, EffcliError, SelectionError, UnsupportedError, first_line, foreign
 from effcli.files.checkpoint import Checkpoint, read_config, write_shard, write_text
 from effcli.files.documents import check_model, read_model
 from effcli.files.layout import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_part
@@ -191,6 +191,15 @@ class Graph:
                 rows, columns = module.weight.shape
                 found.setdefault(name, LayerSite(name, "linear", f"{name}.weight", rows, columns))
         return list(found.values())
+
+    def left_alone(self, step: str, lm_head: bool) -> dict[str, str]:
+        """See `effcli.layers.selection.Layered`: none. `lm_head` means a language model's output head."""
+        if lm_head:
+            raise SelectionError(
+                f"{step}.lm_head: a network read as a graph has no language model's output head",
+                "leave lm_head out; the last layer is taken like any other, and `ignore` keeps it",
+            )
+        return {}
 
     def set_weight(self, name: str, weight: Quantized | Tensor, effective: Tensor | None = None) -> None:
         """Give layer `name` a weight (out, in): compressed, to be stored as it is, or dense.

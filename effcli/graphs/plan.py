@@ -16,7 +16,7 @@ from effcli.graphs.ledger import table_rows
 from effcli.inputs.options import Calibration
 from effcli.layers.contract import Change, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
-from effcli.layers.selection import Choice, choose_graph
+from effcli.layers.selection import Choice, choose
 from effcli.reports.report import LedgerRow
 from effcli.reports.units import size
 from effcli.run.plan import BASE_MEMORY, Inspection, Plan, Row, kept_remarks, size_remark
@@ -35,7 +35,7 @@ def make(recipe: Recipe, graph: Graph) -> Plan:
     operations, integers, current = 0.0, None, graph
     for number, step in enumerate(recipe.passes):
         name = f"{number + 1}. {step.name}" if len(recipe.passes) > 1 else ""
-        choices = choose_graph(graph, step)
+        choices = choose(graph, step)
         for choice in choices.values():
             format = None if choice.config is None else choice.config.result
             if format is not None:

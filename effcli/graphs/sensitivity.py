@@ -28,7 +28,7 @@ from effcli.inputs.images import Inputs
 from effcli.layers.contract import Needs
 from effcli.layers.engine import LayerEngine
 from effcli.layers.result import Progress, check_tensor
-from effcli.layers.selection import Choice, choose_graph, needs_of
+from effcli.layers.selection import Choice, choose, needs_of
 from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Probe, Trial, steadied
 from effcli.search.journal import Journal
@@ -111,7 +111,7 @@ class PricedGraph:
         self._batch_size = batch_size
 
     def choose(self, step: PassStep) -> dict[str, Choice]:
-        return choose_graph(self._graph, step)
+        return choose(self._graph, step)
 
     def itemsize(self, choice: Choice) -> int:
         return 4

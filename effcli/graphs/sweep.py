@@ -26,7 +26,7 @@ from effcli.layers.cutting import decide, rows
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
-from effcli.layers.selection import Choice, choose_graph, needs_of
+from effcli.layers.selection import Choice, choose, needs_of
 from effcli.layers.statistics import Gradients
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def graph_sweep(
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
-    choices = choose_graph(graph, step)
+    choices = choose(graph, step)
     if not step.needs:
         batches = None
     elif batches is None:

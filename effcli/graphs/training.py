@@ -24,7 +24,7 @@ from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass
 from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
-from effcli.layers.selection import choose_graph
+from effcli.layers.selection import choose
 from effcli.training import loop
 from effcli.training.loop import Batch, Examples, Objective
 
@@ -98,7 +98,7 @@ def _train_graph(
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
-    choices = choose_graph(graph, step)
+    choices = choose(graph, step)
     if data is None:
         raise DataError(f"{step.name} trains on inputs of the network", "give calibration data")
     before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}

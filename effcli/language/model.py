@@ -26,7 +26,7 @@ from effcli.platform.machine import pick_device
 from effcli.reports import card
 from effcli.reports.report import Continuation, Exported, Layout, Stage
 from effcli.run.network import Counts, Measured
-from effcli.run.plan import Plan, all_sites, count_weights, make
+from effcli.run.plan import Plan, make
 from effcli.run.recipe import PassStep, Recipe
 from effcli.search.budget import Figure, Quantity
 
@@ -118,10 +118,10 @@ class LanguageModel:
 
     def count(self, checkpoint: Path) -> Counts:
         weights = open_weights(checkpoint, self.recipe.trust_remote_code)
-        sites = all_sites(weights.skeleton)
+        sites = weights.skeleton.sites()
         routed = any(site.kind == "expert" for site in sites)
         macs = None if routed else sum(site.rows * site.columns for site in sites)
-        return Counts(count_weights(weights.skeleton), weights.nonzeros(), macs)
+        return Counts(weights.skeleton.weights(), weights.nonzeros(), macs)
 
     def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
         wanted, evaluation = self.recipe.evaluate, self._evaluation

@@ -73,7 +73,7 @@ class PricedLanguageModel:
 
     def __init__(self, source: Path, windows: Windows, remarks: tuple[str, ...], trust_remote_code: bool) -> None:
         opened = open_weights(source, trust_remote_code)
-        self.weights = sum(parameter.numel() for parameter in opened.skeleton.model.parameters())
+        self.weights = opened.skeleton.weights()
         self.samples = sum(len(batch) for batch in windows.batches)
         self.inputs = sum(batch.numel() for batch in windows.batches)
         self.remarks = remarks

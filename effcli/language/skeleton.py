@@ -115,6 +115,23 @@ class Skeleton:
             config.tie_word_embeddings = False
         self.tied = False
 
+    def weights(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def sites(self) -> list[LayerSite]:
+        """Every layer, those outside the blocks last."""
+        inner = [site for k in range(len(self.blocks)) for site in self.block_layers(k)]
+        return inner + self.outer_layers()
+
+    def left_alone(self, step: str, lm_head: bool) -> dict[str, str]:
+        """See `effcli.layers.selection.Layered`: what stands outside the blocks, but for the output head on request."""
+        tied = ", and it shares its weight with the input embedding" if self.tied else ""
+        reasons = {site.name: "outside the repeated blocks" for site in self.outer_layers()}
+        if self.head in reasons:
+            reasons[self.head] = "" if lm_head else f"the output head is kept unless lm_head is set{tied}"
+        return reasons
+
     def block_layers(self, k: int) -> list[LayerSite]:
         """The layers of block k, in the order of its modules."""
         return list(find_layers(self.blocks[k], self.block_names[k]))

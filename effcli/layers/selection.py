@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from effcli.errors import SelectionError, UnsupportedError, did_you_mean
-from effcli.language.skeleton import Skeleton
 from effcli.layers.contract import Change, CutPass, LayerPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 
 if TYPE_CHECKING:
-    from effcli.graphs.graph import Graph
     from effcli.run.recipe import PassStep
 
 
@@ -46,32 +44,27 @@ def needs_of(variants: Iterable[Mapping[str, Choice]]) -> Needs:
     return needs
 
 
-def choose(skeleton: Skeleton, step: PassStep) -> dict[str, Choice]:
+class Layered(Protocol):
+    """A network, as far as its layers can be chosen from."""
+
+    def sites(self) -> list[LayerSite]:
+        """Every layer, in the network's order."""
+
+    def left_alone(self, step: str, lm_head: bool) -> Mapping[str, str]:
+        """Why layers stay as they are that no pattern ignores, by name.
+
+        step: what the pass is called; lm_head: whether it takes the output head, for which a network that can have none
+        raises `SelectionError`.
+        """
+
+
+def choose(network: Layered, step: PassStep) -> dict[str, Choice]:
     """Every layer of the network by name, in the network's order.
 
-    Raises `SelectionError` for a pattern that matches nothing, for options of layers that are left alone, and for a
-    group size that does not divide a layer.
+    Raises `SelectionError` for a pattern that matches nothing, for options of layers that are left alone, for a group
+    size that does not divide a layer, and for `lm_head` where the network has no output head.
     """
-    inner = [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)]
-    outer = skeleton.outer_layers()
-    return _choose([*inner, *outer], step, lambda site: _outside(site, step.config, skeleton) if site in outer else "")
-
-
-def choose_graph(graph: Graph, step: PassStep) -> dict[str, Choice]:
-    """Every layer of a network read as a graph, in the order in which they run; every one is taken unless ignored.
-
-    Raises `SelectionError` as `choose` does, and for `lm_head`, which means a language model's output head.
-    """
-    if step.config.lm_head:
-        raise SelectionError(
-            f"{step.name}.lm_head: a network read as a graph has no language model's output head",
-            "leave lm_head out; the last layer is taken like any other, and `ignore` keeps it",
-        )
-    return _choose(graph.sites(), step, lambda site: "")
-
-
-def _choose(sites: Sequence[LayerSite], step: PassStep, obstacle: Callable[[LayerSite], str]) -> dict[str, Choice]:
-    """Choices for `sites`; `obstacle` says why a layer that is not ignored is left alone, empty when it is taken."""
+    sites, left_alone = network.sites(), network.left_alone(step.name, step.config.lm_head)
     names = [site.name for site in sites]
     config = step.config
     for key, patterns in (("ignore", config.ignore), ("layers", tuple(config.layers))):
@@ -79,7 +72,7 @@ def _choose(sites: Sequence[LayerSite], step: PassStep, obstacle: Callable[[Laye
             _must_match(pattern, names, f"{step.name}.{key}")
     choices = {}
     for site in sites:
-        reason = _ignored(site, config) or site.obstacle or obstacle(site)
+        reason = _ignored(site, config) or site.obstacle or left_alone.get(site.name, "")
         choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
     taken = [name for name, choice in choices.items() if choice.config is not None]
     if not taken:
@@ -134,16 +127,6 @@ def matches(name: str, pattern: str) -> bool:
 def _ignored(site: LayerSite, config: Pass) -> str:
     pattern = next((pattern for pattern in config.ignore if matches(site.name, pattern)), None)
     return "" if pattern is None else f"ignored by {pattern!r}"
-
-
-def _outside(site: LayerSite, config: Pass, skeleton: Skeleton) -> str:
-    """Why a layer outside the repeated blocks is left alone, empty when it is taken."""
-    if site.name != skeleton.head:
-        return "outside the repeated blocks"
-    if config.lm_head:
-        return ""
-    tied = ", and it shares its weight with the input embedding" if skeleton.tied else ""
-    return f"the output head is kept unless lm_head is set{tied}"
 
 
 def _options(name: str, step: PassStep) -> Pass:

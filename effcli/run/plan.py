@@ -16,7 +16,6 @@ from effcli.files.layout import Stored
 from effcli.formats import Packing
 from effcli.inputs import text
 from effcli.inputs.tokens import longest_sequence
-from effcli.language.skeleton import Skeleton
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import CARRIED, MATRIX
@@ -171,7 +170,7 @@ def make(recipe: Recipe) -> Plan:
         model=recipe.model,
         rows=tuple(rows),
         remarks=tuple(remarks),
-        weights=count_weights(weights.skeleton),
+        weights=weights.skeleton.weights(),
         input_bytes=before,
         output_bytes=after,
         memory_bytes=memory,
@@ -184,9 +183,9 @@ def inspect(model: str, trust_remote_code: bool = False) -> Inspection:
     path = samples.resolve(model)
     weights = open_weights(path, trust_remote_code)
     skeleton, sizes = weights.skeleton, _Sizes(weights)
-    rows = [sizes.row(Choice(site, None)) for site in all_sites(skeleton)]
+    rows = [sizes.row(Choice(site, None)) for site in skeleton.sites()]
     rows += [row.model_copy(update={"reason": ""}) for row in sizes.others()]
-    nbytes, count = weights.checkpoint.nbytes, count_weights(skeleton)
+    nbytes, count = weights.checkpoint.nbytes, skeleton.weights()
     remarks = [
         f"{skeleton.config.model_type}: {count:,} weights in {len(skeleton.blocks)} blocks ({skeleton.block_path})",
         f"{size(nbytes)} on disk, {8 * nbytes / count:.2f} bits per weight",
@@ -201,17 +200,6 @@ def inspect(model: str, trust_remote_code: bool = False) -> Inspection:
         weights=count,
         bits_per_weight=8 * nbytes / count,
     )
-
-
-def count_weights(skeleton: Skeleton) -> int:
-    """Number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in skeleton.model.parameters())
-
-
-def all_sites(skeleton: Skeleton) -> list[LayerSite]:
-    """Every layer of a language model, those outside its blocks last."""
-    inner = [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)]
-    return inner + skeleton.outer_layers()
 
 
 class _Sizes:
@@ -230,7 +218,7 @@ class _Sizes:
 
     def obstacles(self) -> dict[str, str]:
         """The layers that the standard format has no place for as things stand, and why."""
-        kinds = {site.name: site.kind for site in all_sites(self.weights.skeleton)}
+        kinds = {site.name: site.kind for site in self.weights.skeleton.sites()}
         layers = {name: Stored(format, kinds[name]) for name, format in self.formats.items()}
         return self.weights.obstacles({**layers, **self.weights.foreign})
 
@@ -333,4 +321,4 @@ def _memory(weights: Weights, recipe: Recipe) -> int:
     return total
 
 
-__all__ = ["Inspection", "Layers", "Plan", "Row", "all_sites", "count_weights", "inspect", "make", "summary"]
+__all__ = ["Inspection", "Layers", "Plan", "Row", "inspect", "make", "summary"]

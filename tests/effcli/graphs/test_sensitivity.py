@@ -14,7 +14,7 @@ from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sensitivity import layer_costs
 from effcli.layers.contract import Layer, Statistics, carry_out
-from effcli.layers.selection import choose_graph
+from effcli.layers.selection import choose
 from effcli.reports.sensitivity import Way
 from effcli.run.recipe import PassStep
 from effcli.search.costs import Cost
@@ -27,7 +27,7 @@ def step(name: str, bits: int, **more: object) -> PassStep:
 def costs(graph: Graph, folder: Path, way: Way, *steps: PassStep) -> list[dict[str, Cost]]:
     folder.mkdir(exist_ok=True)
     graph.save(folder)
-    variants = [choose_graph(graph, each) for each in steps]
+    variants = [choose(graph, each) for each in steps]
     return layer_costs(folder, variants, small_graphs.batches(graph), way)
 
 
@@ -68,7 +68,7 @@ def test_of_a_network_that_is_no_classifier(tmp_path: Path) -> None:
         float((before - after).square().sum() / before.square().sum()), rel=1e-4
     )
 
-    variants = [choose_graph(graph, given)]
+    variants = [choose(graph, given)]
     inputs = torch.randn(4000, 6, generator=torch.Generator().manual_seed(1))
     predicted, measured = (
         layer_costs(tmp_path / "work", variants, lambda: iter(inputs.split(500)), way)[0]["layer0"].cost
@@ -93,7 +93,7 @@ def test_what_is_fitted_to_inputs_is_measured_on_others(tmp_path: Path, size: in
     before, after = graph.run(others), others @ outcome.dequantize(torch.float32).t() + graph.layer("layer0").bias
     before, after = before.log_softmax(1), after.log_softmax(1)
 
-    variants = [choose_graph(graph, given)]
+    variants = [choose(graph, given)]
     (found,) = layer_costs(tmp_path, variants, lambda: iter(inputs.split(size)), "loss")
     assert class_count(graph) is not None
     assert found["layer0"].cost == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-3)
@@ -104,7 +104,7 @@ def test_a_single_input_serves_for_both(tmp_path: Path) -> None:
     graph.save(tmp_path)
     given = step("gptq", 2)
     inputs = torch.randn(1, 6, generator=torch.Generator().manual_seed(1))
-    (found,) = layer_costs(tmp_path, [choose_graph(graph, given)], lambda: iter([inputs]), "fisher")
+    (found,) = layer_costs(tmp_path, [choose(graph, given)], lambda: iter([inputs]), "fisher")
     assert found["layer0"].cost > 0
 
 

@@ -525,7 +525,7 @@ class AskingTraining(Tune):
     ],
 )
 def test_what_passes_of_a_kind_are_not_given(config: Any, message: str) -> None:
-    from effcli.layers.selection import choose_graph
+    from effcli.layers.selection import choose
 
     with pytest.raises(UnsupportedError, match=message):
-        choose_graph(small_graphs.separable(), PassStep(name="asking", config=config))
+        choose(small_graphs.separable(), PassStep(name="asking", config=config))

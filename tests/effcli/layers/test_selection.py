@@ -15,7 +15,7 @@ from effcli.files.checkpoint import Checkpoint
 from effcli.graphs.graph import Graph
 from effcli.language.skeleton import Skeleton
 from effcli.layers.contract import Needs, NetworkPass, Transformed
-from effcli.layers.selection import Choice, choose, choose_graph
+from effcli.layers.selection import Choice, choose
 from effcli.run.recipe import PassStep
 
 
@@ -151,7 +151,7 @@ def test_no_common_group_size(tmp_path: Path) -> None:
 
 
 def chosen_of_graph(graph: Graph, **options: Any) -> dict[str, Choice]:
-    return choose_graph(graph, PassStep.model_validate({"linear": options}).for_graph())
+    return choose(graph, PassStep.model_validate({"linear": options}).for_graph())
 
 
 def test_every_layer_of_a_graph_is_taken_unless_ignored() -> None:
@@ -219,6 +219,6 @@ class Whole(NetworkPass):
 @pytest.mark.parametrize("needs", [Needs.GRADIENTS | Needs.NORMS, Needs.INPUTS | Needs.GRAM, Needs.SQUARED_GRADIENTS])
 def test_a_pass_over_a_whole_graph_is_given_no_statistics_of_layers(needs: Needs) -> None:
     with pytest.raises(UnsupportedError, match="asks for statistics of single layers"):
-        choose_graph(small_graphs.separable(), PassStep(name="whole", config=Whole(asks=needs.value)))
+        choose(small_graphs.separable(), PassStep(name="whole", config=Whole(asks=needs.value)))
     given = Needs.INPUTS | Needs.DENSE
-    assert choose_graph(small_graphs.separable(), PassStep(name="whole", config=Whole(asks=given.value)))
+    assert choose(small_graphs.separable(), PassStep(name="whole", config=Whole(asks=given.value)))

@@ -18,7 +18,7 @@ from effcli.cli import main
 from effcli.errors import DataError, RecipeError
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Evaluator, Needs, SearchPass
-from effcli.layers.selection import choose_graph
+from effcli.layers.selection import choose
 from effcli.passes.search.auto import Auto
 from effcli.platform.registry import Entry
 from effcli.reports.report import Report
@@ -176,7 +176,7 @@ def test_chosen_bits_outlive_a_wider_pattern_behind_them() -> None:
     step = PassStep.model_validate({"linear": {"bits": 4, "layers": layers}})
     graph = small_graphs.separable()
     bits = {site.name: 4 for site in graph.sites()} | {"layer0": 8}
-    found = {name: choice.config for name, choice in choose_graph(graph, with_bits(step, bits)).items()}
+    found = {name: choice.config for name, choice in choose(graph, with_bits(step, bits)).items()}
     assert {name: own.bits for name, own in found.items()} == bits  # type: ignore[union-attr]
     assert found["layer0"].granularity == "tensor"  # type: ignore[union-attr]
 
