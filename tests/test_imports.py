@@ -40,9 +40,11 @@ ABOVE = (
     "search.stage",
     "language.sweep",
     "language.model",
+    "language.plan",
     "graphs.sweep",
     "graphs.training",
     "graphs.network",
+    "graphs.plan",
     "training.loop",
 )
 # What a package of the tool may not know of: of two kinds of networks neither needs the other, inputs need none.
@@ -53,6 +55,7 @@ STRANGERS = {
     "effcli.inputs": ("effcli.language", "effcli.graphs"),
     "effcli.training": ("effcli.language", "effcli.graphs", "effcli.importers", "effcli.inputs", "effcli.layers"),
     "effcli.layers.selection": ("effcli.language", "effcli.graphs"),
+    "effcli.run.plan": ("effcli.language", "effcli.graphs"),
     "effcli.reports": ("effcli.language", "effcli.graphs", "effcli.inputs"),
 }
 

@@ -18,7 +18,7 @@ from effcli.run.plan import Row
 _RESCALING, _BIAS = 5, 4
 
 
-def plan_integer(graph: Graph, prepared: Graph, formats: Mapping[str, Packing], step: str) -> tuple[list[Row], int]:
+def plan_integer(graph: Graph, prepared: Graph, formats: Mapping[str, Packing]) -> tuple[list[Row], int]:
     """A row for each layer and each embedding of `graph`, and the bytes of all constants of its integer network.
 
     prepared: what is lowered in its place; formats: of the layers as the steps before leave them. `UnsupportedError`
@@ -28,7 +28,7 @@ def plan_integer(graph: Graph, prepared: Graph, formats: Mapping[str, Packing], 
     for site in graph.sites():
         format, weights = _stored(site, formats.get(site.name))
         nbytes = weights + _RESCALING * site.rows
-        rows.append(_row(site.name, site.kind, site.shape, format, nbytes, step))
+        rows.append(_row(site.name, site.kind, site.shape, format, nbytes))
         total += (nbytes + _BIAS * site.rows) * len(list(calls(graph, site.name)))
     layers = {row.name for row in rows}
     assembly = check(prepared)
@@ -39,7 +39,7 @@ def plan_integer(graph: Graph, prepared: Graph, formats: Mapping[str, Packing], 
         if isinstance(module, nn.Embedding):
             # A row for each of the 256 codes.
             shape = (module.num_embeddings, module.embedding_dim)
-            rows.append(_row(f"{name}.weight", "embedding", shape, "int8 tensor", 256 * module.embedding_dim, step))
+            rows.append(_row(f"{name}.weight", "embedding", shape, "int8 tensor", 256 * module.embedding_dim))
     return rows, total
 
 
@@ -60,9 +60,8 @@ def _packed(site: LayerSite, bits: int) -> int:
     return site.rows * (site.columns if bits == 8 else math.ceil(site.columns * bits / 32) * 4)
 
 
-def _row(name: str, kind: str, shape: tuple[int, ...], format: str, nbytes: int, step: str) -> Row:
+def _row(name: str, kind: str, shape: tuple[int, ...], format: str, nbytes: int) -> Row:
     return Row(
-        step=step,
         name=name,
         kind=kind,
         shape=shape,

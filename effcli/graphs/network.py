@@ -17,10 +17,10 @@ from effcli.files import locate as samples
 from effcli.files.digest import of_file
 from effcli.files.exporter import Exporter, Footprint
 from effcli.graphs import executor, timing
-from effcli.graphs import plan as graphplan
 from effcli.graphs import verify as graphverify
 from effcli.graphs.graph import Facts, Graph, class_count, macs
 from effcli.graphs.integer import IntegerNetwork, is_integer
+from effcli.graphs.plan import PlannedGraph
 from effcli.graphs.sensitivity import PricedGraph
 from effcli.graphs.sweep import CPU, graph_sweep
 from effcli.graphs.training import train_graph
@@ -34,7 +34,7 @@ from effcli.platform.machine import pick_device
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Layout, Quality, Stage
 from effcli.run.network import Counts, Measured
-from effcli.run.plan import Plan
+from effcli.run.plan import Plan, make
 from effcli.run.recipe import PassStep, Recipe
 from effcli.search.budget import Figure, Quantity
 
@@ -86,7 +86,7 @@ class GraphNetwork:
 
     def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
         recipe = self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)})
-        return graphplan.make(recipe, self.graph)
+        return make(recipe, PlannedGraph(self.graph, recipe.calibration))
 
     def unlimited(self, quantity: Quantity) -> str:
         match quantity:

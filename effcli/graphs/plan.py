@@ -1,11 +1,12 @@
-"""What a recipe would do to a network read as a graph, and what such a network consists of."""
+"""What a plan asks of a network read as a graph, and what such a network consists of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from effcli import importers
 from effcli.formats import Packing
@@ -14,70 +15,179 @@ from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
 from effcli.inputs.options import Calibration
-from effcli.layers.contract import Change, Needs, NetworkPass, Pass, TrainPass
+from effcli.layers.contract import Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
-from effcli.layers.selection import Choice, choose
+from effcli.layers.selection import Choice, needs_of
 from effcli.reports.report import LedgerRow
 from effcli.reports.units import size
-from effcli.run.plan import BASE_MEMORY, Inspection, Plan, Row, kept_remarks, size_remark
-from effcli.run.recipe import Recipe
+from effcli.run.plan import FLOAT, Effort, Inspection, Row
+from effcli.run.recipe import PassStep
 
-_FLOAT = 4
+# Forwards that take as long as a backward.
+_BACKWARD = 2
+# Numbers that the optimizer keeps of each that it trains.
+_MOMENTS = 2
 
 
-def make(recipe: Recipe, graph: Graph) -> Plan:
-    """The plan of a recipe, its defaults filled in; raises what a run would raise over its patterns and sizes."""
-    formats = {name: weight.format for name, weight in graph.stored.items()}
-    before = _total(graph, formats)
-    work = macs(graph)
-    rows: list[Row] = []
-    remarks: list[str] = []
-    operations, integers, current = 0.0, None, graph
-    for number, step in enumerate(recipe.passes):
-        name = f"{number + 1}. {step.name}" if len(recipe.passes) > 1 else ""
-        choices = choose(graph, step)
-        for choice in choices.values():
-            format = None if choice.config is None else choice.config.result
+class PlannedGraph:
+    """See `effcli.run.plan.Planned`. calibration: of the recipe, whose inputs go through the network."""
+
+    counted: ClassVar[tuple[str, float]] = ("GFLOP", 1e9)
+    at_a_time: ClassVar[str] = ""
+
+    def __init__(self, graph: Graph, calibration: Calibration) -> None:
+        self._graph = graph
+        self._calibration = calibration
+        self._formats: dict[str, Packing] = {name: weight.format for name, weight in graph.stored.items()}
+        # With the modules that the steps so far leave.
+        self._current = graph
+        # The rows and the bytes of the integer network, once it is one.
+        self._integer: tuple[list[Row], int] | None = None
+
+    @property
+    def weights(self) -> int:
+        return self._graph.weights()
+
+    def sites(self) -> list[LayerSite]:
+        return self._graph.sites()
+
+    def left_alone(self, step: str, lm_head: bool) -> Mapping[str, str]:
+        return self._graph.left_alone(step, lm_head)
+
+    def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
+        for name, choice in choices.items():
+            format = choice.leaves(self._formats.pop(name, None))
             if format is not None:
-                formats[choice.site.name] = format
-            if Change.INTEGER not in step.config.changes:
-                rows.append(_row(choice.site, formats, name, choice.planned, choice.reason))
-        if Change.INTEGER not in step.config.changes:
-            rows += [_table(row, name) for row in table_rows(graph)]
-        remarks += kept_remarks(name or step.name, choices.values())
+                self._formats[name] = format
         if isinstance(step.config, NetworkPass):
             # Whether a batch norm stays depends on which layers are compressed by then, whatever their weights.
-            known: dict[str, Any] = dict.fromkeys(formats)
-            chosen = {layer: choice.config for layer, choice in choices.items() if choice.config is not None}
-            current = step.config.planned(Graph(current.module, graph.facts, known), chosen)
-            prepared = step.config.integer(current)
+            known: dict[str, Any] = dict.fromkeys(self._formats)
+            chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
+            self._current = step.config.planned(Graph(self._current.module, self._graph.facts, known), chosen)
+            prepared = step.config.integer(self._current)
             if prepared is not None:
-                found, integers = plan_integer(graph, prepared, formats, name)
-                rows += found
-        if step.needs:
-            times = _forwards(step.config, recipe.calibration)
-            operations += 2.0 * recipe.calibration.samples * times * _forward_and_gram(choices, work, step.config)
-    after = _total(graph, formats) if integers is None else integers
-    memory = _memory(graph, recipe)
-    first = [
-        size_remark(before, after),
-        f"memory: about {size(memory)} at the peak",
-    ]
-    if operations:
-        what = (
-            "forwards, gradients" if any(isinstance(step.config, TrainPass) for step in recipe.passes) else "forwards"
+                self._integer = plan_integer(self._graph, prepared, self._formats)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors that a checkpoint holds; what is no layer's weight stays as it is."""
+        if self._integer is not None:
+            return self._integer[1]
+        sites = {site.parameter: site for site in self.sites()}
+        others: int = sum(
+            tensor.nbytes
+            for name, tensor in self._graph.module.state_dict().items()
+            if name not in sites and not name.endswith(".num_batches_tracked")
         )
-        first.append(f"arithmetic: {operations / 1e9:.1f} GFLOP of {what} and Gram matrices, then the searches")
-    return Plan(
-        model=recipe.model,
-        rows=tuple(rows),
-        remarks=(*first, *remarks),
-        weights=graph.weights(),
-        input_bytes=before,
-        output_bytes=after,
-        memory_bytes=memory,
-        operations=operations,
-    )
+        return others + sum(map(self._nbytes, sites.values()))
+
+    def _nbytes(self, site: LayerSite) -> int:
+        format = self._formats.get(site.name)
+        return format.nbytes(site.shape, FLOAT) if format else site.rows * site.columns * FLOAT
+
+    def rows(self, choices: Iterable[Choice]) -> list[Row]:
+        if self._integer is not None:
+            return self._integer[0]
+        return [self._row(choice) for choice in choices] + list(map(_table, table_rows(self._graph)))
+
+    def _row(self, choice: Choice) -> Row:
+        format = self._formats.get(choice.site.name)
+        return Row.of(
+            choice.site,
+            str(format) if format else "float32",
+            self._nbytes(choice.site),
+            status=choice.planned,
+            reason=choice.reason,
+        )
+
+    def remarks(self, step: PassStep, name: str) -> list[str]:
+        return []
+
+    def effort(self, step: PassStep, choices: Mapping[str, Choice]) -> Effort:
+        options, samples = step.config, self._calibration.samples
+        forward = sum(self.macs.values())
+        operations = self._forwards(options) * forward + self._gram(options, choices) if step.needs else 0.0
+        numbers, disk = self._passing(step), 0
+        if isinstance(options, TrainPass):
+            numbers, disk = max(numbers, self._training(options)), self._snapshots(options, choices)
+        needs = needs_of([choices]).gradients
+        if needs:
+            operations += (1 + _BACKWARD) * forward
+            # Of each weight, with a sum for the sample at hand.
+            sums = (len(needs) + 1) * _numbers(choices)
+            # Squares are of single inputs.
+            batch = 1 if Needs.SQUARED_GRADIENTS in needs else self._calibration.batch_size
+            backward = 2 * self.weights + _numbers(choices) + 2 * batch * self._every
+            numbers = sums + max(numbers, backward)
+        return Effort(2.0 * samples * operations, numbers * FLOAT, disk)
+
+    @cached_property
+    def macs(self) -> Mapping[str, int]:
+        """Multiplications of one input, by layer."""
+        return macs(self._graph)
+
+    def _gram(self, options: Pass, choices: Mapping[str, Choice]) -> float:
+        """Multiplications of one input for the Gram matrices of its patches, where they are asked for."""
+        total = 0.0
+        for choice in choices.values() if Needs.GRAM in options.needs else ():
+            site = choice.site
+            # As many patches as the layer computes outputs of one channel.
+            patches = self.macs[site.name] / max(site.rows * site.columns, 1)
+            total += patches * site.groups * site.columns**2
+        return total
+
+    def _forwards(self, options: Pass) -> float:
+        """How many forwards of all calibration inputs a pass comes to."""
+        if not isinstance(options, TrainPass):
+            return 1.0
+        batch = (options.batch_size or self._calibration.batch_size) * options.accumulation
+        per_epoch = math.ceil(self._calibration.samples / batch)
+        epochs = options.total(per_epoch) / per_epoch
+        return epochs * (1 + _BACKWARD + _teachers(options)) + (math.ceil(epochs) + 1) * (1 + _teachers(options))
+
+    def _passing(self, step: PassStep) -> int:
+        """Numbers in memory: twice the weights, and for a batch the tensors alive at the busiest node.
+
+        With a copy of the largest of these.
+        """
+        if not step.needs:
+            return 2 * self.weights
+        live, peak = self._live
+        whole = Needs.DENSE in step.needs and not isinstance(step.config, TrainPass)
+        whole |= self._calibration.inputs == "compressed"
+        count = self._calibration.samples if whole else self._calibration.batch_size
+        return 2 * self.weights + count * (2 * live + peak)
+
+    def _training(self, options: TrainPass) -> int:
+        """Numbers in memory: every tensor of a batch with its gradient, and of the weights a gradient and more.
+
+        That is two moments of the optimizer, the best so far, and the networks that the training compares with.
+        """
+        batch = options.batch_size or self._calibration.batch_size
+        return (6 + _teachers(options)) * self.weights + 2 * batch * self._every
+
+    def _snapshots(self, options: TrainPass, choices: Mapping[str, Choice]) -> int:
+        """Bytes on the disk of two snapshots, for one counts until the next is whole.
+
+        Each holds what a step may change as it is and at its best, and the moments of what is trained: at most the
+        weights of the layers, where it is something else that makes these.
+        """
+        state = self._graph.module.state_dict()
+        parameters = {name for name, _ in self._graph.module.named_parameters()}
+        buffers: int = sum(tensor.nbytes for name, tensor in state.items() if name not in parameters)
+        kept = 2 if options.keep_best else 1
+        return 2 * (kept * buffers + (kept + _MOMENTS) * _numbers(choices) * FLOAT)
+
+    @cached_property
+    def _live(self) -> tuple[int, int]:
+        return _live_numbers(self._graph)
+
+    @cached_property
+    def _every(self) -> int:
+        """Numbers of all tensors that one input makes."""
+        shapes = self._graph.shapes()
+        made = [node.name for node in self._graph.nodes if node.op not in ("get_attr", "output")]
+        return sum(math.prod(shapes[name]) for name in made if name in shapes)
 
 
 def inspect(
@@ -91,12 +201,13 @@ def inspect(
     if isinstance(source, Path) and is_integer(source):
         return _inspect_integer(model, IntegerNetwork.read(source))
     graph = importers.read(source, weights=weights, shape=shape, trust_remote_code=trust_remote_code)
-    formats = {name: weight.format for name, weight in graph.stored.items()}
-    work = macs(graph)
-    rows = [_row(site, formats).model_copy(update={"macs": work[site.name]}) for site in graph.sites()]
-    rows += [_table(row).model_copy(update={"status": "", "reason": ""}) for row in table_rows(graph)]
+    network = PlannedGraph(graph, Calibration())
+    rows = [
+        row.model_copy(update={"macs": network.macs.get(row.name)})
+        for row in network.rows(Choice(site, None) for site in graph.sites())
+    ]
     what = f"{graph.facts.origin}: {graph.weights():,} weights"
-    return _inspection(model, rows, what, graph.facts, _total(graph, formats), graph.weights())
+    return _inspection(model, rows, what, graph.facts, network.nbytes, graph.weights())
 
 
 def _inspect_integer(model: str, network: IntegerNetwork) -> Inspection:
@@ -128,86 +239,24 @@ def _inspection(model: str, rows: list[Row], what: str, facts: Facts, nbytes: in
         f"{what}, {work:,} multiplications for an input of {shape}",
         f"{size(nbytes)} of weights, {bits:.2f} bits per weight",
     )
-    return Inspection(
-        model=model, rows=tuple(rows), remarks=remarks, nbytes=nbytes, weights=count, bits_per_weight=bits
-    )
+    return Inspection.of(model, rows, remarks, nbytes, count)
 
 
-def _row(site: LayerSite, formats: Mapping[str, Packing], step: str = "", status: str = "", reason: str = "") -> Row:
-    format = formats.get(site.name)
-    nbytes = _nbytes(site, format)
-    return Row.of(site, str(format) if format else "float32", nbytes, step=step, status=status, reason=reason)
-
-
-def _table(row: LedgerRow, step: str = "") -> Row:
+def _table(row: LedgerRow) -> Row:
     """A matrix that is no layer and stays as it is, such as an embedding."""
     fields = row.model_dump(include={"name", "kind", "shape", "format", "bits_per_weight", "nbytes", "reason"})
-    return Row(step=step, status="keep", **fields)
+    return Row(status="keep", **fields)
 
 
-def _nbytes(site: LayerSite, format: Packing | None) -> int:
-    return format.nbytes(site.shape, _FLOAT) if format else site.rows * site.columns * _FLOAT
-
-
-def _total(graph: Graph, formats: Mapping[str, Packing]) -> int:
-    """Bytes of all tensors that a checkpoint holds; what is no layer's weight stays as it is."""
-    sites = {site.parameter: site for site in graph.sites()}
-    others: int = sum(
-        tensor.nbytes
-        for name, tensor in graph.module.state_dict().items()
-        if name not in sites and not name.endswith(".num_batches_tracked")
-    )
-    return others + sum(_nbytes(site, formats.get(site.name)) for site in sites.values())
-
-
-def _forward_and_gram(choices: Mapping[str, Choice], work: Mapping[str, int], options: Pass) -> float:
-    """Multiplications of one input's forward, and of the Gram matrices of its patches for passes over layers."""
-    total = float(sum(work.values()))
-    if Needs.GRAM in options.needs:
-        for choice in choices.values():
-            site = choice.site
-            # As many patches as the layer computes outputs of one channel.
-            patches = work[site.name] / max(site.rows * site.columns, 1)
-            total += patches * site.groups * site.columns**2
-    return total
-
-
-def _forwards(options: Pass, calibration: Calibration) -> float:
-    """How many forwards of all calibration inputs a pass comes to; a backward is about two."""
-    if not isinstance(options, TrainPass):
-        return 1.0
-    batch = (options.batch_size or calibration.batch_size) * options.accumulation
-    per_epoch = math.ceil(calibration.samples / batch)
-    epochs = options.total(per_epoch) / per_epoch
-    return epochs * (3 + _teachers(options)) + (math.ceil(epochs) + 1) * (1 + _teachers(options))
+def _numbers(choices: Mapping[str, Choice]) -> int:
+    """How many weights the layers have that are taken."""
+    sites = [choice.site for choice in choices.values() if choice.config is not None]
+    return sum(site.rows * site.columns for site in sites)
 
 
 def _teachers(options: TrainPass) -> int:
     """How many networks a training compares with."""
     return sum(flag in options.needs for flag in (Needs.DENSE, Needs.ORIGINAL))
-
-
-def _memory(graph: Graph, recipe: Recipe) -> int:
-    """Twice the weights, and for a batch the tensors alive at the busiest node, with a copy of the largest.
-
-    A training keeps every tensor of a batch with its gradient, and of the weights a gradient, two moments of the
-    optimizer, the best so far, and the networks that it compares with.
-    """
-    live, peak = _live_numbers(graph)
-    weights, calibration = graph.weights(), recipe.calibration
-    training = [step.config for step in recipe.passes if isinstance(step.config, TrainPass)]
-    whole = any(Needs.DENSE in step.needs for step in recipe.passes if not isinstance(step.config, TrainPass))
-    whole |= calibration.inputs == "compressed"
-    count = calibration.samples if whole else calibration.batch_size
-    needed = any(step.needs for step in recipe.passes)
-    numbers = [2 * weights + (count * (2 * live + peak) if needed else 0)]
-    shapes = graph.shapes() if training else {}
-    made = [node.name for node in graph.nodes if node.op not in ("get_attr", "output")]
-    every = sum(math.prod(shapes[name]) for name in made if name in shapes)
-    for options in training:
-        batch = options.batch_size or calibration.batch_size
-        numbers.append((6 + _teachers(options)) * weights + 2 * batch * every)
-    return BASE_MEMORY + max(numbers) * _FLOAT
 
 
 def _live_numbers(graph: Graph) -> tuple[int, int]:
@@ -226,4 +275,4 @@ def _live_numbers(graph: Graph) -> tuple[int, int]:
     return most, max(shapes.values(), default=0)
 
 
-__all__ = ["inspect", "make"]
+__all__ = ["PlannedGraph", "inspect"]

@@ -41,9 +41,9 @@ class FoundLanguageModel:
         return LanguageModel(recipe, self.source)
 
     def inspect(self, reading: Reading) -> Inspection:
-        from effcli.run import plan
+        from effcli.language import plan
 
-        return plan.inspect(self.name, reading.trust_remote_code)
+        return plan.inspect(self.name, self.source, reading.trust_remote_code)
 
     def evaluate(self, options: Evaluate, reading: Reading, reference: str | None = None) -> Quality:
         from effcli.language import evaluate

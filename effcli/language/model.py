@@ -16,6 +16,7 @@ from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, verify
 from effcli.language.cutting import cut_model
 from effcli.language.evaluate import Evaluation
+from effcli.language.plan import PlannedModel
 from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
@@ -87,7 +88,9 @@ class LanguageModel:
         return step
 
     def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
-        return make(self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)}))
+        recipe = self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)})
+        weights = open_weights(self.source, recipe.trust_remote_code)
+        return make(recipe, PlannedModel(weights, recipe.calibration))
 
     def unlimited(self, quantity: Quantity) -> str:
         return _UNLIMITED.get(quantity, "")

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 
 from effcli.errors import SelectionError, UnsupportedError, did_you_mean
+from effcli.formats import Packing
 from effcli.layers.contract import Change, CutPass, LayerPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 
@@ -34,6 +35,15 @@ class Choice:
         if Change.MASK in self.config.changes and self.config.result is None:
             return "prune"
         return "change" if self.config.result is None else "compress"
+
+    def leaves(self, before: Packing | None) -> Packing | None:
+        """The format of the layer's weights, `before` until then; None where they are floating-point numbers.
+
+        A pass over single layers stores what it returns. Others without a format of their own keep that of the layer.
+        """
+        if self.config is None or (self.config.result is None and not isinstance(self.config, LayerPass)):
+            return before
+        return self.config.result
 
 
 def needs_of(variants: Iterable[Mapping[str, Choice]]) -> Needs:

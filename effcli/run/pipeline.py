@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 # The report of a finished run, and why its exports ended early if they did.
 _Done = tuple[Report, EffcliError | None]
-# Room that a run needs beside the planned bytes: hidden states, the parts before they are joined, the report.
+# Room that a run needs for the planned bytes: the parts before they are joined, what measures them, the report.
 _DISK_FACTOR = 2.2
 
 
@@ -200,7 +200,7 @@ class _Run:
     def _check_space(self, plan: Plan) -> None:
         # What stands in the working folder is either needed no more or written already.
         free = shutil.disk_usage(existing(self.output.parent)).free + self.place.nbytes
-        needed = int(plan.output_bytes * _DISK_FACTOR)
+        needed = int(plan.output_bytes * _DISK_FACTOR) + plan.disk_bytes
         if free < needed:
             raise OutputError(
                 f"no space left for {self.output}: about {size(needed)} are needed, {size(free)} are free",

@@ -18,9 +18,10 @@ from effcli.files.checkpoint import Checkpoint
 from effcli.graphs import plan
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork, Linear, Program, Value
+from effcli.graphs.plan import PlannedGraph
 from effcli.graphs.sweep import graph_sweep
-from effcli.run.plan import Plan
-from effcli.run.recipe import check
+from effcli.run.plan import Plan, make
+from effcli.run.recipe import Recipe, check
 
 
 def small() -> Graph:
@@ -30,7 +31,11 @@ def small() -> Graph:
 
 def planned(graph: Graph, *steps: Any, **calibration: Any) -> Plan:
     recipe = check({"model": "net.pt2", "passes": list(steps), "calibration": calibration})
-    return plan.make(recipe.for_graph(), graph)
+    return plan_of(recipe.for_graph(), graph)
+
+
+def plan_of(recipe: Recipe, graph: Graph) -> Plan:
+    return make(recipe, PlannedGraph(graph, recipe.calibration))
 
 
 def test_bytes_by_hand() -> None:
@@ -66,7 +71,7 @@ def test_planned_bytes_are_those_of_the_file(options: dict[str, Any], tmp_path: 
     graph.save(tmp_path / "before")
     recipe = check({"model": "net.pt2", "passes": [step]}).for_graph()
     graph_sweep(tmp_path / "before", tmp_path / "after", recipe.passes[0])
-    found = plan.make(recipe, graph)
+    found = plan_of(recipe, graph)
     sizes = [
         sum(entry.nbytes for entry in Checkpoint.open(tmp_path / name).entries.values()) for name in ("before", "after")
     ]
@@ -96,7 +101,7 @@ def test_an_integer_network_is_planned_as_it_is_written(build: Any, steps: list[
     """Formats and bytes of every layer, and the bytes of the file, with the constants that are no layer's."""
     graph = build()
     recipe = check({"model": "net.pt2", "passes": steps}).for_graph()
-    found = plan.make(recipe, graph)
+    found = plan_of(recipe, graph)
     source = tmp_path / "0"
     source.mkdir()
     graph.save(source)
@@ -128,7 +133,7 @@ def test_an_embedding_stays_floating_until_the_network_is_of_integers(tmp_path: 
     graph.save(tmp_path / "before")
     recipe = check({"model": "net.pt2", "passes": [step]}).for_graph()
     result = graph_sweep(tmp_path / "before", tmp_path / "after", recipe.passes[0])
-    found = plan.make(recipe, graph)
+    found = plan_of(recipe, graph)
     assert [(row.name, row.kind, row.format, row.nbytes) for row in found.rows] == [
         (row.name, row.kind, row.format, row.nbytes) for row in result.ledger
     ]

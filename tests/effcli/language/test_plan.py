@@ -13,14 +13,21 @@ from safetensors.torch import load_file, save_file
 from effcli.errors import CheckpointError, SelectionError
 from effcli.files.checkpoint import Checkpoint
 from effcli.inputs.text import Windows
+from effcli.language import plan
+from effcli.language.plan import PlannedModel
 from effcli.language.sweep import sweep
+from effcli.language.weights import open_weights
 from effcli.layers.result import PassResult
-from effcli.run import plan
+from effcli.run.plan import Plan, make
 from effcli.run.recipe import Recipe, check
 
 
 def recipe(source: Path, *steps: dict[str, Any]) -> Recipe:
     return check({"model": str(source), "passes": list(steps)})
+
+
+def plan_of(made: Recipe) -> Plan:
+    return make(made, PlannedModel(open_weights(Path(made.model)), made.calibration))
 
 
 def carried_out(made: Recipe, folder: Path) -> tuple[PassResult, Path]:
@@ -72,7 +79,7 @@ def test_planned_bytes_are_those_of_the_file(
     dtype = torch.float32 if name == "gpt2" else torch.bfloat16
     source = architectures.make(name, tmp_path / "model", dtype, **changes)
     made = recipe(source, *steps)
-    planned = plan.make(made)
+    planned = plan_of(made)
     assert planned.input_bytes == tensor_bytes(source)
     result, out = carried_out(made, tmp_path)
     assert planned.output_bytes == tensor_bytes(out)
@@ -84,7 +91,7 @@ def test_planned_bytes_are_those_of_the_file(
 
 def test_every_layer_has_a_row_for_every_step(tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path)
-    planned = plan.make(recipe(source, {"linear": {"bits": 8, "ignore": ["*.q_proj"]}}, {"linear": {"bits": 4}}))
+    planned = plan_of(recipe(source, {"linear": {"bits": 8, "ignore": ["*.q_proj"]}}, {"linear": {"bits": 4}}))
     assert len(planned.rows) == 2 * 16
     first = {row.name: row for row in planned.rows[:16]}
     assert first["model.layers.0.self_attn.q_proj"].status == "keep"
@@ -95,7 +102,7 @@ def test_every_layer_has_a_row_for_every_step(tmp_path: Path) -> None:
 
 def test_a_scale_alone_is_a_change_and_no_compression(tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path / "model")
-    planned = plan.make(recipe(source, {"smoothquant": {"ignore": ["*.1.*"]}}))
+    planned = plan_of(recipe(source, {"smoothquant": {"ignore": ["*.1.*"]}}))
     assert {row.status for row in planned.rows if ".1." in row.name} == {"keep"}
     assert {row.status for row in planned.rows if ".0." in row.name} == {"change"}
 
@@ -103,29 +110,29 @@ def test_a_scale_alone_is_a_change_and_no_compression(tmp_path: Path) -> None:
 def test_memory_counts_what_a_pass_makes_of_a_gram_matrix(tmp_path: Path) -> None:
     """The factors of the widest layer: three matrices of its inputs."""
     source = architectures.make("llama", tmp_path / "model", intermediate_size=96)
-    with_factors, without = (plan.make(recipe(source, {name: {"group_size": 32}})) for name in ("gptq", "awq"))
+    with_factors, without = (plan_of(recipe(source, {name: {"group_size": 32}})) for name in ("gptq", "awq"))
     assert with_factors.memory_bytes - without.memory_bytes == 3 * 4 * 96**2
 
 
 def test_a_layout_that_stock_loaders_refuse_is_said_beforehand(tmp_path: Path) -> None:
-    planned = plan.make(recipe(architectures.make("gpt2", tmp_path), {"linear": {"bits": 4}}))
+    planned = plan_of(recipe(architectures.make("gpt2", tmp_path), {"linear": {"bits": 4}}))
     assert any("which stock loaders refuse" in text and "Conv1D" in text for text in planned.remarks)
 
 
 def test_what_would_fail_fails_before_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = architectures.make("llama", tmp_path)
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
-    plan.make(recipe(source, {"awq": {"bits": 4}}))
+    plan_of(recipe(source, {"awq": {"bits": 4}}))
     with pytest.raises(SelectionError, match="group size 48 does not divide"):
-        plan.make(recipe(source, {"linear": {"bits": 8}}, {"awq": {"group_size": 48}}))
+        plan_of(recipe(source, {"linear": {"bits": 8}}, {"awq": {"group_size": 48}}))
     (source / "model.safetensors").unlink()
     with pytest.raises(CheckpointError):
-        plan.make(recipe(source, {"linear": {"bits": 8}}))
+        plan_of(recipe(source, {"linear": {"bits": 8}}))
 
 
 def test_an_inspection_counts_every_matrix(tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path, torch.bfloat16)
-    found = plan.inspect(str(source))
+    found = plan.inspect(str(source), source)
     assert {row.name for row in found.rows} >= {"lm_head", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj"}
     assert sum(row.nbytes for row in found.rows) == tensor_bytes(source) - 5 * 64 * 2
     assert found.nbytes == (source / "model.safetensors").stat().st_size
@@ -134,7 +141,7 @@ def test_an_inspection_counts_every_matrix(tmp_path: Path) -> None:
 
 def test_a_tied_head_has_no_bytes_of_its_own(tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path, torch.bfloat16, tie_word_embeddings=True)
-    found = plan.inspect(str(source))
+    found = plan.inspect(str(source), source)
     assert sum(row.nbytes for row in found.rows) == tensor_bytes(source) - 5 * 64 * 2
     assert {row.name: row.nbytes for row in found.rows}["lm_head"] == 0
 
@@ -144,7 +151,7 @@ def test_what_the_network_does_not_use_has_a_row(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     save_file({**tensors, "mtp.weight": torch.ones(3, 5)}, source / "model.safetensors", {"format": "pt"})
     made = recipe(source, {"linear": {"bits": 8, "group_size": 16}})
-    planned = plan.make(made)
+    planned = plan_of(made)
     result, out = carried_out(made, tmp_path)
     assert planned.output_bytes == tensor_bytes(out)
     rows = {row.name: row for row in planned.rows}

@@ -1,0 +1,282 @@
+"""What a plan asks of a language model, and what such a model consists of: from headers, no weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from effcli.errors import SelectionError
+from effcli.files.checkpoint import DTYPES
+from effcli.files.layout import Stored
+from effcli.formats import Dense, Packing
+from effcli.inputs import text
+from effcli.inputs.options import Calibration
+from effcli.inputs.tokens import longest_sequence
+from effcli.language.weights import Weights, open_weights
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import CARRIED, MATRIX
+from effcli.layers.selection import Choice, needs_of
+from effcli.reports.units import size
+from effcli.run.plan import FLOAT, Effort, Inspection, Row
+from effcli.run.recipe import PassStep
+
+
+class PlannedModel:
+    """See `effcli.run.plan.Planned`. calibration: of the recipe, whose windows go through the blocks."""
+
+    counted: ClassVar[tuple[str, float]] = ("TFLOP", 1e12)
+    at_a_time: ClassVar[str] = ", for one block and its statistics at a time"
+
+    def __init__(self, weights: Weights, calibration: Calibration) -> None:
+        self._weights = weights
+        self._skeleton = weights.skeleton
+        self._calibration = calibration
+        self._formats: dict[str, Packing] = {name: item.format for name, item in weights.stored.items()}
+        # The layers that a step wrote anew.
+        self._taken: set[str] = set()
+
+    @property
+    def weights(self) -> int:
+        return self._skeleton.weights()
+
+    def sites(self) -> list[LayerSite]:
+        return self._skeleton.sites()
+
+    def left_alone(self, step: str, lm_head: bool) -> Mapping[str, str]:
+        return self._skeleton.left_alone(step, lm_head)
+
+    def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
+        for name, choice in choices.items():
+            format = choice.leaves(self._formats.pop(name, None))
+            if format is not None:
+                self._formats[name] = format
+            if choice.config is not None:
+                self._taken.add(name)
+
+    @property
+    def nbytes(self) -> int:
+        skeleton, weights = self._skeleton, self._weights
+        apart = skeleton.head in self._taken
+        left_out = weights.left_out(apart)
+        names = [name for name in skeleton.parameters() if name not in left_out]
+        if skeleton.tied and apart:
+            names.append(f"{skeleton.head}.weight")
+        state = skeleton.model.state_dict()
+        total = 0
+        for name in names:
+            sites = weights.sites(name)
+            if sites:
+                total += sum(map(self._nbytes, sites))
+            else:
+                total += state[name].numel() * weights.dtype_of(name).itemsize
+        return total + sum(entry.nbytes for entry in weights.carried().values())
+
+    def _nbytes(self, site: LayerSite) -> int:
+        format, itemsize = self._formats.get(site.name), self._weights.dtype_of(site.parameter).itemsize
+        if site.name not in self._taken:
+            if format is not None:
+                return self._weights.packed_bytes(site.name)
+            if self._skeleton.tied and site.name == self._skeleton.head:
+                return 0
+        return site.rows * site.columns * itemsize if format is None else format.nbytes(site.shape, itemsize)
+
+    def rows(self, choices: Iterable[Choice]) -> list[Row]:
+        return [self._row(choice) for choice in choices] + self._others()
+
+    def _row(self, choice: Choice) -> Row:
+        site = choice.site
+        format = self._formats.get(site.name) or Dense(self._weights.dtype_of(site.parameter))
+        return Row.of(site, str(format), self._nbytes(site), status=choice.planned, reason=choice.reason)
+
+    def _others(self) -> list[Row]:
+        """What is no layer and stays as it is: embeddings, other matrices, and what the network does not use."""
+        state = self._skeleton.model.state_dict()
+        rows = [
+            _dense(name, "embedding", tuple(state[name].shape), self._weights.dtype_of(name), MATRIX)
+            for name in self._skeleton.parameters()
+            if not self._weights.sites(name) and state[name].ndim > 1
+        ]
+        carried = self._weights.carried().items()
+        return rows + [_dense(name, "other", entry.shape, DTYPES[entry.dtype], CARRIED) for name, entry in carried]
+
+    def remarks(self, step: PassStep, name: str) -> list[str]:
+        found = []
+        if step.needs and self._calibration.data is None:
+            found.append("calibration text: the sample model's own; give your domain's with --calib FILE")
+        obstacles = self._obstacles()
+        if obstacles:
+            layer, why = next(iter(obstacles.items()))
+            found.append(
+                f"{name}: effcli's own layout, which stock loaders refuse; {len(obstacles)} layers have no place in "
+                f"the standard format, such as {layer} ({why})"
+            )
+        return found
+
+    def _obstacles(self) -> dict[str, str]:
+        """The layers that the standard format has no place for as things stand, and why."""
+        kinds = {site.name: site.kind for site in self.sites()}
+        layers = {name: Stored(format, kinds[name]) for name, format in self._formats.items()}
+        return self._weights.obstacles({**layers, **self._weights.foreign})
+
+    def effort(self, step: PassStep, choices: Mapping[str, Choice]) -> Effort:
+        blocks = [self._skeleton.block_layers(k) for k in range(len(self._skeleton.blocks))]
+        if not any(blocks):
+            raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
+        memory = self._working(step, blocks)
+        if not step.needs:
+            return Effort(0.0, memory)
+        operations, disk = self._operations(choices), 2 * self.states(self._skeleton.dtype)
+        if not needs_of([choices]).gradients:
+            return Effort(operations, memory, disk)
+        made = _Gradients(self, choices, blocks)
+        return Effort(operations + made.operations, max(memory + made.held, made.memory), disk + made.disk)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return text.window_length(self._calibration, longest_sequence(self._skeleton.config))
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens, where the text has so many."""
+        return self._calibration.samples * self.length
+
+    def states(self, dtype: torch.dtype) -> int:
+        """Bytes of the hidden states of all tokens at one place between the blocks."""
+        config = self._skeleton.config.get_text_config()
+        embedded: int = self._skeleton.model.get_parameter(self._skeleton.embedding).shape[-1]
+        width: int = getattr(config, "hidden_size", embedded)
+        return self.tokens * width * dtype.itemsize
+
+    def outer(self, itemsize: int) -> int:
+        """Bytes of what stands outside the blocks."""
+        state = self._skeleton.model.state_dict()
+        numbers: int = sum(state[name].numel() for name in self._skeleton.outer_parameters())
+        return numbers * itemsize
+
+    def _working(self, step: PassStep, blocks: Sequence[Sequence[LayerSite]]) -> int:
+        """The parts outside the blocks, the largest block, its float32 working set, Gram matrices and one batch.
+
+        Of a Gram matrix there are two, for the inputs before and after their scales, and what the pass makes of it.
+        """
+        largest = max(blocks, key=_numbers)
+        itemsize = self._skeleton.dtype.itemsize
+        widest = max(site.rows * site.columns for site in largest)
+        total = self.outer(itemsize) + _numbers(largest) * itemsize + 5 * widest * FLOAT
+        if step.needs:
+            squares = {site.columns: site.columns**2 for site in largest}
+            total += _numbers(largest) * FLOAT
+            total += (2 * sum(squares.values()) + step.config.workspace * max(squares.values())) * FLOAT
+            batch = self._calibration.batch_size * self.length
+            total += 6 * batch * max(max(site.rows, site.columns) for site in largest) * itemsize
+        return total
+
+    def _operations(self, choices: Mapping[str, Choice]) -> float:
+        """Floating-point operations of the forwards over all tokens and of the Gram matrices."""
+        sites = [choice.site for choice in choices.values()]
+        forward = 2.0 * self.tokens * _numbers(sites)
+        # Layers of one parent module with inputs of one width share their input, which is close enough for an estimate.
+        widths = {(site.name.rpartition(".")[0], site.columns) for site in sites}
+        gram = 2.0 * self.tokens * sum(columns**2 for _, columns in widths)
+        return forward * (2 if self._calibration.inputs == "compressed" else 1) + gram
+
+
+class _Gradients:
+    """What gradients of the layers that a step takes add, as `effcli.language.backward.StoredGradients` makes them.
+
+    blocks: the layers of each block.
+    """
+
+    def __init__(
+        self, model: PlannedModel, choices: Mapping[str, Choice], blocks: Sequence[Sequence[LayerSite]]
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        # Bytes of the sums of one weight.
+        self._sums = len(needs_of([choices]).gradients) * FLOAT
+        taken = {name for name, choice in choices.items() if choice.config is not None}
+        inside = {site.name for sites in blocks for site in sites}
+        # Weights that gradients are of, in each block and in the output head.
+        self._taken = [_numbers(site for site in sites if site.name in taken) for sites in blocks]
+        self._head = _numbers(choices[name].site for name in taken - inside)
+
+    @property
+    def operations(self) -> float:
+        """A forward; once more through each block, and back; and for each weight that is taken its gradient."""
+        numbers = 3 * sum(map(_numbers, self._blocks)) + sum(self._taken) + self._head
+        return 2.0 * self._model.tokens * numbers
+
+    @property
+    def held(self) -> int:
+        """Bytes of the sums of one block, while its layers are compressed."""
+        return self._sums * max(*self._taken, self._head)
+
+    @property
+    def memory(self) -> int:
+        """Bytes while they are made: of what stands outside the blocks, and of one block with all that a window leaves.
+
+        Everything is float32, and a weight has a sum for the sample at hand besides.
+        """
+        blocks = [
+            FLOAT * (_numbers(sites) + 2 * self._model.length * _widths(sites)) + (self._sums + FLOAT) * taken
+            for sites, taken in zip(self._blocks, self._taken, strict=True)
+        ]
+        return self._model.outer(FLOAT) + max(*blocks, (self._sums + FLOAT) * self._head)
+
+    @property
+    def disk(self) -> int:
+        """Bytes at the peak: hidden states before each block, gradients before and behind one, and the sums.
+
+        On the way back the states before a block are removed once its sums are written.
+        """
+        states, written, most = self._model.states(torch.float32), self._sums * self._head, 0
+        for k in reversed(range(len(self._blocks))):
+            written += self._sums * self._taken[k]
+            most = max(most, (k + 3) * states + written)
+        return most
+
+
+def inspect(model: str, source: Path, trust_remote_code: bool = False) -> Inspection:
+    """What the checkpoint in `source` consists of, which is called `model`."""
+    weights = open_weights(source, trust_remote_code)
+    skeleton, nbytes = weights.skeleton, weights.checkpoint.nbytes
+    count = skeleton.weights()
+    remarks = [
+        f"{skeleton.config.model_type}: {count:,} weights in {len(skeleton.blocks)} blocks ({skeleton.block_path})",
+        f"{size(nbytes)} on disk, {8 * nbytes / count:.2f} bits per weight",
+    ]
+    if skeleton.tied:
+        remarks.append(f"{skeleton.head} shares its weight with the input embedding")
+    rows = PlannedModel(weights, Calibration()).rows(Choice(site, None) for site in skeleton.sites())
+    return Inspection.of(model, rows, remarks, nbytes, count)
+
+
+def _dense(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str) -> Row:
+    return Row(
+        name=name,
+        kind=kind,
+        shape=shape,
+        format=str(Dense(dtype)),
+        bits_per_weight=8 * dtype.itemsize,
+        nbytes=math.prod(shape) * dtype.itemsize,
+        status="keep",
+        reason=reason,
+    )
+
+
+def _numbers(sites: Iterable[LayerSite]) -> int:
+    """How many weights the layers have."""
+    return sum(site.rows * site.columns for site in sites)
+
+
+def _widths(sites: Iterable[LayerSite]) -> int:
+    """Inputs and outputs of a token in all layers; of a stack of experts it takes few, which are counted as one."""
+    stacks = {site.parameter: site.rows + site.columns for site in sites}
+    return sum(stacks.values())
+
+
+__all__ = ["PlannedModel", "inspect"]
