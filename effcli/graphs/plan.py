@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from effcli import importers
-from effcli.formats import Packing
+from effcli.formats import Dense, Packing, Quantized
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
@@ -23,6 +25,7 @@ from effcli.reports.units import size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row
 from effcli.run.recipe import PassStep
 
+_DENSE = Dense(torch.float32)
 # Forwards that take as long as a backward.
 _BACKWARD = 2
 # Numbers that the optimizer keeps of each that it trains.
@@ -38,7 +41,12 @@ class PlannedGraph:
     def __init__(self, graph: Graph, calibration: Calibration) -> None:
         self._graph = graph
         self._calibration = calibration
-        self._formats: dict[str, Packing] = {name: weight.format for name, weight in graph.stored.items()}
+        held = {site.name: graph.held(site) for site in graph.sites()}
+        self._formats: dict[str, Packing] = {
+            name: weight.format if isinstance(weight, Quantized) else _DENSE for name, weight in held.items()
+        }
+        # Bytes of the layers that no step has taken.
+        self._stored = {name: weight.nbytes for name, weight in held.items()}
         # With the modules that the steps so far leave.
         self._current = graph
         # The rows and the bytes of the integer network, once it is one.
@@ -56,12 +64,12 @@ class PlannedGraph:
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         for name, choice in choices.items():
-            format = choice.leaves(self._formats.pop(name, None))
-            if format is not None:
-                self._formats[name] = format
+            self._formats[name] = choice.leaves(self._formats[name], _DENSE)
+            if choice.config is not None:
+                self._stored.pop(name, None)
         if isinstance(step.config, NetworkPass):
             # Whether a batch norm stays depends on which layers are compressed by then, whatever their weights.
-            known: dict[str, Any] = dict.fromkeys(self._formats)
+            known: dict[str, Any] = {name: None for name, format in self._formats.items() if not format.floating}
             chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
             self._current = step.config.planned(Graph(self._current.module, self._graph.facts, known), chosen)
             prepared = step.config.integer(self._current)
@@ -82,8 +90,8 @@ class PlannedGraph:
         return others + sum(map(self._nbytes, sites.values()))
 
     def _nbytes(self, site: LayerSite) -> int:
-        format = self._formats.get(site.name)
-        return format.nbytes(site.shape, FLOAT) if format else site.rows * site.columns * FLOAT
+        known = self._stored.get(site.name)
+        return self._formats[site.name].nbytes(site.shape, FLOAT) if known is None else known
 
     def rows(self, choices: Iterable[Choice]) -> list[Row]:
         if self._integer is not None:
@@ -91,14 +99,8 @@ class PlannedGraph:
         return [self._row(choice) for choice in choices] + list(map(_table, table_rows(self._graph)))
 
     def _row(self, choice: Choice) -> Row:
-        format = self._formats.get(choice.site.name)
-        return Row.of(
-            choice.site,
-            str(format) if format else "float32",
-            self._nbytes(choice.site),
-            status=choice.planned,
-            reason=choice.reason,
-        )
+        format = str(self._formats[choice.site.name])
+        return Row.of(choice.site, format, self._nbytes(choice.site), status=choice.planned, reason=choice.reason)
 
     def remarks(self, step: PassStep, name: str) -> list[str]:
         return []

@@ -35,7 +35,10 @@ class PlannedModel:
         self._weights = weights
         self._skeleton = weights.skeleton
         self._calibration = calibration
-        self._formats: dict[str, Packing] = {name: item.format for name, item in weights.stored.items()}
+        self._formats: dict[str, Packing] = {
+            site.name: weights.stored[site.name].format if site.name in weights.stored else self._dense(site)
+            for site in self.sites()
+        }
         # The layers that a step wrote anew.
         self._taken: set[str] = set()
 
@@ -51,11 +54,12 @@ class PlannedModel:
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         for name, choice in choices.items():
-            format = choice.leaves(self._formats.pop(name, None))
-            if format is not None:
-                self._formats[name] = format
+            self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))
             if choice.config is not None:
                 self._taken.add(name)
+
+    def _dense(self, site: LayerSite) -> Dense:
+        return Dense(self._weights.dtype_of(site.parameter))
 
     @property
     def nbytes(self) -> int:
@@ -76,21 +80,20 @@ class PlannedModel:
         return total + sum(entry.nbytes for entry in weights.carried().values())
 
     def _nbytes(self, site: LayerSite) -> int:
-        format, itemsize = self._formats.get(site.name), self._weights.dtype_of(site.parameter).itemsize
         if site.name not in self._taken:
-            if format is not None:
+            if site.name in self._weights.stored:
                 return self._weights.packed_bytes(site.name)
             if self._skeleton.tied and site.name == self._skeleton.head:
                 return 0
-        return site.rows * site.columns * itemsize if format is None else format.nbytes(site.shape, itemsize)
+        return self._formats[site.name].nbytes(site.shape, self._dense(site).dtype.itemsize)
 
     def rows(self, choices: Iterable[Choice]) -> list[Row]:
         return [self._row(choice) for choice in choices] + self._others()
 
     def _row(self, choice: Choice) -> Row:
         site = choice.site
-        format = self._formats.get(site.name) or Dense(self._weights.dtype_of(site.parameter))
-        return Row.of(site, str(format), self._nbytes(site), status=choice.planned, reason=choice.reason)
+        format = str(self._formats[site.name])
+        return Row.of(site, format, self._nbytes(site), status=choice.planned, reason=choice.reason)
 
     def _others(self) -> list[Row]:
         """What is no layer and stays as it is: embeddings, other matrices, and what the network does not use."""
@@ -119,7 +122,8 @@ class PlannedModel:
     def _obstacles(self) -> dict[str, str]:
         """The layers that the standard format has no place for as things stand, and why."""
         kinds = {site.name: site.kind for site in self.sites()}
-        layers = {name: Stored(format, kinds[name]) for name, format in self._formats.items()}
+        packed = {name: format for name, format in self._formats.items() if not isinstance(format, Dense)}
+        layers = {name: Stored(format, kinds[name]) for name, format in packed.items()}
         return self._weights.obstacles({**layers, **self._weights.foreign})
 
     def effort(self, step: PassStep, choices: Mapping[str, Choice]) -> Effort:

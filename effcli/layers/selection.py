@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 
 from effcli.errors import SelectionError, UnsupportedError, did_you_mean
-from effcli.formats import Packing
+from effcli.formats import Bitmask, Dense, Packing, Sparse
+from effcli.formats.base import Values
 from effcli.layers.contract import Change, CutPass, LayerPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 
@@ -32,18 +33,28 @@ class Choice:
             return "keep"
         if Change.SHAPE in self.config.changes:
             return "cut"
-        if Change.MASK in self.config.changes and self.config.result is None:
+        result = self.config.result
+        floating = result is None or result.floating
+        if floating and Change.MASK in self.config.changes:
             return "prune"
-        return "change" if self.config.result is None else "compress"
+        return "change" if floating else "compress"
 
-    def leaves(self, before: Packing | None) -> Packing | None:
-        """The format of the layer's weights, `before` until then; None where they are floating-point numbers.
+    def leaves(self, before: Packing, dense: Dense) -> Packing:
+        """The format of the layer's weights, `before` until then, as far as it is known; dense: of floating ones.
 
-        A pass over single layers stores what it returns. Others without a format of their own keep that of the layer.
+        A pass over single layers stores what it returns; others without a format of their own keep that of the layer.
+        What was removed of a weight stays removed.
         """
-        if self.config is None or (self.config.result is None and not isinstance(self.config, LayerPass)):
+        if self.config is None:
             return before
-        return self.config.result
+        result = self.config.result
+        if result is None:
+            result = dense if isinstance(self.config, LayerPass) else before
+        removes = Bitmask() if Change.MASK in self.config.changes else None
+        pattern = next((format.pattern for format in (result, before) if isinstance(format, Sparse)), removes)
+        values = result.values if isinstance(result, Sparse) else result
+        values = dense if values.floating else values
+        return Sparse(pattern, values) if pattern is not None and isinstance(values, Values) else values
 
 
 def needs_of(variants: Iterable[Mapping[str, Choice]]) -> Needs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import architectures
 import pytest
@@ -12,22 +12,60 @@ from safetensors.torch import load_file, save_file
 
 from effcli.errors import CheckpointError, SelectionError
 from effcli.files.checkpoint import Checkpoint
+from effcli.formats import Mask
 from effcli.inputs.text import Windows
 from effcli.language import plan
+from effcli.language.backward import StoredGradients
 from effcli.language.plan import PlannedModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
+from effcli.layers.contract import Change, Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.layers.result import PassResult
 from effcli.run.plan import Plan, make
-from effcli.run.recipe import Recipe, check
+from effcli.run.recipe import PassStep, Recipe, check
 
 
-def recipe(source: Path, *steps: dict[str, Any]) -> Recipe:
+class Halve(LayerPass):
+    """Another package's: halves every weight, and says nothing of its format. asks: for what."""
+
+    asks: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.asks)
+
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        return Outcome(layer.weight / 2)
+
+
+class Prune(LayerPass):
+    """Keeps the larger half of each row."""
+
+    changes: ClassVar[Change] = Change.VALUES | Change.MASK
+
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        weight = layer.weight
+        return Outcome(weight, mask=Mask(weight.abs() >= weight.abs().median(1, keepdim=True).values))
+
+
+HALVE, PRUNE = PassStep(name="halve", config=Halve()), PassStep(name="prune", config=Prune())
+
+
+def asking(needs: Needs, **options: Any) -> PassStep:
+    return PassStep(name="asking", config=Halve(asks=needs.value, **options))
+
+
+def recipe(source: Path, *steps: Any) -> Recipe:
     return check({"model": str(source), "passes": list(steps)})
 
 
 def plan_of(made: Recipe) -> Plan:
     return make(made, PlannedModel(open_weights(Path(made.model)), made.calibration))
+
+
+def calibrated(source: Path, step: Any, samples: int) -> Plan:
+    """The plan of one step on windows of 16 tokens."""
+    return plan_of(check({"model": str(source), "passes": [step], "calibration": {"samples": samples, "length": 16}}))
 
 
 def carried_out(made: Recipe, folder: Path) -> tuple[PassResult, Path]:
@@ -46,7 +84,7 @@ def tensor_bytes(path: Path) -> int:
     return sum(entry.nbytes for entry in Checkpoint.open(path).entries.values())
 
 
-STEPS: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]] = {
+STEPS: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
     "linear": ("llama", {}, ({"linear": {"bits": 4}},)),
     "odd bits, channel": ("llama", {}, ({"linear": {"bits": 5, "granularity": "channel"}},)),
     "tensor, asymmetric": ("llama", {}, ({"linear": {"bits": 3, "granularity": "tensor"}},)),
@@ -61,6 +99,14 @@ STEPS: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]] = {
     "single layers": ("llama", {}, ({"linear": {"bits": 4, "layers": {"*.v_proj": {"bits": 8, "group_size": 16}}}},)),
     "scales alone": ("llama", {}, ({"awq": {"round": False}},)),
     "scales, then rounding": ("llama", {}, ({"awq": {"round": False}}, {"gptq": {"bits": 3, "scales": False}})),
+    "no format": ("llama", {}, (HALVE,)),
+    "compressed layers without a format": ("llama", {}, ({"linear": {"bits": 4}}, HALVE)),
+    "compressed layers, scaled": ("llama", {}, ({"linear": {"bits": 4, "ignore": ["*.1.*"]}}, {"smoothquant": {}})),
+    "tied head without a format": (
+        "llama",
+        {"tie_word_embeddings": True},
+        (PassStep(name="halve", config=Halve(lm_head=True)),),
+    ),
     "int8 inputs": ("llama", {}, ({"linear": {"activations": "int8"}},)),
     "nf4": ("llama", {}, ({"nf4": {"double": True}},)),
     "tables": ("llama", {}, ({"kmeans": {"bits": 3, "huffman": False}},)),
@@ -74,7 +120,7 @@ STEPS: dict[str, tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]] = {
 
 @pytest.mark.parametrize(("name", "changes", "steps"), STEPS.values(), ids=STEPS)
 def test_planned_bytes_are_those_of_the_file(
-    name: str, changes: dict[str, Any], steps: tuple[dict[str, Any], ...], tmp_path: Path
+    name: str, changes: dict[str, Any], steps: tuple[Any, ...], tmp_path: Path
 ) -> None:
     dtype = torch.float32 if name == "gpt2" else torch.bfloat16
     source = architectures.make(name, tmp_path / "model", dtype, **changes)
@@ -112,6 +158,71 @@ def test_memory_counts_what_a_pass_makes_of_a_gram_matrix(tmp_path: Path) -> Non
     source = architectures.make("llama", tmp_path / "model", intermediate_size=96)
     with_factors, without = (plan_of(recipe(source, {name: {"group_size": 32}})) for name in ("gptq", "awq"))
     assert with_factors.memory_bytes - without.memory_bytes == 3 * 4 * 96**2
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (PRUNE,),
+        (PRUNE, {"linear": {"bits": 4}}),
+        (PRUNE, {"kmeans": {"bits": 3, "huffman": False}}, HALVE),
+        ({"linear": {"bits": 8}}, PRUNE),
+    ],
+)
+def test_pruned_layers_have_their_formats_and_at_least_their_bytes(steps: tuple[Any, ...], tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16)
+    made = recipe(source, *steps)
+    planned = plan_of(made)
+    result, out = carried_out(made, tmp_path)
+    rows = {row.name: row for row in planned.rows if row.step == planned.rows[-1].step}
+    assert {name: row.format for name, row in rows.items()} == {row.name: row.format for row in result.ledger}
+    assert sum("sparse" in row.format for row in result.ledger) == 14
+    assert all(rows[row.name].nbytes >= row.nbytes for row in result.ledger)
+    assert planned.output_bytes >= tensor_bytes(out)
+
+
+@pytest.mark.parametrize("needs", [Needs.GRADIENTS, Needs.GRADIENTS | Needs.SQUARED_GRADIENTS])
+def test_gradients_are_counted(needs: Needs, tmp_path: Path) -> None:
+    """Without the output head, and without one layer of each block."""
+    source = architectures.make("llama", tmp_path / "model")
+    found, without = (
+        calibrated(source, asking(asked, ignore=["*.up_proj"]), 8) for asked in (needs | Needs.GRAM, Needs.GRAM)
+    )
+    blocks = [row for row in found.rows if row.name.startswith("model.layers")]
+    numbers = sum(row.shape[0] * row.shape[1] for row in blocks)
+    taken = sum(row.shape[0] * row.shape[1] for row in blocks if row.status == "change")
+    assert 0 < taken < numbers
+    # A forward, another one of each block and a backward through it, and the gradients of the weights that are taken.
+    assert found.operations - without.operations == 2 * 8 * 16 * (3 * numbers + taken)
+    # Sums of a block while its layers are compressed.
+    assert found.memory_bytes - without.memory_bytes >= len(needs) * 4 * taken / 2
+    assert any("forwards, gradients and Gram" in text for text in found.remarks)
+    assert any(text.startswith("disk: about") for text in found.remarks)
+    assert not any(text.startswith("disk") or "gradients" in text for text in without.remarks)
+
+
+def test_gradients_take_the_disk_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = architectures.make("llama", tmp_path / "model")
+    step = asking(Needs.GRADIENTS | Needs.SQUARED_GRADIENTS, lm_head=True)
+    sizes: list[int] = []
+    keep = StoredGradients._keep
+
+    def watched(self: StoredGradients, *args: Any) -> None:
+        keep(self, *args)
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / "work").iterdir()))
+
+    monkeypatch.setattr(StoredGradients, "_keep", watched)
+    (tmp_path / "out").mkdir()
+    ids = torch.randint(architectures.VOCABULARY, (24, 16), generator=torch.Generator().manual_seed(0))
+    sweep(source, tmp_path / "out", step, Windows([ids]), tmp_path / "work")
+    planned = calibrated(source, step, 24).disk_bytes
+    assert len(sizes) == 3 and 0.9 * planned < max(sizes) < 1.1 * planned
+
+
+def test_hidden_states_take_two_files(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16)
+    found, without = (calibrated(source, step, 8) for step in ("awq", "linear"))
+    assert (found.disk_bytes, without.disk_bytes) == (2 * 8 * 16 * 64 * 2, 0)
 
 
 def test_a_layout_that_stock_loaders_refuse_is_said_beforehand(tmp_path: Path) -> None:
