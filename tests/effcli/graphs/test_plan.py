@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from plain_passes import HALVE, PRUNE, Tune, asking
 from safetensors.numpy import load_file
-from small_graphs import chain, residual
+from small_graphs import Held, chain, residual
 from torch import nn
 
 from effcli.errors import SelectionError
@@ -20,8 +21,12 @@ from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork, Linear, Program, Value
 from effcli.graphs.plan import PlannedGraph
 from effcli.graphs.sweep import graph_sweep
+from effcli.graphs.training import train_graph
+from effcli.layers.contract import Change, Needs, NetworkPass, Transformed
+from effcli.reports.units import size
 from effcli.run.plan import Plan, make
-from effcli.run.recipe import Recipe, check
+from effcli.run.recipe import PassStep, Recipe, check
+from effcli.training import loop, snapshot
 
 
 def small() -> Graph:
@@ -76,6 +81,39 @@ def test_planned_bytes_are_those_of_the_file(options: dict[str, Any], tmp_path: 
         sum(entry.nbytes for entry in Checkpoint.open(tmp_path / name).entries.values()) for name in ("before", "after")
     ]
     assert [found.input_bytes, found.output_bytes] == sizes
+
+
+@pytest.mark.parametrize(
+    ("steps", "exact"),
+    [
+        ((HALVE,), True),
+        (({"linear": {"bits": 4}}, HALVE), True),
+        (({"linear": {"bits": 4, "ignore": ["stem"]}}, {"smoothquant": {}}), True),
+        ((PRUNE,), False),
+        ((PRUNE, {"linear": {"bits": 4}}), False),
+        (({"linear": {"bits": 4}}, PRUNE), False),
+    ],
+)
+def test_passes_that_say_nothing_of_formats(steps: tuple[Any, ...], exact: bool, tmp_path: Path) -> None:
+    """A pruned layer has at most the planned bytes, for it is not known yet what is kept."""
+    graph = residual()
+    recipe = check({"model": "net.pt2", "passes": list(steps)}).for_graph()
+    source = tmp_path / "0"
+    source.mkdir()
+    graph.save(source)
+    inputs = torch.randn(8, *graph.facts.shape, generator=torch.Generator().manual_seed(0))
+    for number, step in enumerate(recipe.passes, start=1):
+        target = tmp_path / str(number)
+        target.mkdir()
+        result = graph_sweep(source, target, step, lambda: iter([inputs]))
+        source = target
+    found = plan_of(recipe, graph)
+    last = found.rows[-len(result.ledger) :]
+    assert [(row.name, row.format) for row in last] == [(row.name, row.format) for row in result.ledger]
+    written = sum(entry.nbytes for entry in Checkpoint.open(source).entries.values())
+    assert found.output_bytes == written if exact else found.output_bytes > written
+    # What is there already is known.
+    assert plan.inspect("net", source).nbytes == written
 
 
 def gelu_classifier() -> Graph:
@@ -198,6 +236,57 @@ def test_a_training_by_hand() -> None:
     ]
     # The input of 36 numbers, 160 of the convolution, 160 of its view, 4 outputs; each with its gradient.
     assert sizes[1] - sizes[0] == 128 * 2 * (36 + 160 + 160 + 4) * 4
+
+
+@pytest.mark.parametrize("needs", [Needs.GRADIENTS, Needs.GRADIENTS | Needs.SQUARED_GRADIENTS])
+def test_gradients_by_hand(needs: Needs) -> None:
+    """Of the convolution alone: a forward and a backward more, and its sums."""
+    options = {"ignore": ["layer2"]}
+    found, without = (
+        planned(small(), asking(asked, **options), samples=3, batch_size=64) for asked in (needs, Needs.NORMS)
+    )
+    assert (without.operations, found.operations) == (2 * 3 * 2080, 2 * 3 * 4 * 2080)
+    # A pass over the inputs holds 2 * 320 + 160 numbers of each, more than 2 * 360 of a backward's.
+    assert found.memory_bytes - without.memory_bytes == 4 * 90 * (len(needs) + 1)
+    assert "forwards, gradients and Gram matrices" in found.remarks[2] and found.disk_bytes == 0
+
+
+def test_a_training_takes_the_disk_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two snapshots, until the former one is removed."""
+    monkeypatch.setattr(loop, "SNAPSHOT_SECONDS", 0.0)
+    sizes: list[int] = []
+    write = snapshot.write_text
+
+    def watched(file: Path, text: str) -> None:
+        write(file, text)
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / "work").glob("*.safetensors")))
+
+    monkeypatch.setattr(snapshot, "write_text", watched)
+    graph = residual()
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+    graph.save(tmp_path / "source")
+    step = PassStep(name="tune", config=Tune(epochs=2, batch_size=4))
+    inputs = torch.randn(8, *graph.facts.shape, generator=torch.Generator().manual_seed(0))
+    train_graph(tmp_path / "source", tmp_path / "target", step, Held(inputs), batch_size=4, work=tmp_path / "work")
+    found = planned(graph, step)
+    # Headers and the states of random numbers, 5 kB in each.
+    assert found.disk_bytes < max(sizes) < found.disk_bytes + 2 * 12_000
+    assert f"disk: about {size(found.disk_bytes)}" in found.remarks[3]
+
+
+def test_an_integer_network_that_no_pass_describes() -> None:
+    """Its layers are listed as they were."""
+
+    class Silent(NetworkPass):
+        changes: ClassVar[Change] = Change.VALUES | Change.INTEGER
+
+        def transform(self, graph: Graph, seen: Any) -> Transformed:
+            return Transformed(graph)
+
+    found = planned(small(), PassStep(name="silent", config=Silent()))
+    assert [(row.name, row.status) for row in found.rows] == [("layer0", "change"), ("layer2", "change")]
+    assert found.output_bytes == found.input_bytes
 
 
 def test_a_pattern_that_matches_nothing() -> None:

@@ -3,56 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import architectures
 import pytest
 import torch
+from plain_passes import HALVE, PRUNE, Halve, asking
 from safetensors.torch import load_file, save_file
 
 from effcli.errors import CheckpointError, SelectionError
 from effcli.files.checkpoint import Checkpoint
-from effcli.formats import Mask
 from effcli.inputs.text import Windows
 from effcli.language import plan
 from effcli.language.backward import StoredGradients
 from effcli.language.plan import PlannedModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.layers.contract import Change, Layer, LayerPass, Needs, Outcome, Statistics
+from effcli.layers.contract import Needs
 from effcli.layers.result import PassResult
 from effcli.run.plan import Plan, make
 from effcli.run.recipe import PassStep, Recipe, check
-
-
-class Halve(LayerPass):
-    """Another package's: halves every weight, and says nothing of its format. asks: for what."""
-
-    asks: int = 0
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(self.asks)
-
-    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
-        return Outcome(layer.weight / 2)
-
-
-class Prune(LayerPass):
-    """Keeps the larger half of each row."""
-
-    changes: ClassVar[Change] = Change.VALUES | Change.MASK
-
-    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
-        weight = layer.weight
-        return Outcome(weight, mask=Mask(weight.abs() >= weight.abs().median(1, keepdim=True).values))
-
-
-HALVE, PRUNE = PassStep(name="halve", config=Halve()), PassStep(name="prune", config=Prune())
-
-
-def asking(needs: Needs, **options: Any) -> PassStep:
-    return PassStep(name="asking", config=Halve(asks=needs.value, **options))
 
 
 def recipe(source: Path, *steps: Any) -> Recipe:

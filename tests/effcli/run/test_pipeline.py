@@ -21,7 +21,7 @@ from effcli.errors import CheckpointError, MachineError, OutputError, Unfinished
 from effcli.exporters import c
 from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report
-from effcli.run import pipeline, workplace
+from effcli.run import detect, pipeline, workplace
 from effcli.run import recipe as recipes
 
 
@@ -365,6 +365,24 @@ def test_after_a_failed_export_nothing_of_the_next_process_is_removed(
     with pytest.raises(UnsupportedError, match="is finished, but not exported to c"):
         run(work, "out", "c")
     assert workplace.Workplace(work / "out").holds("of another process")
+
+
+def test_room_for_snapshots(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.from_arguments(
+        str(work / "net.pt2"),
+        passes=["kmeans:bits=2", "centroids:epochs=1"],
+        output=str(work / "out"),
+        calib=str(work / "calibration-data.npz"),
+        no_eval=True,
+    )
+    plan = detect.of_run(recipe).plan()
+    assert plan.disk_bytes > plan.output_bytes
+    usage = SimpleNamespace(free=int(plan.output_bytes * pipeline._DISK_FACTOR) + plan.disk_bytes - 1)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="no space left"):
+        pipeline.run(recipe)
+    usage.free += 1
+    pipeline.run(recipe)
 
 
 def test_unfinished_work_counts_as_room(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
