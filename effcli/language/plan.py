@@ -156,11 +156,11 @@ class PlannedModel:
         width: int = getattr(config, "hidden_size", embedded)
         return self.tokens * width * dtype.itemsize
 
-    def outer(self, itemsize: int) -> int:
-        """Bytes of what stands outside the blocks."""
+    def outer(self, itemsize: int | None = None) -> int:
+        """Bytes of what stands outside the blocks; itemsize: of a number, in the network's own dtype without it."""
         state = self._skeleton.model.state_dict()
         numbers: int = sum(state[name].numel() for name in self._skeleton.outer_parameters())
-        return numbers * itemsize
+        return numbers * (itemsize or self._skeleton.dtype.itemsize)
 
     def _working(self, step: PassStep, blocks: Sequence[Sequence[LayerSite]]) -> int:
         """The parts outside the blocks, the largest block, its float32 working set, Gram matrices and one batch.
@@ -170,7 +170,7 @@ class PlannedModel:
         largest = max(blocks, key=_numbers)
         itemsize = self._skeleton.dtype.itemsize
         widest = max(site.rows * site.columns for site in largest)
-        total = self.outer(itemsize) + _numbers(largest) * itemsize + 5 * widest * FLOAT
+        total = self.outer() + _numbers(largest) * itemsize + 5 * widest * FLOAT
         if step.needs:
             squares = {site.columns: site.columns**2 for site in largest}
             total += _numbers(largest) * FLOAT
@@ -223,13 +223,14 @@ class _Gradients:
     def memory(self) -> int:
         """Bytes while they are made: of what stands outside the blocks, and of one block with all that a window leaves.
 
-        Everything is float32, and a weight has a sum for the sample at hand besides.
+        Everything is float32, beside what the forwards of the pass hold already outside the blocks, and a weight has a
+        sum for the sample at hand besides.
         """
         blocks = [
             FLOAT * (_numbers(sites) + 2 * self._model.length * _widths(sites)) + (self._sums + FLOAT) * taken
             for sites, taken in zip(self._blocks, self._taken, strict=True)
         ]
-        return self._model.outer(FLOAT) + max(*blocks, (self._sums + FLOAT) * self._head)
+        return self._model.outer(FLOAT) + self._model.outer() + max(*blocks, (self._sums + FLOAT) * self._head)
 
     @property
     def disk(self) -> int:
