@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import Field
 
-from effcli.layers.contract import TrainPass
+from effcli.layers.contract import Change, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, choose, needs_of
 from effcli.options import Options
@@ -172,7 +172,10 @@ def make(recipe: Recipe, network: Planned) -> Plan:
         choices = choose(network, step)
         network.take(step, choices)
         rows += [row.model_copy(update={"step": name}) for row in network.rows(choices.values())]
-        remarks += _kept(name or step.name, choices.values()) + network.remarks(step, name or step.name)
+        label = name or step.name
+        remarks += _kept(label, choices.values()) + network.remarks(step, label)
+        if step.config.changes & (Change.MASK | Change.SHAPE):
+            remarks.append(f"{label}: the bytes are an upper bound, for what it removes is decided on the weights")
         efforts.append(network.effort(step, choices))
         backward |= isinstance(step.config, TrainPass) or bool(needs_of([choices]).gradients)
     after, operations = network.nbytes, sum(effort.operations for effort in efforts)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import pytest
-from plain_passes import HALVE, Tune, asking
+from plain_passes import HALVE, PRUNE, Tune, asking
 
 from effcli.errors import SelectionError
 from effcli.layers.contract import Needs
@@ -78,6 +78,14 @@ def test_a_backward_is_told(step: PassStep) -> None:
         "arithmetic: 3.0 FLOP of forwards, gradients and Gram matrices, then the searches",
         "disk: about 5.00 MB beside the weights, until the step that needs them is done",
     )
+
+
+def test_bytes_of_what_is_pruned_are_an_upper_bound() -> None:
+    found = plan_of(Notebook(Effort(0, 0), Effort(0, 0)), PRUNE, HALVE)
+    assert found.remarks[-3] == (
+        "1. prune: the bytes are an upper bound, for what it removes is decided on the weights"
+    )
+    assert not any("2. halve: the bytes" in remark for remark in found.remarks)
 
 
 def test_patterns_are_checked() -> None:
