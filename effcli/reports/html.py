@@ -64,6 +64,7 @@ def render(report: Report) -> str:
         notes=conditions(report.stages),
         measured_on=[f"{key}: {name}" for key, name in html_quality.data_names(report).items()],
         quality_plots=[drawn(plot) for plot in html_quality.plots(report)],
+        searched=any(stage.search is not None and stage.search.measure for stage in report.stages),
         unmeasured=html_quality.unmeasured_searches(report),
         texts=_texts(report),
         remarks=gather(report.stages),
@@ -175,14 +176,16 @@ def _texts(report: Report) -> list[tuple[str, list[_Written]]]:
     first, *others = report.stages
     found = []
     for at, each in enumerate(first.continuations):
-        written = [_Written(first.name, each.text, "", False)]
+        # Spaces before the first word would stand at the edge of the page.
+        original = each.text.lstrip()
+        written = [_Written(first.name, original, "", False)]
         for stage in others:
-            for one in stage.continuations[at : at + 1]:
+            for text in (one.text.lstrip() for one in stage.continuations[at : at + 1]):
                 # Marked from the beginning of the word.
-                same = each.text[: _common(each.text, one.text)]
-                same = same if one.text == same else same[: same.rfind(" ") + 1]
-                written.append(_Written(stage.name, same, one.text[len(same) :], one.text == each.text))
-        found.append((each.prompt, written))
+                same = original[: _common(original, text)]
+                same = same if text == same else same[: same.rfind(" ") + 1]
+                written.append(_Written(stage.name, same, text[len(same) :], text == original))
+        found.append((each.prompt.lstrip(), written))
     return found
 
 

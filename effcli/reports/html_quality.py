@@ -152,7 +152,8 @@ def _marks(stages: Sequence[Stage], key: str, of: _Figure, scale: float) -> Iter
         if found is not None and _SEARCHED.get(key) == found.measure:
             # A search knows the bytes of the layers alone; the rest of the network is the same for all its choices.
             rest = stage.nbytes - found.chosen.nbytes
-            for point in (*found.front, *found.uniform):
+            # Where all layers alike are on the front, too, their name says more.
+            for point in {point.nbytes: point for point in (*found.front, *found.uniform)}.values():
                 if point.measured is not None and point.nbytes != found.chosen.nbytes:
                     shown = f"{units.size(point.nbytes + rest)}, {_figure(scale * point.measured, None)}"
                     name = point.name or f"{point.average_bits:.2f} bits on average"

@@ -102,6 +102,7 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
 
     parts = [svg.opened(_WIDTH, _HEIGHT, "Cost of the cheapest choices over their size, logarithmic axis")]
     parts.append(svg.logarithmic(right - 96, _TOP))
+    parts.append(f'<text x="{_LEFT}" y="{_TOP}">cost, {escape(unit)}</text>')
     for tick, text in ticks:
         y = bottom - (bottom - _TOP) * rise(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')

@@ -43,6 +43,11 @@ class Field:
     picture: Markup = field(default_factory=Markup)
     row: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether the text is all there is in it, as in most cells of a long table."""
+        return not (self.picture or self.text_css or self.note or self.bar)
+
 
 @dataclass(frozen=True)
 class Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jinja2
@@ -23,7 +24,13 @@ def drawn(picture: str) -> Markup:
 
 def _shown(value: Any) -> Markup:
     """Everything that a template shows goes through this: autoescape alone leaves control characters as they are."""
-    return value if isinstance(value, Markup) else Markup(markup(str(value)))
+    return value if isinstance(value, Markup) else _escaped(str(value))
+
+
+@functools.lru_cache(1 << 14)
+def _escaped(text: str) -> Markup:
+    # A ledger of ten thousand layers says the same few words in most of its cells.
+    return Markup(markup(text))
 
 
 def _breakable(name: str) -> Markup:
