@@ -237,7 +237,11 @@ def is_own(config: dict[str, Any]) -> bool:
 
 
 def own_part(config: dict[str, Any]) -> Own:
-    """What stands under `effcli` in the config of effcli's own layout; `CheckpointError` when it is damaged."""
+    """What stands under `effcli` in the config of effcli's own layout.
+
+    Raises `CheckpointError` when it is damaged, `UnsupportedError` for another version of the layout, and for a format
+    that neither effcli nor an installed package has.
+    """
     found = config.get("effcli")
     version = found.get("version") if isinstance(found, dict) else None
     if isinstance(version, int) and version != LAYOUT_VERSION:
@@ -245,25 +249,7 @@ def own_part(config: dict[str, Any]) -> Own:
             f"the checkpoint has effcli layout {version}, this effcli reads {LAYOUT_VERSION}",
             "use the effcli that wrote it",
         )
-    _check_formats(found.get("layers") if isinstance(found, dict) else None)
     return check_model(Own, found, "effcli in config.json", remedy=_RESTORE)
-
-
-def _check_formats(layers: Any) -> None:
-    """Raise `UnsupportedError` for layers in a format that effcli and the installed packages do not have."""
-    described = layers.items() if isinstance(layers, dict) else ()
-    formats = {
-        layer["format"]: str(name)
-        for name, layer in described
-        if isinstance(layer, dict) and isinstance(layer.get("format"), str)
-    }
-    for format, name in formats.items():
-        if find(format) is None:
-            raise UnsupportedError(
-                f"there is no format {format[:60]!r}, in which {name[:200]} is stored: neither effcli nor an installed "
-                "package has it",
-                "install the package that offers the format",
-            )
 
 
 def rounds_inputs(config: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from effcli.errors import UnsupportedError
 from effcli.formats.affine import Affine, AffineWeight, quantize_codes
 from effcli.formats.base import Activations, Described, Entries, Integers, Packing, Quantized, Scheme, Strategy
 from effcli.formats.bits import pack_bits, unpack_bits
@@ -32,23 +33,25 @@ _OTHERS: Registry[Packing] = Registry("format", registry.FORMATS, ("effcli.forma
 SUFFIXES = frozenset[str]().union(*(kind.suffixes for kind in FORMATS.values()))
 
 
-def find(name: str) -> type[Packing] | None:
-    """The format of this name, effcli's own or of an installed package; None where there is none.
+def find(name: str) -> type[Packing]:
+    """The format of this name, effcli's own or of an installed package.
 
-    Raises `UserError` when that of another package cannot serve.
+    Raises `UnsupportedError` where there is none, `UserError` when that of another package cannot serve.
     """
     own = FORMATS.get(name)
-    if own is None and _OTHERS.find(name) is not None:
-        return _OTHERS.load(name)
-    return own
+    if own is not None:
+        return own
+    if _OTHERS.find(name) is None:
+        raise UnsupportedError(
+            f"there is no format {name[:60]!r}: neither effcli nor an installed package has it",
+            "install the package that offers the format",
+        )
+    return _OTHERS.load(name)
 
 
 def format_from_json(data: Mapping[str, Any]) -> Packing:
-    """The inverse of a format's `to_json`."""
-    kind = find(data["format"])
-    if kind is None:
-        raise KeyError(data["format"])
-    return kind.from_json(data)
+    """The inverse of a format's `to_json`; raises what `find` raises, and `ValueError` for what is no format."""
+    return find(data["format"]).from_json(data)
 
 
 def unpack(format: Packing, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> Quantized:

@@ -60,12 +60,12 @@ class ByFormat:
     """Tells pydantic to check a description against the model of the format that it names.
 
     formats: those that it may name; beside: what stands beside the format in the description; others: finds a format
-    of another package by its name.
+    of another package by its name, or raises; None where only `formats` may stand.
     """
 
     formats: tuple[type[Packing], ...]
     beside: type[Described] | None = None
-    others: Callable[[str], type[Packing] | None] = lambda name: None
+    others: Callable[[str], type[Packing]] | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = {kind.name: handler.generate_schema(self._model(kind)) for kind in self.formats}
@@ -73,12 +73,9 @@ class ByFormat:
 
         def validate(data: Any, ours: ValidatorFunctionWrapHandler) -> Any:
             name = data.get("format") if isinstance(data, dict) else None
-            if not isinstance(name, str) or name in choices:
+            if not isinstance(name, str) or name in choices or self.others is None:
                 return ours(data)
-            other = self.others(name)
-            if other is None:
-                raise ValueError(f"there is no format {name[:60]!r}: neither effcli nor an installed package has it")
-            return self._model(other).model_validate(data)
+            return self._model(self.others(name)).model_validate(data)
 
         return core_schema.no_info_wrap_validator_function(validate, own)
 

@@ -14,7 +14,7 @@ import torch
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files import layout as storage
 from effcli.files.layout import Stored, network_config, own_config, rounds_inputs, standard_config, stored_layers
-from effcli.formats import Affine, AffineWeight, Codebook, unpack
+from effcli.formats import Affine, AffineWeight, Bitmask, Codebook, Sparse, unpack
 from effcli.platform.huggingface import load_network_config
 
 LAYERS = {"a": Stored(Affine(4, "group", 32)), "b": Stored(Codebook("kmeans", 4, "tensor"))}
@@ -100,6 +100,21 @@ def test_a_damaged_description(change: Callable[[Any], Any], cause: str) -> None
     for read in (network_config, rounds_inputs, lambda found: stored_layers(found, {})):
         with pytest.raises(CheckpointError, match=cause):
             read(config)
+
+
+def test_a_format_that_no_package_has() -> None:
+    config = changed(OWN, lambda config: config["effcli"]["layers"]["a"].update(format="shift"))
+    for read in (network_config, rounds_inputs, lambda found: stored_layers(found, {})):
+        with pytest.raises(UnsupportedError, match="there is no format 'shift'") as caught:
+            read(config)
+        assert caught.value.remedy == "install the package that offers the format"
+    with pytest.raises(UnsupportedError, match="there is no format 'shift'"):
+        Stored.from_json(config["effcli"]["layers"]["a"])
+    # Only formats of numbers stand within a sparse one, and all of them are effcli's.
+    sparse = {**Sparse(Bitmask(), Affine(4, "channel")).to_json(), "kind": "linear", "input_scale": False}
+    sparse["values"] = {**sparse["values"], "format": "shift"}
+    with pytest.raises(CheckpointError, match=r"layers.a.*'shift'"):
+        network_config(changed(OWN, lambda config: config["effcli"]["layers"].update(a=sparse)))
 
 
 def test_a_description_without_a_network_or_of_another_version() -> None:
