@@ -17,7 +17,7 @@ from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
 from effcli.inputs.options import Calibration
-from effcli.layers.contract import Needs, NetworkPass, Pass, TrainPass
+from effcli.layers.contract import CutPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
 from effcli.reports.report import LedgerRow
@@ -108,8 +108,10 @@ class PlannedGraph:
     def effort(self, step: PassStep, choices: Mapping[str, Choice]) -> Effort:
         options, samples = step.config, self._calibration.samples
         forward = sum(self.macs.values())
-        operations = self._forwards(options) * forward + self._gram(options, choices) if step.needs else 0.0
-        numbers, disk = self._passing(step), 0
+        operations, numbers, disk = 0.0, 2 * self.weights, 0
+        # A pass that cuts looks at gradients alone.
+        if step.needs and not isinstance(options, CutPass):
+            operations, numbers = self._forwards(options) * forward + self._gram(options, choices), self._passing(step)
         if isinstance(options, TrainPass):
             numbers, disk = max(numbers, self._training(options)), self._snapshots(options, choices)
         needs = needs_of([choices]).gradients
@@ -152,8 +154,6 @@ class PlannedGraph:
 
         With a copy of the largest of these.
         """
-        if not step.needs:
-            return 2 * self.weights
         live, peak = self._live
         whole = Needs.DENSE in step.needs and not isinstance(step.config, TrainPass)
         whole |= self._calibration.inputs == "compressed"

@@ -64,7 +64,7 @@ def cut_model(
     progress(1, 2)
     cut(source, target, decided.cuts, work, trust_remote_code)
     after = open_weights(target, trust_remote_code)
-    made = rows(_sites(weights), _sites(after), choices, lambda site: _held(after, site))
+    made = rows(weights.skeleton.sites(), after.skeleton.sites(), choices, lambda site: _held(after, site))
     result = PassResult([*made, *_others(after)], remarks=list(decided.remarks))
     if after.skeleton.widths:
         result.remarks.append(
@@ -75,11 +75,6 @@ def cut_model(
         shutil.rmtree(work)
     progress(2, 2)
     return result
-
-
-def _sites(weights: Weights) -> list[LayerSite]:
-    skeleton = weights.skeleton
-    return [site for k in range(len(skeleton.blocks)) for site in skeleton.block_layers(k)] + skeleton.outer_layers()
 
 
 def _held(weights: Weights, site: LayerSite) -> Held:

@@ -17,6 +17,7 @@ from effcli.inputs import text
 from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
 from effcli.language.weights import Weights, open_weights
+from effcli.layers.contract import CutPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import CARRIED, MATRIX
 from effcli.layers.selection import Choice, needs_of
@@ -130,14 +131,16 @@ class PlannedModel:
         blocks = [self._skeleton.block_layers(k) for k in range(len(self._skeleton.blocks))]
         if not any(blocks):
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
-        memory = self._working(step, blocks)
-        if not step.needs:
-            return Effort(0.0, memory)
-        operations, disk = self._operations(choices), 2 * self.states(self._skeleton.dtype)
-        if not needs_of([choices]).gradients:
-            return Effort(operations, memory, disk)
-        made = _Gradients(self, choices, blocks)
-        return Effort(operations + made.operations, max(memory + made.held, made.memory), disk + made.disk)
+        operations, memory, disk = 0.0, self._working(step, blocks), 0
+        cuts = isinstance(step.config, CutPass)
+        if step.needs and not cuts:
+            operations, disk = self._operations(choices), 2 * self.states(self._skeleton.dtype)
+        if needs_of([choices]).gradients:
+            made = _Gradients(self, choices, blocks)
+            # What is cut is decided on all of them at once.
+            held = made.all if cuts else made.held
+            operations, memory, disk = operations + made.operations, max(memory + held, made.memory), disk + made.disk
+        return Effort(operations, memory, disk)
 
     @property
     def length(self) -> int:
@@ -171,7 +174,7 @@ class PlannedModel:
         itemsize = self._skeleton.dtype.itemsize
         widest = max(site.rows * site.columns for site in largest)
         total = self.outer() + _numbers(largest) * itemsize + 5 * widest * FLOAT
-        if step.needs:
+        if step.needs and not isinstance(step.config, CutPass):
             squares = {site.columns: site.columns**2 for site in largest}
             total += _numbers(largest) * FLOAT
             total += (2 * sum(squares.values()) + step.config.workspace * max(squares.values())) * FLOAT
@@ -218,6 +221,11 @@ class _Gradients:
     def held(self) -> int:
         """Bytes of the sums of one block, while its layers are compressed."""
         return self._sums * max(*self._taken, self._head)
+
+    @property
+    def all(self) -> int:
+        """Bytes of all sums."""
+        return self._sums * (sum(self._taken) + self._head)
 
     @property
     def memory(self) -> int:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from effcli.formats import Mask
-from effcli.layers.contract import Change, Layer, LayerPass, Needs, Outcome, Statistics, Step, TrainPass
+from effcli.layers.contract import (
+    Change,
+    CutPass,
+    Layer,
+    LayerPass,
+    Members,
+    Needs,
+    Outcome,
+    Statistics,
+    Step,
+    TrainPass,
+)
+from effcli.layers.coupling import Coupled, Cut
 from effcli.run.recipe import PassStep
 
 
@@ -32,6 +46,19 @@ class Prune(LayerPass):
     def apply(self, layer: Layer, seen: Statistics) -> Outcome:
         weight = layer.weight
         return Outcome(weight, mask=Mask(weight.abs() >= weight.abs().median(1, keepdim=True).values))
+
+
+class Trim(CutPass):
+    """Removes the last channel of every group that has two or more. asks: for what."""
+
+    asks: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.asks)
+
+    def cut(self, groups: Sequence[Coupled], seen: Members) -> Sequence[Cut]:
+        return [Cut(group, torch.arange(group.count) < max(1, group.count - 1)) for group in groups]
 
 
 class Tune(TrainPass):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from plain_passes import HALVE, PRUNE, Tune, asking
+from plain_passes import HALVE, PRUNE, Trim, Tune, asking
 from safetensors.numpy import load_file
 from small_graphs import Held, chain, residual
 from torch import nn
@@ -249,6 +249,18 @@ def test_gradients_by_hand(needs: Needs) -> None:
     # A pass over the inputs holds 2 * 320 + 160 numbers of each, more than 2 * 360 of a backward's.
     assert found.memory_bytes - without.memory_bytes == 4 * 90 * (len(needs) + 1)
     assert "forwards, gradients and Gram matrices" in found.remarks[2] and found.disk_bytes == 0
+
+
+def test_what_is_cut_is_planned_as_it_was() -> None:
+    """A pass that cuts sees no inputs of layers: a forward and a backward, or nothing at all."""
+    found, without = (
+        planned(small(), PassStep(name="trim", config=Trim(asks=needs.value)), samples=3)
+        for needs in (Needs.SQUARED_GRADIENTS, Needs.NOTHING)
+    )
+    assert (without.operations, found.operations) == (0, 2 * 3 * 3 * 2080)
+    # Of 730 weights: sums, those of the sample at hand, a gradient; of one input 360 numbers, each with its gradient.
+    assert found.memory_bytes - without.memory_bytes == 4 * (3 * 730 + 2 * 360)
+    assert {row.status for row in found.rows} == {"cut"} and found.output_bytes == found.input_bytes
 
 
 def test_a_training_takes_the_disk_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

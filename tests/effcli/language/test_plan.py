@@ -8,7 +8,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from plain_passes import HALVE, PRUNE, Halve, asking
+from plain_passes import HALVE, PRUNE, Halve, Trim, asking
 from safetensors.torch import load_file, save_file
 
 from effcli.errors import CheckpointError, SelectionError
@@ -16,6 +16,7 @@ from effcli.files.checkpoint import Checkpoint
 from effcli.inputs.text import Windows
 from effcli.language import plan
 from effcli.language.backward import StoredGradients
+from effcli.language.cutting import cut_model
 from effcli.language.plan import PlannedModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
@@ -187,6 +188,26 @@ def test_gradients_take_the_disk_that_was_planned(tmp_path: Path, monkeypatch: p
     sweep(source, tmp_path / "out", step, Windows([ids]), tmp_path / "work")
     planned = calibrated(source, step, 24).disk_bytes
     assert len(sizes) == 3 and 0.9 * planned < max(sizes) < 1.1 * planned
+
+
+def test_what_is_cut_is_planned_as_it_was(tmp_path: Path) -> None:
+    """A pass that cuts sees no inputs of layers, and the gradients of all of them at once."""
+    source = architectures.make("llama", tmp_path / "model")
+    found, without = (
+        calibrated(source, PassStep(name="trim", config=Trim(asks=needs.value)), 8)
+        for needs in (Needs.SQUARED_GRADIENTS, Needs.NOTHING)
+    )
+    numbers = sum(row.shape[0] * row.shape[1] for row in found.rows if row.status == "cut")
+    assert len(found.rows) == 16 and numbers == 2 * (2 * 64 + 2 * 32 + 3 * 128) * 64
+    assert (without.operations, without.disk_bytes) == (0, 0)
+    assert found.operations == 2 * 8 * 16 * 4 * numbers
+    assert found.memory_bytes - without.memory_bytes >= 4 * numbers
+    assert found.output_bytes == found.input_bytes and any("upper bound" in text for text in found.remarks)
+    (tmp_path / "out").mkdir()
+    ids = torch.randint(architectures.VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    step = PassStep(name="trim", config=Trim(asks=Needs.SQUARED_GRADIENTS.value))
+    cut_model(source, tmp_path / "out", step, Windows([ids]), tmp_path / "work")
+    assert tensor_bytes(tmp_path / "out") < found.output_bytes
 
 
 def test_hidden_states_take_two_files(tmp_path: Path) -> None:
