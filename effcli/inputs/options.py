@@ -45,7 +45,11 @@ class Evaluate(Options):
         None, description="A jsonl or parquet file of multiple-choice questions, or several."
     )
     limit: int | None = Field(None, ge=1, description="Take only the first questions of each file of `choices`.")
-    latency: bool = Field(True, description="Time prefill and decode with the kernels that will run.")
+    latency: bool = Field(
+        True,
+        description="Time prefill and decode with the kernels that will run; where perplexity is measured, a language "
+        "model also writes a few texts for the report.",
+    )
     prefill: int = Field(
         128,
         ge=1,

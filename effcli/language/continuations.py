@@ -60,7 +60,8 @@ def greedy(network: Any, ids: Tensor, count: int) -> list[int]:
 
 def _ends(network: Any) -> set[int]:
     """The tokens with which the network ends a text."""
-    end = getattr(network.generation_config, "eos_token_id", None)
+    # Networks that transformers does not let generate have no such settings.
+    end = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     return set(end) if isinstance(end, Iterable) else set() if end is None else {end}
 
 

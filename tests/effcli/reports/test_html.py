@@ -273,6 +273,14 @@ def test_the_table_of_contents_names_every_section(report: Report) -> None:
     assert links == set(sections) and {"steps", "quality", "remarks", "pass-1", "pass-2", "made"} <= links
 
 
+def test_figures_and_marks_explain_themselves_to_the_pointer(report: Report) -> None:
+    root = checked(html.render(report)).root
+    heads = {head.inside[0]: head.attributes.get("title", "") for head in root.one("table", "stages").all("th")[1:]}
+    assert "lower is better" in heads["perplexity"] and "scales and zero points" in heads["bits"]
+    for mark in root.all("circle"):
+        assert mark.all("title") or any(mark in group.inside and group.all("title") for group in root.all("g"))
+
+
 def test_wide_tables_scroll_and_show_that_they_do(report: Report) -> None:
     root = checked(html.render(report)).root
     boxes = root.all("div", "scroll")
