@@ -19,7 +19,7 @@ from effcli.layers.selection import Choice
 from effcli.reports.report import LedgerRow
 
 
-class Costs:
+class GraphCosts:
     """What the layers of a graph cost. macs: multiplications per input, by layer, over all its calls."""
 
     def __init__(self, graph: Graph) -> None:
@@ -38,7 +38,7 @@ def integer_rows(
     network: IntegerNetwork,
     before: Mapping[str, Tensor | None],
     choices: Mapping[str, Choice],
-    costs: Costs,
+    costs: GraphCosts,
     notes: Mapping[str, dict[str, Any]],
     result: PassResult,
 ) -> list[LedgerRow]:
@@ -101,7 +101,7 @@ def dense(graph: Graph, site: LayerSite) -> Tensor:
     return weight.detach().reshape(site.shape)
 
 
-def kept_row(graph: Graph, site: LayerSite, costs: Costs, reason: str) -> LedgerRow:
+def kept_row(graph: Graph, site: LayerSite, costs: GraphCosts, reason: str) -> LedgerRow:
     """The ledger's line for a layer as it stands in the graph."""
     return costs.held(site.name, graph.held(site)).row(site, "kept", reason=reason)
 
@@ -119,7 +119,7 @@ def whole_rows(
     before: the weights (out, in) that were; compressed: the layers whose weights were compressed already; notes: by
     layer, of those that changed.
     """
-    costs, rows = Costs(graph), []
+    costs, rows = GraphCosts(graph), []
     for name, choice in choices.items():
         row = kept_row(graph, choice.site, costs, choice.reason or f"{name} had nothing to change here")
         if name in notes:
@@ -141,4 +141,4 @@ def table_rows(graph: Graph) -> list[LedgerRow]:
     ]
 
 
-__all__ = ["Costs", "beside_batch_norm", "dense", "integer_rows", "kept_row", "table_rows", "whole_rows"]
+__all__ = ["GraphCosts", "beside_batch_norm", "dense", "integer_rows", "kept_row", "table_rows", "whole_rows"]

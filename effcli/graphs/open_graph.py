@@ -12,7 +12,7 @@ from effcli.errors import DataError
 from effcli.formats import Quantized
 from effcli.graphs.channels import Link, column_factors, divide_outputs, links
 from effcli.graphs.graph import Graph, calls, where
-from effcli.graphs.ledger import Costs
+from effcli.graphs.ledger import GraphCosts
 from effcli.graphs.patches import geometry, patches
 from effcli.graphs.walk import Walk, stream
 from effcli.layers.contract import Layer, Needs
@@ -32,7 +32,7 @@ class OpenGraph:
         self.factors = Factors()
         self.graph = graph
         self.needs = needs
-        self._costs = Costs(graph)
+        self._costs = GraphCosts(graph)
         self._sites = {site.name: site for site in graph.sites()}
         # Layers that see the same patches, in the order in which they run.
         self._sharing: dict[tuple[object, ...], list[str]] = {}

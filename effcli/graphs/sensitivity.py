@@ -31,7 +31,7 @@ from effcli.layers.result import Progress, check_tensor
 from effcli.layers.selection import Choice, choose, needs_of
 from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Probe, Trial, steadied
-from effcli.search.journal import Journal
+from effcli.search.journal import SearchJournal
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -46,7 +46,7 @@ def layer_costs(
     batches: Batches,
     way: Way,
     progress: Progress = lambda done, total: None,
-    journal: Journal | None = None,
+    journal: SearchJournal | None = None,
 ) -> list[dict[str, Cost]]:
     """The cost of each layer that `variants` choose, one mapping by name for each variant.
 
@@ -85,7 +85,7 @@ def layer_costs(
 
 
 def _once(
-    journal: Journal | None, name: str, variants: int, price: Callable[[], list[dict[str, Cost]]]
+    journal: SearchJournal | None, name: str, variants: int, price: Callable[[], list[dict[str, Cost]]]
 ) -> list[dict[str, Cost]]:
     """The costs that the journal has under `name`, else what `price` finds, which is recorded there."""
     found = None if journal is None else journal.costs(name, variants)
@@ -122,7 +122,7 @@ class PricedGraph:
         way: Way,
         work: Path,
         progress: Progress,
-        journal: Journal | None,
+        journal: SearchJournal | None,
     ) -> list[dict[str, Cost]]:
         def batches() -> Iterator[Tensor]:
             return (inputs for inputs, _ in self._data.batches(self._batch_size))

@@ -19,7 +19,7 @@ from effcli.graphs.backward import gradients
 from effcli.graphs.coupling import coupled, cut
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
-from effcli.graphs.ledger import Costs, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
+from effcli.graphs.ledger import GraphCosts, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
 from effcli.graphs.open_graph import OpenGraph
 from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ScalingPass
 from effcli.layers.cutting import decide, rows
@@ -139,7 +139,7 @@ def _cut(
     before = graph.sites()
     cut(graph, decided.cuts)
     graph.save(target)
-    costs = Costs(graph)
+    costs = GraphCosts(graph)
     made = rows(before, graph.sites(), choices, lambda site: costs.held(site.name, graph.held(site)))
     progress(1, 1)
     return PassResult([*made, *table_rows(graph)], remarks=list(decided.remarks))
@@ -160,7 +160,7 @@ def _transform(
     observed = Observed(dense=None if original is None else Graph.read(original), chosen=chosen)
     if batches is not None:
         observed = dataclasses.replace(observed, batches=batches)
-    costs = Costs(graph)
+    costs = GraphCosts(graph)
     compressed = set(graph.stored)
     normed = {name for name in choices if beside_batch_norm(graph, name)}
     made = options.transform(graph, observed)

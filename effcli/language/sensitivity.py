@@ -30,7 +30,7 @@ from effcli.layers.result import Progress, check_finite
 from effcli.layers.selection import Choice, choose
 from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Slopes, Trial, steadied
-from effcli.search.journal import Journal
+from effcli.search.journal import SearchJournal
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -48,7 +48,7 @@ def layer_costs(
     way: Way,
     progress: Progress = lambda done, total: None,
     trust_remote_code: bool = False,
-    journal: Journal | None = None,
+    journal: SearchJournal | None = None,
 ) -> list[dict[str, Cost]]:
     """The cost of each layer that `variants` choose, one mapping by name for each variant.
 
@@ -94,7 +94,7 @@ class PricedLanguageModel:
         way: Way,
         work: Path,
         progress: Progress,
-        journal: Journal | None,
+        journal: SearchJournal | None,
     ) -> list[dict[str, Cost]]:
         return layer_costs(self._source, variants, self._windows, work, way, progress, self._trust, journal)
 

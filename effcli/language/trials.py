@@ -37,7 +37,7 @@ from effcli.layers.result import Progress
 from effcli.layers.selection import Choice, needs_of
 from effcli.platform import memory
 from effcli.search.costs import Cost, Probe, Trial
-from effcli.search.journal import Journal
+from effcli.search.journal import SearchJournal
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Trials(ABC):
         windows: Windows,
         work: Path,
         progress: Progress,
-        journal: Journal | None = None,
+        journal: SearchJournal | None = None,
     ) -> None:
         self.stream = stream
         self.weights: Weights = stream.weights

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from effcli.run.recipe import PassStep, Recipe
     from effcli.search.budget import Figure, Quantity
     from effcli.search.costs import Cost
-    from effcli.search.journal import Journal
+    from effcli.search.journal import SearchJournal
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Priced(Protocol):
         way: Way,
         work: Path,
         progress: Progress,
-        journal: Journal | None,
+        journal: SearchJournal | None,
     ) -> list[dict[str, Cost]]:
         """What the layers cost with each of the variants, by name; work: a folder for hidden states."""
 

@@ -35,7 +35,7 @@ from effcli.run import detect
 from effcli.run import recipe as recipes
 from effcli.run.listener import Listener, Silent, told
 from effcli.run.plan import Plan
-from effcli.run.recipe import ExportStep, PassStep, Recipe, Step
+from effcli.run.recipe import ExportStep, PassStep, Recipe, RecipeStep
 from effcli.run.workplace import EXPORTS, Workplace, check_output, existing, exports_in, files_in, resolved
 from effcli.search import stage as searching
 from effcli.search.stage import Position
@@ -396,7 +396,7 @@ def _machine(device: torch.device) -> str:
     return found if device.type == "cpu" else f"{found}, {device_name(device)}"
 
 
-def _software(steps: Iterable[Step]) -> dict[str, str]:
+def _software(steps: Iterable[RecipeStep]) -> dict[str, str]:
     """The versions of what computes, packages that `steps` come from among them."""
     foreign = sorted({step.package for step in steps} - {""})
     names = ("torch", "transformers", "compressed-tensors", "effcli", *foreign)

@@ -52,7 +52,7 @@ _FOR_TEXT = {
 _FOR_GRAPHS = ("weights", "shape", "preprocess")
 
 
-class Step(Options, ABC):
+class RecipeStep(Options, ABC):
     """Something by name with its options. In YAML `name` or `{name: {option: value}}`."""
 
     noun: ClassVar[str]
@@ -119,7 +119,7 @@ class Step(Options, ABC):
         return {self.name: handler(self)["config"]}
 
 
-class PassStep(Step):
+class PassStep(RecipeStep):
     """One step of a recipe: a pass with its options."""
 
     noun: ClassVar[str] = "a step"
@@ -198,7 +198,7 @@ class PassStep(Step):
         return type(self.config).model_validate(self.config.model_dump() | dict(overrides))
 
 
-class ExportStep(Step):
+class ExportStep(RecipeStep):
     """A further format to write: a target with its options."""
 
     noun: ClassVar[str] = "an export"

@@ -10,7 +10,7 @@ from effcli import passes
 from effcli.errors import UserError
 from effcli.layers.contract import LayerPass, SearchPass
 from effcli.options import Options
-from effcli.run.recipe import ExportStep, PassStep, Recipe, Step, not_per_layer
+from effcli.run.recipe import ExportStep, PassStep, Recipe, RecipeStep, not_per_layer
 
 _NULL = {"type": "null"}
 
@@ -28,7 +28,7 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "A recipe of effcli"}
 
 
-def _step(kind: type[Step], definitions: dict[str, Any]) -> dict[str, Any]:
+def _step(kind: type[RecipeStep], definitions: dict[str, Any]) -> dict[str, Any]:
     """The schema of `name` or `name: {option: value}`; what the options refer to goes into `definitions`."""
     names: list[dict[str, Any]] = []
     named: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from effcli.layers.contract import Evaluator
 from effcli.reports.sensitivity import Point, Search, Sensitivity
 from effcli.reports.units import significant, size
 from effcli.search.budget import Budget, Figure, figure_title
-from effcli.search.knapsack import Choice, Frontier
+from effcli.search.knapsack import Assignment, Frontier
 
 _POINTS = 33
 # Repeated measurements of time differ by so much of it.
@@ -83,7 +83,7 @@ class _Chooser:
             limited="" if figure in (None, quality) else figure_title(figure),
         )
 
-    def _chosen(self) -> Choice:
+    def _chosen(self) -> Assignment:
         """The choice that keeps the budget."""
         figure, limit = self.budget.figure, self.budget.limit
         match self.budget.quantity:
@@ -102,7 +102,7 @@ class _Chooser:
     def _key(self) -> str:
         return f"{self.evaluator.name}.{self.budget.quantity}"
 
-    def _at(self, nbytes: int, fixed: int = 0) -> Choice:
+    def _at(self, nbytes: int, fixed: int = 0) -> Assignment:
         smallest, largest = self.frontier.smallest + fixed, self.frontier.largest + fixed
         check_size(self.evaluator.name, nbytes + fixed, smallest, largest)
         return self.frontier.at(nbytes)
@@ -111,7 +111,7 @@ class _Chooser:
         check_average(self.evaluator.name, bits, self.widths.uniform)
         return self.widths.nbytes(bits)
 
-    def _smallest(self, figure: Figure) -> Choice:
+    def _smallest(self, figure: Figure) -> Assignment:
         """The smallest choice on the front whose measured quality keeps the budget."""
         original = self.evaluator.original()
         most = self._measure(figure, self.front[-1])
@@ -123,7 +123,7 @@ class _Chooser:
             )
         return self.front[_first(len(self.front) - 1, lambda at: self._keeps(figure, at, original))]
 
-    def _largest(self, figure: Figure) -> Choice:
+    def _largest(self, figure: Figure) -> Assignment:
         """The largest choice on the front, whose quality is best, with a measured figure that keeps the budget."""
         fewest, most = (self._measure(figure, self.front[at]) for at in (0, -1))
         shown = f"{_figure(figure, fewest)} with the fewest and {_figure(figure, most)} with the most"
@@ -143,14 +143,14 @@ class _Chooser:
     def _keeps(self, figure: Figure, at: int, original: float) -> bool:
         return self.budget.keeps(self._measure(figure, self.front[at]), original)
 
-    def _measure(self, figure: Figure, choice: Choice) -> float:
+    def _measure(self, figure: Figure, choice: Assignment) -> float:
         """The figure of a choice, really carried out."""
         found = self.found.setdefault(figure, {})
         if choice.options not in found:
             found[choice.options] = self.evaluator.measure(figure, self.widths.bits(choice))
         return found[choice.options]
 
-    def _point(self, choice: Choice, name: str) -> Point:
+    def _point(self, choice: Assignment, name: str) -> Point:
         bits = self.widths.bits(choice)
         weights = {layer.name: layer.shape[0] * layer.shape[1] for layer in self.costs.layers}
         quality, figure = self.evaluator.quality, self.budget.figure
@@ -175,7 +175,7 @@ class Widths:
         )
 
     @property
-    def uniform(self) -> dict[int, Choice]:
+    def uniform(self) -> dict[int, Assignment]:
         """Every layer with the same bits; a layer that has bits of its own keeps them."""
         found = {}
         places = [[option.bits for option in layer.options] for layer in self._layers]
@@ -192,7 +192,7 @@ class Widths:
         share = (bits - below) / (above - below) if above > below else 0.0
         return int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
 
-    def bits(self, choice: Choice) -> dict[str, int]:
+    def bits(self, choice: Assignment) -> dict[str, int]:
         """The bits of every layer by name."""
         return {layer.name: layer.options[at].bits for layer, at in zip(self._layers, choice.options, strict=True)}
 

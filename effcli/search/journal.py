@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=BaseModel)
 
 
-class Costs(Record):
+class LayerCosts(Record):
     """What some layers cost, one mapping by name for each variant of their options."""
 
     variants: tuple[dict[str, Cost], ...]
 
 
-class Journal:
+class SearchJournal:
     """A folder with one JSON file for each finding, which is there whole or not at all.
 
     The folder belongs to one search on one network with the same data: whoever makes it sees to that.
@@ -53,14 +53,14 @@ class Journal:
 
     def costs(self, name: str, variants: int) -> tuple[dict[str, Cost], ...] | None:
         """The costs of layers that were recorded under `name`, one mapping for each of the variants."""
-        found = self.recall(Costs, name)
+        found = self.recall(LayerCosts, name)
         if found is not None and len(found.variants) != variants:
             raise UnfinishedError(f"{self.folder / name}.json is of {len(found.variants)} variants, not {variants}")
         return None if found is None else found.variants
 
     def record_costs(self, name: str, variants: Sequence[Mapping[str, Cost]]) -> None:
         """Write down what some layers cost under each variant."""
-        self.record(name, Costs(variants=tuple(dict(costs) for costs in variants)))
+        self.record(name, LayerCosts(variants=tuple(dict(costs) for costs in variants)))
 
 
-__all__ = ["Costs", "Journal"]
+__all__ = ["LayerCosts", "SearchJournal"]

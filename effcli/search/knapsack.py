@@ -19,7 +19,7 @@ _MOST_UNITS = 1 << 17
 
 
 @dataclass(frozen=True)
-class Choice:
+class Assignment:
     """An option for every item. options: its index for each item; nbytes and cost: the sums."""
 
     options: tuple[int, ...]
@@ -73,7 +73,7 @@ class Frontier:
             taken.append(option)
         return best, taken
 
-    def at(self, budget: int) -> Choice:
+    def at(self, budget: int) -> Assignment:
         """The cheapest choice of at most `budget` bytes; `ValueError` when there is none."""
         if budget < self.smallest:
             raise ValueError(f"{budget} bytes are fewer than the {self.smallest} of the smallest choice")
@@ -82,19 +82,21 @@ class Frontier:
         fitting = [choice for choice in self._uniform if choice.nbytes <= budget]
         return min([found, *fitting], key=lambda choice: (choice.cost, choice.nbytes))
 
-    def points(self, most: int = 64) -> list[Choice]:
+    def points(self, most: int = 64) -> list[Assignment]:
         """Choices along the frontier, fewest bytes first, each cheaper than the one before; about evenly spaced."""
-        found: list[Choice] = []
+        found: list[Assignment] = []
         for step in range(most):
             choice = self.at(self.smallest + (self.largest - self.smallest) * step // max(most - 1, 1))
             if not found or choice.cost < found[-1].cost:
                 found.append(choice)
         return found
 
-    def choice(self, options: Sequence[int]) -> Choice:
+    def choice(self, options: Sequence[int]) -> Assignment:
         """The sums of a choice."""
         nbytes = sum(sizes[at] for sizes, at in zip(self._nbytes, options, strict=True))
-        return Choice(tuple(options), nbytes, math.fsum(own[at] for own, at in zip(self._costs, options, strict=True)))
+        return Assignment(
+            tuple(options), nbytes, math.fsum(own[at] for own, at in zip(self._costs, options, strict=True))
+        )
 
     def _traced(self, units: int) -> list[int]:
         """The options behind an entry of the table, from the last item to the first."""
@@ -105,7 +107,7 @@ class Frontier:
             units -= sizes[index]
         return options[::-1]
 
-    def _uniform_choices(self) -> list[Choice]:
+    def _uniform_choices(self) -> list[Assignment]:
         """The k-th option everywhere, where all items that leave a choice have as many."""
         counts = {len(sizes) for sizes in self._nbytes if len(sizes) > 1}
         if len(counts) != 1:
@@ -113,4 +115,4 @@ class Frontier:
         return [self.choice([k if len(sizes) > 1 else 0 for sizes in self._nbytes]) for k in range(counts.pop())]
 
 
-__all__ = ["Choice", "Frontier"]
+__all__ = ["Assignment", "Frontier"]

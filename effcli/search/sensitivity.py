@@ -11,7 +11,7 @@ from effcli.formats import Packing
 from effcli.layers.result import Progress
 from effcli.layers.selection import needs_of
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Way
-from effcli.search.journal import Journal
+from effcli.search.journal import SearchJournal
 
 if TYPE_CHECKING:
     from effcli.run.network import RunNetwork
@@ -28,7 +28,7 @@ def sensitivity(
     work: Path,
     way: Way | None = None,
     progress: Progress = lambda done, total: None,
-    journal: Journal | None = None,
+    journal: SearchJournal | None = None,
 ) -> Sensitivity:
     """What quantizing each layer of the checkpoint `source` alone costs with each of `steps`, one pass with other bits.
 

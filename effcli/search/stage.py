@@ -28,7 +28,7 @@ from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep
 from effcli.search.bits import check_average, check_size
 from effcli.search.budget import Figure
-from effcli.search.journal import Journal
+from effcli.search.journal import SearchJournal
 from effcli.search.sensitivity import sensitivity
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def carry_out(network: RunNetwork, position: Position, folder: Path, listener: L
 
     Raises `SelectionError` for a budget that no choice keeps.
     """
-    journal = Journal(folder)
+    journal = SearchJournal(folder)
     search = _Running(network, position, journal, listener)
     try:
         return search.carry_out()
@@ -193,7 +193,7 @@ class _Found(Record):
 class _Running:
     """A search that is carried out; see `effcli.layers.contract.Evaluator`."""
 
-    def __init__(self, network: RunNetwork, position: Position, journal: Journal, listener: Listener) -> None:
+    def __init__(self, network: RunNetwork, position: Position, journal: SearchJournal, listener: Listener) -> None:
         assert isinstance(position.step.config, SearchPass)
         self.options: SearchPass = position.step.config
         self.network = network

@@ -24,7 +24,7 @@ from effcli.reports.units import size
 from effcli.run import pipeline
 from effcli.run import recipe as recipes
 from effcli.search.costs import Cost
-from effcli.search.journal import Journal
+from effcli.search.journal import SearchJournal
 
 
 class Killed(BaseException):
@@ -250,7 +250,7 @@ def test_two_searches(net: Path, tmp_path: Path, counts: Counter[str]) -> None:
 
 
 def test_costs_are_read_back_as_they_were(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal")
+    journal = SearchJournal(tmp_path / "journal")
     costs = [{"a.b": Cost(0.1, 1 / 3)}, {"a.b": Cost(float("inf"), 0.0)}]
     assert journal.costs("block-0", 2) is None
     journal.record_costs("block-0", costs)
