@@ -24,12 +24,7 @@ def gradients(
     not. Raises `UnsupportedError` for a network that is no classifier, `DataError` without labels, or with labels that
     are no classes.
     """
-    classes = class_count(graph)
-    if classes is None:
-        raise UnsupportedError(
-            "gradients need a loss, and the network's output is no vector of one number for each class",
-            "use a pass that needs no gradients",
-        )
+    classes = classes_for("gradients need a loss", graph, "use a pass that needs no gradients")
     sites = list(sites)
     found = {site.name: Gradients(site.shape, needs, graph.device) for site in sites}
     weights: list[Tensor] = [graph.layer(site.name).weight for site in sites]  # type: ignore[misc]
@@ -65,6 +60,17 @@ def _add(
         found[site.name].end_sample(samples)
 
 
+def classes_for(use: str, graph: Graph, remedy: str) -> int:
+    """How many classes the network tells apart; use: what they are for, a clause.
+
+    Raises `UnsupportedError`, with this remedy, for a network that is no classifier.
+    """
+    classes = class_count(graph)
+    if classes is None:
+        raise UnsupportedError(f"{use}, and the network's output is no vector of one number for each class", remedy)
+    return classes
+
+
 def check_labels(use: str, labels: Tensor | None, classes: int) -> Tensor:
     """The labels, int64 (n,), if they are classes of the network; use: what they are for, a clause.
 
@@ -84,4 +90,4 @@ def check_labels(use: str, labels: Tensor | None, classes: int) -> Tensor:
     return labels
 
 
-__all__ = ["check_labels", "gradients"]
+__all__ = ["check_labels", "classes_for", "gradients"]

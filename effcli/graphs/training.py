@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from torch.nn.utils import parametrize
 from effcli.errors import DataError, UnfinishedError, UserError, behind, writing
 from effcli.files.digest import of_folder
 from effcli.formats import SparseWeight
-from effcli.graphs.backward import check_labels
-from effcli.graphs.graph import Graph, class_count
+from effcli.graphs.backward import check_labels, classes_for
+from effcli.graphs.graph import Graph
 from effcli.graphs.ledger import dense, whole_rows
 from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed
 from effcli.layers.input_rounding import straight_through
@@ -30,6 +31,66 @@ from effcli.training.loop import Batch, Examples, Objective
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
+
+
+# An error that changes by less than this share between two measurements has settled.
+_SETTLED = 0.01
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A step that trains; see `train_graph`."""
+
+    source: Path
+    target: Path
+    step: PassStep
+    data: Examples | None
+    batch_size: int
+    reference: Path | None
+    original: Path | None
+    work: Path | None
+    seed: int
+    device: str
+    progress: Progress
+
+    def carry_out(self) -> PassResult:
+        """Raises `UnfinishedError` for a snapshot in `work` that is damaged."""
+        step, options = self.step, self.step.config
+        assert isinstance(options, TrainPass)
+        if options.seed is None:
+            options = options.model_copy(update={"seed": self.seed})
+        graph = Graph.read(self.source)
+        for name, tensor in graph.module.state_dict().items():
+            check_tensor(tensor, name)
+        choices = choose(graph, step)
+        if self.data is None:
+            raise DataError(f"{step.name} trains on inputs of the network", "give calibration data")
+        before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}
+        compressed = set(graph.stored)
+        made = train(
+            graph,
+            step.name,
+            options,
+            self.data,
+            {name: choice.config for name, choice in choices.items() if choice.config is not None},
+            batch_size=self.batch_size,
+            dense=None if self.reference == self.source else self._teacher(Needs.DENSE, self.reference),
+            original=self._teacher(Needs.ORIGINAL, self.original),
+            work=self.work,
+            key=_key(self.source, step, [len(self.data), self.batch_size, options.seed]),
+            device=self.device,
+            progress=self.progress,
+        )
+        graph.save(self.target)
+        remarks = [*made.remarks, *_undone(graph, step.name, before, compressed)]
+        result = PassResult(remarks=remarks, training=made.training)
+        result.ledger = whole_rows(graph, choices, before, compressed, made.notes, result)
+        result.histograms = worst(result)
+        return result
+
+    def _teacher(self, need: Needs, checkpoint: Path | None) -> Graph | None:
+        """The network in `checkpoint`, where the step asks for it."""
+        return Graph.read(checkpoint) if need in self.step.needs and checkpoint is not None else None
 
 
 def train_graph(
@@ -53,15 +114,9 @@ def train_graph(
     snapshots, from which an unfinished training of the same request goes on; a damaged one is thrown away, and a remark
     says so; seed: where the options have none.
     """
-    request: dict[str, Any] = {
-        "batch_size": batch_size,
-        "reference": reference,
-        "original": original,
-        "seed": seed,
-        "device": device,
-    }
+    request = _Request(source, target, step, data, batch_size, reference, original, work, seed, device, progress)
     try:
-        return _train_graph(source, target, step, data, work=work, progress=progress, **request)
+        return request.carry_out()
     except UnfinishedError as error:
         failure = behind(error)
         if failure is not None:
@@ -71,56 +126,8 @@ def train_graph(
         damage = error.cause
     with writing(work):
         shutil.rmtree(work)
-    result = _train_graph(source, target, step, data, work=work, progress=progress, **request)
+    result = request.carry_out()
     result.remarks.append(f"{step.name} trained anew, for unfinished training cannot be continued: {damage}")
-    return result
-
-
-def _train_graph(
-    source: Path,
-    target: Path,
-    step: PassStep,
-    data: Examples | None,
-    *,
-    batch_size: int,
-    reference: Path | None,
-    original: Path | None,
-    work: Path | None,
-    seed: int,
-    device: str,
-    progress: Progress,
-) -> PassResult:
-    """What `train_graph` does; `UnfinishedError` for a snapshot in `work` that is damaged."""
-    options = step.config
-    assert isinstance(options, TrainPass)
-    if options.seed is None:
-        options = options.model_copy(update={"seed": seed})
-    graph = Graph.read(source)
-    for name, tensor in graph.module.state_dict().items():
-        check_tensor(tensor, name)
-    choices = choose(graph, step)
-    if data is None:
-        raise DataError(f"{step.name} trains on inputs of the network", "give calibration data")
-    before = {name: dense(graph, choice.site).clone() for name, choice in choices.items()}
-    compressed = set(graph.stored)
-    made = train(
-        graph,
-        step.name,
-        options,
-        data,
-        {name: choice.config for name, choice in choices.items() if choice.config is not None},
-        batch_size=batch_size,
-        dense=Graph.read(reference) if Needs.DENSE in step.needs and reference not in (None, source) else None,
-        original=Graph.read(original) if Needs.ORIGINAL in step.needs and original is not None else None,
-        work=work,
-        key=_key(source, step, [len(data), batch_size, options.seed]),
-        device=device,
-        progress=progress,
-    )
-    graph.save(target)
-    result = PassResult(remarks=[*made.remarks, *_undone(graph, step.name, before, compressed)], training=made.training)
-    result.ledger = whole_rows(graph, choices, before, compressed, made.notes, result)
-    result.histograms = worst(result)
     return result
 
 
@@ -141,9 +148,10 @@ def train(
 ) -> Transformed:
     """Train the `chosen` layers of `graph`, in place, with the pass called `name`; the others stay as they are.
 
-    dense, original: the networks that `Needs.DENSE` and `Needs.ORIGINAL` name. Raises `UserError` where no layer can
-    be trained and where a network that the pass compares with is missing, `DataError` without labels that it learns
-    from, and what `loop.train` raises. device: as there; networks whose nodes name a device stay on the CPU.
+    dense, original: the networks that `Needs.DENSE` and `Needs.ORIGINAL` name. device: as in `loop.train`; networks
+    whose nodes name a device stay on the CPU. Raises `UserError` where no layer can be trained and where a network that
+    the pass compares with is missing, `UnsupportedError` without classes and `DataError` without labels that it learns
+    from, and what `loop.train` raises.
     """
     teachers: dict[str, Graph] = {}
     if Needs.DENSE in options.needs:
@@ -186,7 +194,27 @@ def train(
     if not notes:
         lost = f"{training.steps} steps at a learning rate of {options.learning_rate} lower no error"
         told = f"the weights stay as they are: {lost}"
+    told += _advice(training.errors, options)
     return Transformed(graph, notes, remarks=(*attached.remarks, told), training=training)
+
+
+def _advice(errors: Sequence[tuple[int, float]], options: TrainPass) -> str:
+    """What to change where the training ended too soon or lowered no error, as a clause; empty where it settled.
+
+    errors: at each step that was measured, the first before training.
+    """
+    longer = f"`epochs` (now {options.epochs})" if options.steps is None else f"`steps` (now {options.steps})"
+    rate = f"`learning_rate` (now {options.learning_rate:g})"
+    (_, first), *_, (_, last) = errors
+    least, before_last = min(error for _, error in errors), errors[-2][1]
+    if least == first == 0:
+        return ""
+    if least == first:
+        worse = last > first * (1 + _SETTLED)
+        return f"; lower {rate}" if worse else f"; raise {rate} or {longer}"
+    if last == least and last < before_last * (1 - _SETTLED):
+        return f", and it still fell: raise {longer}, or {rate}"
+    return ""
 
 
 def _undone(graph: Graph, name: str, before: Mapping[str, Tensor], compressed: Collection[str]) -> Iterator[str]:
@@ -300,14 +328,10 @@ def _layer(graph: Graph, site: LayerSite) -> Layer:
 
 
 def _check_labels(name: str, graph: Graph, data: Examples) -> None:
-    """Raise `DataError` unless the inputs have labels that are classes of the network."""
-    classes = class_count(graph)
-    if classes is None:
-        raise DataError(
-            f"{name} learns from labels, and the network's output is no vector of logits",
-            "train towards the outputs of the original network",
-        )
-    check_labels(f"{name} learns from labels", None if data.labels is None else torch.from_numpy(data.labels), classes)
+    """Raise `UnsupportedError` for a network without classes, `DataError` unless the labels are classes of it."""
+    use = f"{name} learns from labels"
+    classes = classes_for(use, graph, "train towards the outputs of the original network")
+    check_labels(use, None if data.labels is None else torch.from_numpy(data.labels), classes)
 
 
 def _key(source: Path, step: PassStep, numbers: list[int | None]) -> str:

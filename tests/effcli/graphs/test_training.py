@@ -107,11 +107,37 @@ def test_labels_are_learnt(tmp_path: Path) -> None:
     assert result.training is not None and result.training.measured == "loss on the calibration inputs"
     assert result.training.errors[0][1] == pytest.approx(before, rel=1e-5)
     assert dict(result.training.errors)[result.training.kept] == pytest.approx(after, rel=1e-5)
-    assert result.remarks == [f"loss on the calibration inputs: {before:.3g} before training, {after:.3g} after"]
+    (remark,) = result.remarks
+    assert remark.startswith(f"loss on the calibration inputs: {before:.3g} before training, {after:.3g} after")
     assert result.training.curve[-1][0] == result.training.steps == 40
     for name, parameter in graph.module.named_parameters():
         same = torch.equal(parameter, made.module.get_parameter(name))
         assert same == name.endswith("bias"), name
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"epochs": 1}, ", and it still fell: raise `epochs` (now 1), or `learning_rate` (now 0.01)"),
+        ({"steps": 2}, ", and it still fell: raise `steps` (now 2), or `learning_rate` (now 0.01)"),
+        ({"steps": 2, "keep_best": False}, ", and it still fell: raise `steps` (now 2), or `learning_rate` (now 0.01)"),
+        ({"learning_rate": 100.0}, " lower no error; lower `learning_rate` (now 100)"),
+        ({"learning_rate": 1e-30}, " lower no error; raise `learning_rate` (now 1e-30) or `epochs` (now 3)"),
+        ({"epochs": 40}, " after"),
+    ],
+)
+def test_a_training_that_was_too_short_or_learnt_nothing(options: dict[str, Any], advice: str, tmp_path: Path) -> None:
+    """What to change stands in the remark; nothing where the error had settled."""
+    graph = small_graphs.separable()
+    made = carried_out(Tune(**{"learning_rate": 1e-2, **options}), tmp_path, labelled(graph, 16), graph)
+    assert made.remarks[-1].endswith(advice)
+
+
+def test_nothing_is_advised_where_there_is_no_error() -> None:
+    graph = small_graphs.separable()
+    config = Tune(wanted="ORIGINAL")
+    made = train(graph, "tune", config, Held(small_graphs.inputs(graph, 8)), {"layer0": config}, batch_size=4)
+    assert made.remarks[-1].endswith(" lower no error")
 
 
 def test_the_gradient_is_that_of_the_whole_network(tmp_path: Path) -> None:
@@ -479,7 +505,7 @@ def test_no_layer_to_train(tmp_path: Path) -> None:
 def test_labels_of_a_network_without_classes() -> None:
     graph = small_graphs.chain((4,), nn.Linear(4, 4))
     config = Tune()
-    with pytest.raises(DataError, match="no vector of logits"):
+    with pytest.raises(UnsupportedError, match=r"tune learns from labels, .* no vector of one number for each class"):
         data = Held(small_graphs.inputs(graph, 4), np.zeros(4, np.int64))
         train(graph, "tune", config, data, {"layer0": config}, batch_size=2)
 
