@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP = 64, 16, 14
 _FEW = 24  # so many layers can be named below the axis
 _NAME, _SLANTED = 12, 17  # characters of a name below the axis
 # The part of the width that a layer outside of the blocks needs for its name.
-_OUTER = 0.1
+_OUTER = 0.13
 
 
 @dataclass(frozen=True)
