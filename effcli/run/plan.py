@@ -122,7 +122,10 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Effort:
-    """What a step takes. operations: on floating-point numbers; memory, disk: bytes at the peak, besides the rest."""
+    """What a step takes. operations: on floating-point numbers.
+
+    memory, disk: bytes at the peak, of memory besides `BASE_MEMORY`, on the disk besides the weight files.
+    """
 
     operations: float
     memory: int
