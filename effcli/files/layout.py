@@ -9,6 +9,7 @@ stock loader looks for. (An unknown `quant_method` alone would be ignored and ra
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,13 +19,23 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from effcli.errors import CheckpointError, UnsupportedError
-from effcli.files.checkpoint import check_config, read_config
+from effcli.files.checkpoint import (
+    OWN_STEM,
+    STOCK_STEM,
+    Entry,
+    assemble,
+    check_config,
+    copy_companions,
+    read_config,
+    write_text,
+)
 from effcli.files.documents import check_model
 from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Scheme, Strategy, find, format_from_json
 from effcli.formats.base import Bits, ByFormat, GroupSize
 from effcli.layers.layer import Kind
 
 LAYOUT_VERSION = 1
+SHARD_BYTES = 4 << 30
 OWN_TYPE = "effcli"
 _RESTORE = "restore config.json from the original checkpoint"
 
@@ -321,6 +332,26 @@ def own_config(
         described["widths"] = {str(k): dict(values) for k, values in sorted(widths.items())}
     described["layers"] = {name: stored.to_json() for name, stored in sorted(layers.items())}
     return {"model_type": OWN_TYPE, "effcli": described}
+
+
+def write_checkpoint(
+    source: Path,
+    target: Path,
+    parts: Iterable[Path],
+    config: dict[str, Any],
+    carried: Mapping[str, Entry],
+    names: Mapping[str, str],
+) -> None:
+    """Join the safetensors files `parts` into the checkpoint of a language model that `config` describes.
+
+    target: a directory that exists; source: the checkpoint that its tokenizer and the like come from; carried: further
+    tensors, which stand in files of `source`; names: what the stock layout calls tensors and layers otherwise than
+    their modules, whose names they have in effcli's own.
+    """
+    copy_companions(source, target)
+    own = is_own(config)
+    assemble(parts, target, OWN_STEM if own else STOCK_STEM, SHARD_BYTES, carried, {} if own else names)
+    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_uniform(config: dict[str, Any]) -> None:

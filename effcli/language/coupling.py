@@ -15,7 +15,6 @@ compute what it does with that position set to zero.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from effcli.errors import EffcliError, UnsupportedError, UserError, first_line
-from effcli.files.checkpoint import OWN_STEM, STOCK_STEM, assemble, copy_companions, write_shard, write_text
-from effcli.files.layout import own_config
+from effcli.files.checkpoint import write_shard
+from effcli.files.layout import own_config, write_checkpoint
 from effcli.language.calls import Call, hidden_of, kind_of
 from effcli.language.pairs import weights_with_inputs
 from effcli.language.skeleton import Skeleton, with_widths
@@ -48,7 +47,6 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k")
 # The number of equal groups of experts that a router chooses among first.
 _GROUPS = ("n_group", "num_expert_group")
 
-_SHARD_BYTES = 4 << 30
 # A prime number of tokens, lest wrong shapes be divided among them evenly.
 _ROWS, _LENGTH = 1, 47
 # How many numbers of positions less a config is asked for.
@@ -126,7 +124,6 @@ def cut(source: Path, target: Path, cuts: Sequence[Cut], work: Path, trust_remot
         for name, shape in shapes.items()
     }
     config = _described(weights, cuts, after, trust_remote_code)
-    copy_companions(source, target)
     names = [name for name in skeleton.outer_parameters() if name not in weights.left_out()]
     groups = [*(skeleton.block_parameters(k) for k in range(len(skeleton.blocks))), names]
     parts = []
@@ -136,9 +133,7 @@ def cut(source: Path, target: Path, cuts: Sequence[Cut], work: Path, trust_remot
         write_shard(part, {key: shortened(weights.parameter(key), kept.get(key, {})).contiguous() for key in keys})
         parts.append(part)
         memory.trim()
-    own = config.get("model_type") == "effcli"
-    assemble(parts, target, OWN_STEM if own else STOCK_STEM, _SHARD_BYTES, carried, {} if own else weights.file_names())
-    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_checkpoint(source, target, parts, config, carried, weights.file_names())
     for part in parts:
         part.unlink()
 

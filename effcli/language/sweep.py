@@ -17,17 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from effcli.errors import DataError, UnfinishedError
-from effcli.files.checkpoint import (
-    DTYPES,
-    OWN_STEM,
-    STOCK_STEM,
-    Checkpoint,
-    assemble,
-    copy_companions,
-    write_shard,
-    write_text,
-)
-from effcli.files.layout import Stored, own_config, standard_config, untied
+from effcli.files.checkpoint import DTYPES, Checkpoint, write_shard
+from effcli.files.layout import Stored, own_config, standard_config, untied, write_checkpoint
 from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
 from effcli.language.calls import kind_of
@@ -48,8 +39,6 @@ from effcli.reports.report import LedgerRow
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
-
-SHARD_BYTES = 4 << 30
 
 
 def sweep(
@@ -283,12 +272,9 @@ class _Sweep:
             )
         own = bool(obstacles or self.skeleton.widths)
         described = own_config(config, stored, self.skeleton.widths) if own else self._standard(config, stored)
-        copy_companions(self.weights.checkpoint.path, target)
         parts = [self.journal.part(name) for name in names]
-        # In effcli's own layout tensors have the names of the modules.
-        names_in_files = {} if own else self.weights.file_names()
-        assemble(parts, target, OWN_STEM if own else STOCK_STEM, SHARD_BYTES, self.carried, names_in_files)
-        write_text(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+        source, files = self.weights.checkpoint.path, self.weights.file_names()
+        write_checkpoint(source, target, parts, described, self.carried, files)
         self.journal.remove()
         self.progress(len(names), len(names))
         return result

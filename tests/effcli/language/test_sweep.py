@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import effcli
 from effcli import runtime
 from effcli.errors import NumericsError
+from effcli.files import layout
 from effcli.files.checkpoint import Checkpoint, read_config
 from effcli.files.layout import is_own, network_config
 from effcli.inputs.text import Windows
@@ -112,7 +113,7 @@ def crash_at(where: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "write_shard", write)
     monkeypatch.setattr(Journal, "advance", advance)
     if where == "assemble":
-        monkeypatch.setattr(sweep, "assemble", assemble)
+        monkeypatch.setattr(layout, "assemble", assemble)
 
 
 @pytest.mark.parametrize("inputs", ["original", "compressed"])
@@ -657,7 +658,7 @@ def test_float32_parts_of_a_bf16_network_keep_their_dtype(llama: Path, tmp_path:
 
 
 def test_several_shards(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 60_000)
     carry_out(llama, tmp_path / "out", LINEAR)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
