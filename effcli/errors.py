@@ -10,6 +10,7 @@ EffcliError
 │   ├── UnfinishedError       unfinished work of an earlier run that cannot be continued
 │   ├── OutputError           an output that exists, is read-only, or does not fit on the disk
 │   └── UnsupportedError      something this version cannot do, with what it can do instead
+├── PluginError               what a pass returned is not what its contract says (exit 2)
 └── MachineError              a failure of ours or of the machine (exit 2)
 """
 
@@ -69,6 +70,10 @@ class UnsupportedError(UserError):
 
 class UnfinishedError(UserError):
     """Unfinished work of an earlier run that cannot be continued; a run begins anew instead."""
+
+
+class PluginError(EffcliError):
+    """An answer of a pass, of effcli or of another package, that the contract does not allow."""
 
 
 class MachineError(EffcliError):

@@ -21,11 +21,12 @@ from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import GraphCosts, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
 from effcli.graphs.open_graph import OpenGraph
-from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ScalingPass
+from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ScalingPass, Transformed
 from effcli.layers.cutting import decide, rows
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
+from effcli.layers.returned import Asked
 from effcli.layers.selection import Choice, choose, needs_of
 from effcli.layers.statistics import Gradients
 
@@ -163,8 +164,8 @@ def _transform(
     costs = GraphCosts(graph)
     compressed = set(graph.stored)
     normed = {name for name in choices if beside_batch_norm(graph, name)}
-    made = options.transform(graph, observed)
-    network: Graph | IntegerNetwork = made.network
+    made = _transformed(options, graph, observed)
+    network = made.network
     network.save(target)
     result = PassResult(remarks=list(made.remarks), activations=list(made.activations))
     if isinstance(network, IntegerNetwork):
@@ -174,6 +175,20 @@ def _transform(
         result.ledger = whole_rows(network, choices, before, compressed, made.notes, result)
     result.histograms = worst(result)
     return result
+
+
+def _transformed(options: NetworkPass, graph: Graph, seen: Observed) -> Transformed:
+    """What a pass made of a graph; `PluginError` for anything else."""
+    asked = Asked(options, "transform")
+    made = asked.expect(options.transform(graph, seen), Transformed, "a `Transformed`")
+    asked.expect(made.network, Graph | IntegerNetwork, "one with a graph or an integer network")
+    for layer, notes in made.notes.items():
+        dataclasses.replace(asked, about=layer).check_notes(notes)
+    if isinstance(made.network, Graph):
+        for name, tensor in made.network.module.state_dict().items():
+            if tensor.is_floating_point():
+                dataclasses.replace(asked, about=name).check_finite(tensor)
+    return made
 
 
 __all__ = ["graph_sweep"]

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from effcli.errors import DataError, UnfinishedError, UserError, behind, writing
 from effcli.files.digest import of_folder
-from effcli.formats import SparseWeight
+from effcli.formats import Quantized, SparseWeight
 from effcli.graphs.backward import check_labels, classes_for
 from effcli.graphs.graph import Graph
 from effcli.graphs.ledger import dense, whole_rows
-from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed
+from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed, finished
 from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
+from effcli.layers.returned import Asked, described
 from effcli.layers.selection import choose
 from effcli.training import loop
 from effcli.training.loop import Batch, Examples, Objective
@@ -185,8 +187,11 @@ def train(
         with torch.no_grad():
             same = training.kept == 0 and torch.equal(module(layer.weight), layer.weight)
         if not same:
-            outcome = own.finish(layer, module)
+            outcome = finished(own, layer, module)
             weight = outcome.weight if outcome.mask is None else outcome.mask.over(outcome.weight)
+            Asked(own, "finish", each).check_finite(
+                weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight
+            )
             graph.set_weight(each, weight)
             notes[each] = dict(outcome.notes)
     first, least = training.errors[0][1], dict(training.errors)[training.kept]
@@ -249,14 +254,15 @@ class _Attached:
             for name, site in sites.items():
                 own = chosen[name]
                 assert isinstance(own, TrainPass)
-                module = own.attach(_layer(self.graph, site))
+                asked = Asked(own, "attach", name)
+                module = asked.expect(own.attach(_layer(self.graph, site)), nn.Module | None, "a module, or None")
                 if module is None:
                     self.remarks.append(f"{name} stays as it is: it has no {self.options.takes}")
                     continue
                 layer = self.graph.layer(name)
                 mask = self.graph.mask(name)
                 kept = None if mask is None else mask.kept
-                parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape, kept))
+                parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape, kept, asked))
                 layer.parametrizations.weight.original.requires_grad_(own.trains_weights)  # type: ignore[union-attr]
                 self.layers[name] = site, own, module
             with straight_through(self.graph.module):
@@ -273,14 +279,24 @@ class _Attached:
             name: [own for own in self.graph.layer(name).parametrizations.parameters() if own.requires_grad]  # type: ignore[union-attr]
             for name in self.layers
         }
+        made = self.options.optimizer(parameters)
+        optimizer = Asked(self.options, "optimizer").expect(made, Optimizer, "an optimizer of torch")
         return Objective(
             module=self.graph.module,
-            optimizer=self.options.optimizer(parameters),
-            loss=lambda batch: self.options.loss(self._step(batch, training=True)),
-            error=lambda batch: self.options.measure(self._step(batch, training=False)),
+            optimizer=optimizer,
+            loss=self._loss,
+            error=self._error,
             measured=self.options.measured,
             beside=tuple(teacher.module for teacher in self.teachers.values()),
         )
+
+    def _loss(self, batch: Batch) -> Tensor:
+        loss = self.options.loss(self._step(batch, training=True))
+        return Asked(self.options, "loss").check_loss(loss, trains=True)
+
+    def _error(self, batch: Batch) -> tuple[float, float]:
+        found = self.options.measure(self._step(batch, training=False))
+        return Asked(self.options, "measure").check_measured(found)
 
     def set_training(self, training: bool) -> None:
         """Whether what is attached runs as in training, with its dropout say; the network itself never does."""
@@ -301,22 +317,28 @@ class _Attached:
 class _Matrix(nn.Module):
     """The weight that runs, in the shape of the layer's parameter, made by a module that takes matrices (out, in).
 
-    kept: bool (out, in), which weights an earlier pass kept; the others stay 0. None where it removed nothing.
+    kept: bool (out, in), which weights an earlier pass kept; the others stay 0. None where it removed nothing. asked:
+    whose module it is.
     """
 
     kept: Tensor | None
 
-    def __init__(self, inner: nn.Module, shape: tuple[int, int], kept: Tensor | None) -> None:
+    def __init__(self, inner: nn.Module, shape: tuple[int, int], kept: Tensor | None, asked: Asked) -> None:
         super().__init__()
         self.inner = inner
         self.shape = shape
+        self.asked = asked
         self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        made: Tensor = self.inner(weight.view(self.shape))
+        made: Any = self.inner(weight.view(self.shape))
+        if not isinstance(made, Tensor) or not made.is_floating_point() or tuple(made.shape) != self.shape:
+            self.asked.refuse(
+                f"a module that gives {described(made)}", f"one that gives a floating weight {self.shape}"
+            )
         if self.kept is not None:
             made = made.masked_fill(~self.kept, 0)
-        return made.view_as(weight)
+        return made.view_as(weight)  # type: ignore[no-any-return]
 
 
 def _layer(graph: Graph, site: LayerSite) -> Layer:

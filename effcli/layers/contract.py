@@ -32,6 +32,7 @@ from effcli.errors import UserError
 from effcli.formats import Mask, Packing, Quantized
 from effcli.layers.coupling import Coupled, Cut
 from effcli.layers.layer import Kind
+from effcli.layers.returned import Asked
 from effcli.layers.statistics import Needs, Statistics
 from effcli.options import Options
 from effcli.training.options import TrainingOptions
@@ -106,7 +107,9 @@ class LayerPass(Pass):
         masks = [None] * len(seen) if layer.mask is None else layer.mask.chunk(len(seen))
         weights = layer.weight.chunk(len(seen))
         parts = [dataclasses.replace(layer, weight=part, mask=mask) for part, mask in zip(weights, masks, strict=True)]
-        return Outcome.joined([self.apply(part, own) for part, own in zip(parts, seen, strict=True)])
+        return Outcome.joined(
+            [_outcome(self, "apply", part, self.apply(part, own)) for part, own in zip(parts, seen, strict=True)]
+        )
 
 
 class ScalingPass(LayerPass):
@@ -197,7 +200,8 @@ class TrainPass(TrainingOptions, Pass):
 
     def measure(self, step: Step) -> tuple[float, float]:
         """Two numbers whose sums over all inputs are divided: the error by which the best weights are kept."""
-        return float(self.loss(step)) * len(step.inputs), float(len(step.inputs))
+        loss = Asked(self, "loss").check_loss(self.loss(step), trains=False)
+        return float(loss) * len(step.inputs), float(len(step.inputs))
 
     def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> Optimizer:
         """The optimizer of the parameters of each layer; the schedule multiplies its learning rates."""
@@ -464,8 +468,28 @@ UNSEEN = Statistics(0, Needs.NOTHING)
 
 
 def carry_out(options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ()) -> Outcome:
-    """What becomes of one layer; seen: of the inputs of each of its groups, empty where nothing was gathered."""
-    return options.apply_groups(layer, seen) if len(seen) > 1 else options.apply(layer, seen[0] if seen else UNSEEN)
+    """What becomes of one layer; seen: of the inputs of each of its groups, empty where nothing was gathered.
+
+    Raises `PluginError` for what is no outcome of this layer; whether its numbers are finite is not looked at.
+    """
+    if len(seen) > 1:
+        return _outcome(options, "apply_groups", layer, options.apply_groups(layer, seen))
+    return _outcome(options, "apply", layer, options.apply(layer, seen[0] if seen else UNSEEN))
+
+
+def finished(options: TrainPass, layer: Layer, trained: nn.Module) -> Outcome:
+    """What becomes of one layer that was trained; trained: what the pass attached to it."""
+    return _outcome(options, "finish", layer, options.finish(layer, trained))
+
+
+def _outcome(options: Pass, method: str, layer: Layer, made: Any) -> Outcome:
+    """What a pass made of a layer; `PluginError` unless it is an outcome of this layer."""
+    asked = Asked(options, method, layer.name)
+    outcome: Outcome = asked.expect(made, Outcome, "an `Outcome`")
+    asked.check_weight(outcome.weight, tuple(layer.weight.shape))
+    asked.check_mask(outcome.mask, layer.mask, outcome.weight)
+    asked.check_notes(outcome.notes)
+    return outcome
 
 
 __all__ = [
@@ -490,5 +514,6 @@ __all__ = [
     "TrainPass",
     "Transformed",
     "carry_out",
+    "finished",
     "tied",
 ]

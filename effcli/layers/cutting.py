@@ -14,6 +14,7 @@ from effcli.layers.contract import CutPass, Members, Needs, Pass
 from effcli.layers.coupling import Coupled, Cut
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
+from effcli.layers.returned import Asked
 from effcli.layers.selection import Choice
 from effcli.layers.statistics import Gradients
 from effcli.reports.report import LedgerRow
@@ -71,7 +72,9 @@ def decide(
             return _placed(sites.get(parameter, ()), made, read(parameter))
 
         seen = dataclasses.replace(seen, gradients=placed, samples=samples)
-    cuts = tuple(one for one in options.cut(offered, seen) if one.changes)
+    asked = Asked(options, "cut")
+    made_cuts = asked.expect(options.cut(offered, seen), Sequence, "a list of `Cut`")
+    cuts = tuple(one for one in made_cuts if asked.expect(one, Cut, "a list of `Cut`").changes)
     strange = next((one for one in cuts if not any(one.coupled is group for group in offered)), None)
     if strange is not None:
         raise UserError(f"{name} cuts {strange.coupled.name}, which it was not given", "cut only what `cut` is given")

@@ -16,6 +16,7 @@ from effcli.layers.contract import Apply, Group, LayerPass, Needs, Pass, Scaling
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Network, Readers
 from effcli.layers.result import histogram, ratio
+from effcli.layers.returned import Asked
 from effcli.layers.selection import Choice
 from effcli.layers.statistics import Gradients
 from effcli.reports.report import Histogram, LedgerRow
@@ -89,8 +90,9 @@ class LayerEngine:
             self.explain(chosen, f"unscaled: {reason}")
             return
         layers = tuple(self.network.read(self._site(name)) for name in chosen)
-        factor, notes = passes[first].scale(
-            Group(layers, options, readers.columns if explicit else readers.channel), seen[first][0]
+        group = Group(layers, options, readers.columns if explicit else readers.channel)
+        factor, notes = Asked(passes[first], "scale", ", ".join(chosen)).check_factor(
+            passes[first].scale(group, seen[first][0]), layers[0].weight.shape[1]
         )
         if bool((factor == 1).all()):
             self._note(chosen, notes)
@@ -171,7 +173,9 @@ class LayerEngine:
         if seen and seen[0].tokens and Needs.GRAM in seen[0].needs:
             error = ratio(_energy(seen, difference), _energy(seen, original, quick=True))
         difference, original = (factors.with_columns_undone(name, matrix) for matrix in (difference, original))
-        weight_error = ratio(float(difference.square().sum()), float(original.square().sum()))
+        moved = float(difference.square().sum())
+        Asked(options, "apply", name).check_finite(restored, moved)
+        weight_error = ratio(moved, float(original.square().sum()))
         self.histograms.append(histogram(name, original, original + difference))
         held = self.network.write(site, weight, effective)
         self._rows[name] = held.row(

@@ -104,6 +104,20 @@ class Registry(Generic[T]):
             yield name, Entry(place, _summary(place), package=package)
 
 
+def offered_as(kind: type, group: str) -> tuple[str, str]:
+    """The name under which another package offers a class in `group`, and the package.
+
+    The name is empty of a class that an offered one is made with, both are of ours.
+    """
+    points = list(_well_formed(group))
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    for point in points:
+        if point.value == place:
+            return point.name, _package(point)
+    top = kind.__module__.partition(".")[0]
+    return "", next((_package(point) for point in points if point.module.partition(".")[0] == top), "")
+
+
 def package_at_fault(error: BaseException) -> str:
     """The package of another's class whose code raised an error, however deep it called others; empty for ours."""
     offered = {point.module.partition(".")[0]: _package(point) for group in GROUPS for point in _well_formed(group)}
@@ -168,4 +182,4 @@ def _source(module: str) -> Path | None:
     return None
 
 
-__all__ = ["EXPORTERS", "FORMATS", "GROUPS", "PASSES", "Entry", "Registry", "package_at_fault"]
+__all__ = ["EXPORTERS", "FORMATS", "GROUPS", "PASSES", "Entry", "Registry", "offered_as", "package_at_fault"]

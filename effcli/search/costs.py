@@ -17,6 +17,7 @@ from torch import Tensor
 
 from effcli.formats import Quantized
 from effcli.layers.contract import Layer, LayerPass, Outcome, Statistics, carry_out
+from effcli.layers.returned import Asked
 
 _ROWS = 1024
 
@@ -126,6 +127,7 @@ class Probe:
         outcome = carry_out(options, layer, seen if options.needs else ())
         made = outcome.weight
         restored = made.dequantize(torch.float32) if isinstance(made, Quantized) else made.float()
+        Asked(options, "apply", layer.name).check_finite(restored)
         energy, whole = (energies(of, seen) if seen else None for of in (restored - layer.weight, layer.weight))
         self._trials[layer.name] = Trial(energy, whole, restored if self._keep_weights else None)
         return outcome

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from effcli.errors import DataError, RecipeError, UnfinishedError, behind, writing
 from effcli.layers.contract import Change, SearchPass
+from effcli.layers.returned import Asked
 from effcli.layers.selection import matches
 from effcli.options import Record
 from effcli.reports.report import Quality, Stage
@@ -207,6 +208,7 @@ class _Running:
         found = self.journal.recall(Search, "found")
         if found is None:
             found = self.options.choose(self.costs, self)
+            Asked(self.options, "choose").expect(found, Search, "a `Search`")
             found = found.model_copy(update={"name": self.name, "fixed_bytes": self.fixed_bytes})
             self.journal.record("found", found)
         return with_bits(self.steps[0], found.bits), found
