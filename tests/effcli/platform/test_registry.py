@@ -111,10 +111,13 @@ def test_summaries_are_read_and_nothing_is_imported(offer: Offer) -> None:
         ("absent.package:Halve", "cannot be imported from absent.package:Halve: ModuleNotFoundError"),
         ("effcli_faulty:Halv", "cannot be imported from effcli_faulty:Halv: AttributeError"),
         ("effcli_faulty", "cannot be imported from effcli_faulty: "),
-        ("effcli_faulty:NotOne", "is not a LayerPass or NetworkPass or TrainPass or SearchPass: effcli_faulty:NotOne"),
+        (
+            "effcli_faulty:NotOne",
+            "is not a LayerPass or NetworkPass or CutPass or TrainPass or SearchPass: effcli_faulty:NotOne",
+        ),
         (
             "effcli_faulty:Neither",
-            "is not a LayerPass or NetworkPass or TrainPass or SearchPass: effcli_faulty:Neither",
+            "is not a LayerPass or NetworkPass or CutPass or TrainPass or SearchPass: effcli_faulty:Neither",
         ),
         ("effcli_faulty:Abstract", "is not complete: effcli_faulty:Abstract lacks apply"),
     ],
