@@ -1,6 +1,7 @@
 """effcli: compress trained networks, and say after each step what it did to size, quality and speed.
 
     report = effcli.compress("sample:lm", passes=["awq:bits=4"], output="out")
+    print(report)
     model = effcli.load("out")
 
 Importing this module imports no torch; the names below load what they need when they are first used.
@@ -13,18 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effcli.api import compress as compress
-    from effcli.reports.report import Report as Report
+    from effcli.errors import EffcliError as EffcliError
+    from effcli.reports.printed import PrintedReport as Report
+    from effcli.run.listener import Listener as Listener
     from effcli.run.recipe import Recipe as Recipe
     from effcli.runtime import load as load
 
 _HOMES = {
-    "Recipe": "effcli.run.recipe",
-    "Report": "effcli.reports.report",
-    "compress": "effcli.api",
-    "load": "effcli.runtime",
+    "EffcliError": "effcli.errors:EffcliError",
+    "Listener": "effcli.run.listener:Listener",
+    "Recipe": "effcli.run.recipe:Recipe",
+    "Report": "effcli.reports.printed:PrintedReport",
+    "compress": "effcli.api:compress",
+    "load": "effcli.runtime:load",
 }
 
-__all__ = ["Recipe", "Report", "compress", "load"]
+__all__ = ["EffcliError", "Listener", "Recipe", "Report", "compress", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,7 +38,8 @@ def __getattr__(name: str) -> Any:
 
         return version("effcli")
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        module, _, own = _HOMES[name].partition(":")
+        return getattr(import_module(module), own)
     raise AttributeError(f"module 'effcli' has no attribute {name!r}")
 
 

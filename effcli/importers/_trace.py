@@ -55,10 +55,15 @@ def trace_module(module: nn.Module, shape: tuple[int, ...]) -> Trace:
 
     `UnsupportedError`, with the line that is to blame, when torch.export cannot, or can for one n only.
     """
+    return from_program(export_module(module, shape))
+
+
+def export_module(module: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
+    """What torch.export records of `module`; see `trace_module`."""
     # Two, because torch.export takes a batch of one for a constant.
     example = torch.zeros(2, *shape)
     try:
-        program = _export(module, example, {0: Dim.DYNAMIC})
+        return _export(module, example, {0: Dim.DYNAMIC})
     except Exception as error:  # whatever the network's own code raises, and torch.export over it
         if "Constraints violated" in str(error):
             raise _fixed_batch(module, example) from error
@@ -66,7 +71,6 @@ def trace_module(module: nn.Module, shape: tuple[int, ...]) -> Trace:
             f"torch.export cannot record the network: {first_line(error)}{blame(error)}",
             "its forward must take one tensor of this shape and not depend on the values in it",
         ) from error
-    return from_program(program)
 
 
 def from_program(program: ExportedProgram) -> Trace:

@@ -78,6 +78,13 @@ def render(report: Report) -> str:
     )
 
 
+def table(report: Report) -> str:
+    """The table of all stages alone, with what it says in one sentence, for a page that holds more than that."""
+    return rendered(
+        "stages.html.j2", sentence=sentence(report), stages=_stages(report), notes=conditions(report.stages)
+    )
+
+
 @dataclass(frozen=True)
 class _Tile:
     """The last figure of a column; was: the input's, and what else is to be said of it; level: of quality lost."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -248,8 +248,8 @@ class Report(Record):
             draft.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
             os.replace(draft, path)
 
-    @staticmethod
-    def read(folder: Path) -> Report:
+    @classmethod
+    def read(cls, folder: Path) -> Self:
         """Read `report.json` from `folder`; `CheckpointError` when there is none or it is of another schema."""
         path = folder / FILE_NAME
         if not path.is_file():
@@ -270,4 +270,4 @@ class Report(Record):
             )
         if version is None:
             raise CheckpointError(f"{path} is not a report of effcli: it has no schema version", remedy)
-        return check_model(Report, data, f"{path} is not a report of effcli: it", remedy=remedy)
+        return check_model(cls, data, f"{path} is not a report of effcli: it", remedy=remedy)
