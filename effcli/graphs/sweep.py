@@ -182,12 +182,12 @@ def _transformed(options: NetworkPass, graph: Graph, seen: Observed) -> Transfor
     asked = Asked(options, "transform")
     made = asked.expect(options.transform(graph, seen), Transformed, "a `Transformed`")
     asked.expect(made.network, Graph | IntegerNetwork, "one with a graph or an integer network")
-    for layer, notes in made.notes.items():
-        dataclasses.replace(asked, about=layer).check_notes(notes)
+    for layer, notes in asked.expect(made.notes, Mapping, "notes by layer").items():
+        Asked(options, "transform", layer).check_notes(notes)
     if isinstance(made.network, Graph):
         for name, tensor in made.network.module.state_dict().items():
             if tensor.is_floating_point():
-                dataclasses.replace(asked, about=name).check_finite(tensor)
+                Asked(options, "transform", name).check_finite(tensor)
     return made
 
 

@@ -82,7 +82,8 @@ class Asked:
                 mask.pattern.check(kept)
             except ValueError as error:
                 self.refuse(f"a mask that is not of its pattern {mask.pattern} ({error})", "one that is")
-        if (mask or before) is not None and not isinstance(weight, Tensor | Numbers | SparseWeight):
+        removed = mask is not None or before is not None
+        if removed and not isinstance(weight, Tensor | Numbers | SparseWeight):
             self.refuse(described(weight), "a weight in a format of numbers, for some of its weights are removed")
 
     def check_finite(self, restored: Tensor, total: float = math.nan) -> None:
