@@ -4,11 +4,14 @@
     print(report)
     model = effcli.load("out")
 
+What is done is logged to `logging.getLogger("effcli")`, of which nothing is shown until a program sets up `logging`.
+
 Importing this module imports no torch; the names below load what they need when they are first used.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,9 @@ _HOMES = {
 }
 
 __all__ = ["EffcliError", "Listener", "Recipe", "Report", "compress", "load"]
+
+# A library without a handler has its errors written to standard error.
+logging.getLogger("effcli").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from effcli.cli.flags import LogFile, LogLevel
+from effcli.cli.logs import LOGGER, recording
 from effcli.errors import EffcliError, MachineError, machine_condition
 from effcli.platform.registry import package_at_fault
 from effcli.reports.escaping import terminal
+
+_NAMED = inspect.Parameter.KEYWORD_ONLY
 
 
 def usage_error(error: Any) -> tuple[str, str]:
@@ -60,6 +68,7 @@ def _listed(words: Sequence[str], last: str) -> str:
 
 
 def complain(cause: str, remedy: str = "") -> None:
+    LOGGER.error("%s", f"{cause}\n  {remedy}" if remedy else cause)
     # Plain text without wrapping: people search for these lines and paste them.
     try:
         print(f"error: {terminal(cause, lines=True)}", file=sys.stderr)
@@ -71,42 +80,58 @@ def complain(cause: str, remedy: str = "") -> None:
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what goes wrong in a command into one or two lines and an exit code."""
+    """Turn what goes wrong in a command into one or two lines and an exit code; give it the options of a log."""
+    signature = inspect.signature(command, eval_str=True)
+    own = {"log_file": LogFile, "log_level": LogLevel}
+    more = [inspect.Parameter(name, _NAMED, default=None, annotation=kind) for name, kind in own.items()]
 
     @functools.wraps(command)
-    def guarded(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        try:
-            command(*args, debug=debug, **kwargs)
-        except EffcliError as error:
-            _traceback(debug)
-            complain(error.cause, error.remedy)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            _traceback(debug)
-            complain("interrupted", "the same command goes on where this one stopped, if it was writing an output")
-            raise typer.Exit(130) from None
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except Exception as error:
-            if hasattr(error, "format_message"):
-                raise
-            _traceback(debug)
-            known = machine_condition(error)
-            if known is not None:
-                complain(known.cause, known.remedy)
-                raise typer.Exit(known.exit_code) from None
-            text = " ".join(str(error).split())
-            package = package_at_fault(error)
-            remedy = "" if debug else "run it again with --debug for the traceback, and report it"
-            what = f"the package {package} failed" if package else "internal error"
-            remedy += f" to those who make {package}" if package and remedy else ""
-            complain(f"{what}: {type(error).__name__}{': ' + text if text else ''}", remedy)
-            raise typer.Exit(MachineError.exit_code) from None
+    def guarded(*args: Any, log_file: Path | None = None, log_level: str | None = None, **kwargs: Any) -> None:
+        debug = kwargs.get("debug", False)
+        # The first says what is wrong with the log itself.
+        with _ended(debug), recording(log_file, log_level), _ended(debug):
+            command(*args, **kwargs)
 
+    # What Typer reads; a wrapper alone shows it the signature of the command.
+    guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])  # type: ignore[attr-defined]
     return guarded
 
 
+@contextmanager
+def _ended(debug: bool) -> Iterator[None]:
+    """The end of a command as an exit code, with what it has to say of that; debug: with tracebacks."""
+    try:
+        yield
+    except EffcliError as error:
+        _traceback(debug)
+        complain(error.cause, error.remedy)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _traceback(debug)
+        complain("interrupted", "the same command goes on where this one stopped, if it was writing an output")
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            raise
+        _traceback(debug)
+        known = machine_condition(error)
+        if known is not None:
+            complain(known.cause, known.remedy)
+            raise typer.Exit(known.exit_code) from None
+        text = " ".join(str(error).split())
+        package = package_at_fault(error)
+        remedy = "" if debug else "run it again with --debug for the traceback, and report it"
+        what = f"the package {package} failed" if package else "internal error"
+        remedy += f" to those who make {package}" if package and remedy else ""
+        complain(f"{what}: {type(error).__name__}{': ' + text if text else ''}", remedy)
+        raise typer.Exit(MachineError.exit_code) from None
+
+
 def _traceback(debug: bool) -> None:
+    if LOGGER.isEnabledFor(logging.DEBUG):
+        LOGGER.debug("traceback", exc_info=True)
     if debug:
         import traceback
 

@@ -34,6 +34,7 @@ from effcli.reports.units import size
 from effcli.run import detect
 from effcli.run import recipe as recipes
 from effcli.run.listener import Listener, Silent, told
+from effcli.run.logged import Logged
 from effcli.run.plan import Plan
 from effcli.run.recipe import ExportStep, PassStep, Recipe, RecipeStep
 from effcli.run.workplace import EXPORTS, Workplace, check_output, existing, exports_in, files_in, resolved
@@ -56,17 +57,18 @@ def run(
     listener: Listener | None = None,
 ) -> Report:
     """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`."""
+    listener = Logged(listener or Silent())
     output = resolved(recipe.target.absolute())
     check_output(output, overwrite, recipe.inputs)
     for step in recipe.export:
         exporters.require(step.name)
     for clash in filter(None, (step.clash for step in (*_named(recipe.passes), *recipe.export))):
-        (listener or Silent()).say(clash)
+        listener.say(clash)
     # Before any work: it may not be there.
     pick_device(recipe.device)
     torch.manual_seed(recipe.seed)
     with cpu_threads(recipe.threads):
-        return _Run(recipe, output, overwrite, listener or Silent()).carry_out()
+        return _Run(recipe, output, overwrite, listener).carry_out()
 
 
 class _Run:
