@@ -285,7 +285,7 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise MachineError(f"{path} is not valid ONNX: {first_line(error)}") from error
+        raise MachineError(f"{path} is not valid ONNX: {first_line(error)}", "report it with the network") from error
 
 
 def _compare(graph: Graph, folder: Path, tolerance: float | None) -> str:
@@ -310,7 +310,10 @@ def _compare(graph: Graph, folder: Path, tolerance: float | None) -> str:
         raise NumericsError(f"{np.dtype(kind)} overflows in this network", "export with precision float32")
     difference = found_all - expected
     if tolerance is not None and float(difference.norm()) > tolerance * float(expected.norm()):
-        raise MachineError(f"the exported graph computes something else: {float(difference.abs().max()):.2g} off")
+        raise MachineError(
+            f"the exported graph computes something else: {float(difference.abs().max()):.2g} off",
+            "do not use this export, and report it with the network",
+        )
     agreement = float((expected.argmax(1) == found_all.argmax(1)).float().mean())
     found_line = f"top-1 agreement {agreement:.1%}, " if _classifies(graph) else ""
     return (

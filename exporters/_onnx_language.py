@@ -208,7 +208,9 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise MachineError(f"{path} is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise MachineError(
+            f"{path} is not valid ONNX: {str(error).splitlines()[0]}", "report it with the network"
+        ) from error
 
 
 def _compare(
@@ -223,7 +225,10 @@ def _compare(
     tolerance = _EXACT if exact else _ROUGH
     prompt, step = compare(session, network, verify.tokens(network.config), tolerance)
     if exact and not (prompt.passed and step.passed):
-        raise MachineError(f"the exported graph computes something else: prompt: {prompt}; cached step: {step}")
+        raise MachineError(
+            f"the exported graph computes something else: prompt: {prompt}; cached step: {step}",
+            "do not use this export, and report it with the network",
+        )
     if math.isnan(prompt.relative + step.relative):
         raise NumericsError(f"{arithmetic.precision} overflows in this network", "export with precision float32")
     return prompt, step

@@ -152,7 +152,10 @@ def _read_back(weights: Weights, folder: Path, unpack: Callable[[dict[str, Tenso
         difference = unpack(tensors) - expected
         # Not finite is not below either.
         if not float(difference.norm()) <= tolerance * float(expected.norm()):
-            raise MachineError(f"{name} reads back as something else: {float(difference.abs().max()):.2g} off")
+            raise MachineError(
+                f"{name} reads back as something else: {float(difference.abs().max()):.2g} off",
+                "do not use this export, and report it with the network",
+            )
         if expected.numel():
             largest = max(largest, float(difference.abs().max()))
             scale = max(scale, float(expected.abs().max()))

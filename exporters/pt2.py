@@ -83,7 +83,10 @@ def _compare(graph: Graph, path: Path) -> str:
         difference = torch.cat([module(inputs) for inputs in batches]) - expected
     # Not finite is not below either.
     if not float(difference.norm()) <= _EXACT * float(expected.norm()):
-        raise MachineError(f"the exported graph computes something else: {float(difference.abs().max()):.2g} off")
+        raise MachineError(
+            f"the exported graph computes something else: {float(difference.abs().max()):.2g} off",
+            "do not use this export, and report it with the network",
+        )
     return (
         f"loaded by torch.export {torch.__version__}: largest difference {float(difference.abs().max()):.2g} of "
         f"{float(expected.abs().max()):.2g}"

@@ -71,7 +71,7 @@ def run(network: IntegerNetwork, codes: Array, keep: bool = False) -> Array | di
     if codes.shape[1:] != network.input.shape or codes.dtype != np.int8:
         raise DataError(
             f"codes {codes.dtype} {codes.shape[1:]} for a network that takes int8 {network.input.shape}",
-            "the first axis is the batch; IntegerNetwork.quantize makes codes of inputs",
+            "the first axis is the batch; the network's own `quantize` makes codes of inputs",
         )
     size = min((_batch(network, step) for step in program.steps), default=max(len(codes), 1))
     kept: dict[str, list[Array]] = {name: [] for name in (program.values if keep else [program.output])}

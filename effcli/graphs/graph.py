@@ -417,7 +417,10 @@ class Builder:
     def module(self, name: str, module: nn.Module, *inputs: fx.Node, source: str = "") -> fx.Node:
         """Call `module`, which stands in the network as `name`; a name in use must mean the same module."""
         if type(module).__name__ not in MODULES:
-            raise UnsupportedError(f"{name} is a {type(module).__name__}, which a graph does not hold", "")
+            raise UnsupportedError(
+                f"{name} is a {type(module).__name__}, which a graph does not hold",
+                "put operators of torch in its place",
+            )
         _place(self.root, name, module.requires_grad_(False))
         return self._made(self.graph.create_node("call_module", name, tuple(inputs), {}, _identifier(name)), source)
 
@@ -643,7 +646,7 @@ def _plain(value: Any) -> Any:
         return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise UnsupportedError(f"an operator takes {value!r}, which a graph cannot hold", "")
+    raise UnsupportedError(f"an operator takes {value!r}, which a graph cannot hold", "keep it out of `forward`")
 
 
 def _restored(value: Any, nodes: Mapping[str, fx.Node]) -> Any:

@@ -97,7 +97,9 @@ def run(session: onnxruntime.InferenceSession, inputs: Arrays) -> dict[str, np.n
             raise DataError(
                 f"the ONNX file cannot take this input: {_one_line(error)}", f"it takes {wanted}"
             ) from error
-        raise MachineError(f"onnxruntime failed: {_one_line(error)}") from error
+        raise MachineError(
+            f"onnxruntime failed: {_one_line(error)}", "export it again; if that fails as well, report it with the file"
+        ) from error
 
 
 def time_one(session: onnxruntime.InferenceSession, inputs: Arrays, seconds: float = 2.0) -> list[float]:

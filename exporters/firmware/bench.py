@@ -20,6 +20,7 @@ from effcli.exporters.firmware.targets import Board, Target
 FLAGS = ("-std=c99", "-ffreestanding", "-ffunction-sections", "-fdata-sections")
 LINK = ("-nostdlib", "-nostartfiles", "-Wl,--gc-sections")
 # What each program is made of, beside the start-up code: the self test of an export, and the comparison program.
+_AGAIN = "run it again; if that fails as well, report it with the network"
 _PROGRAMS = {
     "main": ("main.c", "semihosting.c", "memory.c"),
     "bench": ("bench.c", "counting.c", "semihosting.c", "memory.c"),
@@ -119,7 +120,7 @@ def run(elf: Path, target: Target, work: Path, timeout: float = 600) -> str:
     if done.returncode != 0:
         lines = [line.removeprefix("error=") for line in (*done.stdout.splitlines(), *done.stderr.splitlines())]
         said = lines[-1] if lines else f"it ended with code {done.returncode}"
-        raise MachineError(f"{elf.name} on {target.core} in QEMU: {said}")
+        raise MachineError(f"{elf.name} on {target.core} in QEMU: {said}", _AGAIN)
     return done.stdout
 
 
@@ -154,10 +155,10 @@ def measure(
             layer_ticks = [int(word) for word in found["layer_ticks"].split()]
             instructions, stack = round(int(found["ticks"]) / ticks), int(found["stack"])
         except (KeyError, ValueError, OSError) as error:
-            raise MachineError(f"{elf.name} on {target.core} in QEMU ended early") from error
+            raise MachineError(f"{elf.name} on {target.core} in QEMU ended early", _AGAIN) from error
         if len(records) != len(inputs) or len(layer_ticks) != layers:
             raise MachineError(
-                f"{elf.name} on {target.core} in QEMU ended after {len(records)} of {len(inputs)} inputs"
+                f"{elf.name} on {target.core} in QEMU ended after {len(records)} of {len(inputs)} inputs", _AGAIN
             )
         return Measured(
             records["output"],
@@ -187,7 +188,7 @@ def sizes(
     tools.compile([*target.command, *options, "-c", *files], objects)
     done = tools.call([target.size_program, "--totals", *sorted(objects.glob("*.o"))], objects)
     if done.returncode != 0:
-        raise MachineError(f"{target.size_program} failed: {tools.first_error(done.stderr)}")
+        raise MachineError(f"{target.size_program} failed: {tools.first_error(done.stderr)}", tools.ANOTHER)
     text, data, bss = done.stdout.splitlines()[-1].split()[:3]
     return Sizes(int(text), int(data), int(bss))
 

@@ -71,7 +71,10 @@ def _require_same(program: Program, expected: Expected, differ: list[Rows], outp
     for name, rows in zip(names, [*differ, _rows_differ(outputs, expected.outputs)], strict=True):
         if rows.any():
             where = f"{int(rows.sum())} of {len(rows)} inputs, the first of them input {int(rows.argmax())}"
-            raise MachineError(f"the C computes something else on {target.core}: {name} differs for {where}")
+            raise MachineError(
+                f"the C computes something else on {target.core}: {name} differs for {where}",
+                "do not use this export, and report it with the network",
+            )
 
 
 def _rows_differ(found: Array, expected: Array) -> Rows:

@@ -46,7 +46,10 @@ class HostLibrary:
             try:
                 self._library = ctypes.CDLL(str(work / "network.so"))
             except OSError as error:
-                raise MachineError(f"the compiled {name} cannot be loaded: {error}") from error
+                raise MachineError(
+                    f"the compiled {name} cannot be loaded: {error}",
+                    f"see whether {target.command[0]} makes code for this machine",
+                ) from error
         facts = np.zeros(3, np.uint32)
         self._library.host_facts(_address(facts))
         self.input_bytes, self.output_bytes, self.layer_count = (int(fact) for fact in facts)
@@ -77,7 +80,7 @@ class HostLibrary:
 
     def _checked(self, status: int) -> None:
         if status:
-            raise MachineError(f"the C of {self.name} fails: {_FAILURES[status]}")
+            raise MachineError(f"the C of {self.name} fails: {_FAILURES[status]}", "report it with the network")
 
 
 def _address(array: NDArray[np.generic]) -> ctypes.c_void_p:

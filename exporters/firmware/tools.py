@@ -11,6 +11,8 @@ from pathlib import Path
 from effcli.errors import MachineError, UserError
 
 Word = str | Path
+# What to do where a tool fails over files that effcli wrote.
+ANOTHER = "try another version of it, or report it with the network"
 
 _FAILURE = re.compile(r"\b(error|undefined reference|overflowed|cannot find)\b", re.IGNORECASE)
 
@@ -35,14 +37,16 @@ def call(command: Sequence[Word], folder: Path, timeout: float = 600) -> subproc
     except OSError as error:
         raise UserError(f"{words[0]} cannot be started: {error.strerror}", f"install {words[0]}") from error
     except subprocess.TimeoutExpired as error:
-        raise MachineError(f"{words[0]} did not end within {timeout:g} seconds") from error
+        raise MachineError(
+            f"{words[0]} did not end within {timeout:g} seconds", "run it again when the machine has less to do"
+        ) from error
 
 
 def compile(command: Sequence[Word], folder: Path, timeout: float = 600) -> str:
     """Run a compiler in `folder`; its warnings. `MachineError` with its first error when it fails."""
     done = call(command, folder, timeout)
     if done.returncode != 0:
-        raise MachineError(f"{command[0]} failed: {first_error(done.stderr) or f'code {done.returncode}'}")
+        raise MachineError(f"{command[0]} failed: {first_error(done.stderr) or f'code {done.returncode}'}", ANOTHER)
     return done.stderr
 
 
