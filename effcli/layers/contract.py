@@ -35,6 +35,7 @@ from effcli.layers.layer import Kind
 from effcli.layers.returned import Asked
 from effcli.layers.statistics import Needs, Statistics
 from effcli.options import Options
+from effcli.training import tracking
 from effcli.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class Pass(Options, ABC):
     def result(self) -> Packing | None:
         """The format of the weights that a step with these options leaves; None where they stay floating."""
         return self.format
+
+    def require(self) -> None:
+        """Raise `UnsupportedError` where a package that these options need is not installed; asked before any work."""
 
     def for_graph(self) -> Self:
         """These options in a network read as a graph: what was not set takes the defaults for graphs."""
@@ -182,6 +186,9 @@ class TrainPass(TrainingOptions, Pass):
     @property
     def needs(self) -> Needs:
         return Needs.INPUTS
+
+    def require(self) -> None:
+        tracking.require(self.track)
 
     @abstractmethod
     def attach(self, layer: Layer) -> nn.Module | None:

@@ -62,6 +62,8 @@ def run(
     check_output(output, overwrite, recipe.inputs)
     for step in recipe.export:
         exporters.require(step.name)
+    for part in _named(recipe.passes):
+        part.config.require()
     for clash in filter(None, (step.clash for step in (*_named(recipe.passes), *recipe.export))):
         listener.say(clash)
     # Before any work: it may not be there.

@@ -24,8 +24,10 @@ from effcli.errors import DataError, NumericsError, UnfinishedError, Unsupported
 from effcli.platform.machine import pick_device
 from effcli.reports.report import Training
 from effcli.training import snapshot as snapshots
+from effcli.training import tracking
 from effcli.training.options import TrainingOptions
 from effcli.training.snapshot import Point, Snapshot
+from effcli.training.tracking import Tracking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -100,13 +102,14 @@ def train(
 
     batch_size: where the options name none; device: cpu, cuda, cuda:N or auto; folder: for snapshots, None for none;
     key: tells this training from others whose snapshot may lie there. Raises `DataError` without inputs,
-    `NumericsError` for a loss or an error that is NaN or infinite, `UnfinishedError` for a damaged snapshot.
+    `NumericsError` for a loss or an error that is NaN or infinite, `UnfinishedError` for a damaged snapshot,
+    `UnsupportedError` for a tracker that is not installed or does not start.
     """
     if not len(data):
         raise DataError("no calibration input reached the network", "give calibration data that is not empty")
     modules = (objective.module, *objective.beside)
     place = pick_device(device)
-    with _accelerated(place, options.precision) as accelerator, seeded(options.seed or 0):
+    with _accelerated(place, options) as accelerator, seeded(options.seed or 0):
         try:
             for module in modules:
                 module.to(accelerator.device)
@@ -163,9 +166,16 @@ class _Run:
         self.curve: list[Point] = []
         self.errors: list[Point] = []
         self.saved = time.monotonic()
+        self.tracking = Tracking(accelerator, options)
 
     def carry_out(self) -> Training:
         """All steps, from the last snapshot on."""
+        try:
+            return self._carry_out()
+        finally:
+            self.tracking.end()
+
+    def _carry_out(self) -> Training:
         if not self._resume():
             self._evaluate()
         self.progress(self.step, self.total)
@@ -228,6 +238,7 @@ class _Run:
         self.optimizer.zero_grad()
         self.step += 1
         self.pending, self.since = self.pending + loss, self.since + 1
+        self.tracking.log({"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}, self.step)
         if self.since == self.stretch or self.step == self.total:
             self.curve.append((self.step, self.pending / self.since))
             self.pending, self.since = 0.0, 0
@@ -253,6 +264,7 @@ class _Run:
             self.scale = whole / batches
         error = part / whole if whole > 0 else part
         self.errors.append((self.step, error))
+        self.tracking.log({"error": error}, self.step)
         if error < self.least:
             self.least, self.kept = error, self.step
             if self.options.keep_best:
@@ -332,11 +344,12 @@ class _Run:
 
 
 @contextmanager
-def _accelerated(device: torch.device, precision: str) -> Iterator[Accelerator]:
+def _accelerated(device: torch.device, options: TrainingOptions) -> Iterator[Accelerator]:
     """An accelerator of its own for one training: accelerate keeps one state for a whole process."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    precision = options.precision
     if precision == "float16" and device.type == "cpu":
         raise UnsupportedError("float16 is too narrow to train with on a CPU", "take precision: bfloat16 or float32")
     states = [kind._shared_state for kind in (AcceleratorState, GradientState, PartialState)]
@@ -345,7 +358,8 @@ def _accelerated(device: torch.device, precision: str) -> Iterator[Accelerator]:
         state.clear()
     try:
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            yield Accelerator(cpu=device.type == "cpu", mixed_precision=_PRECISIONS[precision])
+            more = tracking.settings(options)
+            yield Accelerator(cpu=device.type == "cpu", mixed_precision=_PRECISIONS[precision], **more)
     finally:
         for state, former in zip(states, kept, strict=True):
             state.clear()

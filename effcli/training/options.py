@@ -35,6 +35,14 @@ class TrainingOptions(Options):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the arithmetic; weights and the optimizer stay float32. float16 needs a GPU."
     )
+    track: Literal["tensorboard", "mlflow", "wandb"] | None = Field(
+        None,
+        description="Where loss, error and learning rate are shown while it trains; the package must be installed.",
+    )
+    track_folder: str = Field(
+        "runs",
+        description="The folder for what `track` writes here; mlflow and wandb may be set up to write elsewhere.",
+    )
 
     def total(self, per_epoch: int) -> int:
         """Steps of the whole training, at `per_epoch` steps in an epoch."""
