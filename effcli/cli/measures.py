@@ -59,7 +59,8 @@ def inspect(
     shape = recipe.check_inputs(overrides or (), ("shape",)).shape
     network = detect.find(model)
     network.refuse({"--weights": weights, "--set": overrides})
-    found = network.inspect(detect.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code))
+    with screen.Waiting(quiet=json) as shown, shown.phases("reading the network"):
+        found = network.inspect(detect.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code))
     if json:
         print_json(found.to_json())
     else:
@@ -169,7 +170,8 @@ def evaluate(
     network.refuse({**flags, "--images": images, "--weights": weights, "--set": overrides})
     shaped = recipe.check_inputs(overrides or ())
     reading = detect.Reading(path_of(weights), shaped.shape, shaped.preprocess, trust_remote_code)
-    quality = network.evaluate(options, reading, reference)
+    with screen.Waiting(quiet=json) as shown:
+        quality = network.evaluate(options, reading, reference, shown.phases)
     if json:
         print_json(quality.model_dump_json(indent=1))
     else:
@@ -206,7 +208,8 @@ def bench(
     flags = {"--prefill": prefill, "--decode": decode, "--device": device}
     network.refuse({**flags, "--weights": weights, "--set": overrides})
     reading = detect.Reading(path_of(weights), shape, trust_remote_code=trust_remote_code)
-    found = network.time(reading, prefill, decode, threads, device)
+    with screen.Waiting(quiet=json) as shown:
+        found = network.time(reading, prefill, decode, threads, device, shown.phases)
     if isinstance(found, Speed):
         print_json(found.model_dump_json(indent=1)) if json else show(screen.speed_table(found))
     else:

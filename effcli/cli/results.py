@@ -51,14 +51,15 @@ def export(
     if step.clash:
         say(step.clash)
     target = output if output is not None else source / "exports" / step.name
-    done = step.config.export(source, target, overwrite)
+    from effcli.reports import screen
+
+    with screen.Waiting() as shown, shown.phases(f"exporting to {step.name}"):
+        done = step.config.export(source, target, overwrite)
     say(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
     for remark in done.remarks:
         say(f"  {remark}")
     rows = step.config.table(target)
     if rows:
-        from effcli.reports import screen
-
         show(screen.records_table("", rows))
 
 
@@ -105,16 +106,16 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Load OUT as its users will; compare it with effcli's own arithmetic, and tensor by tensor with its input."""
+    from effcli.reports import screen
     from effcli.run import detect
 
-    result = detect.at(path).verify(target, against, trust_remote_code)
+    with screen.Waiting(quiet=json) as shown:
+        result = detect.at(path).verify(target, against, trust_remote_code, shown.phases)
     if json:
         print_json(result.to_json())
     else:
         say(result.line)
         if result.layers:
-            from effcli.reports import screen
-
             show(screen.records_table("", result.layers))
     if not result.passed:
         raise typer.Exit(UserError.exit_code)
@@ -127,9 +128,11 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Set two runs side by side."""
+    from effcli.reports import screen
     from effcli.reports.report import Report
 
-    first, second = Report.read(a), Report.read(b)
+    with screen.Waiting(quiet=json) as shown, shown.phases("reading the reports"):
+        first, second = Report.read(a), Report.read(b)
     if json:
         from effcli.reports.compare import compare as compare_reports
 

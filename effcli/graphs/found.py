@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli.errors import RecipeError
+from effcli.layers.result import unseen
 
 if TYPE_CHECKING:
     import torch
 
     from effcli.graphs.verify import GraphVerification
     from effcli.inputs.options import Evaluate
+    from effcli.layers.result import Phases
     from effcli.reports.report import Latency, Quality
     from effcli.run.network import Reading, RunNetwork
     from effcli.run.plan import Inspection
@@ -48,7 +50,9 @@ class FoundGraph:
 
         return plan.inspect(self.name, self.source, reading.weights, reading.trust_remote_code, reading.shape)
 
-    def evaluate(self, options: Evaluate, reading: Reading, reference: str | None = None) -> Quality:
+    def evaluate(
+        self, options: Evaluate, reading: Reading, reference: str | None = None, phases: Phases = unseen
+    ) -> Quality:
         from effcli.graphs import network
 
         return network.evaluate(
@@ -59,10 +63,17 @@ class FoundGraph:
             shape=reading.shape,
             preprocess=reading.preprocess,
             trust_remote_code=reading.trust_remote_code,
+            phases=phases,
         )
 
     def time(
-        self, reading: Reading, prefill: int | None, decode: int | None, threads: int | None, device: str | None
+        self,
+        reading: Reading,
+        prefill: int | None,
+        decode: int | None,
+        threads: int | None,
+        device: str | None,
+        phases: Phases = unseen,
     ) -> tuple[Latency, ...]:
         from effcli.graphs import timing
 
@@ -72,14 +83,21 @@ class FoundGraph:
             shape=reading.shape,
             threads=threads,
             trust_remote_code=reading.trust_remote_code,
+            phases=phases,
         )
 
     def verify(
-        self, target: str | None = None, against: str | None = None, trust_remote_code: bool = False
+        self,
+        target: str | None = None,
+        against: str | None = None,
+        trust_remote_code: bool = False,
+        phases: Phases = unseen,
     ) -> GraphVerification:
         from effcli.graphs import verify
 
-        return verify.verify(Path(self.source), target, against=against, trust_remote_code=trust_remote_code)
+        return verify.verify(
+            Path(self.source), target, against=against, trust_remote_code=trust_remote_code, phases=phases
+        )
 
     def load(self, device: str | torch.device, trust_remote_code: bool, packed: bool) -> Any:
         from effcli.graphs.loading import load

@@ -29,7 +29,7 @@ from effcli.inputs.images import Inputs, open_inputs
 from effcli.inputs.options import Evaluate
 from effcli.inputs.preprocess import Preprocess
 from effcli.layers.contract import Needs, TrainPass
-from effcli.layers.result import PassResult, Progress
+from effcli.layers.result import PassResult, Phases, Progress, unseen
 from effcli.platform.machine import pick_device
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Layout, Quality, Stage
@@ -135,17 +135,21 @@ class GraphNetwork:
         nonzeros = sum(int(torch.count_nonzero(parameter)) for parameter in graph.module.parameters())
         return Counts(graph.weights(), nonzeros, sum(macs(graph).values()))
 
-    def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
+    def measure(
+        self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True, phases: Phases = unseen
+    ) -> Measured:
         evaluation, known = self._evaluation, None
         if quality and evaluation is not None:
-            known = evaluation.of(outputs_of(checkpoint, self._device), compare=not first)
+            with phases("accuracy", "batch") as progress:
+                known = evaluation.of(outputs_of(checkpoint, self._device), compare=not first, progress=progress)
         remarks = evaluation.remarks if evaluation is not None and first else ()
         latencies: tuple[Latency, ...] = ()
         if first:
             remarks = (*self.graph.facts.remarks, *remarks)
         if speed and self.recipe.evaluate.latency:
             # Between the input and an integer network only an export that is asked for is timed.
-            latencies = timing.of_checkpoint(checkpoint, self.recipe.threads, onnx=first)
+            with phases("latency"):
+                latencies = timing.of_checkpoint(checkpoint, self.recipe.threads, onnx=first)
             if first:
                 remarks += timing.remarks()
         return Measured(known, latencies=latencies, remarks=remarks)
@@ -186,8 +190,8 @@ class GraphNetwork:
         assert self._calibration is not None
         return self._calibration.batches(self.recipe.calibration.batch_size)
 
-    def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
-        return graphverify.verify(checkpoint, against=self.graph, stages=stages).line
+    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> str:
+        return graphverify.verify(checkpoint, against=self.graph, stages=stages, phases=phases).line
 
     def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
         found = exporter.latency(folder, self.recipe.threads) if self.recipe.evaluate.latency else None
@@ -237,9 +241,16 @@ class Evaluation:
         evaluation.remarks = ("no evaluation data: only compared with the original, on the calibration inputs",)
         return evaluation
 
-    def of(self, network: Callable[[Tensor], Tensor], compare: bool = True) -> Quality:
+    def of(
+        self,
+        network: Callable[[Tensor], Tensor],
+        compare: bool = True,
+        progress: Progress = lambda done, total: None,
+    ) -> Quality:
         """The quality of a network given as a function of a batch of inputs (n, *shape), next to the original's."""
         scores: Scores | None = None
+        total = -(-len(self._inputs) // _BATCH)
+        progress(0, total)
         for number, (inputs, labels) in enumerate(self._inputs.batches(_BATCH)):
             if self._original is not None and number == len(self._outputs):
                 self._outputs.append(self._original(inputs))
@@ -247,6 +258,7 @@ class Evaluation:
             scores = scores or Scores(outputs.ndim == 2 and tuple(outputs.shape[1:]) != self._shape)
             original = self._outputs[number] if self._original is not None and compare else None
             scores.add(outputs, labels if self._labelled else None, original)
+            progress(number + 1, total)
         return Quality(classification=scores.result(self._names) if scores is not None else None)
 
 
@@ -259,17 +271,23 @@ def evaluate(
     shape: tuple[int, ...] | None = None,
     preprocess: Preprocess | None = None,
     trust_remote_code: bool = False,
+    phases: Phases = unseen,
 ) -> Quality:
     """Measure `model` on labelled inputs, all unless `options` say how many, and its agreement with `reference`."""
     source = Path(samples.locate(model))
-    facts, network = _open(model, weights, trust_remote_code, shape)
-    original = _open(reference, None, trust_remote_code, shape)[1] if reference is not None else None
+    with phases("reading the network"):
+        facts, network = _open(model, weights, trust_remote_code, shape)
+        original = _open(reference, None, trust_remote_code, shape)[1] if reference is not None else None
     data = options.images if isinstance(options.images, str) else _beside(source, EVALUATION)
     if data is None:
         raise DataError(f"{model} brings no images to be measured on", "give labelled images with --images DATA")
     count = options.samples if "samples" in options.model_fields_set else None
-    inputs = open_inputs(data, facts.shape, preprocess or facts.preprocess, samples=count, labelled=original is None)
-    return Evaluation(original, inputs, facts).of(network)
+    with phases("reading the images"):
+        inputs = open_inputs(
+            data, facts.shape, preprocess or facts.preprocess, samples=count, labelled=original is None
+        )
+    with phases("accuracy", "batch") as progress:
+        return Evaluation(original, inputs, facts).of(network, progress=progress)
 
 
 def outputs_of(checkpoint: Path, device: torch.device = CPU) -> Callable[[Tensor], Tensor]:

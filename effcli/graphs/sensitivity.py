@@ -60,15 +60,27 @@ def layer_costs(
     if way != "gram" and needs_of(variants) and _several(batches):
         given, measured = (partial(_every_second, batches, first) for first in (0, 1))
 
+    # A layer with the options of a variant is a step; what trials do to the outputs is measured in one.
+    layers = sum(choice.config is not None for choice in variants[0].values())
+    total = len(variants) * layers + {"gram": 0, "fisher": 1, "loss": len(variants)}[way]
+    done = 0
+
+    def tick(steps: int = 1) -> None:
+        nonlocal done
+        done += steps
+        progress(done, total)
+
     def tried(number: int) -> dict[str, Trial]:
-        progress(number, len(variants))
-        return _trials(Graph.read(source), variants[number], given)
+        tick(0)
+        return _trials(Graph.read(source), variants[number], given, tick)
 
     def priced(number: int) -> list[dict[str, Cost]]:
         trials = tried(number)
         if way == "gram":
             return [{name: Cost(trial.output_error, trial.output_error) for name, trial in trials.items()}]
-        return [_costs(trials, _divergences(graph, trials, measured))]
+        costs = [_costs(trials, _divergences(graph, trials, measured))]
+        tick()
+        return costs
 
     def predicted() -> list[dict[str, Cost]]:
         trials = [tried(number) for number in range(len(variants))]
@@ -80,7 +92,7 @@ def layer_costs(
     else:
         numbers = range(len(variants))
         costs = [_once(journal, f"variant-{number}", 1, partial(priced, number))[0] for number in numbers]
-    progress(len(variants), len(variants))
+    progress(total, total)
     return costs
 
 
@@ -148,8 +160,10 @@ def _every_second(batches: Batches, first: int) -> Iterator[Tensor]:
             yield part
 
 
-def _trials(graph: Graph, choices: Mapping[str, Choice], batches: Batches) -> dict[str, Trial]:
-    """What becomes of every layer, with the options of one variant."""
+def _trials(
+    graph: Graph, choices: Mapping[str, Choice], batches: Batches, tick: Callable[[], None] = lambda: None
+) -> dict[str, Trial]:
+    """What becomes of every layer, with the options of one variant; tick: called for each."""
     probe = Probe(keep_weights=True)
     home = OpenGraph(graph, needs_of([choices]) | Needs.GRAM)
     engine = LayerEngine(home, choices, probe.apply)
@@ -158,6 +172,7 @@ def _trials(graph: Graph, choices: Mapping[str, Choice], batches: Batches) -> di
         seen = engine.scale(home.observe(engine.taken, batches()))
         for name in engine.taken:
             engine.compress(name, seen.pop(name))
+            tick()
     return probe.trials
 
 

@@ -13,6 +13,7 @@ from effcli import exporters, importers
 from effcli.files import locate as samples
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
+from effcli.layers.result import Phases, unseen
 from effcli.platform import onnx_session
 from effcli.platform.machine import cpu_threads, device_name
 from effcli.platform.stopwatch import repeated
@@ -29,13 +30,16 @@ def measure(
     shape: tuple[int, ...] | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
+    phases: Phases = unseen,
 ) -> tuple[Latency, ...]:
     """Time one input of `model`, any network that is read as a graph, or an integer network."""
     source = samples.locate(model)
     if isinstance(source, Path) and (is_integer(source) or is_graph(source)):
-        return of_checkpoint(source, threads)
-    graph = importers.read(source, weights=weights, shape=shape, trust_remote_code=trust_remote_code)
-    with tempfile.TemporaryDirectory() as folder:
+        with phases("latency"):
+            return of_checkpoint(source, threads)
+    with phases("reading the network"):
+        graph = importers.read(source, weights=weights, shape=shape, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as folder, phases("latency"):
         graph.save(Path(folder))
         return of_checkpoint(Path(folder), threads)
 

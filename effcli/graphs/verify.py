@@ -26,6 +26,7 @@ from effcli.graphs import executor
 from effcli.graphs.against import compare, moved
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork, is_integer
+from effcli.layers.result import Phases, unseen
 from effcli.options import Options
 from effcli.platform import onnx_session
 from effcli.platform.huggingface import restoring_verbosity
@@ -111,6 +112,7 @@ def verify(
     against: str | Path | Graph | None = None,
     stages: Sequence[Stage] | None = None,
     trust_remote_code: bool = False,
+    phases: Phases = unseen,
 ) -> GraphVerification:
     """Read the checkpoint `path` again, run it on a few fixed inputs, and let onnxruntime run its ONNX export.
 
@@ -122,31 +124,35 @@ def verify(
     integer = is_integer(path)
     if target is not None:
         _require_compilable(path, target)
-    found: dict[str, Any] = {"path": str(path), "layout": "integer" if integer else "graph", "refused": _refused(path)}
+    found: dict[str, Any] = {"path": str(path), "layout": "integer" if integer else "graph", "refused": False}
+    with phases("loading with transformers"):
+        found["refused"] = _refused(path)
     report = Report.read(path) if (path / FILE_NAME).is_file() else None
     source, before = ("", None) if against is None else _given(report, against, trust_remote_code)
     try:
-        network = IntegerNetwork.read(path) if integer else Graph.read(path)
-        inputs, outputs = _outputs(network)
-        if against is None:
-            source, before = _input_of(report, trust_remote_code)
-        if before is not None:
-            known = stages if stages is not None else report.stages if report is not None else ()
-            found["against"] = _against(network, before, source, known, inputs, outputs)
-        else:
-            found["absent"] = source
+        with phases("comparing with the input"):
+            network = IntegerNetwork.read(path) if integer else Graph.read(path)
+            inputs, outputs = _outputs(network)
+            if against is None:
+                source, before = _input_of(report, trust_remote_code)
+            if before is not None:
+                known = stages if stages is not None else report.stages if report is not None else ()
+                found["against"] = _against(network, before, source, known, inputs, outputs)
+            else:
+                found["absent"] = source
     except EffcliError as error:
         return GraphVerification(**found, problem=error.cause)
     if not bool(outputs.isfinite().all()):
         return GraphVerification(**found, problem="its outputs are NaN or infinite")
     if target is not None:
         try:
-            found["firmware"] = _firmware(path, target)
+            with phases(f"C for {target}"):
+                found["firmware"] = _firmware(path, target)
         except MachineError as error:
             return GraphVerification(**found, problem=error.cause)
     if not onnx_session.installed():
         return GraphVerification(**found, checked="not run in onnxruntime, which is not installed")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, phases("running in onnxruntime"):
         try:
             exported = exporters.load("onnx")().export(path, Path(folder) / "onnx")
         except UnsupportedError as error:

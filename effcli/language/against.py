@@ -18,18 +18,25 @@ from effcli.errors import EffcliError
 from effcli.language.folding import Folds, distance
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
+from effcli.layers.result import Progress
 from effcli.reports.against import Against
 from effcli.reports.report import Stage
 
 
-def compare(path: Path, source: Path, stages: Sequence[Stage], trust_remote_code: bool = False) -> Against:
+def compare(
+    path: Path,
+    source: Path,
+    stages: Sequence[Stage],
+    trust_remote_code: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Against:
     """The tensors of the checkpoint `path` next to those of its input `source`.
 
-    stages: of the run between the two; empty where nothing is known of it.
+    stages: of the run between the two; empty where nothing is known of it. progress: told of each tensor.
     """
     try:
         before, after = open_weights(source, trust_remote_code), open_weights(path, trust_remote_code)
-        return _Comparison(before, after, stages).run(str(source))
+        return _Comparison(before, after, stages).run(str(source), progress)
     except EffcliError as error:
         return Against(input=str(source), problem=error.cause)
 
@@ -54,7 +61,7 @@ class _Comparison:
             for weights in (before, after)
         )
 
-    def run(self, source: str) -> Against:
+    def run(self, source: str, progress: Progress) -> Against:
         network = type(self.before.skeleton.model).__name__
         problem = self._classes() or self._names() or self._carried()
         if problem:
@@ -63,7 +70,8 @@ class _Comparison:
         names = self.before.skeleton.parameters()
         if self.before.skeleton.tied and not self.after.skeleton.tied:
             names.append(f"{self.before.skeleton.head}.weight")
-        for name in names:
+        for number, name in enumerate(names):
+            progress(number, len(names))
             if self._gone(name):
                 counts["changed"] += 1
                 continue

@@ -108,8 +108,17 @@ class Backward:
             for loss, gradient in enumerate(gradients):
                 outgoing.write(at * self.losses + loss, gradient.view(hidden.shape))
 
-    def through(self, k: int, sites: Sequence[LayerSite], sums: Mapping[str, Sums]) -> None:
-        """Take all losses back through block k, which is open. sums: of the layers `sites`, by name."""
+    def through(
+        self,
+        k: int,
+        sites: Sequence[LayerSite],
+        sums: Mapping[str, Sums],
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take all losses back through block k, which is open.
+
+        sums: of the layers `sites`, by name; tick: called for each window.
+        """
         block, prefix = self.stream.skeleton.blocks[k], self.stream.skeleton.block_names[k] + "."
         incoming, gradients, before = self.hidden(k), self.behind(k), self.behind(k - 1)
         for at, (number, ids) in enumerate(self.windows.items()):
@@ -121,6 +130,7 @@ class Backward:
                 before.write(loss, gradient)
                 for each in sums.values():
                     each.end_sample()
+            tick()
 
     def end(self) -> None:
         """Remove the gradients."""

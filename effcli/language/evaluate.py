@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logit
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream
 from effcli.language.weights import CPU, Weights, open_weights
+from effcli.layers.result import Phases, Progress, unseen
 from effcli.reports.report import Continuation, Quality, TaskRow
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: str, options: Evaluate, *, reference: str | None = None, trust_remote_code: bool = False
+    model: str,
+    options: Evaluate,
+    *,
+    reference: str | None = None,
+    trust_remote_code: bool = False,
+    phases: Phases = unseen,
 ) -> Quality:
     """Measure `model` on what `options` name, and its divergence from `reference` if there is one.
 
@@ -47,12 +53,14 @@ def evaluate(
     path = samples.resolve(model)
     original = path if reference is None else samples.resolve(reference)
     with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
-        evaluation = Evaluation(
-            original, options, Path(folder), trust_remote_code=trust_remote_code, compare=reference is not None
-        )
+        with phases("reading the texts"):
+            evaluation = Evaluation(
+                original, options, Path(folder), trust_remote_code=trust_remote_code, compare=reference is not None
+            )
         for remark in evaluation.remarks:
             _log.warning(remark)
-        return evaluation.measure(path)
+        with phases(evaluation.measured) as progress:
+            return evaluation.measure(path, progress)
 
 
 class Evaluation:
@@ -88,6 +96,7 @@ class Evaluation:
         # Each file of questions with the first of its questions and the one behind its last.
         self._files: list[tuple[str, int, int]] = []
         self._reference: tuple[Weights, Spool] | None = None
+        self._tick: Callable[[], None] = lambda: None
         remarks: list[str] = []
         if options.quality:
             reader = self._reader = Reader.open(original, trust_remote_code)
@@ -105,18 +114,33 @@ class Evaluation:
                 remarks += self._task.remarks
         self.remarks = tuple(remarks)
 
-    def measure(self, path: Path) -> Quality:
-        """The quality of the checkpoint `path`, of the original itself too."""
+    @property
+    def measured(self) -> str:
+        """What is measured, in words."""
+        found = ["perplexity"] * bool(self._windows) + ["questions"] * (self._task is not None)
+        return " and ".join(found) or "quality"
+
+    def measure(self, path: Path, progress: Progress = lambda done, total: None) -> Quality:
+        """The quality of the checkpoint `path`, of the original itself too.
+
+        progress: is told of each batch that has gone through a block, or through the output head.
+        """
         if not self._windows and self._task is None:
             return Quality()
-        if path.resolve() == self.original.resolve():
-            return self._measure_original()
         weights = open_weights(path, self.trust_remote_code, device=self.device)
+        first = path.resolve() == self.original.resolve()
+        batches, blocks = len(self._batches()), len(weights.skeleton.blocks)
+        total = batches * (blocks + 1)
+        if not first and self.compare and self._reference is None:
+            total += len(self._windows) * blocks
+        self._tick = _ticking(progress, total)
+        if first:
+            return self._measure_original(weights)
         file = self.workdir / "measured.spool"
         try:
             with ExitStack() as stack:
                 stream = stack.enter_context(Stream(weights, with_head=True))
-                spool = last_hidden(stream, self._batches(), file)
+                spool = last_hidden(stream, self._batches(), file, self._tick)
                 if not self.compare:
                     return self._judge(stream, spool)
                 reference, spooled = self._original_hidden()
@@ -141,10 +165,9 @@ class Evaluation:
     def _batches(self) -> list[Tensor]:
         return self._windows + (self._task.batches if self._task is not None else [])
 
-    def _measure_original(self) -> Quality:
-        weights = open_weights(self.original, self.trust_remote_code, device=self.device)
+    def _measure_original(self, weights: Weights) -> Quality:
         with Stream(weights, with_head=True) as stream:
-            spool = last_hidden(stream, self._batches(), self.workdir / "original.spool")
+            spool = last_hidden(stream, self._batches(), self.workdir / "original.spool", self._tick)
             quality = self._judge(stream, spool)
         if not self.compare:
             spool.remove()
@@ -157,7 +180,8 @@ class Evaluation:
         if self._reference is None:
             weights = open_weights(self.original, self.trust_remote_code, device=self.device)
             with Stream(weights) as stream:
-                self._reference = weights, last_hidden(stream, self._windows, self.workdir / "original.spool")
+                spool = last_hidden(stream, self._windows, self.workdir / "original.spool", self._tick)
+                self._reference = weights, spool
         return self._reference
 
     def _judge(
@@ -194,6 +218,7 @@ class Evaluation:
                 if against is not None and original is not None:
                     divergence += kl(_log_probabilities(against, original[part]), mine)
             tokens += len(targets)
+            self._tick()
             losses += (-torch.cat(likelihoods).view(len(batch), -1).mean(dim=1)).tolist()
         perplexity = _exp(nll / tokens)
         return {
@@ -217,6 +242,7 @@ class Evaluation:
                     _log_probabilities(stream, wanted[part]) for part in _parts(stream, len(wanted), batch.shape[1])
                 ]
                 task.add(targets, torch.cat(parts).cpu())
+            self._tick()
         return task.score()
 
 
@@ -248,6 +274,19 @@ def _log_probabilities(stream: Stream, hidden: Tensor) -> Tensor:
             "its weights are damaged, or its activations overflow its dtype",
         )
     return result
+
+
+def _ticking(progress: Progress, total: int) -> Callable[[], None]:
+    """What tells of one more of `total` steps each time that it is called; it tells at once that there are none yet."""
+    done = 0
+    progress(done, total)
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    return tick
 
 
 def _parts(stream: Stream, count: int, longest: int) -> Iterator[slice]:

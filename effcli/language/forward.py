@@ -6,7 +6,7 @@ overwritten in place. The logits are computed from the last ones, a few position
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,13 @@ TOKENS_PER_BATCH = 2048
 _LOGITS = 1 << 22
 
 
-def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
+def last_hidden(
+    stream: Stream, batches: Sequence[Tensor], file: Path, tick: Callable[[], None] = lambda: None
+) -> Spool:
     """Hidden states (batch, length, ...) behind the last block, of every batch of token ids (batch, length).
 
-    Right padding is exact for causal networks: no position sees a later one. `file` is written anew.
+    Right padding is exact for causal networks: no position sees a later one. `file` is written anew. tick: called each
+    time that a batch has gone through a block.
     """
     skeleton, weights = stream.skeleton, stream.weights
     file.unlink(missing_ok=True)
@@ -44,6 +47,7 @@ def last_hidden(stream: Stream, batches: Sequence[Tensor], file: Path) -> Spool:
         ):
             for number, ids in enumerate(batches):
                 spool.write(number, stream.through(k, spool.read(number), stream.call(k, ids)))
+                tick()
         memory.trim()
     return spool
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from effcli.errors import RecipeError, UnsupportedError, naming
 from effcli.files import locate as samples
+from effcli.layers.result import unseen
 
 if TYPE_CHECKING:
     import torch
 
     from effcli.inputs.options import Evaluate
     from effcli.language.verify import Verification
+    from effcli.layers.result import Phases
     from effcli.reports.report import Quality, Speed
     from effcli.run.network import Reading, RunNetwork
     from effcli.run.plan import Inspection
@@ -45,13 +47,23 @@ class FoundLanguageModel:
 
         return plan.inspect(self.name, self.source, reading.trust_remote_code)
 
-    def evaluate(self, options: Evaluate, reading: Reading, reference: str | None = None) -> Quality:
+    def evaluate(
+        self, options: Evaluate, reading: Reading, reference: str | None = None, phases: Phases = unseen
+    ) -> Quality:
         from effcli.language import evaluate
 
-        return evaluate.evaluate(self.name, options, reference=reference, trust_remote_code=reading.trust_remote_code)
+        return evaluate.evaluate(
+            self.name, options, reference=reference, trust_remote_code=reading.trust_remote_code, phases=phases
+        )
 
     def time(
-        self, reading: Reading, prefill: int | None, decode: int | None, threads: int | None, device: str | None
+        self,
+        reading: Reading,
+        prefill: int | None,
+        decode: int | None,
+        threads: int | None,
+        device: str | None,
+        phases: Phases = unseen,
     ) -> Speed:
         from effcli.language import latency
 
@@ -62,10 +74,15 @@ class FoundLanguageModel:
             threads=threads,
             device=device or "cpu",
             trust_remote_code=reading.trust_remote_code,
+            phases=phases,
         )
 
     def verify(
-        self, target: str | None = None, against: str | None = None, trust_remote_code: bool = False
+        self,
+        target: str | None = None,
+        against: str | None = None,
+        trust_remote_code: bool = False,
+        phases: Phases = unseen,
     ) -> Verification:
         from effcli.language import verify
         from effcli.language.weights import open_weights
@@ -78,7 +95,7 @@ class FoundLanguageModel:
         if against is not None:
             with naming(f"--against {against}"):
                 open_weights(samples.resolve(against), trust_remote_code)
-        return verify.verify(self.source, against=against, trust_remote_code=trust_remote_code)
+        return verify.verify(self.source, against=against, trust_remote_code=trust_remote_code, phases=phases)
 
     def load(self, device: str | torch.device, trust_remote_code: bool, packed: bool) -> Any:
         from effcli.language.loading import load

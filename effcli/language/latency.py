@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effcli.errors import DataError
+from effcli.errors import DataError, UnsupportedError
 from effcli.files import locate as samples
 from effcli.inputs import text
 from effcli.inputs.tokens import Reader, longest_sequence
@@ -21,6 +21,7 @@ from effcli.kernels.quantized_matmul import route_name
 from effcli.language.caching import cache_name
 from effcli.language.loading import load
 from effcli.language.modules import QuantizedLinear
+from effcli.layers.result import Phases, Progress, unseen
 from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports.report import Speed
 
@@ -41,20 +42,23 @@ def measure(
     threads: int | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    phases: Phases = unseen,
     afterwards: Callable[[Any], None] = lambda network: None,
 ) -> Speed:
     """Time the prefill of `prefill` tokens and the decoding of `decode` tokens, one sequence at a time.
 
     Without one it is what `lengths` says. Loaded as `effcli.load` does; each figure is the median over repetitions,
     after a warm-up. threads: CPU threads (default: torch's own); device: cpu, cuda, cuda:N or auto. torch's number of
-    threads is restored afterwards. afterwards: called with the network before it is freed.
+    threads is restored afterwards. afterwards: called with the network before it is freed. `UnsupportedError` for a
+    network that gives no cache back, with which the next token would be decoded.
     """
     target = pick_device(device)
     with cpu_threads(threads) as used:
-        network: Any = load(model, device=target, trust_remote_code=trust_remote_code)
-        prefill, decode = lengths(prefill, decode, longest_sequence(network.config))
-        ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
-        read, written = _time(network, ids, decode, target)
+        with phases("speed") as progress:
+            network: Any = load(model, device=target, trust_remote_code=trust_remote_code)
+            prefill, decode = lengths(prefill, decode, longest_sequence(network.config))
+            ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
+            read, written = _time(network, ids, decode, target, progress)
         afterwards(network)
     return Speed(
         kernel=kernel_name(network, 1),
@@ -109,8 +113,10 @@ def kernel_name(network: nn.Module, rows: int) -> str:
     return names.most_common(1)[0][0] if names else ""
 
 
-def _time(network: Any, ids: Tensor, decode: int, device: torch.device) -> tuple[float, float]:
-    """Median seconds for the prompt, and for one token behind it."""
+def _time(
+    network: Any, ids: Tensor, decode: int, device: torch.device, progress: Progress = lambda done, total: None
+) -> tuple[float, float]:
+    """Median seconds for the prompt, and for one token behind it; progress: told of each token."""
     options: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in inspect.signature(network.forward).parameters:
         # What `generate` asks for: of a prompt only the last position's logits.
@@ -119,17 +125,26 @@ def _time(network: Any, ids: Tensor, decode: int, device: torch.device) -> tuple
     reads: list[float] = []
     writes: list[float] = []
     begin = time.perf_counter()
+    done, total = 0, (1 + _FEWEST_ROUNDS) * decode
     with torch.inference_mode():
         # The first round is the warm-up.
         for number in range(1 + _MOST_ROUNDS):
             if number > _FEWEST_ROUNDS and time.perf_counter() - begin > _SECONDS:
                 break
             read, out = _timed(device, network, input_ids=ids, **options)
+            if not hasattr(out, cache):
+                raise UnsupportedError(
+                    f"{type(network).__name__} gives no key-value cache back, so one token cannot be timed",
+                    "leave its speed out: --set evaluate.latency=false",
+                )
             steps = []
             for _ in range(decode):
                 token = out.logits[:, -1:].argmax(dim=-1)
                 step, out = _timed(device, network, input_ids=token, **{cache: getattr(out, cache)}, **options)
                 steps.append(step)
+                done += 1
+                # Rounds beyond the fewest are over in a moment.
+                progress(min(done, total), total)
             if number:
                 reads.append(read)
                 writes += steps

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from effcli.errors import UnsupportedError
 from effcli.files import digest
 from effcli.files.checkpoint import read_config, weight_files
 from effcli.files.exporter import Exporter
@@ -21,7 +22,7 @@ from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
 from effcli.layers.contract import CutPass
-from effcli.layers.result import PassResult, Progress
+from effcli.layers.result import PassResult, Phases, Progress, unseen
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
 from effcli.reports import card
@@ -126,29 +127,38 @@ class LanguageModel:
         macs = None if routed else sum(site.rows * site.columns for site in sites)
         return Counts(weights.skeleton.weights(), weights.nonzeros(), macs)
 
-    def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
+    def measure(
+        self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True, phases: Phases = unseen
+    ) -> Measured:
         wanted, evaluation = self.recipe.evaluate, self._evaluation
-        known = evaluation.measure(checkpoint) if quality and evaluation is not None else None
-        timed = None
+        known = timed = None
+        if quality and evaluation is not None:
+            with phases(evaluation.measured) as progress:
+                known = evaluation.measure(checkpoint, progress)
         written: list[Continuation] = []
 
         def write(network: Any) -> None:
             if known is not None and evaluation is not None:
-                written.extend(evaluation.continuations(network))
+                with phases("texts"):
+                    written.extend(evaluation.continuations(network))
 
+        remarks = tuple(evaluation.remarks) if evaluation is not None and first else ()
         if speed and wanted.latency:
             prefill, decode = self._timed(self._longest())
-            timed = latency.measure(
-                str(checkpoint),
-                prefill=prefill,
-                decode=decode,
-                threads=self.recipe.threads,
-                device=self.recipe.device,
-                trust_remote_code=self.recipe.trust_remote_code,
-                # The network is in memory: it need not be loaded twice.
-                afterwards=write,
-            )
-        remarks = tuple(evaluation.remarks) if evaluation is not None and first else ()
+            try:
+                timed = latency.measure(
+                    str(checkpoint),
+                    prefill=prefill,
+                    decode=decode,
+                    threads=self.recipe.threads,
+                    device=self.recipe.device,
+                    trust_remote_code=self.recipe.trust_remote_code,
+                    phases=phases,
+                    # The network is in memory: it need not be loaded twice.
+                    afterwards=write,
+                )
+            except UnsupportedError as error:
+                remarks += (f"its speed was not measured: {error.cause}",) if first else ()
         return Measured(known, timed, continuations=tuple(written), remarks=remarks)
 
     def footprint(self, checkpoint: Path) -> None:
@@ -163,9 +173,10 @@ class LanguageModel:
             return cut_model(source, target, step, windows, work, progress, trust, self._device)
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 
-    def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
+    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> str:
         trust = self.recipe.trust_remote_code
-        return verify.verify(checkpoint, against=self.source, stages=stages, trust_remote_code=trust).line
+        found = verify.verify(checkpoint, against=self.source, stages=stages, trust_remote_code=trust, phases=phases)
+        return found.line
 
     def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
         wanted = self.recipe.evaluate

@@ -137,13 +137,16 @@ class _Fisher(Trials):
         elif done < self.count and not self._backward.behind(self.order[done]).whole():
             raise UnfinishedError(f"{self._backward.behind(self.order[done]).file} is not whole")
 
+    def pricing(self, k: int) -> int:
+        return len(self.measured)
+
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Take the losses back through block k; takes the slope of each along every trial's error."""
         with self.opened(k):
             weights = self.block_weights(k)
             with torch.inference_mode():
                 slopes = {name: Slopes([_error(found[name], weights[name]) for found in trials]) for name in trials[0]}
-            self._backward.through(k, self._taken(self.skeleton.block_layers(k)), slopes)
+            self._backward.through(k, self._taken(self.skeleton.block_layers(k)), slopes, self.tick)
         if self.journal is not None and self.measured:
             self._backward.behind(k - 1).sync()
         for name, each in slopes.items():
@@ -171,6 +174,10 @@ class _Drawn:
 class _Loss(Trials):
     """How far the predictions move with this layer changed and all others as they are."""
 
+    def pricing(self, k: int) -> int:
+        """One for each block that the trials run through, and one for the head."""
+        return self.count - k + 1
+
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Put each trial of block k into the network by itself and run the measured windows to the end."""
         entries = [
@@ -191,11 +198,13 @@ class _Loss(Trials):
                     hidden = incoming.read(batch)
                     spool.write(number * size + at, self.stream.through(k, hidden, self.call(k, batch)))
                 weight.copy_(original)
+        self.tick()
         for j in range(k + 1, self.count):
             with self.opened(j), torch.inference_mode():
                 for at, hidden in enumerate(spool):
                     batch = self.measured[at % size]
                     spool.write(at, self.stream.through(j, hidden, self.call(j, batch)))
+            self.tick()
         sums = [0.0] * len(entries)
         with torch.inference_mode():
             for at, batch in enumerate(self.measured):
@@ -205,6 +214,7 @@ class _Loss(Trials):
                     for number in range(len(entries)):
                         hidden = spool.read(number * size + at).flatten(0, 1)[part]
                         sums[number] += kl(original, log_probabilities(logits(self.stream, hidden)))
+        self.tick()
         spool.remove()
         for (costs, name, trial), total in zip(entries, sums, strict=True):
             costs[name] = Cost(trial.output_error, max(0.0, total / self.tokens))

@@ -96,10 +96,27 @@ class Trials(ABC):
         self.costs: list[dict[str, Cost]] = [{} for _ in variants]
         self.shapes: list[tuple[int, ...]] = []
         self.pairs: dict[str, list[SharedInput]] = {}
+        self._done = 0
 
     @abstractmethod
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Put what the trials of block k cost, one mapping for each variant, into `costs`."""
+
+    def pricing(self, k: int) -> int:
+        """How often `price` calls `tick` for block k."""
+        return 0
+
+    def tick(self, steps: int = 1) -> None:
+        """Tell of so many steps more: a block that all windows went through, its layers with the options of a variant,
+        and what `price` counts.
+        """
+        self._done += steps
+        own = sum(map(self._steps, range(self.count)))
+        self.progress(self._done, own + self.count * self.measures + 1)
+
+    def _steps(self, k: int) -> int:
+        """How many steps block k takes, besides running it as it is on all windows."""
+        return 1 + len(self.variants) + self.pricing(k)
 
     @property
     def order(self) -> Sequence[int]:
@@ -111,14 +128,15 @@ class Trials(ABC):
         if self.measures:
             for k in range(self.count):
                 self._propagate(k)
+                self.tick()
 
     def carry_out(self) -> list[dict[str, Cost]]:
         """Take all layers; returns `costs`."""
+        self.tick(0)
         self._enter()
         self.take_blocks()
-        self.progress(self.count, self.count + 1)
         self._once("head", self._head)
-        self.progress(self.count + 1, self.count + 1)
+        self.tick()
         return self.costs
 
     def take_blocks(self) -> None:
@@ -127,17 +145,20 @@ class Trials(ABC):
         done = len(list(takewhile(lambda k: self._recall(_record(k)), self.order)))
         self.start(done)
         for number, k in enumerate(self.order):
-            self.progress(number, self.count + 1)
             if number >= done:
                 self._once(_record(k), partial(self._take_block, k), again=True)
                 memory.trim()
-            elif not self.measures:
-                self._propagate(k)
+            else:
+                if not self.measures:
+                    self._propagate(k)
+                self.tick(self._steps(k))
             if not self.measures:
                 self.hidden(k).remove()
 
     def _take_block(self, k: int) -> None:
-        self.price(k, self._tried(k, self._observe(k)))
+        seen = self._observe(k)
+        self.tick()
+        self.price(k, self._tried(k, seen))
 
     def _recall(self, name: str) -> bool:
         """Whether costs were recorded under `name` by an earlier try of the same search; they are then taken over."""
@@ -233,6 +254,7 @@ class Trials(ABC):
                 probe.factors = home.factors.of
                 home.compress(LayerEngine(home, choices, probe.apply), observed)
             trials.append(probe.trials)
+            self.tick()
         return trials
 
     def block_weights(self, k: int) -> dict[str, Tensor]:

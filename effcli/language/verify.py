@@ -29,6 +29,7 @@ from effcli.language.against import compare
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
 from effcli.layers.input_rounding import keep_inputs
+from effcli.layers.result import Phases, unseen
 from effcli.options import Options
 from effcli.platform.huggingface import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.reports.against import Against, Moved
@@ -137,6 +138,7 @@ def verify(
     against: str | Path | None = None,
     stages: Sequence[Stage] | None = None,
     trust_remote_code: bool = False,
+    phases: Phases = unseen,
 ) -> Verification:
     """Compare the ways to load the checkpoint `path` on a few fixed tokens; one network is in memory at a time.
 
@@ -147,8 +149,8 @@ def verify(
     path = samples.resolve(str(path))
     source, absent, found = _input(path, against)
     if source is None:
-        return _with_input(path, None, (), trust_remote_code).model_copy(update={"absent": absent})
-    return _with_input(path, source, found if stages is None else stages, trust_remote_code)
+        return _with_input(path, None, (), trust_remote_code, phases).model_copy(update={"absent": absent})
+    return _with_input(path, source, found if stages is None else stages, trust_remote_code, phases)
 
 
 def _input(path: Path, against: str | Path | None) -> tuple[Path | None, str, Sequence[Stage]]:
@@ -164,15 +166,18 @@ def _input(path: Path, against: str | Path | None) -> tuple[Path | None, str, Se
     return source, "" if source is not None else report.model, stages
 
 
-def _with_input(path: Path, source: Path | None, stages: Sequence[Stage], trust_remote_code: bool) -> Verification:
-    found, logits = _ways(path, trust_remote_code)
+def _with_input(
+    path: Path, source: Path | None, stages: Sequence[Stage], trust_remote_code: bool, phases: Phases
+) -> Verification:
+    found, logits = _ways(path, trust_remote_code, phases)
     if source is None:
         return found
-    against = compare(path, source, stages, trust_remote_code)
+    with phases("comparing with the input", "tensor") as progress:
+        against = compare(path, source, stages, trust_remote_code, progress)
     if not against.problem:
         config = load_network_config(source, network_config(read_config(source)), trust_remote_code)
         load = _own if is_own(read_config(source)) else load_stock
-        with running(source):
+        with running(source), phases("running the input"):
             original = _logits(lambda: load(source, trust_remote_code), tokens(config)).logits
         against = against.model_copy(update={"moved": Moved.of(logits, original)})
     return found.model_copy(update={"against": against})
@@ -190,7 +195,7 @@ class _Logits(NamedTuple):
     dtype: torch.dtype
 
 
-def _ways(path: Path, trust_remote_code: bool) -> tuple[Verification, Tensor]:
+def _ways(path: Path, trust_remote_code: bool, phases: Phases) -> tuple[Verification, Tensor]:
     """What the ways to load `path` give, and its logits."""
     import transformers
 
@@ -203,11 +208,12 @@ def _ways(path: Path, trust_remote_code: bool) -> tuple[Verification, Tensor]:
     config = load_network_config(path, network_config(checkpoint.config), trust_remote_code)
     ids = tokens(config)
     rounded = rounds_inputs(checkpoint.config)
-    with running(path):
+    with running(path), phases("running with dequantized weights"):
         reference = _logits(lambda: _reference(path, rounded, trust_remote_code), ids)
     dtype = reference.dtype
     if rounded:
-        floating = _logits(lambda: keep_inputs(_reference(path, rounded, trust_remote_code)), ids)
+        with phases("running with inputs that are not rounded"):
+            floating = _logits(lambda: keep_inputs(_reference(path, rounded, trust_remote_code)), ids)
         allowed = max(_ROUNDED, _MOVED * Agreement.of(floating.logits, reference.logits, 0).relative)
     findings: dict[str, Any] = {
         "path": str(path),
@@ -216,10 +222,12 @@ def _ways(path: Path, trust_remote_code: bool) -> tuple[Verification, Tensor]:
     }
     if compressed:
         tolerance = allowed if rounded else _PACKED.get(dtype, _PACKED[torch.float32])
-        findings["packed"] = _packed(path, ids, reference, tolerance, trust_remote_code)
+        with phases("running with packed kernels"):
+            findings["packed"] = _packed(path, ids, reference, tolerance, trust_remote_code)
     try:
         wanted = {"dtype": dtype} if rounded else {}
-        stock = _logits(lambda: load_stock(path, trust_remote_code, **wanted), ids).logits
+        with phases("loading with transformers"):
+            stock = _logits(lambda: load_stock(path, trust_remote_code, **wanted), ids).logits
     except EffcliError:
         raise
     except Exception as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,20 @@ _DAMAGED = "the checkpoint is damaged; download or train it again"
 
 # Called with (done, total): in blocks; of a graph in layers, or in steps where a pass trains.
 Progress = Callable[[int, int], None]
+
+
+class Phases(Protocol):
+    """Whom work of several phases tells of each, one after the other."""
+
+    def __call__(self, name: str, unit: str = "step") -> AbstractContextManager[Progress]:
+        """A phase that lasts as long as the context. unit: what its progress counts, where it counts anything."""
+
+
+def unseen(name: str, unit: str = "step") -> AbstractContextManager[Progress]:
+    """A phase of which nobody is told."""
+    return nullcontext(lambda done, total: None)
+
+
 Status = Literal["compressed", "changed", "kept", "removed"]
 
 _BINS = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,12 +14,14 @@ from effcli.reports import units
 from effcli.reports.columns import EMPTY_TEXT
 from effcli.reports.terminal import SweepProgress, stage_line
 from effcli.reports.text import Console, Text
+from effcli.run.listener import Silent, phases
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
     from effcli.layers.contract import Pass
+    from effcli.layers.result import Phases
     from effcli.platform.registry import Entry
     from effcli.reports.report import ClassRow, Quality, Report, Speed, Stage
     from effcli.run.recipe import Recipe
@@ -28,17 +30,15 @@ if TYPE_CHECKING:
 _MOST_CLASSES = 40
 
 
-class Screen:
-    """A run as it goes along, on standard error: a bar for each pass, a line for each finished stage."""
+class Waiting(Silent):
+    """How far a command is, on standard error: see `SweepProgress`. A context manager; `phases` is what to tell it."""
 
-    def __init__(self, recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> None:
-        self._recipe = recipe
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self._quiet = quiet
         self._console = console or Console(stderr=True)
         self._bar = SweepProgress(quiet, self._console)
-        self._stages: list[Stage] = []
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -46,10 +46,9 @@ class Screen:
     ) -> None:
         self._bar.__exit__(kind, error, trace)
 
-    def stage(self, stage: Stage) -> None:
-        """Show what was measured after the input or a pass."""
-        self._stages.append(stage)
-        self.say(stage_line(self._report()))
+    @property
+    def phases(self) -> Phases:
+        return phases(self)
 
     def progress_start(self, name: str, total: int, unit: str = "block") -> None:
         self._bar.start(name, total, unit)
@@ -64,6 +63,20 @@ class Screen:
         """Show one line."""
         if not self._quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Screen(Waiting):
+    """A run as it goes along, on standard error: how far each phase is, and a line for each finished stage."""
+
+    def __init__(self, recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> None:
+        super().__init__(quiet=quiet, console=console)
+        self._recipe = recipe
+        self._stages: list[Stage] = []
+
+    def stage(self, stage: Stage) -> None:
+        """Show what was measured after the input or a pass."""
+        self._stages.append(stage)
+        self.say(stage_line(self._report()))
 
     def _report(self) -> Report:
         """The stages so far as a report, which is what the renderers take."""
@@ -237,6 +250,7 @@ def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> Table:
 
 __all__ = [
     "Screen",
+    "Waiting",
     "options_table",
     "passes_table",
     "quality_table",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from effcli.platform import memory
@@ -39,6 +39,8 @@ _SHORT_TITLES = {"memory": "memory", "sqnr": "SQNR, dB"}
 # A long name that is two words in its project's own spelling.
 _NARROW_TITLES = {"onnxruntime": "ONNX\nRuntime"}
 _LONG_NAME = 7
+# A phase of fewer seconds leaves no line.
+MOMENT = 2.0
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _UNITS: dict[Unit, Callable[[float], str]] = {
     "bytes": units.size,
@@ -192,10 +194,10 @@ def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:
 
 
 class SweepProgress:
-    """The progress of one pass after another: block or step k of n, time left, resident memory.
+    """The phases of a run, one after another: how far each is, how long it has taken, the time left, resident memory.
 
-    Silent with `quiet`. Where the console is no terminal, one plain line when a pass ends. As a context manager it
-    takes the bar away when the sweep fails.
+    With `quiet`, and where the console is no terminal, one plain line for each phase when it ends, unless it was over
+    in a moment. As a context manager it takes the bar away when the work fails.
     """
 
     def __init__(
@@ -204,8 +206,8 @@ class SweepProgress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._quiet = quiet
         self._console = console or Console(stderr=True)
+        self._plain = quiet or not self._console.is_terminal
         self._clock = clock
         self._bar: Progress | None = None
         self._name = ""
@@ -217,26 +219,37 @@ class SweepProgress:
         self._pace: tuple[float, int] | None = None
 
     def start(self, name: str, total: int, unit: str = "block") -> None:
-        """Begin the pass `name` over `total` blocks, or whatever `unit` says."""
-        self._stop()
-        self._name, self._unit, self._total, self._done, self._began = name, unit, total, 0, self._clock()
-        self._pace = None
-        if self._quiet or not self._console.is_terminal:
+        """Begin the phase `name` over `total` blocks, or whatever `unit` says; 0 where the total is not known yet.
+
+        Told again under the same name before `finish`, it is the same phase, whose total is known now.
+        """
+        again = name == self._name
+        if not again:
+            self._stop()
+            self._name, self._began, self._done, self._pace = name, self._clock(), 0, None
+        self._unit, self._total = unit, total
+        if self._plain:
             return
-        self._bar = Progress(
-            TextColumn("{task.description}", style="bold"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[state]}"),
-            console=self._console,
-            transient=True,
-            expand=True,
-            refresh_per_second=2,
-        )
-        self._bar.add_task(name, total=total, state=self._state())
-        self._bar.start()
+        if self._bar is None:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", style="bold", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[state]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+                expand=True,
+                refresh_per_second=2,
+                get_time=self._clock,
+            )
+            self._bar.add_task(name, total=total or None, state=self._state())
+            self._bar.start()
+        else:
+            self._bar.update(self._bar.task_ids[0], total=total or None, state=self._state())
 
     def advance(self, done: int) -> None:
-        """Say that `done` blocks, counted from the start of the pass, are finished."""
+        """Say that `done` blocks, counted from the start of the phase, are finished."""
         self._done = done
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, state=self._state())
@@ -244,11 +257,12 @@ class SweepProgress:
         self._pace = self._pace or (self._clock(), done)
 
     def finish(self) -> None:
-        """End the pass: take the bar away, and leave one line where there is no terminal."""
+        """End the phase: take the bar away, and leave one line where there was none."""
         self._stop()
-        if self._name and not self._quiet and not self._console.is_terminal:
-            spent = units.duration(self._clock() - self._began)
-            line = f"{self._name}: {units.count(self._done, self._unit)} in {spent}"
+        spent = self._clock() - self._began
+        if self._name and self._plain and spent >= MOMENT:
+            counted = f"{units.count(self._done, self._unit)} in " if self._done else ""
+            line = f"{self._name}: {counted}{units.duration(spent)}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._name = ""
 
@@ -267,7 +281,7 @@ class SweepProgress:
 
     def _state(self) -> str:
         """'block 7 of 30, 1m20s left, 812 MB': the first block's time is not known before it is over."""
-        parts = [f"{self._unit} {min(self._done + 1, self._total)} of {self._total}"]
+        parts = [f"{self._unit} {min(self._done + 1, self._total)} of {self._total}"] if self._total else []
         began, first = self._pace or (self._began, 0)
         if first < self._done < self._total:
             left = (self._clock() - began) / (self._done - first) * (self._total - self._done)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from effcli.layers.result import Progress
+    from effcli.layers.result import Phases, Progress
     from effcli.reports.report import Stage
 
 
 class Listener(Protocol):
-    """Whom a run tells how it goes. unit: what a pass has `total` of."""
+    """Whom a run tells how it goes.
+
+    A phase begins with `progress_start` and ends with `progress_end`; there is one at a time. total: how many of `unit`
+    it has, 0 while that is not known. It is told again, under the same name, once it is.
+    """
 
     def stage(self, stage: Stage) -> None: ...
 
@@ -42,20 +46,29 @@ class Silent:
 @contextmanager
 def told(listener: Listener, name: str, unit: str = "block") -> Iterator[Progress]:
     """Progress as a listener is told of it, under `name`, until the work ends or fails; unit: what is counted."""
-    started = False
+    known = 0
+    listener.progress_start(name, 0, unit)
 
     def progress(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
+        nonlocal known
+        if total != known:
+            known = total
             listener.progress_start(name, total, unit)
-            started = True
         listener.progress(done)
 
     try:
         yield progress
     finally:
-        if started:
-            listener.progress_end()
+        listener.progress_end()
 
 
-__all__ = ["Listener", "Silent", "told"]
+def phases(listener: Listener, of: str = "") -> Phases:
+    """The phases of a piece of work as a listener is told of them; of: what is worked on, which stands before each."""
+
+    def begin(name: str, unit: str = "step") -> AbstractContextManager[Progress]:
+        return told(listener, f"{of}: {name}" if of else name, unit)
+
+    return begin
+
+
+__all__ = ["Listener", "Silent", "phases", "told"]

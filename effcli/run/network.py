@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from effcli.layers.result import unseen
 from effcli.reports.report import Continuation, Exported, Latency, Layout, Quality, Speed, Stage
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from effcli.files.exporter import Exporter, Footprint
     from effcli.inputs.options import Evaluate
     from effcli.inputs.preprocess import Preprocess
-    from effcli.layers.result import PassResult, Progress
+    from effcli.layers.result import PassResult, Phases, Progress
     from effcli.layers.selection import Choice
     from effcli.options import Options
     from effcli.reports.sensitivity import Unit, Way
@@ -99,7 +100,9 @@ class RunNetwork(Protocol):
     def count(self, checkpoint: Path) -> Counts:
         """How many weights a checkpoint has, how many are not 0, and what an input takes."""
 
-    def measure(self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True) -> Measured:
+    def measure(
+        self, checkpoint: Path, first: bool, *, quality: bool = True, speed: bool = True, phases: Phases = unseen
+    ) -> Measured:
         """Measure quality and speed as the recipe asks; first: the input itself, before any pass.
 
         quality, speed: False leaves it out.
@@ -116,7 +119,7 @@ class RunNetwork(Protocol):
     ) -> PassResult:
         """Carry out one pass; reference: the last checkpoint before any weight was compressed."""
 
-    def verify(self, checkpoint: Path, stages: Sequence[Stage]) -> str:
+    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> str:
         """Load the finished checkpoint as its users will, and compare it with the input; what was found, in one line.
 
         stages: of the run, whose ledger says what was to be changed.
@@ -206,16 +209,28 @@ class Found(Protocol):
     def inspect(self, reading: Reading) -> Inspection:
         """What the model consists of."""
 
-    def evaluate(self, options: Evaluate, reading: Reading, reference: str | None = None) -> Quality:
+    def evaluate(
+        self, options: Evaluate, reading: Reading, reference: str | None = None, phases: Phases = unseen
+    ) -> Quality:
         """Its quality, and its distance from the model `reference`."""
 
     def time(
-        self, reading: Reading, prefill: int | None, decode: int | None, threads: int | None, device: str | None
+        self,
+        reading: Reading,
+        prefill: int | None,
+        decode: int | None,
+        threads: int | None,
+        device: str | None,
+        phases: Phases = unseen,
     ) -> Speed | tuple[Latency, ...]:
         """How fast it runs: tokens of a language model, one input of any other, with each runtime."""
 
     def verify(
-        self, target: str | None = None, against: str | None = None, trust_remote_code: bool = False
+        self,
+        target: str | None = None,
+        against: str | None = None,
+        trust_remote_code: bool = False,
+        phases: Phases = unseen,
     ) -> Verification:
         """What its users will find who load it.
 

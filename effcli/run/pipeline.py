@@ -13,6 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from effcli.reports.report import Exported, Report, Stage
 from effcli.reports.units import size
 from effcli.run import detect
 from effcli.run import recipe as recipes
-from effcli.run.listener import Listener, Silent, told
+from effcli.run.listener import Listener, Silent, phases, told
 from effcli.run.logged import Logged
 from effcli.run.plan import Plan
 from effcli.run.recipe import ExportStep, PassStep, Recipe, RecipeStep
@@ -42,7 +43,7 @@ from effcli.search import stage as searching
 from effcli.search.stage import Position
 
 if TYPE_CHECKING:
-    from effcli.layers.result import PassResult
+    from effcli.layers.result import PassResult, Progress
 
 # The report of a finished run, and why its exports ended early if they did.
 _Done = tuple[Report, EffcliError | None]
@@ -87,11 +88,14 @@ class _Run:
         self.finished: list[Stage] = []
 
     def carry_out(self) -> Report:
-        plan = searching.plan(self.network)
+        with self._phase("planning"):
+            plan = searching.plan(self.network)
         self._check_space(plan)
-        remarks = self.network.calibrate()
+        with self._phase("reading calibration data"):
+            remarks = self.network.calibrate()
         with self.place.locked():
-            request = self._request()
+            with self._phase("reading files of the model and of the data"):
+                request = self._request()
             if self.place.placed == request:
                 report = Report.read(self.output)
                 # What the request leaves out must be the same; its steps may stand there as a search chose them.
@@ -123,7 +127,8 @@ class _Run:
             return self._compress(remarks)
 
     def _compress(self, remarks: tuple[str, ...]) -> _Done:
-        self.network.open(self.work)
+        with self._phase("reading evaluation data"):
+            self.network.open(self.work)
         base = self.network.base
         stages = [self._stage(0, lambda: self._measured(base, "input", {}, first=True))]
         searching.check_measured(self.network, stages[0])
@@ -261,7 +266,10 @@ class _Run:
             return self.network.sweep(step, source, target, reference, self.work / f"pass-{number}", progress)
 
     def _measured(self, path: Path, name: str, options: dict[str, Any], first: bool = False) -> Stage:
-        counts, found = self.network.count(path), self.network.measure(path, first)
+        tell = phases(self.listener, name)
+        with tell("counting weights"):
+            counts = self.network.count(path)
+        found = self.network.measure(path, first, phases=tell)
         nbytes = sum(file.stat().st_size for file in weight_files(path))
         return Stage(
             name=name,
@@ -288,6 +296,9 @@ class _Run:
 
     def _finish(self, finished: Path, stages: list[Stage], steps: list[PassStep]) -> _Done:
         """Describe and place the finished checkpoint; steps: as they were carried out."""
+        verified = None
+        if self.recipe.evaluate.enabled:
+            verified = self.network.verify(finished, stages, phases(self.listener, "verifying"))
         report = Report(
             effcli_version=version("effcli"),
             model=self.recipe.model,
@@ -295,14 +306,15 @@ class _Run:
             machine=_machine(pick_device(self.recipe.device)),
             software=_software((*steps, *self.recipe.export)),
             stages=tuple(stages),
-            verified=self.network.verify(finished, stages) if self.recipe.evaluate.enabled else None,
+            verified=verified,
             layout=self.network.layout(finished),
             recipe=self._settings(steps),
             given=self.given,
         )
         exported, failed = self._exports(finished)
         report = report.model_copy(update={"exports": exported})
-        self._describe(report, finished)
+        with self._phase("writing the report"):
+            self._describe(report, finished)
         write_text(finished / "recipe.yaml", recipes.dump(self.recipe.model_copy(update={"passes": tuple(steps)})))
         html_sensitivity.write_all([stage.search for stage in stages if stage.search is not None], finished)
         # The last to be written, for it lists the others.
@@ -313,6 +325,10 @@ class _Run:
         self._say_what_goes()
         self.place.place(finished)
         return report, failed
+
+    def _phase(self, name: str) -> AbstractContextManager[Progress]:
+        """A phase of the run which counts nothing."""
+        return told(self.listener, name)
 
     def _say_what_goes(self) -> None:
         """Name the exports in the output that is replaced which this run does not make again."""
@@ -374,8 +390,10 @@ class _Run:
         folder = finished / EXPORTS / step.name
         with writing(self.output):
             folder.parent.mkdir(exist_ok=True)
-        exported = step.config.export(finished, folder, overwrite=True)
-        exported = self.network.time_export(step.config, exported, folder)
+        with self._phase(f"exporting to {step.name}"):
+            exported = step.config.export(finished, folder, overwrite=True)
+        with self._phase(f"{step.name}: speed"):
+            exported = self.network.time_export(step.config, exported, folder)
         self.listener.say(f"exported to {step.name}: {exported.checked or size(exported.nbytes)}")
         return exported
 

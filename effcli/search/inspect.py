@@ -20,10 +20,11 @@ def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listene
         steps = tuple(recipe.passes[0] for recipe in recipes)
         unmeasured = {"passes": steps[:1], "evaluate": Evaluate.nothing(), "export": ()}
         network = detect.of_run(recipes[0].model_copy(update=unmeasured))
-        network.plan()
-        network.open(Path(folder))
+        with told(listener or Silent(), "reading the network"):
+            network.plan()
+            network.open(Path(folder))
         own = tuple(map(network.with_defaults, steps))
-        with told(listener or Silent(), "sensitivity") as progress:
+        with told(listener or Silent(), "sensitivity", "step") as progress:
             return sensitivity(network, own, network.base, Path(folder), way, progress)
 
 

@@ -24,7 +24,7 @@ from effcli.options import Record
 from effcli.reports.report import Quality, Stage
 from effcli.reports.sensitivity import Search, Sensitivity
 from effcli.reports.units import size
-from effcli.run.listener import told
+from effcli.run.listener import phases, told
 from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep
 from effcli.search.bits import check_average, check_size
@@ -221,7 +221,7 @@ class _Running:
             with writing(states):
                 states.mkdir(exist_ok=True)
             source, way = self.position.source, self.options.way
-            with told(self.listener, f"{self.name}: sensitivity") as progress:
+            with told(self.listener, f"{self.name}: sensitivity", "step") as progress:
                 self._costs = sensitivity(self.network, self.steps, source, states, way, progress, self.journal)
             shutil.rmtree(states)
         return self._costs
@@ -255,14 +255,15 @@ class _Running:
 
     def _measured(self, figure: Figure, checkpoint: Path) -> float:
         """A figure of the network whose layers have the bits of a choice."""
+        tell = phases(self.listener, self.name)
         if figure == "latency":
-            found = self.network.measure(checkpoint, False, quality=False).milliseconds
+            found = self.network.measure(checkpoint, False, quality=False, phases=tell).milliseconds
             if found is None:
                 raise DataError(f"{self.name}: latency is not measured", "leave evaluate.latency on")
             return found
         if figure in ("ram", "flash"):
             return self._footprint(figure, checkpoint)
-        measured = self.network.measure(checkpoint, False, speed=False)
+        measured = self.network.measure(checkpoint, False, speed=False, phases=tell)
         return _quality(self.name, self.network, measured.quality)
 
     def _footprint(self, figure: Figure, checkpoint: Path) -> int:

@@ -15,6 +15,7 @@ import pytest
 from effcli import passes
 from effcli.cli import main
 from effcli.errors import MachineError, NumericsError
+from effcli.reports import terminal
 from effcli.reports.report import Report
 
 COMMANDS = ["compress", "run", "plan", "inspect", "eval", "bench", "passes", "export", "verify", "compare", "report"]
@@ -255,6 +256,8 @@ def test_compress_shows_the_run(
         return report
 
     monkeypatch.setattr(pipeline, "run", run)
+    if not quiet:
+        monkeypatch.setattr(terminal, "MOMENT", 0.0)
     arguments = ["compress", "m", "--pass", "awq", "-o", "o", "--overwrite"]
     assert main([*arguments, *(["--quiet"] if quiet else [])]) == 0
     out, err = capsys.readouterr()

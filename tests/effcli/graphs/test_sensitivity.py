@@ -135,3 +135,15 @@ def test_the_same_again(tmp_path: Path) -> None:
         costs(small_graphs.residual(), tmp_path / name, "fisher", step("linear", 3)) for name in ("a", "b")
     )
     assert first == second
+
+
+@pytest.mark.parametrize("way", ["gram", "fisher", "loss"])
+def test_progress_is_told_layer_by_layer(tmp_path: Path, way: Way) -> None:
+    graph = small_graphs.residual()
+    graph.save(tmp_path)
+    told: list[tuple[int, int]] = []
+    variants = [choose(graph, step("linear", bits)) for bits in (2, 4)]
+    layer_costs(tmp_path, variants, small_graphs.batches(graph), way, lambda *at: told.append(at))
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    total = 2 * len(graph.sites()) + {"gram": 0, "fisher": 1, "loss": 2}[way]
+    assert told[0] == (0, total) and told[-1] == (total, total)

@@ -81,7 +81,9 @@ def test_agrees_with_a_plain_loop(name: str, asset: Callable[[str], Path], tmp_p
     windows = torch.tensor(AutoTokenizer.from_pretrained(source)(content, verbose=False).input_ids[: 4 * 64])
     original = AutoModelForCausalLM.from_pretrained(source).eval()
     evaluation = Evaluation(source, options, tmp_path)
-    measured = evaluation.measure(source)
+    told: list[tuple[int, int]] = []
+    measured = evaluation.measure(source, lambda *at: told.append(at))
+    assert told == [(done, told[0][1]) for done in range(told[0][1] + 1)] and len(told) > 2
     expected, _ = plain(original, windows.view(4, 64))
     assert measured.perplexity == pytest.approx(expected, rel=1e-3)
     assert measured.kl == 0.0

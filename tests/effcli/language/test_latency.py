@@ -163,3 +163,15 @@ def test_on_a_gpu(compressed: Path) -> None:
     speed = latency.measure(compressed, prefill=16, decode=2, device="cuda")
     assert speed.device == torch.cuda.get_device_name()
     assert speed.decode_tokens_per_second > 0
+
+
+@pytest.mark.parametrize("name", ["rwkv", "openai-gpt"])
+def test_a_network_without_a_cache_is_not_timed(name: str, tmp_path: Path) -> None:
+    source = architectures.make(name, tmp_path / "in")
+    with pytest.raises(UnsupportedError, match=r"gives no key-value cache back.*\n?.*evaluate.latency=false"):
+        latency.measure(source, prefill=8, decode=2)
+    step = PassStep.model_validate(parse_pass("linear:bits=8,group_size=16"))
+    network = LanguageModel(Recipe(model=str(source), passes=(step,)), source)
+    found = network.measure(source, first=True)
+    assert found.speed is None and "its speed was not measured" in found.remarks[-1]
+    assert network.measure(source, first=False).remarks == ()

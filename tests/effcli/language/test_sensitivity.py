@@ -221,3 +221,14 @@ def test_formats_of_the_variants(llama: Path) -> None:
     chosen = choose(skeleton, step("awq", 3))["model.layers.0.mlp.up_proj"].config
     assert chosen is not None
     assert getattr(chosen, "format", None) == Affine(3, "group", 32)
+
+
+@pytest.mark.parametrize("way", ["gram", "fisher", "loss"])
+def test_progress_is_told_in_steps_within_a_block(llama: Path, tmp_path: Path, way: Way) -> None:
+    skeleton = open_weights(llama).skeleton
+    told: list[tuple[int, int]] = []
+    variants = [choose(skeleton, step("linear", bits)) for bits in (2, 4)]
+    layer_costs(llama, variants, windows(), tmp_path, way, lambda *at: told.append(at))
+    done, totals = [at for at, _ in told], {total for _, total in told}
+    assert totals == {len(told) - 1} and done == list(range(len(told))), "one step after another, up to the last"
+    assert len(told) > 2 * (1 + len(skeleton.blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 
 import pytest
@@ -237,9 +238,56 @@ def test_progress_is_one_line_where_there_is_no_terminal() -> None:
     assert sweep(Console(file=io.StringIO(), width=80)) == "awq: 30 blocks in 2m00s\n"
 
 
-def test_progress_is_silent_when_asked() -> None:
-    assert sweep(Console(file=io.StringIO(), width=80), quiet=True) == ""
-    assert sweep(Console(file=Terminal(), width=80, force_terminal=True), quiet=True) == ""
+@pytest.mark.parametrize("width", [80, 100])
+def test_progress_is_one_line_without_a_bar_when_it_is_to_be_quiet(width: int) -> None:
+    assert sweep(Console(file=io.StringIO(), width=width), quiet=True) == "awq: 30 blocks in 2m00s\n"
+    terminal = Console(file=Terminal(), width=width, force_terminal=True, color_system=None)
+    assert sweep(terminal, quiet=True) == "awq: 30 blocks in 2m00s\n"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_phase_that_is_over_in_a_moment_leaves_no_line(quiet: bool) -> None:
+    console, clock = Console(file=io.StringIO(), width=80), Clock()
+    with SweepProgress(quiet, console, clock) as progress:
+        for name, seconds in (("input: perplexity", 1.9), ("input: speed", 2.0), ("verifying", 0.0)):
+            progress.start(name, 0)
+            clock.now += seconds
+            progress.finish()
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "input: speed: 2.0s\n"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_phase_of_unknown_length_shows_how_long_it_has_taken(width: int) -> None:
+    console, clock = Console(file=Terminal(), width=width, force_terminal=True, color_system=None), Clock()
+    with SweepProgress(console=console, clock=clock) as progress:
+        progress.start("exporting to onnx [2]", 0)
+        clock.now = 75.0
+        progress.finish()
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "exporting to onnx [2]" in text and "0:01:15" in text
+    assert " of " not in text and " left" not in text
+    assert max(len(line) for line in re.split(r"\x1b\[[0-9;?]*[a-zA-Z]|[\r\n]", text)) <= width
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_phase_whose_length_is_found_out_is_the_same_phase(width: int) -> None:
+    console, clock = Console(file=Terminal(), width=width, force_terminal=True, color_system=None), Clock()
+    plain = Console(file=io.StringIO(), width=width)
+    for shown in (console, plain):
+        clock.now = 0.0
+        with SweepProgress(console=shown, clock=clock) as progress:
+            progress.start("awq: perplexity", 0, "step")
+            clock.now = 10.0
+            progress.start("awq: perplexity", 40, "step")
+            progress.advance(0)
+            clock.now = 40.0
+            progress.advance(10)
+            progress.finish()
+    assert isinstance(console.file, io.StringIO) and isinstance(plain.file, io.StringIO)
+    assert "step 11 of 40, 1m30s left" in console.file.getvalue() and "0:00:40" in console.file.getvalue()
+    assert plain.file.getvalue() == "awq: perplexity: 10 steps in 40s\n"
 
 
 def test_progress_on_a_terminal_says_block_time_left_and_memory() -> None:
@@ -272,6 +320,7 @@ def test_progress_of_what_began_in_the_middle() -> None:
     plain = Console(file=io.StringIO(), width=80)
     progress = SweepProgress(console=plain, clock=clock)
     progress.start("tune", 2, "step")
+    clock.now += 2.0
     progress.advance(2)
     progress.finish()
     assert isinstance(plain.file, io.StringIO) and plain.file.getvalue().startswith("tune: 2 steps in ")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from effcli.run.listener import Silent, told
+from effcli.layers.result import unseen
+from effcli.run.listener import Silent, phases, told
 
 
 class Heard(Silent):
@@ -28,7 +29,8 @@ def test_progress_starts_once_and_ends_once() -> None:
     with told(listener, "linear", "layer") as progress:
         for done in range(3):
             progress(done, 2)
-    assert listener.heard == [("start", "linear", 2, "layer"), ("done", 0), ("done", 1), ("done", 2), ("end",)]
+    begun = [("start", "linear", 0, "layer"), ("start", "linear", 2, "layer")]
+    assert listener.heard == [*begun, ("done", 0), ("done", 1), ("done", 2), ("end",)]
 
 
 def test_progress_ends_with_an_error() -> None:
@@ -36,11 +38,29 @@ def test_progress_ends_with_an_error() -> None:
     with pytest.raises(OSError, match="full"), told(listener, "auto: sensitivity") as progress:
         progress(1, 5)
         raise OSError("full")
-    assert listener.heard == [("start", "auto: sensitivity", 5, "block"), ("done", 1), ("end",)]
+    begun = [("start", "auto: sensitivity", 0, "block"), ("start", "auto: sensitivity", 5, "block")]
+    assert listener.heard == [*begun, ("done", 1), ("end",)]
 
 
-def test_what_never_started_does_not_end() -> None:
+def test_what_counts_nothing_is_told_too() -> None:
     listener = Heard()
     with told(listener, "linear"):
         pass
-    assert listener.heard == []
+    assert listener.heard == [("start", "linear", 0, "block"), ("end",)]
+
+
+def test_phases_of_a_checkpoint() -> None:
+    listener = Heard()
+    begin = phases(listener, "awq")
+    with begin("perplexity") as progress:
+        progress(1, 8)
+    with begin("speed", "token"), unseen("inside"):
+        pass
+    assert listener.heard == [
+        ("start", "awq: perplexity", 0, "step"),
+        ("start", "awq: perplexity", 8, "step"),
+        ("done", 1),
+        ("end",),
+        ("start", "awq: speed", 0, "token"),
+        ("end",),
+    ]
