@@ -1,4 +1,4 @@
-"""What the README and the examples tell a reader to do, done."""
+"""What the README's first command and the examples tell a reader to do, done; test_docs.py does the rest."""
 
 from __future__ import annotations
 
