@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli.errors import RecipeError
 from effcli.layers.contract import Pass
 from effcli.reports.printed import PrintedReport
+from effcli.reports.screen import Screen
+from effcli.reports.text import Console
 from effcli.run import recipe as recipes
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ def compress(
     example: a batch of inputs of a loaded module, float (n, ...), of which only the shape counts; the key `shape`, of
         one input without the batch axis, says the same.
     overwrite: replace an `output` that effcli wrote.
-    listener: whom the run tells how it goes; see `Listener`.
+    listener: whom the run tells how it goes; see `Listener`. Without one, a notebook shows what the command line shows,
+        and a script shows nothing.
     keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
 
     Raises the classes of `EffcliError`, each with its `cause` and its `remedy`: `RecipeError` for an unknown pass,
@@ -55,8 +59,8 @@ def compress(
             if given is not None:
                 raise RecipeError(f"{name}: {model} is read from its files", "leave it out, or give a loaded model")
         recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
-        with restoring_verbosity():
-            return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=listener))
+        with restoring_verbosity(), _watched(recipe, listener) as told:
+            return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=told))
 
     from effcli.run import loaded
 
@@ -66,7 +70,15 @@ def compress(
     recipe = recipes.from_arguments(type(model).__name__, output=str(output), passes=passes, **keys)
     with restoring_verbosity(), loaded.on_disk(model, recipe, tokenizer, overwrite) as folder:
         recipe = recipe.model_copy(update={"model": str(folder)})
-        return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=listener))
+        with _watched(recipe, listener) as told:
+            return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=told))
+
+
+def _watched(recipe: recipes.Recipe, listener: Listener | None) -> AbstractContextManager[Listener | None]:
+    """Who listens to a run."""
+    if listener is None and Console(stderr=True).is_jupyter:
+        return Screen(recipe)
+    return nullcontext(listener)
 
 
 __all__ = ["compress"]

@@ -31,6 +31,10 @@ class PrintedReport(Report):
         console.print(remarks(self))
         return text.getvalue().rstrip()
 
+    def __repr__(self) -> str:
+        """As it prints, so that a session shows it by its name: all fields would fill many screens."""
+        return str(self)
+
     def _repr_html_(self) -> str:
         """The table of all stages as HTML that loads nothing and runs no script."""
         return html.table(self)

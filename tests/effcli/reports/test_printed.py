@@ -20,6 +20,7 @@ def test_it_prints_as_the_table(report: Report, monkeypatch: pytest.MonkeyPatch)
         assert all(remark.split()[0] in text for remark in stage.remarks)
     assert "269 MB" in text
     assert "\x1b" not in text
+    assert repr(PrintedReport.of(report)) == text
     assert max(map(len, text.splitlines())) <= 80
 
 
