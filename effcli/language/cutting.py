@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ def cut_model(
         blocks = [[site for site in weights.skeleton.block_layers(k) if site.name in names] for k in range(count)]
         where = device or weights.device
         stored = StoredGradients(source, blocks, None, windows.batches, options.needs, work, trust_remote_code, where)
-        return {name: own for k in range(count) for name, own in stored.of(k).items()}
+        return _BlockGradients(stored, blocks)
 
     decided = decide(step.name, options, coupled(weights), choices, weights.parameter, gradients)
     progress(1, 2)
@@ -75,6 +75,27 @@ def cut_model(
         shutil.rmtree(work)
     progress(2, 2)
     return result
+
+
+class _BlockGradients(Mapping[str, Gradients]):
+    """The gradients of layers by name. Those of one block are in memory, the others on the disk."""
+
+    def __init__(self, stored: StoredGradients, blocks: Sequence[Sequence[LayerSite]]) -> None:
+        self._stored = stored
+        self._block = {site.name: k for k, sites in enumerate(blocks) for site in sites}
+        self._held: tuple[int, dict[str, Gradients]] = (-1, {})
+
+    def __getitem__(self, name: str) -> Gradients:
+        k = self._block[name]
+        if self._held[0] != k:
+            self._held = k, self._stored.of(k)
+        return self._held[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._block)
+
+    def __len__(self) -> int:
+        return len(self._block)
 
 
 def _held(weights: Weights, site: LayerSite) -> Held:

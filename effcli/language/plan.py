@@ -132,14 +132,12 @@ class PlannedModel:
         if not any(blocks):
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
         operations, memory, disk = 0.0, self._working(step, blocks), 0
-        cuts = isinstance(step.config, CutPass)
-        if step.needs and not cuts:
+        if step.needs and not isinstance(step.config, CutPass):
             operations, disk = self._operations(choices), 2 * self.states(self._skeleton.dtype)
         if needs_of([choices]).gradients:
             made = _Gradients(self, choices, blocks)
-            # What is cut is decided on all of them at once.
-            held = made.all if cuts else made.held
-            operations, memory, disk = operations + made.operations, max(memory + held, made.memory), disk + made.disk
+            memory, disk = max(memory + made.held, made.memory), disk + made.disk
+            operations += made.operations
         return Effort(operations, memory, disk)
 
     @property
@@ -221,11 +219,6 @@ class _Gradients:
     def held(self) -> int:
         """Bytes of the sums of one block, while its layers are compressed."""
         return self._sums * max(*self._taken, self._head)
-
-    @property
-    def all(self) -> int:
-        """Bytes of all sums."""
-        return self._sums * (sum(self._taken) + self._head)
 
     @property
     def memory(self) -> int:

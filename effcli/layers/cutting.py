@@ -66,7 +66,8 @@ def decide(
     if options.needs.gradients:
         wanted = dict.fromkeys(member.parameter for group in offered for member in group.members)
         made = gradients([site for parameter in wanted for site in sites.get(parameter, ())])
-        samples = max((own.samples for own in made.values()), default=0)
+        first = next(iter(made.values()), None)
+        samples = 0 if first is None else first.samples
 
         def placed(parameter: str) -> dict[Needs, Tensor]:
             return _placed(sites.get(parameter, ()), made, read(parameter))

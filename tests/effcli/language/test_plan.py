@@ -191,7 +191,7 @@ def test_gradients_take_the_disk_that_was_planned(tmp_path: Path, monkeypatch: p
 
 
 def test_what_is_cut_is_planned_as_it_was(tmp_path: Path) -> None:
-    """A pass that cuts sees no inputs of layers, and the gradients of all of them at once."""
+    """A pass that cuts sees no inputs of layers, and the gradients of one block at a time."""
     source = architectures.make("llama", tmp_path / "model")
     found, without = (
         calibrated(source, PassStep(name="trim", config=Trim(asks=needs.value)), 8)
@@ -201,7 +201,7 @@ def test_what_is_cut_is_planned_as_it_was(tmp_path: Path) -> None:
     assert len(found.rows) == 16 and numbers == 2 * (2 * 64 + 2 * 32 + 3 * 128) * 64
     assert (without.operations, without.disk_bytes) == (0, 0)
     assert found.operations == 2 * 8 * 16 * 4 * numbers
-    assert found.memory_bytes - without.memory_bytes >= 4 * numbers
+    assert found.memory_bytes - without.memory_bytes >= 4 * numbers // 2
     assert found.output_bytes == found.input_bytes and any("upper bound" in text for text in found.remarks)
     (tmp_path / "out").mkdir()
     ids = torch.randint(architectures.VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
