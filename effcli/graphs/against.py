@@ -61,10 +61,10 @@ def compare(before: Graph, after: Graph, source: str, stages: Sequence[Stage]) -
     return Against(input=source, **counts)
 
 
-def moved(before: Graph, inputs: Tensor, outputs: Tensor) -> Moved:
-    """How far `outputs` (n, ...) of a network lie from those of the graph `before`, for inputs float32 (n, *shape)."""
+def moved(before: Graph, expected: Tensor, outputs: Tensor) -> Moved:
+    """How far `outputs` (n, ...) of a network lie from those of the graph `before`, `expected`, of the same shape."""
     classes = class_count(before) is not None
-    return Moved.of(outputs.float(), before.run(inputs).float(), "logits" if classes else "outputs", classes)
+    return Moved.of(outputs.float(), expected.float(), "logits" if classes else "outputs", classes)
 
 
 def _within(before: Tensor, after: Tensor, rows: Sequence[LedgerRow], scaled: bool) -> bool:

@@ -262,7 +262,13 @@ def _against(
             input=source, problem=f"it takes inputs {tuple(inputs.shape[1:])}, its input {before.facts.shape}"
         )
     found = compare(before, network, source, stages) if isinstance(network, Graph) else Against(input=source)
-    return found if found.problem else found.model_copy(update={"moved": moved(before, inputs, outputs)})
+    if found.problem:
+        return found
+    expected = before.run(inputs)
+    if expected.shape != outputs.shape:
+        shapes = tuple(outputs.shape[1:]), tuple(expected.shape[1:])
+        return found.model_copy(update={"problem": f"its outputs have the shape {shapes[0]}, the input's {shapes[1]}"})
+    return found.model_copy(update={"moved": moved(before, expected, outputs)})
 
 
 def _outputs(network: Graph | IntegerNetwork) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -55,6 +57,8 @@ _MEMORY_FORMATS = {
     3: torch.channels_last_3d,
     4: torch.preserve_format,
 }
+# A size that may vary, alone in an expression.
+_SYMBOL = re.compile(r"(?:Symbol\(')?(\w+)(?:'(?:, \w+=\w+)*\))?")
 _PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings", "as_int_lists")
 # What a graph computes with sizes.
 _SIZES: dict[str, Callable[..., Any]] = {
@@ -91,6 +95,9 @@ class _Reader:
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.archive = path, archive
         names = archive.namelist()
+        for info in archive.infolist():
+            # It compares what the directory says of a member with what stands before its content.
+            archive.open(info).close()
         marks = [name for name in names if name.rpartition("/")[2] == "archive_format"]
         if len(marks) != 1 or archive.read(marks[0]) != b"pt2":
             raise CheckpointError(
@@ -120,8 +127,17 @@ class _Reader:
         described, signature = data["graph_module"]["graph"], data["graph_module"]["signature"]
         for name, meta in described["tensor_values"].items():
             _check_value(name, meta)
+            _check_ranges(name, meta, data["range_constraints"])
         graph = fx.Graph()
         weights, inputs = self.inputs(graph, described, signature["input_specs"])
+        taken, known = described["inputs"], signature["input_specs"]
+        if len(taken) != len(known):
+            raise ValueError(f"the graph has {len(taken)} inputs, and its signature {len(known)}")
+        made = [name for item in described["nodes"] for output in item["outputs"] for name in _names(output)]
+        made += [value["name"] for argument in taken for value in argument.values() if isinstance(value, dict)]
+        twice = next((name for name, count in Counter(made).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"the value {twice} is made twice")
         for item in described["nodes"]:
             _check_described(item, described["tensor_values"])
             self.node(graph, item)
@@ -322,6 +338,20 @@ def _check_value(name: str, meta: dict[str, Any]) -> None:
         number = size.get("as_int", 0)
         if type(number) is not int or number < 0:
             raise ValueError(f"the value {name} has the size {number}")
+
+
+def _check_ranges(name: str, meta: dict[str, Any], ranges: Mapping[str, Any]) -> None:
+    """Raise where a size that may vary is not in the range that the file gives for it."""
+    for size in (*meta["sizes"], *meta["strides"]):
+        content = size.get("as_expr") or {}
+        symbol, hint = _SYMBOL.fullmatch(content.get("expr_str", "")), content.get("hint") or {}
+        limits = ranges.get(symbol[1]) if symbol else None
+        number = hint.get("as_int")
+        if limits is None or number is None:
+            continue
+        least, most = limits["min_val"], limits["max_val"]
+        if (least is not None and number < least) or (most is not None and number > most):
+            raise ValueError(f"the value {name} has the size {number}, which lies outside its range")
 
 
 def _name(name: str) -> str:

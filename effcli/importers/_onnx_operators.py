@@ -325,7 +325,9 @@ def split(op: Operator) -> tuple[fx.Node, ...]:
     if sizes is None:
         # All of one size; the last is smaller where they do not divide the axis.
         size = -(-shape[axis] // op.outputs)
-        sizes = [size] * op.outputs
+        sizes = [min(size, shape[axis] - size * number) for number in range(op.outputs)]
+    if min(sizes, default=0) < 0 or sum(sizes) != shape[axis]:
+        raise op.refuse(f"splits {shape[axis]} entries into {', '.join(map(str, sizes))}", "export the network again")
     stops = np.cumsum(sizes)
     return tuple(
         _sliced(op, x, axis, slice(int(stop - size), int(stop), 1)) for size, stop in zip(sizes, stops, strict=True)

@@ -15,7 +15,9 @@ class TrainingOptions(Options):
 
     epochs: int = Field(3, ge=1, description="Times that all calibration inputs are seen.")
     steps: int | None = Field(None, ge=1, description="Steps of the optimizer, in place of epochs.")
-    learning_rate: float = Field(1e-4, gt=0, description="The highest one, of Adam (arXiv:1412.6980) unless it says.")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=1000, description="The highest one, of Adam (arXiv:1412.6980) unless it says."
+    )
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="How the learning rate goes on after its warm-up: along a cosine to 0, or as it is."
     )
@@ -24,7 +26,9 @@ class TrainingOptions(Options):
         None, ge=1, description="Inputs per forward; without it, that of the calibration inputs."
     )
     accumulation: int = Field(1, ge=1, description="Batches whose gradients are summed up for one step.")
-    clip: float | None = Field(None, gt=0, description="The largest norm of the gradient; longer ones are shortened.")
+    clip: float | None = Field(
+        None, gt=0, le=1e30, description="The largest norm of the gradient; longer ones are shortened."
+    )
     shuffle: bool = Field(True, description="Take the inputs in another order in each epoch.")
     seed: int | None = Field(
         None, ge=0, description="Seed of the order of the inputs and of other random choices; without it, the recipe's."

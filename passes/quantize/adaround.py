@@ -49,7 +49,7 @@ class AdaRound(LayerPass):
         "least_squares", description="The range of the weights, or the smaller one with the least error of the outputs."
     )
     iterations: int = Field(1000, ge=1, description="Steps of gradient descent.")
-    learning_rate: float = Field(0.05, gt=0, description="Of Adam (arXiv:1412.6980).")
+    learning_rate: float = Field(0.05, gt=0, le=1000, description="Of Adam (arXiv:1412.6980).")
 
     @property
     def needs(self) -> Needs:

@@ -31,7 +31,10 @@ class Centroids(TrainPass):
 
     epochs: int = Field(5, ge=1, description="Times that all calibration inputs are seen; the best one's tables stay.")
     learning_rate: float = Field(
-        3e-3, gt=0, description="Of Adam (arXiv:1412.6980), as a share of the mean magnitude of a layer's weights."
+        3e-3,
+        gt=0,
+        le=1000,
+        description="Of Adam (arXiv:1412.6980), as a share of the mean magnitude of a layer's weights.",
     )
     shuffle: bool = Field(False, description="Take the inputs in another order in each epoch.")
 

@@ -264,3 +264,13 @@ def test_a_function_that_a_report_names_is_not_called(tmp_path: Path) -> None:
     found = verify.verify(out)
     assert found.passed and found.against is None and found.absent == "os:getcwd"
     assert "name it with --against" in found.line
+
+
+def test_outputs_of_another_shape_are_told(tmp_path: Path) -> None:
+    """The report of one network beside the checkpoint of another."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    for folder, features in ((source, 6), (out, 4)):
+        folder.mkdir()
+        chain((5,), nn.Linear(5, features)).save(folder)
+    made = verify.verify(out, against=source)
+    assert not made.passed and "its outputs have the shape (4,), the input's (6,)" in made.line

@@ -284,6 +284,24 @@ def _placeholder(name: str) -> Callable[[Path], object]:
     return _model(change)
 
 
+def _twice(inputs: list[Any]) -> None:
+    inputs[1] = inputs[0]
+
+
+def _out_of_range(ranges: dict[str, Any]) -> None:
+    (only,) = ranges.values()
+    only["min_val"] = 10**29
+
+
+def _renamed_in_place(file: Path) -> None:
+    """A member that is not read has another name before its content than in the directory."""
+    data = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        info = next(item for item in archive.infolist() if item.filename.endswith("serialization_id"))
+    data[info.header_offset + len(info.FileHeader()) - len(info.extra) - 1] ^= 0x01
+    file.write_bytes(data)
+
+
 def _first_argument(data: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = data["graph_module"]["graph"]["nodes"][0]["inputs"][0]
     return found
@@ -328,6 +346,10 @@ def _first_value(data: dict[str, Any]) -> dict[str, Any]:
         (_model(lambda data: _first_argument(data).update(name="x")), "takes no 'x'"),
         (_model(lambda data: data["graph_module"]["graph"]["nodes"][0]["inputs"].pop(0)), "lacks its"),
         (_placeholder("x, y=print()"), "'x, y=print.*is no name of a value"),
+        (_model(lambda data: data["graph_module"]["graph"]["inputs"].pop()), "inputs, and its signature"),
+        (_model(lambda data: _twice(data["graph_module"]["graph"]["inputs"])), "is made twice"),
+        (_model(lambda data: _out_of_range(data["range_constraints"])), "lies outside its range"),
+        (_renamed_in_place, "is truncated, or no exported graph: File name in directory"),
         (_model(lambda data: data["schema_version"].update(major=9)), f"with schema 9, effcli reads {SCHEMA_MAJOR}"),
     ],
 )

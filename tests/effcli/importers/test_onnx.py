@@ -703,6 +703,8 @@ def refused(folder: Path, network: onnx.ModelProto, kind: type[UserError] = Unsu
         (Case("Slice", MAPS, ints(-1), ints(-9), ints(2), ints(-1)), "steps backwards, by -1"),
         (Case("Slice", MAPS, ints(0), ints(1), ints(0)), "works along the batch axis"),
         (Case("Gather", MAPS, ints(0, 2), axis=2), "picks entries that are not in a row"),
+        (Case("Split", MAPS, ints(5, 3), axis=-1, outputs=2), "splits 9 entries into 5, 3"),
+        (Case("Split", MAPS, ints(11, -2), axis=-1, outputs=2), "splits 9 entries into 11, -2"),
         (Case("Transpose", MAPS), "moves the batch axis"),
         (Case("Softmax", (5,), axis=0), "works along the batch axis"),
         (Case("Softmax", (5,), axis=3), "names axis 3 of a tensor with 2 axes"),
