@@ -27,7 +27,7 @@ from effcli.reports.columns import (
     export_lines,
     training_text,
 )
-from effcli.reports.text import Console, Text
+from effcli.reports.text import Console, Text, draws_bars
 
 if TYPE_CHECKING:
     from effcli.reports.compare import Comparison, Unit
@@ -207,7 +207,7 @@ class SweepProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console(stderr=True)
-        self._plain = quiet or not self._console.is_terminal
+        self._plain = quiet or not draws_bars(self._console)
         self._clock = clock
         self._bar: Progress | None = None
         self._name = ""
@@ -239,6 +239,8 @@ class SweepProgress:
                 TimeElapsedColumn(),
                 console=self._console,
                 transient=True,
+                # What a notebook's kernel says of widgets that are gone is not for the reader.
+                redirect_stderr=not self._console.is_jupyter,
                 expand=True,
                 refresh_per_second=2,
                 get_time=self._clock,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -35,3 +36,8 @@ class Console(rich.console.Console):
                 yield segment
             else:
                 yield Segment(terminal(segment.text, lines=True), segment.style)
+
+
+def draws_bars(console: rich.console.Console) -> bool:
+    """Whether a console can show a bar that moves: a terminal can, and a notebook with ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
