@@ -18,15 +18,20 @@ class Listener(Protocol):
     it has, 0 while that is not known. It is told again, under the same name, once it is.
     """
 
-    def stage(self, stage: Stage) -> None: ...
+    def stage(self, stage: Stage) -> None:
+        """What was measured of the input, or after a pass."""
 
-    def progress_start(self, name: str, total: int, unit: str = "block") -> None: ...
+    def progress_start(self, name: str, total: int, unit: str = "block") -> None:
+        """The phase `name` begins, or its total is known now."""
 
-    def progress(self, done: int) -> None: ...
+    def progress(self, done: int) -> None:
+        """So many of the phase's total are done."""
 
-    def progress_end(self) -> None: ...
+    def progress_end(self) -> None:
+        """The phase has ended, or failed."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """One line for the reader."""
 
 
 class Silent:
