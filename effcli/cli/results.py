@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from effcli import exporters
-from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode
+from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode, Verbose
 from effcli.cli.printing import print_json, print_report, say, show
 from effcli.errors import CheckpointError, UserError
 from effcli.exporters.firmware import targets
+from effcli.reports.units import size
 from effcli.run import yaml_files as yamls
 
 
@@ -55,7 +56,9 @@ def export(
 
     with screen.Waiting() as shown, shown.phases(f"exporting to {step.name}"):
         done = step.config.export(source, target, overwrite)
-    say(f"written: {target}" + (f" ({done.checked})" if done.checked else ""))
+    say(f"written: {target}, {size(done.nbytes)}")
+    if done.checked:
+        say(f"  checked: {done.checked}")
     for remark in done.remarks:
         say(f"  {remark}")
     rows = step.config.table(target)
@@ -102,11 +105,13 @@ def verify(
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    verbose: Verbose = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Load OUT as its users will; compare it with effcli's own arithmetic, and tensor by tensor with its input."""
     from effcli.reports import screen
+    from effcli.reports.result import check_lines
     from effcli.run import detect
 
     with screen.Waiting(quiet=json) as shown:
@@ -114,7 +119,8 @@ def verify(
     if json:
         print_json(result.to_json())
     else:
-        say(result.line)
+        for line in check_lines(result.checks, verbose):
+            say(line)
         if result.layers:
             show(screen.records_table("", result.layers))
     if not result.passed:

@@ -26,6 +26,7 @@ from effcli.cli.flags import (
     Steps,
     Threads,
     TrustRemoteCode,
+    Verbose,
     Weights,
 )
 from effcli.cli.printing import print_json, print_report, say, show
@@ -53,6 +54,7 @@ def compress(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -76,7 +78,7 @@ def compress(
         revision=revision,
         trust_remote_code=trust_remote_code or None,
     )
-    _run(made, overwrite, quiet, json)
+    _run(made, overwrite, quiet, verbose, json)
 
 
 def run(
@@ -86,11 +88,12 @@ def run(
     no_eval: NoEval = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Carry out a recipe: the same as `compress`, written down."""
-    _run(_load(recipe, output, overrides, no_eval), overwrite, quiet, json)
+    _run(_load(recipe, output, overrides, no_eval), overwrite, quiet, verbose, json)
 
 
 def plan(
@@ -137,7 +140,8 @@ def plan(
     if json:
         print_json(found.to_json())
     else:
-        show(screen.records_table("", planning.summary(found.rows), found.remarks))
+        remarks = (*found.remarks, *([found.layout] if found.layout else []))
+        show(screen.records_table("", planning.summary(found.rows), remarks))
 
 
 def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: bool) -> Recipe:
@@ -150,11 +154,13 @@ def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: 
     return made if output is None else made.model_copy(update={"output": output})
 
 
-def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
+def _run(recipe: Recipe, overwrite: bool, quiet: bool, verbose: bool, json: bool) -> None:
     # Known before torch is imported and the model looked for.
     target = recipe.target
+    from effcli.reports.result import result_lines
     from effcli.reports.screen import Screen
     from effcli.run import pipeline
+    from effcli.run.workplace import EXPORTS
 
     with Screen(recipe, quiet=quiet) as screen:
         result = pipeline.run(recipe, overwrite=overwrite, listener=screen)
@@ -162,4 +168,5 @@ def _run(recipe: Recipe, overwrite: bool, quiet: bool, json: bool) -> None:
         print_json(result.model_dump_json(indent=1))
     elif not quiet:
         print_report(result, layers=None)
-        say(f"written: {target}" + (f" ({result.verified})" if result.verified else ""))
+        for line in result_lines(result, target, target / EXPORTS, verbose):
+            say(line)

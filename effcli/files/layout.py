@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -196,6 +196,25 @@ class Stored:
         return self.format.standard_obstacle or ("its input scale is explicit" if self.input_scale else "")
 
 
+_BOTH = "stock transformers reads packed layers or layers of int8 inputs, not both"
+_MIXED = "stock transformers reads mixed bits only where all layers are symmetric"
+_KEEPING = {_BOTH: "give int8 inputs to all layers or to none", _MIXED: "quantize with symmetric=true"}
+
+
+def keeping_standard(reasons: Collection[str]) -> str:
+    """What would spare layers these reasons not to stand in the standard format, as the beginning of a sentence."""
+    known = [_KEEPING[reason] for reason in reasons if reason in _KEEPING]
+    if known:
+        return f"{known[0]}; "
+    if all(reason.endswith(_NO_FORMAT) for reason in reasons):
+        return "choose a pass that stores integers, such as gptq or awq; "
+    return ""
+
+
+# What a format says of itself that compressed-tensors, or transformers, has no place for.
+_NO_FORMAT = ("has no place in compressed-tensors", "transformers reads no sparse weights")
+
+
 def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
     """The layers that the standard format has no place for, and why: each for itself, or because of the others."""
     alone = {name: stored.obstacle for name, stored in layers.items() if stored.obstacle}
@@ -204,12 +223,12 @@ def obstacles_of(layers: Mapping[str, Stored]) -> dict[str, str]:
     formats = _standard(layers)
     integer = {name: format.rounds_inputs for name, format in formats.items()}
     if len(set(integer.values())) == 2:
-        return _unusual(integer, "stock transformers reads packed layers or layers of int8 inputs, not both")
+        return _unusual(integer, _BOTH)
     if all(format.symmetric for format in formats.values()):
         return {}
     # Transformers reads zero points only when it dequantizes, and then takes every layer for one like the first.
     kinds = {name: (f.bits, f.symmetric, f.strategy == "tensor") for name, f in formats.items()}
-    return _unusual(kinds, "stock transformers reads mixed bits only where all layers are symmetric")
+    return _unusual(kinds, _MIXED)
 
 
 def _standard(layers: Mapping[str, Stored]) -> dict[str, Scheme]:

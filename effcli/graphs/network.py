@@ -24,6 +24,7 @@ from effcli.graphs.plan import PlannedGraph
 from effcli.graphs.sensitivity import PricedGraph
 from effcli.graphs.sweep import CPU, graph_sweep
 from effcli.graphs.training import train_graph
+from effcli.graphs.verify import GraphVerification
 from effcli.inputs.classify import Scores
 from effcli.inputs.images import Inputs, open_inputs
 from effcli.inputs.options import Evaluate
@@ -190,8 +191,8 @@ class GraphNetwork:
         assert self._calibration is not None
         return self._calibration.batches(self.recipe.calibration.batch_size)
 
-    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> str:
-        return graphverify.verify(checkpoint, against=self.graph, stages=stages, phases=phases).line
+    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> GraphVerification:
+        return graphverify.verify(checkpoint, against=self.graph, stages=stages, phases=phases)
 
     def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
         found = exporter.latency(folder, self.recipe.threads) if self.recipe.evaluate.latency else None

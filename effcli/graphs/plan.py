@@ -105,6 +105,16 @@ class PlannedGraph:
     def remarks(self, step: PassStep, name: str) -> list[str]:
         return []
 
+    @property
+    def layout(self) -> str:
+        if self._graph.facts.config is None:
+            return ""
+        return "the output will not load with transformers, only with effcli.load, for it is a graph; " + (
+            "--export onnx writes what onnxruntime runs"
+            if self._integer
+            else "--export safetensors:dequantize=true also writes a classifier that transformers loads"
+        )
+
     def effort(self, step: PassStep, choices: Mapping[str, Choice]) -> Effort:
         options, samples = step.config, self._calibration.samples
         forward = sum(self.macs.values())

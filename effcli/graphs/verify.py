@@ -31,7 +31,7 @@ from effcli.options import Options
 from effcli.platform import onnx_session
 from effcli.platform.huggingface import restoring_verbosity
 from effcli.reports.against import Against
-from effcli.reports.report import FILE_NAME, Report, Stage
+from effcli.reports.report import FILE_NAME, Check, Report, Stage
 from effcli.reports.units import count
 
 _ROWS = 16
@@ -72,6 +72,7 @@ class GraphVerification(Options):
     layout: str
     refused: bool = Field(description="whether the stock loader refuses it, as it must")
     checked: str = Field(default="", description="what onnxruntime made of its ONNX export")
+    ran: bool = Field(default=False, description="whether onnxruntime ran it")
     firmware: Firmware | None = None
     against: Against | None = Field(default=None, description="its tensors and outputs next to those of its input")
     absent: str = Field(default="", description="the input that it was made from, which is not at hand")
@@ -92,7 +93,7 @@ class GraphVerification(Options):
         """The findings in one line."""
         stock = "transformers refuses it, as it must" if self.refused else "transformers loads it"
         # What is wrong with a checkpoint may be that nothing reads it.
-        stock += "" if self.problem or not self.refused else "; effcli.load reads it"
+        stock = stock if self.problem or not self.refused else f"effcli.load reads it; {stock}"
         compiled = self.firmware.checked if self.firmware else ""
         found = [part for part in (self.problem, stock, self.checked, compiled) if part]
         if self.against is not None:
@@ -100,6 +101,26 @@ class GraphVerification(Options):
         if self.absent:
             found.append(f"not compared with its input {self.absent}, which is not here: name it with --against")
         return f"{'verified' if self.passed else 'NOT VERIFIED'}: {'; '.join(found)}"
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The findings one by one, in plain words."""
+        found = [Check(text=self.problem, passed=False)] if self.problem else []
+        if not self.refused:
+            found.append(Check(text="transformers loads it, though its layout is not for transformers", passed=False))
+        elif not self.problem:
+            found.append(Check(text="effcli.load reads it and runs it", passed=True))
+        if self.checked:
+            ran = self.ran and not self.problem
+            text = "its ONNX export gives the same outputs in onnxruntime" if ran else self.checked
+            found.append(Check(text=text, passed=True if ran else None, numbers=self.checked if ran else ""))
+        if self.firmware is not None:
+            found.append(Check(text=self.firmware.checked, passed=True))
+        if self.against is not None:
+            found.append(self.against.check)
+        if self.absent:
+            found.append(Check(text=f"not compared with its input {self.absent}, which is not here; see --against"))
+        return tuple(found)
 
     def to_json(self) -> str:
         return json.dumps({"passed": self.passed, "line": self.line, **self.model_dump(mode="json")}, indent=1)
@@ -159,7 +180,7 @@ def verify(
             return GraphVerification(**found, checked=f"no ONNX export: {error.cause}")
         except EffcliError as error:
             return GraphVerification(**found, problem=f"its ONNX export fails: {error.cause}")
-    return GraphVerification(**found, checked=exported.checked)
+    return GraphVerification(**found, checked=exported.checked, ran=True)
 
 
 def _require_compilable(path: Path, target: str) -> None:

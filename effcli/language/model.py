@@ -20,6 +20,7 @@ from effcli.language.evaluate import Evaluation
 from effcli.language.plan import PlannedModel
 from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
+from effcli.language.verify import Verification
 from effcli.language.weights import open_weights
 from effcli.layers.contract import CutPass
 from effcli.layers.result import PassResult, Phases, Progress, unseen
@@ -173,10 +174,9 @@ class LanguageModel:
             return cut_model(source, target, step, windows, work, progress, trust, self._device)
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 
-    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> str:
+    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> Verification:
         trust = self.recipe.trust_remote_code
-        found = verify.verify(checkpoint, against=self.source, stages=stages, trust_remote_code=trust, phases=phases)
-        return found.line
+        return verify.verify(checkpoint, against=self.source, stages=stages, trust_remote_code=trust, phases=phases)
 
     def time_export(self, exporter: Exporter, exported: Exported, folder: Path) -> Exported:
         wanted = self.recipe.evaluate

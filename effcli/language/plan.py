@@ -11,7 +11,7 @@ import torch
 
 from effcli.errors import SelectionError
 from effcli.files.checkpoint import DTYPES
-from effcli.files.layout import Stored
+from effcli.files.layout import Stored, keeping_standard
 from effcli.formats import Dense, Packing
 from effcli.inputs import text
 from effcli.inputs.options import Calibration
@@ -119,6 +119,20 @@ class PlannedModel:
                 f"the standard format, such as {layer} ({why})"
             )
         return found
+
+    @property
+    def layout(self) -> str:
+        obstacles = self._obstacles()
+        if not obstacles:
+            return ""
+        layer, why = next(iter(obstacles.items()))
+        others = f" and {len(obstacles) - 1} more" if len(obstacles) > 1 else ""
+        kept = keeping_standard(set(obstacles.values()))
+        return (
+            f"the output will not load with transformers, only with effcli.load: the standard layout has no place for "
+            f"{layer}{others} ({why}). To keep it loading with transformers, {kept}"
+            "--export safetensors:dequantize=true also writes dense weights that transformers loads"
+        )
 
     def _obstacles(self) -> dict[str, str]:
         """The layers that the standard format has no place for as things stand, and why."""

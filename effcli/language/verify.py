@@ -33,7 +33,7 @@ from effcli.layers.result import Phases, unseen
 from effcli.options import Options
 from effcli.platform.huggingface import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.reports.against import Against, Moved
-from effcli.reports.report import FILE_NAME, Report, Stage
+from effcli.reports.report import FILE_NAME, Check, Report, Stage
 
 # Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
 # sum in another order and round elsewhere, and every block passes that on.
@@ -118,7 +118,7 @@ class Verification(Options):
         if self.stock is not None:
             found.append(f"reloaded with {self.loader}: {self.stock}")
         if self.refused:
-            found.append(f"{self.loader} refuses it, as it must; effcli.load reads it")
+            found.append(f"effcli.load reads it; {self.loader} does not know this layout and refuses it, as it must")
         if self.packed is not None:
             found.append(f"packed kernels: {self.packed}")
         if self.against is not None:
@@ -126,6 +126,31 @@ class Verification(Options):
         if self.absent:
             found.append(f"not compared with its input {self.absent}, which is not here: name it with --against")
         return f"{'verified' if self.passed else 'NOT VERIFIED'}: {'; '.join(found)}"
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The findings one by one, in plain words."""
+        found = [Check(text=self.problem, passed=False)] if self.problem else []
+        if self.stock is not None:
+            same = "computes the same logits as effcli" if self.stock.passed else "computes other logits than effcli"
+            found.append(
+                Check(text=f"{self.loader} loads it and {same}", passed=self.stock.passed, numbers=str(self.stock))
+            )
+        if self.refused:
+            found.append(
+                Check(
+                    text=f"effcli.load reads it; {self.loader} refuses it instead of loading wrong weights", passed=True
+                )
+            )
+        if self.packed is not None:
+            same = "the same logits as" if self.packed.passed else "other logits than"
+            text = f"effcli's kernels for packed weights compute {same} dequantized weights"
+            found.append(Check(text=text, passed=self.packed.passed, numbers=str(self.packed)))
+        if self.against is not None:
+            found.append(self.against.check)
+        if self.absent:
+            found.append(Check(text=f"not compared with its input {self.absent}, which is not here; see --against"))
+        return tuple(found)
 
     def to_json(self) -> str:
         data = {"passed": self.passed, "line": self.line, **self.model_dump(mode="json")}

@@ -6,6 +6,8 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli.options import Options
+from effcli.reports.report import Check
+from effcli.reports.units import count
 
 
 class Moved(Options):
@@ -41,11 +43,25 @@ class Against(Options):
     problem: str = Field(default="", description="what was lost, added or altered")
     moved: Moved | None = Field(default=None, description="the loss by compression")
 
+    @property
+    def check(self) -> Check:
+        """Whether the tensors are those of the input, or what the passes made of them."""
+        if self.problem:
+            return Check(text=f"next to its input: {self.problem}", passed=False)
+        numbers = "" if self.moved is None else f"compression: {self.moved}"
+        counted = self.equal or self.compressed or self.changed
+        if not counted:
+            return Check(text="its outputs were set beside those of its input", passed=True, numbers=numbers)
+        parts = [f"{count(self.equal, 'tensor')} of the input carried over bit for bit"]
+        parts += [f"{self.compressed:,} compressed"] * bool(self.compressed)
+        parts += [f"{self.changed:,} changed by the passes"] * bool(self.changed)
+        return Check(text=", ".join(parts), passed=True, numbers=numbers)
+
     def __str__(self) -> str:
         if self.problem:
             return f"against its input: {self.problem}"
         counts = [(self.equal, "tensors equal bit for bit"), (self.compressed, "compressed"), (self.changed, "changed")]
-        parts = [f"{count} {what}" for count, what in counts if count or what != "changed"]
+        parts = [f"{number} {what}" for number, what in counts if number or what != "changed"]
         built = f", as {self.network}" if self.network else ""
         # Of an integer network no tensor is that of its input.
         told = [", ".join(parts)] if self.equal or self.compressed or self.changed else []

@@ -210,6 +210,14 @@ class Stage(Record):
     search: Search | None = Field(default=None, description="how the options of the pass were chosen, if a search did")
 
 
+class Check(Record):
+    """One thing that was looked at when the finished checkpoint was loaded as its users will."""
+
+    text: str = Field(description="what was found, in plain words")
+    passed: bool | None = Field(default=None, description="None: it could not be looked at")
+    numbers: str = Field(default="", description="the figures behind it")
+
+
 class Exported(Record):
     """One export of the finished checkpoint."""
 
@@ -234,7 +242,9 @@ class Report(Record):
     given: dict[str, Any] = Field(default_factory=dict, description="the recipe as it was given, without defaults")
     stages: tuple[Stage, ...] = Field(min_length=1, description="the input first, then one per pass")
     layout: Layout | None = Field(default=None, description="what loads the finished checkpoint")
+    loader: str = Field(default="", description="the Python function that loads it, e.g. 'effcli.load'")
     verified: str | None = Field(default=None, description="what `verify` found, in one line")
+    checks: tuple[Check, ...] = Field(default=(), description="what `verify` looked at, one by one")
     exports: tuple[Exported, ...] = ()
     files: tuple[str, ...] = Field(
         default=(), description="what the run wrote beside this report and the exports; --overwrite replaces only that"

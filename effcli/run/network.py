@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from effcli.layers.result import unseen
-from effcli.reports.report import Continuation, Exported, Latency, Layout, Quality, Speed, Stage
+from effcli.reports.report import Check, Continuation, Exported, Latency, Layout, Quality, Speed, Stage
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +119,8 @@ class RunNetwork(Protocol):
     ) -> PassResult:
         """Carry out one pass; reference: the last checkpoint before any weight was compressed."""
 
-    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> str:
-        """Load the finished checkpoint as its users will, and compare it with the input; what was found, in one line.
+    def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> Verification:
+        """Load the finished checkpoint as its users will, and compare it with the input.
 
         stages: of the run, whose ledger says what was to be changed.
         """
@@ -184,6 +184,9 @@ class Verification(Protocol):
 
     @property
     def line(self) -> str: ...
+
+    @property
+    def checks(self) -> tuple[Check, ...]: ...
 
     @property
     def passed(self) -> bool: ...

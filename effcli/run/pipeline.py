@@ -91,6 +91,8 @@ class _Run:
         with self._phase("planning"):
             plan = searching.plan(self.network)
         self._check_space(plan)
+        if plan.layout:
+            self.listener.say(plan.layout)
         with self._phase("reading calibration data"):
             remarks = self.network.calibrate()
         with self.place.locked():
@@ -306,8 +308,10 @@ class _Run:
             machine=_machine(pick_device(self.recipe.device)),
             software=_software((*steps, *self.recipe.export)),
             stages=tuple(stages),
-            verified=verified,
+            verified=None if verified is None else verified.line,
+            checks=() if verified is None else verified.checks,
             layout=self.network.layout(finished),
+            loader=self._loader(finished),
             recipe=self._settings(steps),
             given=self.given,
         )
@@ -325,6 +329,11 @@ class _Run:
         self._say_what_goes()
         self.place.place(finished)
         return report, failed
+
+    def _loader(self, finished: Path) -> str:
+        if self.network.layout(finished) != "standard":
+            return "effcli.load"
+        return f"transformers.{self.network.loaders(finished)[0]}.from_pretrained"
 
     def _phase(self, name: str) -> AbstractContextManager[Progress]:
         """A phase of the run which counts nothing."""

@@ -86,6 +86,9 @@ class Plan(Options):
         description="estimated peak of what lies on the disk beside the weights: hidden states, gradients, snapshots"
     )
     operations: float = Field(description="floating-point operations of forwards, backwards and Gram matrices")
+    layout: str = Field(
+        default="", description="why transformers will not read the output, and what would keep it so that it does"
+    )
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)
@@ -156,6 +159,13 @@ class Planned(Layered, Protocol):
     def remarks(self, step: PassStep, name: str) -> list[str]:
         """What is to be known of the step that was taken last, besides which layers it keeps; name: what to call it."""
 
+    @property
+    def layout(self) -> str:
+        """Why transformers will not read what the steps leave, and what would keep it so that it does.
+
+        Empty where it will, and where it does not read the input either.
+        """
+
     def effort(self, step: PassStep, choices: Mapping[str, Choice]) -> Effort:
         """What a step takes, whatever came before it."""
 
@@ -203,6 +213,7 @@ def make(recipe: Recipe, network: Planned) -> Plan:
         memory_bytes=memory,
         disk_bytes=disk,
         operations=operations,
+        layout=network.layout,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from effcli.reports.report import Histogram, LedgerRow, Quality, Report, Speed, Stage
+from effcli.reports.report import Check, Histogram, LedgerRow, Quality, Report, Speed, Stage
 
 WEIGHTS = 134_515_008
 PROJECTIONS = {
@@ -154,7 +154,15 @@ def make_report() -> Callable[..., Report]:
                     ledger=ledger(blocks, bits, 0.7 * scale),
                 ),
             ),
+            loader="transformers.AutoModelForCausalLM.from_pretrained",
             verified="reloaded with transformers 5.23.0: largest logit difference 2.1e-05",
+            checks=(
+                Check(
+                    text="transformers 5.23.0 loads it and computes the same logits as effcli",
+                    passed=True,
+                    numbers="largest logit difference 2.1e-05 (1.0e-06 relative), top-1 100.0%",
+                ),
+            ),
         )
 
     return make

@@ -16,7 +16,7 @@ from effcli import passes
 from effcli.cli import main
 from effcli.errors import MachineError, NumericsError
 from effcli.reports import terminal
-from effcli.reports.report import Report
+from effcli.reports.report import Check, Report
 
 COMMANDS = ["compress", "run", "plan", "inspect", "eval", "bench", "passes", "export", "verify", "compare", "report"]
 
@@ -276,7 +276,7 @@ def test_verify(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys
 
     class Found:
         layers = ()
-        line = "the line"
+        checks = (Check(text="the line", passed=passed, numbers="1.5 of 2"), Check(text="the input is not here"))
 
         def __init__(self) -> None:
             self.passed = passed
@@ -286,7 +286,10 @@ def test_verify(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(verify, "verify", lambda path, **keys: Found())
     assert main(["verify", "o"]) == code
-    assert capsys.readouterr().out == "the line\n"
+    head, mark = ("verified:", "\N{CHECK MARK}") if passed else ("NOT VERIFIED:", "\N{BALLOT X}")
+    assert capsys.readouterr().out.splitlines() == [head, f"  {mark} the line", "  - the input is not here"]
+    assert main(["verify", "o", "--verbose"]) == code
+    assert capsys.readouterr().out.splitlines()[2] == "    1.5 of 2"
     assert main(["verify", "o", "--json"]) == code
     assert capsys.readouterr().out == "{}\n"
 

@@ -219,6 +219,26 @@ def test_hidden_states_take_two_files(tmp_path: Path) -> None:
 def test_a_layout_that_stock_loaders_refuse_is_said_beforehand(tmp_path: Path) -> None:
     planned = plan_of(recipe(architectures.make("gpt2", tmp_path), {"linear": {"bits": 4}}))
     assert any("which stock loaders refuse" in text and "Conv1D" in text for text in planned.remarks)
+    assert planned.layout.startswith("the output will not load with transformers") and "Conv1D" in planned.layout
+    assert "--export safetensors:dequantize=true" in planned.layout
+
+
+@pytest.mark.parametrize(
+    ("step", "keeping"),
+    [
+        ({"linear": {"bits": 4, "group_size": 32}}, None),
+        ({"nf4": {}}, "choose a pass that stores integers, such as gptq or awq"),
+        (
+            {"linear": {"bits": 4, "group_size": 32, "layers": {"*.down_proj": {"bits": 8}}}},
+            "quantize with symmetric=true",
+        ),
+    ],
+)
+def test_what_would_keep_the_standard_layout_is_said_beforehand(
+    step: dict[str, Any], keeping: str | None, tmp_path: Path
+) -> None:
+    planned = plan_of(recipe(architectures.make("llama", tmp_path), step))
+    assert keeping in planned.layout if keeping else planned.layout == ""
 
 
 def test_what_would_fail_fails_before_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
