@@ -41,8 +41,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 # An export takes the options of its target, which the target itself checks.
 _SETTINGS = {"export": {"allow_extra_args": True, "ignore_unknown_options": True}}
+_CLASSES = {"export": results.ExportCommand}
 for name, command in _COMMANDS.items():
-    app.command(name, context_settings=_SETTINGS.get(name))(guarded(command))
+    app.command(name, cls=_CLASSES.get(name), context_settings=_SETTINGS.get(name))(guarded(command))
 passes_app.callback()(guarded(passes.passes))
 passes_app.command("show")(guarded(passes.passes_show))
 

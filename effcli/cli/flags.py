@@ -81,7 +81,9 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No bars and no tables: a line for each phase of two seconds or more.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the figures behind each check.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from effcli import exporters
 from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode, Verbose
@@ -15,6 +16,16 @@ from effcli.errors import CheckpointError, UserError
 from effcli.exporters.firmware import targets
 from effcli.reports.units import size
 from effcli.run import yaml_files as yamls
+
+
+class ExportCommand(TyperCommand):
+    """A command whose help lists the options of each export target as well."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from effcli.reports import screen
+
+        show(screen.targets_table({name: exporters.load(name) for name in exporters.TARGETS}))
 
 
 def export(

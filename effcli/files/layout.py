@@ -202,12 +202,12 @@ _KEEPING = {_BOTH: "give int8 inputs to all layers or to none", _MIXED: "quantiz
 
 
 def keeping_standard(reasons: Collection[str]) -> str:
-    """What would spare layers these reasons not to stand in the standard format, as the beginning of a sentence."""
+    """What would spare layers these reasons not to stand in the standard format; empty where nothing would."""
     known = [_KEEPING[reason] for reason in reasons if reason in _KEEPING]
     if known:
-        return f"{known[0]}; "
+        return known[0]
     if all(reason.endswith(_NO_FORMAT) for reason in reasons):
-        return "choose a pass that stores integers, such as gptq or awq; "
+        return "choose a pass that stores integers, such as gptq or awq"
     return ""
 
 

@@ -109,10 +109,15 @@ class PlannedGraph:
     def layout(self) -> str:
         if self._graph.facts.config is None:
             return ""
-        return "the output will not load with transformers, only with effcli.load, for it is a graph; " + (
-            "--export onnx writes what onnxruntime runs"
-            if self._integer
-            else "--export safetensors:dequantize=true also writes a classifier that transformers loads"
+        beside = "--export safetensors:dequantize=true writes a classifier for transformers"
+        if self._integer is not None:
+            beside = "--export onnx writes what onnxruntime runs"
+        return "\n".join(
+            (
+                "the output will load with effcli.load, not with transformers",
+                "  why: it is a graph",
+                f"  beside it: {beside}",
+            )
         )
 
     def effort(self, step: PassStep, choices: Mapping[str, Choice]) -> Effort:

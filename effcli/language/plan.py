@@ -127,12 +127,15 @@ class PlannedModel:
             return ""
         layer, why = next(iter(obstacles.items()))
         others = f" and {len(obstacles) - 1} more" if len(obstacles) > 1 else ""
+        lines = [
+            "the output will load with effcli.load, not with transformers",
+            f"  why: the standard layout has no place for {layer}{others}: {why}",
+        ]
         kept = keeping_standard(set(obstacles.values()))
-        return (
-            f"the output will not load with transformers, only with effcli.load: the standard layout has no place for "
-            f"{layer}{others} ({why}). To keep it loading with transformers, {kept}"
-            "--export safetensors:dequantize=true also writes dense weights that transformers loads"
-        )
+        if kept:
+            lines.append(f"  what would keep it: {kept}")
+        lines.append("  beside it: --export safetensors:dequantize=true writes dense weights for transformers")
+        return "\n".join(lines)
 
     def _obstacles(self) -> dict[str, str]:
         """The layers that the standard format has no place for as things stand, and why."""

@@ -138,13 +138,11 @@ class Verification(Options):
             )
         if self.refused:
             found.append(
-                Check(
-                    text=f"effcli.load reads it; {self.loader} refuses it instead of loading wrong weights", passed=True
-                )
+                Check(text=f"effcli.load reads it; {self.loader} refuses it rather than misread it", passed=True)
             )
         if self.packed is not None:
             same = "the same logits as" if self.packed.passed else "other logits than"
-            text = f"effcli's kernels for packed weights compute {same} dequantized weights"
+            text = f"effcli's kernels compute {same} dequantized weights"
             found.append(Check(text=text, passed=self.packed.passed, numbers=str(self.packed)))
         if self.against is not None:
             found.append(self.against.check)

@@ -65,6 +65,8 @@ class Pass(Options, ABC):
     workspace: ClassVar[int] = 0
     # Defaults that differ in networks read as a graph: their layers are too narrow for groups of weights.
     graph_defaults: ClassVar[Mapping[str, Any]] = {}
+    # Options that few runs need to change: they are listed behind the others.
+    rare: ClassVar[tuple[str, ...]] = ()
 
     ignore: tuple[str, ...] = Field((), description="Layers to leave alone, as glob patterns of their names.")
     layers: dict[str, dict[str, Any]] = Field(

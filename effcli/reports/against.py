@@ -47,15 +47,15 @@ class Against(Options):
     def check(self) -> Check:
         """Whether the tensors are those of the input, or what the passes made of them."""
         if self.problem:
-            return Check(text=f"next to its input: {self.problem}", passed=False)
+            return Check(text=f"against its input: {self.problem}", passed=False)
         numbers = "" if self.moved is None else f"compression: {self.moved}"
         counted = self.equal or self.compressed or self.changed
         if not counted:
-            return Check(text="its outputs were set beside those of its input", passed=True, numbers=numbers)
-        parts = [f"{count(self.equal, 'tensor')} of the input carried over bit for bit"]
+            return Check(text="against its input: the outputs were compared", passed=True, numbers=numbers)
+        parts = [f"{count(self.equal, 'tensor')} equal bit for bit"]
         parts += [f"{self.compressed:,} compressed"] * bool(self.compressed)
         parts += [f"{self.changed:,} changed by the passes"] * bool(self.changed)
-        return Check(text=", ".join(parts), passed=True, numbers=numbers)
+        return Check(text=f"against its input: {', '.join(parts)}", passed=True, numbers=numbers)
 
     def __str__(self) -> str:
         if self.problem:

@@ -29,11 +29,13 @@ def result_lines(report: Report, output: Path, exports: Path, verbose: bool = Fa
 
 
 def check_lines(checks: Iterable[Check], verbose: bool = False) -> list[str]:
-    """What was found, one line for each; verbose: with its figures in a line below."""
-    checks = tuple(checks)
-    lines = ["NOT VERIFIED:" if any(check.passed is False for check in checks) else "verified:"]
-    for check in checks:
-        lines.append(f"  {_MARKS[check.passed]} {check.text}")
+    """What was found, one line for each, what failed first; verbose: with its figures in a line below."""
+    lines: list[str] = []
+    for check in sorted(checks, key=lambda check: check.passed is not False):
+        failed = check.passed is False and not lines
+        if not failed and not lines:
+            lines.append("verified:")
+        lines.append(f"NOT VERIFIED: {check.text}" if failed else f"  {_MARKS[check.passed]} {check.text}")
         if verbose and check.numbers:
             lines.append(f"    {check.numbers}")
     return lines

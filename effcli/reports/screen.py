@@ -13,7 +13,7 @@ from rich.table import Table
 from effcli.reports import units
 from effcli.reports.columns import EMPTY_TEXT
 from effcli.reports.terminal import SweepProgress, stage_line
-from effcli.reports.text import Console, Text
+from effcli.reports.text import Console, Name, Text
 from effcli.run.listener import Silent, phases
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from effcli.layers.contract import Pass
     from effcli.layers.result import Phases
+    from effcli.options import Options
     from effcli.platform.registry import Entry
     from effcli.reports.report import ClassRow, Quality, Report, Speed, Stage
     from effcli.run.recipe import Recipe
@@ -164,29 +165,84 @@ def passes_table(
 
 
 def options_table(name: str, summary: str, options: type[Pass]) -> RenderableType:
-    """The options of the pass `name` with their values and defaults, its own before those that every pass has.
+    """The options of the pass `name` with their values and defaults: common ones, then those that few runs change.
 
-    Where a network read as a graph has another default, that stands beside the one of language models.
+    Those that every pass has stand behind its own. Where a network read as a graph has another default, that stands
+    beside the one of language models.
     """
     from effcli.layers import contract
 
     fields = sorted(options.model_fields.items(), key=lambda item: item[0] in contract.Pass.model_fields)
     others = {key: f"; in graphs {_written(value)}" for key, value in options.graph_defaults.items()}
+    rare = [field for field in fields if field[0] in options.rare]
+    common = [field for field in fields if field not in rare]
+    parts: list[RenderableType] = [Text(f"{name}: {summary}")]
+    for title, group in (("common options", common), ("rare options", rare)):
+        if group:
+            parts += [Text(), Text(title, style="bold"), _options(group, others)]
+    return Group(*parts)
+
+
+def targets_table(targets: Mapping[str, type[Options]]) -> RenderableType:
+    """The options of export targets, with their values and defaults."""
+    parts: list[RenderableType] = []
+    for name, options in targets.items():
+        fields = list(options.model_fields.items())
+        parts += [Text(), Text(f"--to {name}" + ("" if fields else ": no options"), style="bold")]
+        parts += [_options([(f"--{key.replace('_', '-')}", field) for key, field in fields])] if fields else []
+    return Group(*parts)
+
+
+def _options(fields: Iterable[tuple[str, FieldInfo]], others: Mapping[str, str] = MappingProxyType({})) -> Table:
     rows = [
         (key, _values(field), _default(field) + others.get(key, ""), field.description or "") for key, field in fields
     ]
-    return Group(Text(f"{name}: {summary}"), Text(), _table(rows, ("option", "values", "default", "")))
+    return _table(rows, ("option", "values", "default", ""))
+
+
+# What fields of records are called above their column, with their unit.
+_TITLES = {
+    "layers": "layer",
+    "nbytes": "size",
+    "macs": "multiplications",
+    "ram": "RAM",
+    "milliseconds": "median, ms",
+    "fastest": "fastest, ms",
+    "bits_per_weight": "bits/weight",
+}
+_IN_BYTES = ("nbytes", "ram", "flash")
+_NAMES = ("layers", "layer", "name")
+# Cells up to this width stay in one line, for what is cut off them would be missed.
+_SHORT = 18
 
 
 def records_table(title: str, records: Sequence[BaseModel], remarks: Iterable[str] = ()) -> RenderableType:
-    """Records of one kind as a table with a column per field, then remarks."""
+    """Records of one kind as a table with a column per field, then remarks. Names of layers go on behind a dot."""
     parts: list[RenderableType] = [Text(title)] if title else []
     if records:
         names = list(type(records[0]).model_fields)
         rows = [[_shown(name, getattr(record, name)) for name in names] for record in records]
         filled = [at for at in range(len(names)) if any(row[at] for row in rows)]
-        header = [names[at].replace("_", " ") for at in filled]
-        parts.append(_table(([row[at] for at in filled] for row in rows), header))
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.padding = (0, 2, 0, 0)
+        cells: list[list[RenderableType]] = [[] for _ in rows]
+        for at in filled:
+            name, column = names[at], [row[at] for row in rows]
+            dotted = [Name(cell) for cell in column] if name in _NAMES else []
+            numeric = all(isinstance(getattr(record, name), int | float | None) for record in records)
+            table.add_column(
+                _TITLES.get(name, name.replace("_", " ")),
+                justify="right" if numeric else "left",
+                overflow="fold",
+                no_wrap=not dotted and max(map(len, column)) <= _SHORT,
+                min_width=max((cell.narrowest for cell in dotted), default=None),
+            )
+            shown: list[RenderableType] = [*dotted] or [Text(cell) for cell in column]
+            for own, cell in zip(cells, shown, strict=True):
+                own.append(cell)
+        for own in cells:
+            table.add_row(*own)
+        parts.append(table)
     parts += [Text(remark, style="yellow") for remark in remarks]
     return Group(*parts)
 
@@ -198,12 +254,14 @@ def _shown(name: str, value: Any) -> str:
         return units.shape(value)
     if isinstance(value, float):
         return units.significant(value)
-    return units.size(value) if isinstance(value, int) and name.endswith("bytes") else str(value)
+    if isinstance(value, int) and (name in _IN_BYTES or name.endswith("_bytes")):
+        return units.size(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _values(field: FieldInfo) -> str:
     """What an option takes, as people write it: `2, 3, 4`, `int`, `text or none`."""
-    from typing import Literal, get_args, get_origin
+    from typing import Annotated, Literal, get_args, get_origin
 
     def words(annotation: Any) -> list[str]:
         if get_origin(annotation) is Literal:
@@ -212,6 +270,11 @@ def _values(field: FieldInfo) -> str:
             return [f"list of {words(get_args(annotation)[0])[0]}"]
         if get_origin(annotation) is dict:
             return ["mapping"]
+        if get_origin(annotation) is Annotated:
+            # What a validator takes is more than what it makes of it, as the text of a size is.
+            own, *metadata = get_args(annotation)
+            taken = [given for item in metadata if (given := getattr(item, "json_schema_input_type", None))]
+            return words(next((given for given in taken if get_args(given)), own))
         if get_args(annotation):
             return [word for member in get_args(annotation) for word in words(member)]
         return [{type(None): "null", str: "text", bool: "true, false"}.get(annotation, annotation.__name__)]
@@ -256,4 +319,5 @@ __all__ = [
     "quality_table",
     "records_table",
     "speed_table",
+    "targets_table",
 ]

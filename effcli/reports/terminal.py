@@ -27,7 +27,7 @@ from effcli.reports.columns import (
     export_lines,
     training_text,
 )
-from effcli.reports.text import Console, Text, draws_bars
+from effcli.reports.text import Console, Name, Text, draws_bars
 
 if TYPE_CHECKING:
     from effcli.reports.compare import Comparison, Unit
@@ -123,7 +123,7 @@ def ledger_table(stage: Stage, worst: int | None = 10) -> Group:
     if not shown:
         return Group(title, *kept)
     table = _table()
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=_narrowest(row.name for row in shown))
     table.add_column("format", overflow="fold")
     table.add_column("bits", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
@@ -177,6 +177,8 @@ def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:
     for side in sides:
         table.add_column(Text(side.label), justify="right", overflow="fold")
     table.add_column("change", justify="right", no_wrap=True)
+    if comparison.a.model != comparison.b.model:
+        table.add_row("model", *(Text(side.model, overflow="fold") for side in sides), "differs")
     table.add_row("passes", *(Text(", ".join(side.steps) or "none") for side in sides), "")
     for figure in comparison.figures:
         values = (EMPTY_TEXT if value is None else _UNITS[figure.unit](value) for value in (figure.a, figure.b))
@@ -345,11 +347,13 @@ def _ledger_title(name: str, shown: int, compressed: int, measured: bool) -> str
     return f"{name}: {shown} of {units.count(compressed, 'compressed layer')}, {which}"
 
 
-def _with_reason(name: str, reason: str) -> Text:
-    text = Text(name, overflow="fold")
-    if reason:
-        text.append(f"\n{reason}", style="dim")
-    return text
+def _with_reason(name: str, reason: str) -> RenderableType:
+    return Group(Name(name), Text(reason, style="dim")) if reason else Name(name)
+
+
+def _narrowest(names: Iterable[str]) -> int | None:
+    """The width of a column in which no word of these names is cut."""
+    return max((Name(name).narrowest for name in names), default=None)
 
 
 def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
@@ -359,7 +363,7 @@ def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
     title = units.count(len(comparison.layers), "different layer")
     if len(shown) < len(comparison.layers):
         title = f"{len(shown)} of {title}"
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=_narrowest(layer.name for layer in shown))
     for label in (comparison.a.label, comparison.b.label):
         table.add_column(Text(f"format\n{label}"), overflow="fold")
     kinds = {layer.error for layer in shown} - {""}
@@ -372,7 +376,7 @@ def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
     for layer in shown:
         errors = (EMPTY_TEXT if value is None else units.error(value) for value in (layer.error_a, layer.error_b))
         stored = (Text(found or "absent") for found in (layer.format_a, layer.format_b))
-        table.add_row(Text(layer.name), *stored, *([layer.error] if mixed else []), *errors)
+        table.add_row(Name(layer.name), *stored, *([layer.error] if mixed else []), *errors)
     parts: list[RenderableType] = [Text(title, style="bold"), table]
     if kinds:
         parts.append(Text("errors are relative and squared", style="dim"))

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from effcli.reports import units
 from effcli.reports.sensitivity import Search, Sensitivity
-from effcli.reports.text import Text
+from effcli.reports.text import Name, Text
 
 # Points of a front that a terminal shows.
 _SHOWN = 12
@@ -19,13 +19,14 @@ def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableTy
     widths = sorted({option.bits for layer in found.layers for option in layer.options})
     ranked = sorted(found.layers, key=lambda layer: -layer.options[0].cost)
     shown = ranked if most is None else ranked[:most]
-    result = _table("layer", "shape", *(f"{bits} bits" for bits in widths), "")
+    narrowest = max((Name(layer.name).narrowest for layer in shown), default=None)
+    result = _table("layer", "shape", *(f"{bits} bits" for bits in widths), "", narrowest=narrowest)
     top = max((layer.options[0].cost for layer in ranked), default=0.0)
     for layer in shown:
         costs = {option.bits: units.significant(option.cost) for option in layer.options}
         bar = "\N{FULL BLOCK}" * round(12 * layer.options[0].cost / top) if top > 0 else ""
         cells = (costs.get(bits, "") for bits in widths)
-        result.add_row(Text(layer.name, overflow="fold"), units.shape(layer.shape), *cells, Text(bar, style="cyan"))
+        result.add_row(Name(layer.name), units.shape(layer.shape), *cells, Text(bar, style="cyan"))
     which = f"{len(shown)} of {units.count(len(ranked), 'layer')}, dearest first" if len(shown) < len(ranked) else ""
     lines = [found.explained, *([which] if which else [])]
     sums = {bits: sum(o.cost for layer in ranked for o in layer.options if o.bits == bits) for bits in widths}
@@ -50,8 +51,10 @@ def search_table(found: Search) -> RenderableType:
     rows = [*some, *found.uniform, *([found.chosen] if found.chosen not in some else [])]
     more = (found.limited,) if found.limited else ()
     fixed = found.fixed_bytes
-    files = ("files",) if fixed is not None else ()
-    result = _table("choice", "layers", *files, "bits", f"cost, {found.sensitivity.unit}", found.measure, *more)
+    files = ("files,\nsize",) if fixed is not None else ()
+    result = _table(
+        "choice", "layers,\nsize", *files, "bits/\nweight", f"cost, {found.sensitivity.unit}", found.measure, *more
+    )
     for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
         figures = (point.measured, *((point.limited,) if found.limited else ()))
         measured = ("" if value is None else units.significant(value, 4) for value in figures)
@@ -73,10 +76,12 @@ def search_table(found: Search) -> RenderableType:
     )
 
 
-def _table(*titles: str) -> Table:
+def _table(*titles: str, narrowest: int | None = None) -> Table:
+    """narrowest: width of the first column in which no word is cut, None for any."""
     result = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for number, title in enumerate(titles):
-        result.add_column(title, justify="left" if number == 0 else "right", overflow="fold")
+        result.add_column(title, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number > 0)
+    result.columns[0].min_width = narrowest
     return result
 
 

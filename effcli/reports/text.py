@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.text
+from rich.cells import cell_len
+from rich.measure import Measurement
 from rich.segment import Segment
 
 from effcli.reports.escaping import terminal
 
 if TYPE_CHECKING:
-    from rich.console import ConsoleOptions, RenderableType
+    from rich.console import ConsoleOptions, RenderableType, RenderResult
 
 
 class Text(rich.text.Text):
@@ -25,6 +28,29 @@ class Text(rich.text.Text):
     def append(self, text: rich.text.Text | str, style: Any = None) -> Text:
         super().append(terminal(text, lines=True) if isinstance(text, str) else text, style)
         return self
+
+
+class Name:
+    """The name of a layer in a cell: too long for one line, it goes on behind a dot, never in the middle of a word."""
+
+    def __init__(self, name: str) -> None:
+        self._parts = re.findall(r"\.?[^.]*", terminal(name, lines=True))[:-1] or [""]
+
+    def __rich_measure__(self, console: rich.console.Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(cell_len, self._parts)), cell_len("".join(self._parts)))
+
+    def __rich_console__(self, console: rich.console.Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for part in self._parts:
+            if lines[-1] and cell_len(lines[-1] + part) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(lines), overflow="fold")
+
+    @property
+    def narrowest(self) -> int:
+        """The width in which no word is cut."""
+        return max(map(cell_len, self._parts))
 
 
 class Console(rich.console.Console):

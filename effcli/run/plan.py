@@ -87,7 +87,7 @@ class Plan(Options):
     )
     operations: float = Field(description="floating-point operations of forwards, backwards and Gram matrices")
     layout: str = Field(
-        default="", description="why transformers will not read the output, and what would keep it so that it does"
+        default="", description="why transformers will not read the output, and what would keep it so, in a few lines"
     )
 
     def to_json(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,6 +39,8 @@ SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 
 
 class AdaRound(LayerPass):
     """An `adaround` step."""
+
+    rare: ClassVar[tuple[str, ...]] = ("range", "learning_rate")
 
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.")
     group_size: int | None = Field(

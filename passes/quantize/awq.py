@@ -9,6 +9,8 @@ in place.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -26,6 +28,8 @@ SHRINKS = {
 
 class AWQ(Scaled):
     """An `awq` step."""
+
+    rare: ClassVar[tuple[str, ...]] = ("without_pair", "clip", "round", "coarse", "fine")
 
     clip: bool = Field(True, description="Also search for a smaller range of each group.")
     round: bool = Field(True, description="false: only fold the scales in; a later pass rounds.")

@@ -8,7 +8,7 @@ neighbours on both sides are visited until nothing moves.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,8 @@ _STILL = 1e-4
 
 class Equalize(NetworkPass):
     """An `equalize` step."""
+
+    rare: ClassVar[tuple[str, ...]] = ("rounds", "relu6")
 
     rounds: int = Field(200, ge=1, description="Most visits to each pair of layers; it ends when nothing moves.")
     relu6: Literal["keep", "relu"] = Field(

@@ -28,6 +28,8 @@ SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 
 class GPTQ(Scaled):
     """A `gptq` step."""
 
+    rare: ClassVar[tuple[str, ...]] = ("without_pair", "act_order", "damping", "range", "scales", "sweeps")
+
     workspace: ClassVar[int] = 3
 
     act_order: bool = Field(True, description="Round loud channels first, by the falling diagonal of the Gram matrix.")

@@ -44,6 +44,8 @@ _FAR = 4
 class Int8(NetworkPass):
     """An `int8` step, the last of a run: what it writes is no longer a network of floating-point layers."""
 
+    rare: ClassVar[tuple[str, ...]] = ("percentile", "range")
+
     changes: ClassVar[Change] = Change.INTEGER
 
     observer: Method = Field(

@@ -29,6 +29,8 @@ _LEAST = 1e-4
 class KMeans(Shared):
     """A `kmeans` step."""
 
+    rare: ClassVar[tuple[str, ...]] = ("init", "seed", "iterations", "weighted", "refit")
+
     graph_defaults: ClassVar[Mapping[str, Any]] = {"granularity": "tensor"}
 
     bits: int = Field(4, ge=1, le=8, description="Bits per weight before Huffman coding: a table has 2^bits entries.")

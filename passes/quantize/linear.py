@@ -34,6 +34,8 @@ _INTEGER: Mapping[str, Any] = {"granularity": "channel", "group_size": None, "sy
 class Linear(LayerPass):
     """A `linear` step."""
 
+    rare: ClassVar[tuple[str, ...]] = ("range", "activation_range", "percentile")
+
     graph_defaults: ClassVar[Mapping[str, Any]] = {"granularity": "channel", "group_size": None}
 
     bits: Bits = Field(8, description="Bits per weight; 8 with int8 activations.")

@@ -8,7 +8,7 @@ the bits of every layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,8 @@ _PASSED_ON = ("ignore", "layers", "lm_head")
 
 class Auto(Budgeted, SearchPass):
     """An `auto` step; any other option is one of the pass that it chooses the bits for."""
+
+    rare: ClassVar[tuple[str, ...]] = ("options", "by", "measured")
 
     using: str = Field("awq", description="The pass that quantizes.")
     options: dict[str, Any] = Field(

@@ -24,6 +24,10 @@ from effcli.passes.quantize._tables import ascending
 class Centroids(TrainPass):
     """A `centroids` step."""
 
+    rare: ClassVar[tuple[str, ...]] = (
+        *("schedule", "warmup", "accumulation", "clip", "shuffle", "seed", "keep_best", "precision"),
+    )
+
     takes: ClassVar[str] = "table of shared weights"
     remedy: ClassVar[str] = "put it after a `kmeans` step"
     trains_weights: ClassVar[bool] = False

@@ -98,7 +98,16 @@ def test_as_a_module() -> None:
         (["plan", "n" * 999, "--pass", "awq"], "File name too long", "a shorter name"),
     ],
 )
-def test_mistakes(arguments: list[str], cause: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    arguments: list[str],
+    cause: str,
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Files of the checkout may be near to what is mistyped.
+    monkeypatch.chdir(tmp_path)
     lines = fails(capsys, *arguments).splitlines()
     assert len(lines) == 1 + bool(remedy)
     assert lines[0].startswith("error: ")
@@ -286,10 +295,10 @@ def test_verify(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(verify, "verify", lambda path, **keys: Found())
     assert main(["verify", "o"]) == code
-    head, mark = ("verified:", "\N{CHECK MARK}") if passed else ("NOT VERIFIED:", "\N{BALLOT X}")
-    assert capsys.readouterr().out.splitlines() == [head, f"  {mark} the line", "  - the input is not here"]
+    found = ["verified:", "  \N{CHECK MARK} the line"] if passed else ["NOT VERIFIED: the line"]
+    assert capsys.readouterr().out.splitlines() == [*found, "  - the input is not here"]
     assert main(["verify", "o", "--verbose"]) == code
-    assert capsys.readouterr().out.splitlines()[2] == "    1.5 of 2"
+    assert capsys.readouterr().out.splitlines() == [*found, "    1.5 of 2", "  - the input is not here"]
     assert main(["verify", "o", "--json"]) == code
     assert capsys.readouterr().out == "{}\n"
 
@@ -310,3 +319,9 @@ def test_the_shape_that_inspect_asks_for(
 def test_a_device_that_is_not_there_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
     told = fails(capsys, "compress", "sample:lm", "--pass", "linear", "-o", "never-made", "--device", "cuda:99")
     assert "there is no device cuda:99 on this machine" in told and not Path("never-made").exists()
+
+
+def test_help_of_an_export_lists_the_options_of_each_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--to onnx" in text and "--accuracy-level" in text and "--max-flash" in text

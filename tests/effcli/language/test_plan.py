@@ -219,8 +219,11 @@ def test_hidden_states_take_two_files(tmp_path: Path) -> None:
 def test_a_layout_that_stock_loaders_refuse_is_said_beforehand(tmp_path: Path) -> None:
     planned = plan_of(recipe(architectures.make("gpt2", tmp_path), {"linear": {"bits": 4}}))
     assert any("which stock loaders refuse" in text and "Conv1D" in text for text in planned.remarks)
-    assert planned.layout.startswith("the output will not load with transformers") and "Conv1D" in planned.layout
-    assert "--export safetensors:dequantize=true" in planned.layout
+    assert (
+        planned.layout.startswith("the output will load with effcli.load, not with transformers")
+        and "Conv1D" in planned.layout
+    )
+    assert "--export safetensors:dequantize=true" in planned.layout and "what would keep it" not in planned.layout
 
 
 @pytest.mark.parametrize(

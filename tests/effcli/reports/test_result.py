@@ -31,6 +31,13 @@ def test_a_run_that_measured_nothing(report: Report) -> None:
     assert len(result_lines(bare, Path("out"), Path("out/exports"))) == 2
 
 
-@pytest.mark.parametrize(("passed", "head"), [(True, "verified:"), (None, "verified:"), (False, "NOT VERIFIED:")])
-def test_one_failed_check_fails_all(passed: bool | None, head: str) -> None:
-    assert check_lines([Check(text="a", passed=True), Check(text="b", passed=passed)])[0] == head
+@pytest.mark.parametrize(("passed", "second"), [(True, "\N{CHECK MARK} b"), (None, "- b")])
+def test_what_was_found(passed: bool | None, second: str) -> None:
+    lines = check_lines([Check(text="a", passed=True), Check(text="b", passed=passed)])
+    assert lines == ["verified:", "  \N{CHECK MARK} a", f"  {second}"]
+
+
+def test_what_failed_comes_first() -> None:
+    checks = [Check(text="a", passed=True), Check(text="b", passed=False, numbers="3"), Check(text="c", passed=False)]
+    assert check_lines(checks) == ["NOT VERIFIED: b", "  \N{BALLOT X} c", "  \N{CHECK MARK} a"]
+    assert check_lines(checks, verbose=True)[1] == "    3"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 from vision_report import classification, quality
 
+from effcli import exporters, passes
+from effcli.options import Options
 from effcli.reports.report import Classification, Quality
-from effcli.reports.screen import quality_table
+from effcli.reports.screen import options_table, quality_table, records_table, targets_table
 
 
 def drawn(found: Quality) -> list[str]:
@@ -49,3 +52,74 @@ def test_of_very_many_classes_the_worst() -> None:
     shown = [line.split()[0] for line in lines if line.startswith("c") and not line.startswith("class")]
     # The first class has 60 of its 60 images taken for itself; the last was never tested.
     assert shown == [f"c{k}" for k in range(1, 41)]
+
+
+class Part(Options):
+    """As `effcli plan` and an export to C show them."""
+
+    layers: str
+    count: int
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    ram: int
+    macs: int | None = None
+    status: str = ""
+
+
+PARTS = [
+    Part(layers=name, count=30, shape=(1536, 576), format="int4 g64 asym", nbytes=nbytes, ram=1024, status="compress")
+    for name, nbytes in (
+        ("model.layers.*.self_attn.v_proj", 12_300_000),
+        ("model.layers.*.mlp.down_proj", 400),
+        ("lm_head", 56_600_000),
+    )
+]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_names_of_layers_go_on_behind_a_dot(width: int) -> None:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(records_table("", PARTS))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    first = [line.split(" ")[0] for line in lines[2:]]
+    assert "".join(first) == "".join(part.layers for part in PARTS)
+    whole = {part for name in PARTS for part in name.layers.split(".")}
+    assert {word for part in first for word in part.split(".")} - {""} == whole, "no word is cut"
+
+
+def test_sizes_have_units_and_columns_are_called_what_they_hold() -> None:
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    console.print(records_table("", PARTS))
+    assert isinstance(console.file, io.StringIO)
+    header, _, first, *_ = console.file.getvalue().splitlines()
+    assert header.split() == ["layer", "count", "shape", "format", "size", "RAM", "status"]
+    assert "12.3 MB" in first and "1.02 kB" in first
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_options_of_export_targets(width: int) -> None:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(targets_table({name: exporters.load(name) for name in exporters.TARGETS}))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for name in exporters.TARGETS:
+        assert f"--to {name}" in text
+    assert "--max-ram" in text and "--dequantize" in text and "--precision" in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_common_options_stand_before_rare_ones() -> None:
+    for name in passes.PASSES:
+        options = passes.load(name)
+        assert set(options.rare) <= set(options.model_fields), name
+        console = Console(width=80, file=io.StringIO(), color_system=None)
+        console.print(options_table(name, "", options))
+        assert isinstance(console.file, io.StringIO)
+        common, *rare = console.file.getvalue().split("rare options")
+        listed = [[line.split(" ")[0] for line in part.splitlines()] for part in (common, *rare)]
+        assert bool(rare) == bool(options.rare)
+        assert set(options.rare) <= set(listed[-1])
+        assert (set(options.model_fields) - set(options.rare)) <= set(listed[0])

@@ -339,3 +339,11 @@ def test_a_failed_sweep_takes_the_bar_away_and_claims_nothing() -> None:
         raise RuntimeError
     assert isinstance(shown.file, Terminal)
     assert shown.file.getvalue().rstrip("\r\n").endswith("\x1b[2K")
+
+
+def test_two_models_are_named_where_they_differ(make_report: Callable[..., Report]) -> None:
+    a, b = make_report(), make_report(bits=3, output="out/awq3")
+    assert not any(line.startswith("model ") for line in drawn(compare_table(a, b)))
+    other = b.model_copy(update={"model": "another/model"})
+    (line,) = (line for line in drawn(compare_table(a, other)) if line.startswith("model "))
+    assert "another/model" in line and line.endswith("differs")
