@@ -55,7 +55,8 @@ class Against(Options):
         parts = [f"{count(self.equal, 'tensor')} equal bit for bit"]
         parts += [f"{self.compressed:,} compressed"] * bool(self.compressed)
         parts += [f"{self.changed:,} changed by the passes"] * bool(self.changed)
-        return Check(text=f"against its input: {', '.join(parts)}", passed=True, numbers=numbers)
+        built = f", as {self.network}" if self.network else ""
+        return Check(text=f"against its input{built}: {', '.join(parts)}", passed=True, numbers=numbers)
 
     def __str__(self) -> str:
         if self.problem:
