@@ -133,6 +133,10 @@ class _Reader:
         taken, known = described["inputs"], signature["input_specs"]
         if len(taken) != len(known):
             raise ValueError(f"the graph has {len(taken)} inputs, and its signature {len(known)}")
+        tensors = [value["name"] for argument in taken for kind, value in argument.items() if kind == "as_tensor"]
+        missing = next((name for name in tensors if name not in described["tensor_values"]), None)
+        if missing is not None:
+            raise ValueError(f"the input {missing} is described nowhere")
         made = [name for item in described["nodes"] for output in item["outputs"] for name in _names(output)]
         made += [value["name"] for argument in taken for value in argument.values() if isinstance(value, dict)]
         twice = next((name for name, count in Counter(made).items() if count > 1), None)

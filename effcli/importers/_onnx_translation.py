@@ -10,7 +10,7 @@ import ast
 import keyword
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,28 @@ class Translation:
         for name, value in _folded(proto, inputs, self.opset):
             self._room -= value.nbytes
             yield name, value
+
+    def check(self, proto: NodeProto, inputs: Mapping[str, fx.Node | Array]) -> None:
+        """Raise what onnx's own inference of shapes raises for a node with these inputs.
+
+        Nodes that take the shape of their output from a constant are left out: that holds for one size of batch.
+        """
+        from onnx import defs, helper, numpy_helper, shape_inference
+
+        if proto.op_type in _SHAPED:
+            return
+        types, data = {}, {}
+        for name, value in inputs.items():
+            if isinstance(value, fx.Node):
+                dtype = torch.empty(0, dtype=self._traced[value].dtype).numpy().dtype
+                types[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(dtype), self.shape(value))
+                continue
+            types[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            if value.size <= _SHORT:
+                data[name] = numpy_helper.from_array(value, name)
+        schema = defs.get_schema(proto.op_type, self.opset, "")
+        imports = [helper.make_opsetid("", self.opset)]
+        shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
 
     def input(self, name: str, shape: tuple[int, ...]) -> None:
         """Declare the network's input; shape: without the batch axis."""
@@ -358,6 +380,10 @@ def _folded(proto: NodeProto, inputs: dict[str, Array], opset: int) -> Iterator[
             "convert it: onnx.version_converter.convert_version(onnx.load(FILE), 21)",
         ) from error
     return zip(names, map(np.asarray, results), strict=True)
+
+
+# Operators with the shape of their output among their inputs.
+_SHAPED = {"Reshape", "Expand"}
 
 
 def _folded_bytes(proto: NodeProto, inputs: dict[str, Array], opset: int) -> int | None:

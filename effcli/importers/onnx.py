@@ -264,6 +264,7 @@ def _translate_nodes(graph: GraphProto, translation: Translation) -> None:
             else:
                 results = OPERATORS[node.op_type](Operator(translation, node))
                 values.update(zip(node.output, results if isinstance(results, tuple) else (results,), strict=False))
+                translation.check(node, inputs)
         except (EffcliError, MemoryError):
             raise
         except Exception as error:  # what torch, numpy and onnx raise for a node that is wrong shares no base

@@ -284,6 +284,11 @@ def _placeholder(name: str) -> Callable[[Path], object]:
     return _model(change)
 
 
+def _undescribed(graph: dict[str, Any]) -> None:
+    """Without the description of the first input."""
+    del graph["tensor_values"][graph["inputs"][0]["as_tensor"]["name"]]
+
+
 def _twice(inputs: list[Any]) -> None:
     inputs[1] = inputs[0]
 
@@ -347,6 +352,7 @@ def _first_value(data: dict[str, Any]) -> dict[str, Any]:
         (_model(lambda data: data["graph_module"]["graph"]["nodes"][0]["inputs"].pop(0)), "lacks its"),
         (_placeholder("x, y=print()"), "'x, y=print.*is no name of a value"),
         (_model(lambda data: data["graph_module"]["graph"]["inputs"].pop()), "inputs, and its signature"),
+        (_model(lambda data: _undescribed(data["graph_module"]["graph"])), "is described nowhere"),
         (_model(lambda data: _twice(data["graph_module"]["graph"]["inputs"])), "is made twice"),
         (_model(lambda data: _out_of_range(data["range_constraints"])), "lies outside its range"),
         (_renamed_in_place, "is truncated, or no exported graph: File name in directory"),

@@ -705,6 +705,10 @@ def refused(folder: Path, network: onnx.ModelProto, kind: type[UserError] = Unsu
         (Case("Gather", MAPS, ints(0, 2), axis=2), "picks entries that are not in a row"),
         (Case("Split", MAPS, ints(5, 3), axis=-1, outputs=2), "splits 9 entries into 5, 3"),
         (Case("Split", MAPS, ints(11, -2), axis=-1, outputs=2), "splits 9 entries into 11, -2"),
+        (
+            Case("MaxPool", MAPS, kernel_shape=[3, 3], pads=[-1, 0, 0, 0]),
+            r"cannot be translated: .*pads must not contain negative",
+        ),
         (Case("Transpose", MAPS), "moves the batch axis"),
         (Case("Softmax", (5,), axis=0), "works along the batch axis"),
         (Case("Softmax", (5,), axis=3), "names axis 3 of a tensor with 2 axes"),
