@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -34,6 +35,15 @@ settings.load_profile("effcli")
 # What CI cannot have: a GPU, and gptqmodel, which asks for a later torch than effcli supports. A reader of our own
 # reads the layouts in any case.
 ALLOWED_REASONS = ("needs a GPU", "needs gptqmodel")
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_slow_phases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line for a phase because this machine is slow: only the tests of phases, whose clock stands, see them."""
+    if request.path.name != "test_terminal.py":
+        from effcli.reports import terminal
+
+        monkeypatch.setattr(terminal, "MOMENT", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ class Notebook:
     counted: ClassVar[tuple[str, float]] = ("FLOP", 1.0)
     at_a_time: ClassVar[str] = ", one page at a time"
     weights = 12
+    layout = "its ink is not blue"
 
     def __init__(self, *efforts: Effort) -> None:
         self.nbytes = 4096
@@ -61,6 +62,7 @@ def test_one_step() -> None:
     assert {row.name: row.status for row in found.rows} == {"page.0": "change", "page.1": "keep"}
     assert {row.step for row in found.rows} == {""}
     assert (found.weights, found.input_bytes, found.output_bytes) == (12, 4096, 2048)
+    assert found.layout == "its ink is not blue"
 
 
 def test_operations_are_summed_and_peaks_are_compared() -> None:
