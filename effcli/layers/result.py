@@ -96,7 +96,7 @@ def ratio(part: float, whole: float) -> float:
 
 
 # Why what is no layer is kept.
-MATRIX = "an embedding or a matrix that is no linear layer"
+MATRIX = "an embedding or a matrix that is not a linear layer"
 CARRIED = "no parameter of the network: carried over as it is"
 
 

@@ -87,8 +87,9 @@ def bits(value: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """1 layer, 2 layers, 1,024 tokens."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """1 layer, 2 layers, 3 batches, 1,024 tokens."""
+    ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def shape(sizes: tuple[int, ...]) -> str:

@@ -97,5 +97,10 @@ def test_the_rest() -> None:
     assert units.error(0.0042) == "4.2e-03"
     assert units.error(0) == "0"
     assert units.count(1, "layer") == "1 layer"
+    assert (units.count(1, "batch"), units.count(2, "batch"), units.count(3, "class")) == (
+        "1 batch",
+        "2 batches",
+        "3 classes",
+    )
     assert units.count(1234, "token") == "1,234 tokens"
     assert units.shape((576, 1536)) == "576 x 1536"
