@@ -154,12 +154,12 @@ class Blocks(Pattern):
         super().check(mask)
         rows, columns = mask.shape
         self.most_kept((rows, columns))
-        if bool((mask.view(rows, columns // self.of, self.of).sum(2) != self.kept).any()):
+        if bool((mask.reshape(rows, columns // self.of, self.of).sum(2) != self.kept).any()):
             raise ValueError(f"some {self.of} neighbours do not keep {self.kept}")
 
     def pack(self, mask: Tensor) -> dict[str, Tensor]:
         self.check(mask)
-        places = (mask.view(-1, self.of) if mask.numel() else mask.new_zeros(0, self.of)).nonzero()[:, 1]
+        places = (mask.reshape(-1, self.of) if mask.numel() else mask.new_zeros(0, self.of)).nonzero()[:, 1]
         return {"weight_indices": pack_bits(places.view(1, -1), self._bits)}
 
     def unpack(self, tensors: Tensors, shape: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from effcli.errors import SelectionError
+from effcli.errors import SelectionError, UserError
 from effcli.files.checkpoint import DTYPES
 from effcli.files.layout import Stored, keeping_standard
 from effcli.formats import Dense, Packing
@@ -54,6 +54,12 @@ class PlannedModel:
         return self._skeleton.left_alone(step, lm_head)
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
+        if isinstance(step.config, CutPass):
+            for name, format in self._formats.items():
+                if isinstance(format, Packing) and not isinstance(format, Dense):
+                    raise UserError(
+                        f"{name} is stored as {format} before {step.name}", "cut channels before compressing"
+                    )
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))
             if choice.config is not None:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from torch import Tensor
 
 from effcli.errors import PluginError
-from effcli.formats import Mask, Quantized
+from effcli.formats import Mask, Pattern, Quantized
 from effcli.formats.base import Numbers
 from effcli.formats.sparse import SparseWeight
 from effcli.platform import registry
@@ -78,6 +78,7 @@ class Asked:
             kept, shape = mask.kept, tuple(weight.shape)
             if not isinstance(kept, Tensor) or kept.dtype != torch.bool or tuple(kept.shape) != shape:
                 self.refuse(f"a mask that is {described(kept)}", f"one that is bool {shape}")
+            self.expect(mask.pattern, Pattern, "a mask whose pattern is a `Pattern`")
             try:
                 mask.pattern.check(kept)
             except ValueError as error:

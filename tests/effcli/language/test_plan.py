@@ -11,7 +11,7 @@ import torch
 from plain_passes import HALVE, PRUNE, Halve, Trim, asking
 from safetensors.torch import load_file, save_file
 
-from effcli.errors import CheckpointError, SelectionError
+from effcli.errors import CheckpointError, SelectionError, UserError
 from effcli.files.checkpoint import Checkpoint
 from effcli.inputs.text import Windows
 from effcli.language import plan
@@ -282,3 +282,10 @@ def test_what_the_network_does_not_use_has_a_row(tmp_path: Path) -> None:
     rows = {row.name: row for row in planned.rows}
     assert rows["mtp.weight"].nbytes == 60 and "no parameter of the network" in rows["mtp.weight"].reason
     assert rows.keys() == {row.name for row in result.ledger}
+
+
+def test_nothing_is_cut_behind_sparse_layers(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model")
+    steps = [PRUNE, PassStep(name="trim", config=Trim())]
+    with pytest.raises(UserError, match="is stored as sparse bitmask, float32 before trim"):
+        plan_of(check({"model": str(source), "passes": steps}))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from effcli.formats import Affine, Bitmask, Blocks, Mask, SparseWeight
+from effcli.formats import Affine, Bitmask, Blocks, Mask, SparseWeight, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.network import outputs_of
@@ -218,6 +218,16 @@ def test_masks_by_hand() -> None:
         mask.over(torch.ones(3, 4))
     with pytest.raises(ValueError, match="do not keep 2"):
         Mask(torch.ones(2, 4, dtype=torch.bool), Blocks(2, 4)).over(weight)
+
+
+def test_a_mask_that_is_a_view() -> None:
+    """As a transposed matrix, or a part of one, is no run of memory."""
+    kept = torch.tensor([[True, False], [True, False], [False, True], [False, True]]).t()
+    assert not kept.is_contiguous()
+    weight = torch.arange(1.0, 9.0).view(2, 4)
+    sparse = Mask(kept, Blocks(2, 4)).over(weight)
+    assert sparse.dequantize().tolist() == [[1, 2, 0, 0], [0, 0, 7, 8]]
+    assert torch.equal(unpack(sparse.format, sparse.pack(), (2, 4)).dequantize(), sparse.dequantize())
 
 
 def test_groups_of_a_convolution_join_their_masks() -> None:

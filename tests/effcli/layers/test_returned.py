@@ -81,6 +81,11 @@ WRONG: dict[str, tuple[Callable[[Layer], Any], str, str]] = {
         r"a mask that is a tensor \(2, 6\)",
         r"one that is bool \(4, 6\)",
     ),
+    "a pattern by name": (
+        lambda layer: Outcome(layer.weight, {}, Mask(layer.weight > 0, "bitmask")),  # type: ignore[arg-type]
+        "of the type str",
+        "a mask whose pattern is a `Pattern`",
+    ),
     "a mask of another pattern": (
         lambda layer: Outcome(layer.weight, {}, Mask(torch.ones(4, 6, dtype=torch.bool), Blocks(1, 2))),
         "a mask that is not of its pattern",
