@@ -20,7 +20,6 @@ from effcli.inputs.options import Calibration
 from effcli.layers.contract import CutPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
-from effcli.reports.report import LedgerRow
 from effcli.reports.units import size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row
 from effcli.run.recipe import PassStep
@@ -96,7 +95,7 @@ class PlannedGraph:
     def rows(self, choices: Iterable[Choice]) -> list[Row]:
         if self._integer is not None:
             return self._integer[0]
-        return [self._row(choice) for choice in choices] + list(map(_table, table_rows(self._graph)))
+        return [self._row(choice) for choice in choices] + list(map(Row.other, table_rows(self._graph)))
 
     def _row(self, choice: Choice) -> Row:
         format = str(self._formats[choice.site.name])
@@ -257,12 +256,6 @@ def _inspection(model: str, rows: list[Row], what: str, facts: Facts, nbytes: in
         f"{size(nbytes)} of weights, {bits:.2f} bits per weight",
     )
     return Inspection.of(model, rows, remarks, nbytes, count)
-
-
-def _table(row: LedgerRow) -> Row:
-    """A matrix that is no layer and stays as it is, such as an embedding."""
-    fields = row.model_dump(include={"name", "kind", "shape", "format", "bits_per_weight", "nbytes", "reason"})
-    return Row(status="keep", **fields)
 
 
 def _numbers(choices: Mapping[str, Choice]) -> int:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from effcli.errors import writing
-from effcli.files.checkpoint import DTYPES
+from effcli.formats import Dense
 from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
 from effcli.language.coupling import coupled, cut
+from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass
 from effcli.layers.cutting import decide, rows
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
-from effcli.layers.result import CARRIED, MATRIX, PassResult, Progress, dense_row
+from effcli.layers.result import PassResult, Progress
 from effcli.layers.selection import choose
 from effcli.layers.statistics import Gradients
-from effcli.reports.report import LedgerRow
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -65,7 +65,7 @@ def cut_model(
     cut(source, target, decided.cuts, work, trust_remote_code)
     after = open_weights(target, trust_remote_code)
     made = rows(weights.skeleton.sites(), after.skeleton.sites(), choices, lambda site: _held(after, site))
-    result = PassResult([*made, *_others(after)], remarks=list(decided.remarks))
+    result = PassResult([*made, *other_rows(after)], remarks=list(decided.remarks))
     if after.skeleton.widths:
         result.remarks.append(
             "written in effcli's own layout, which effcli.load reads and stock loaders refuse: its blocks have "
@@ -101,19 +101,7 @@ class _BlockGradients(Mapping[str, Gradients]):
 def _held(weights: Weights, site: LayerSite) -> Held:
     dtype = weights.dtype_of(site.parameter)
     shared = weights.skeleton.tied and site.name == weights.skeleton.head
-    return Held(str(dtype).removeprefix("torch."), 0 if shared else site.rows * site.columns * dtype.itemsize)
-
-
-def _others(weights: Weights) -> list[LedgerRow]:
-    """What is no layer: embeddings, other matrices, and tensors that the network does not use."""
-    state = weights.skeleton.model.state_dict()
-    matrices = [
-        dense_row(name, "embedding", tuple(state[name].shape), weights.dtype_of(name), MATRIX)
-        for name in weights.skeleton.parameters()
-        if not weights.sites(name) and state[name].ndim > 1
-    ]
-    carried = weights.carried().items()
-    return matrices + [dense_row(name, "other", entry.shape, DTYPES[entry.dtype], CARRIED) for name, entry in carried]
+    return Held(str(Dense(dtype)), 0 if shared else site.rows * site.columns * dtype.itemsize)
 
 
 __all__ = ["cut_model"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -10,16 +9,15 @@ from typing import ClassVar
 import torch
 
 from effcli.errors import SelectionError, UserError
-from effcli.files.checkpoint import DTYPES
 from effcli.files.layout import Stored, keeping_standard
 from effcli.formats import Dense, Packing
 from effcli.inputs import text
 from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
+from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass
 from effcli.layers.layer import LayerSite
-from effcli.layers.result import CARRIED, MATRIX
 from effcli.layers.selection import Choice, needs_of
 from effcli.reports.units import size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row
@@ -95,23 +93,12 @@ class PlannedModel:
         return self._formats[site.name].nbytes(site.shape, self._dense(site).dtype.itemsize)
 
     def rows(self, choices: Iterable[Choice]) -> list[Row]:
-        return [self._row(choice) for choice in choices] + self._others()
+        return [self._row(choice) for choice in choices] + list(map(Row.other, other_rows(self._weights)))
 
     def _row(self, choice: Choice) -> Row:
         site = choice.site
         format = str(self._formats[site.name])
         return Row.of(site, format, self._nbytes(site), status=choice.planned, reason=choice.reason)
-
-    def _others(self) -> list[Row]:
-        """What is no layer and stays as it is: embeddings, other matrices, and what the network does not use."""
-        state = self._skeleton.model.state_dict()
-        rows = [
-            _dense(name, "embedding", tuple(state[name].shape), self._weights.dtype_of(name), MATRIX)
-            for name in self._skeleton.parameters()
-            if not self._weights.sites(name) and state[name].ndim > 1
-        ]
-        carried = self._weights.carried().items()
-        return rows + [_dense(name, "other", entry.shape, DTYPES[entry.dtype], CARRIED) for name, entry in carried]
 
     def remarks(self, step: PassStep, name: str) -> list[str]:
         found = []
@@ -282,19 +269,6 @@ def inspect(model: str, source: Path, trust_remote_code: bool = False) -> Inspec
         remarks.append(f"{skeleton.head} shares its weight with the input embedding")
     rows = PlannedModel(weights, Calibration()).rows(Choice(site, None) for site in skeleton.sites())
     return Inspection.of(model, rows, remarks, nbytes, count)
-
-
-def _dense(name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str) -> Row:
-    return Row(
-        name=name,
-        kind=kind,
-        shape=shape,
-        format=str(Dense(dtype)),
-        bits_per_weight=8 * dtype.itemsize,
-        nbytes=math.prod(shape) * dtype.itemsize,
-        status="keep",
-        reason=reason,
-    )
 
 
 def _numbers(sites: Iterable[LayerSite]) -> int:

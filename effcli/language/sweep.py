@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from effcli.errors import DataError, UnfinishedError
-from effcli.files.checkpoint import DTYPES, Checkpoint, write_shard
+from effcli.files.checkpoint import Checkpoint, write_shard
 from effcli.files.layout import Stored, own_config, standard_config, untied, write_checkpoint
 from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
 from effcli.language.calls import kind_of
 from effcli.language.journal import Journal
+from effcli.language.ledger import carried_rows, tied_row
 from effcli.language.open_block import OpenBlock, Part, PartRecord, open_head
 from effcli.language.pairs import SharedInput, SharedInputs, leaders, probe_pairs
 from effcli.language.skeleton import Skeleton
@@ -32,10 +33,9 @@ from effcli.language.weights import CPU, Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
 from effcli.layers.engine import LayerEngine, with_gradients
 from effcli.layers.layer import LayerSite
-from effcli.layers.result import CARRIED, PassResult, Progress, check_finite, check_tensor, dense_row, worst
+from effcli.layers.result import PassResult, Progress, check_finite, check_tensor, worst
 from effcli.layers.selection import choose, needs_of
 from effcli.platform import memory
-from effcli.reports.report import LedgerRow
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -251,10 +251,7 @@ class _Sweep:
         if self.weights.head_note:
             result.remarks.append(self.weights.head_note)
         if self.carried:
-            result.ledger += [
-                dense_row(key, "other", entry.shape, DTYPES[entry.dtype], CARRIED)
-                for key, entry in self.carried.items()
-            ]
+            result.ledger += carried_rows(self.carried)
             result.remarks.append(
                 f"carried over as they are: {len(self.carried)} tensors that this network does not use, such as "
                 f"{next(iter(self.carried))}"
@@ -360,9 +357,3 @@ class _Flow:
                 outgoing.write(number, out)
         if propagate:
             outgoing.sync()
-
-
-def tied_row(site: LayerSite, dtype: torch.dtype, reason: str) -> LedgerRow:
-    """The ledger's line for a head that is stored as the input embedding: no bytes of its own."""
-    row = dense_row(site.name, site.kind, site.shape, dtype, reason)
-    return row.model_copy(update={"nbytes": 0, "bits_per_weight": 0.0})

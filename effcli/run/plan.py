@@ -12,6 +12,7 @@ from effcli.layers.contract import Change, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, choose, needs_of
 from effcli.options import Options
+from effcli.reports.report import LedgerRow
 from effcli.reports.units import size
 from effcli.run.recipe import PassStep, Recipe
 
@@ -36,6 +37,12 @@ class Row(Options):
         bits = 8 * nbytes / max(site.rows * site.columns, 1)
         known = {"name": site.name, "kind": site.kind, "shape": site.shape}
         return Row(**known, format=format, bits_per_weight=bits, nbytes=nbytes, **more)
+
+    @staticmethod
+    def other(row: LedgerRow) -> Row:
+        """What is no layer and stays as it is, such as an embedding; row: the ledger's line for it."""
+        fields = row.model_dump(include={"name", "kind", "shape", "format", "bits_per_weight", "nbytes", "reason"})
+        return Row(status="keep", **fields)
 
 
 class Layers(Options):

@@ -9,7 +9,8 @@ import architectures
 import pytest
 import small_graphs
 import torch
-from torch import Tensor, nn
+from plain_passes import Tune
+from torch import Tensor
 from torch.testing import assert_close
 
 from effcli.formats import Affine, Bitmask, Blocks, Mask, SparseWeight, unpack
@@ -21,7 +22,7 @@ from effcli.graphs.training import train_graph
 from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.layers.contract import Change, Layer, LayerPass, Outcome, Statistics, Step, TrainPass
+from effcli.layers.contract import Change, Layer, LayerPass, Outcome, Statistics, TrainPass
 from effcli.layers.result import PassResult
 from effcli.passes.quantize._affine import encode, extremes
 from effcli.run.recipe import PassStep
@@ -48,19 +49,6 @@ class Fill(LayerPass):
 
     def apply(self, layer: Layer, seen: Statistics) -> Outcome:
         return Outcome(torch.ones_like(layer.weight))
-
-
-class Tune(TrainPass):
-    """Fine-tunes the weights towards another output."""
-
-    def attach(self, layer: Layer) -> nn.Module | None:
-        return nn.Identity()
-
-    def loss(self, step: Step) -> Tensor:
-        return (step.outputs - 1).square().mean()
-
-    def finish(self, layer: Layer, trained: nn.Module) -> Outcome:
-        return Outcome(layer.weight)
 
 
 def carried_out(folder: Path, step: Any, name: str, reference: Path | None = None) -> tuple[Path, PassResult]:
