@@ -26,6 +26,7 @@ from effcli.errors import MachineError, NumericsError, UnsupportedError, UserErr
 from effcli.exporters import _onnx_integer_linear
 from effcli.exporters._obstacles import by_reason
 from effcli.exporters._onnx_integer_linear import IntegerLinear, input_range, quantize
+from effcli.exporters._packed import pruned_remarks
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph
 from effcli.platform import onnx_session
@@ -70,6 +71,7 @@ def export_graph(
     graph = Graph.read(source)
     stored = {} if dequantize else _packed(graph)
     layers = len(graph.sites())
+    pruned = pruned_remarks(sum(graph.mask(site.name) is not None for site in graph.sites()))
     rounding = {name for name, weight in stored.items() if weight.format.rounds_inputs}
     linear = {name for name in rounding if isinstance(graph.layer(name), nn.Linear)}
     integer = linear | (_integer_layers(graph, stored) if activations else set())
@@ -85,7 +87,7 @@ def export_graph(
     _check_file(folder / FILE_NAME)
     tolerance = None if precision == "float16" or activations else _ROUNDED if graph.rounds_inputs else _EXACT
     line = _compare(Graph.read(source), folder, tolerance)
-    return "; ".join([line, *_described(model, layers, stored, integer)])
+    return "; ".join([line, *_described(model, layers, stored, integer), *pruned])
 
 
 class Restored(nn.Module):
@@ -168,14 +170,22 @@ class Restored(nn.Module):
 
 
 def _packed(graph: Graph) -> dict[str, AffineWeight]:
-    """The quantized layers by name. `UnsupportedError` names those that ONNX has no arithmetic for."""
-    tables = {name: str(weight.format) for name, weight in graph.stored.items() if not isinstance(weight, AffineWeight)}
+    """The quantized layers by name, pruned ones with their zeros; layers that are pruned only are left out.
+
+    `UnsupportedError` names those that ONNX has no arithmetic for.
+    """
+    filled = {name: weight.filled() for name, weight in graph.stored.items() if not weight.format.floating}
+    tables = {
+        name: str(graph.stored[name].format.filled)
+        for name, weight in filled.items()
+        if not isinstance(weight, AffineWeight)
+    }
     if tables:
         raise UnsupportedError(
             f"ONNX has no place for weights on no evenly spaced grid: {by_reason(tables)}",
             "--dequantize writes dense weights",
         )
-    return {name: weight for name, weight in graph.stored.items() if isinstance(weight, AffineWeight)}
+    return {name: weight for name, weight in filled.items() if isinstance(weight, AffineWeight)}
 
 
 def _integer_layers(graph: Graph, stored: Mapping[str, AffineWeight]) -> set[str]:

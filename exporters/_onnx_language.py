@@ -25,6 +25,7 @@ from effcli.exporters._onnx_integer_linear import IntegerLinear
 from effcli.exporters._onnx_language_layers import Arithmetic, PackedLinear
 from effcli.exporters._onnx_language_run import KERNEL, compare, empty_past, forward, generate, latency
 from effcli.exporters._onnx_language_trace import OPSET, trace
+from effcli.exporters._packed import numbers, pruned, pruned_remarks, quantized
 from effcli.files.layout import Stored
 from effcli.language import verify
 from effcli.language.skeleton import Skeleton
@@ -96,16 +97,20 @@ def export_language(
         raise UnsupportedError(f"onnxruntime has no accuracy level {accuracy_level} on a CPU", "use 0 or 4")
     arithmetic = Arithmetic(precision, activations, accuracy_level)
     weights = open_weights(source, trust_remote_code, precision)
-    packed = {} if dequantize else weights.stored
+    packed = {} if dequantize else quantized(weights)
     layers.check(packed, arithmetic)
     kernels = _kernels(weights.skeleton, packed, arithmetic)
-    for name in packed:
-        _replace(weights, name, arithmetic)
+    for name, stored in packed.items():
+        _replace(weights, name, stored, arithmetic)
     graph = trace(weights.skeleton)
     _sign(graph, precision, kernels)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        remarks = [*layers.remarks(packed, arithmetic), *_write(graph, weights, folder)]
+        remarks = [
+            *layers.remarks(packed, arithmetic),
+            *pruned_remarks(pruned(weights)),
+            *_write(graph, weights, folder),
+        ]
     rounding = layers.rounds_inputs(weights.stored)
     if rounding and dequantize:
         remarks.append("inputs that the checkpoint rounds to int8 stay floating, as the weights do")
@@ -124,13 +129,13 @@ def export_language(
     )
 
 
-def _replace(weights: Weights, name: str, arithmetic: Arithmetic) -> None:
+def _replace(weights: Weights, name: str, stored: Stored, arithmetic: Arithmetic) -> None:
     """Put the module that multiplies with the codes of layer `name` where the dense one stands."""
     network: Any = weights.skeleton.model
     bias = getattr(network.get_submodule(name), "bias", None) is not None
     (site,) = weights.sites(f"{name}.weight")
     parent, _, own = name.rpartition(".")
-    module = layers.replacement(weights.stored[name], site.shape, arithmetic, weights.skeleton.dtype, bias)
+    module = layers.replacement(stored, site.shape, arithmetic, weights.skeleton.dtype, bias)
     setattr(network.get_submodule(parent), own, module)
 
 
@@ -161,9 +166,7 @@ def _write(model: onnx_ir.Model, weights: Weights, folder: Path) -> list[str]:
 
     @lru_cache(maxsize=1)
     def packed(layer: str) -> dict[str, Tensor]:
-        weight = weights.packed(layer)
-        assert weight is not None
-        return layers.tensors(weights.skeleton.model.get_submodule(layer), weight)  # type: ignore[arg-type]
+        return layers.tensors(weights.skeleton.model.get_submodule(layer), numbers(weights, layer))  # type: ignore[arg-type]
 
     def tensor(name: str) -> Tensor:
         layer, _, own = name.rpartition(".")

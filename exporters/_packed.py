@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,13 +24,14 @@ from effcli.files.checkpoint import (
     write_text,
 )
 from effcli.files.layout import Stored, check_uniform
-from effcli.formats import Quantized
+from effcli.formats import Quantized, Sparse
 from effcli.graphs.graph import is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
 from effcli.reports.report import Exported
+from effcli.reports.units import count
 
 SHARD_BYTES = 4 << 30
 
@@ -43,21 +45,54 @@ def open_compressed(source: Path, target: str) -> Weights:
             f"{source} is no language model, which the layout of {target} is for", "export it to onnx"
         )
     weights = open_weights(source)
-    if not weights.stored:
+    if not quantized(weights):
         raise UnsupportedError(f"{source} has no quantized layers", "export it to safetensors")
     return weights
 
 
+def quantized(weights: Weights) -> dict[str, Stored]:
+    """The quantized layers by name, with the format of their numbers: no other layout has a place for a mask.
+
+    Layers that are pruned and otherwise dense are left out.
+    """
+    filled = {
+        name: dataclasses.replace(stored, format=stored.format.filled)
+        for name, stored in sorted(weights.stored.items())
+    }
+    return {name: stored for name, stored in filled.items() if not stored.format.floating}
+
+
 def packed_sites(weights: Weights) -> dict[str, tuple[LayerSite, Stored]]:
-    """The quantized layers by name, and how each stands in the checkpoint."""
+    """The quantized layers by name, and the format of their numbers."""
     sites = {site.name: site for site in find_layers(weights.skeleton.model, "")}
-    return {name: (sites[name], stored) for name, stored in sorted(weights.stored.items())}
+    return {name: (sites[name], stored) for name, stored in quantized(weights).items()}
 
 
 def dense_layers(weights: Weights) -> list[str]:
     """Names of the linears and Conv1Ds that are not quantized."""
-    sites = find_layers(weights.skeleton.model, "")
-    return sorted(site.name for site in sites if site.index is None and site.name not in weights.stored)
+    known, sites = quantized(weights), find_layers(weights.skeleton.model, "")
+    return sorted(site.name for site in sites if site.index is None and site.name not in known)
+
+
+def numbers(weights: Weights, layer: str) -> Quantized:
+    """The weight of a quantized layer as numbers, those that a mask leaves out among them."""
+    packed = weights.packed(layer)
+    found = None if packed is None else packed.filled()
+    if found is None:
+        raise UnsupportedError(
+            f"{layer} is pruned, and its table has no entry that is 0", "safetensors with --dequantize holds it"
+        )
+    return found
+
+
+def pruned(weights: Weights) -> int:
+    """How many layers are pruned."""
+    return sum(isinstance(stored.format, Sparse) for stored in weights.stored.values())
+
+
+def pruned_remarks(layers: int) -> tuple[str, ...]:
+    """What to know of so many pruned layers in a layout that has no masks."""
+    return (f"{count(layers, 'pruned layer')} stored with the zeros, which saves no bytes here",) if layers else ()
 
 
 def refuse(obstacles: Mapping[str, str], target: str, remedy: str) -> None:
@@ -97,12 +132,18 @@ def export_packed(
         write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         checked = _read_back(weights, folder, unpack, tolerance)
     nbytes = sum(file.stat().st_size for file in weight_files(target))
-    return Exported(target=str(quantization["quant_method"]), nbytes=nbytes, checked=checked)
+    return Exported(
+        target=str(quantization["quant_method"]),
+        nbytes=nbytes,
+        checked=checked,
+        remarks=pruned_remarks(pruned(weights)),
+    )
 
 
 def write_tensors(weights: Weights, folder: Path, pack: Callable[[str, Any], dict[str, Tensor]] | None) -> None:
     """Write the shards of a checkpoint into `folder`, block by block, quantized layers as `pack` says or dense."""
     skeleton, parts, carried = weights.skeleton, [], weights.carried()
+    packed_layers = {} if pack is None else quantized(weights)
     if weights.foreign:
         raise UnsupportedError(
             f"{len(weights.foreign)} packed layers belong to no layer of the network, such as "
@@ -116,12 +157,13 @@ def write_tensors(weights: Weights, folder: Path, pack: Callable[[str, Any], dic
         packed: dict[str, Tensor] = {}
         for parameter in group:
             layer = parameter.removesuffix(".weight")
-            weight = None if pack is None else weights.packed(layer)
-            if pack is None or weight is None:
+            if pack is None or layer not in packed_layers:
                 value = weights.parameter(parameter)
                 dense[parameter] = value.to(weights.dtype_of(parameter)) if value.is_floating_point() else value
             else:
-                packed |= {f"{layer}.{suffix}": tensor for suffix, tensor in pack(layer, weight).items()}
+                packed |= {
+                    f"{layer}.{suffix}": tensor for suffix, tensor in pack(layer, numbers(weights, layer)).items()
+                }
         file = folder / f".part-{number:05d}"
         write_shard(file, {**_stock_names(skeleton, dense), **packed})
         parts.append(file)
@@ -142,13 +184,11 @@ def _stock_names(skeleton: Skeleton, tensors: dict[str, Tensor]) -> dict[str, Te
 
 def _read_back(weights: Weights, folder: Path, unpack: Callable[[dict[str, Tensor]], Tensor], tolerance: float) -> str:
     written = Checkpoint.open(folder)
-    largest, scale = 0.0, 0.0
-    for name in sorted(weights.stored):
+    largest, scale, names = 0.0, 0.0, sorted(quantized(weights))
+    for name in names:
         prefix = f"{name}."
         tensors = {key.removeprefix(prefix): written.read(key) for key in written.entries if key.startswith(prefix)}
-        kept: Quantized | None = weights.packed(name)
-        assert kept is not None
-        expected = kept.dequantize(torch.float32)
+        expected = numbers(weights, name).dequantize(torch.float32)
         difference = unpack(tensors) - expected
         # Not finite is not below either.
         if not float(difference.norm()) <= tolerance * float(expected.norm()):
@@ -159,4 +199,4 @@ def _read_back(weights: Weights, folder: Path, unpack: Callable[[dict[str, Tenso
         if expected.numel():
             largest = max(largest, float(difference.abs().max()))
             scale = max(scale, float(expected.abs().max()))
-    return f"{len(weights.stored)} layers read back: largest difference {largest:.2g} of {scale:.2g}"
+    return f"{len(names)} layers read back: largest difference {largest:.2g} of {scale:.2g}"

@@ -58,7 +58,9 @@ class AWQ(Exporter):
             unpack,
             TOLERANCE,
         )
-        return done.model_copy(update={"remarks": half.remarks + kernel_remarks(sites, _GROUP_SIZES, "torch_awq")})
+        return done.model_copy(
+            update={"remarks": done.remarks + half.remarks + kernel_remarks(sites, _GROUP_SIZES, "torch_awq")}
+        )
 
 
 def _unpackable(sites: Sites) -> dict[str, str]:

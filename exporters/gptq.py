@@ -65,7 +65,9 @@ class GPTQ(Exporter):
             lambda tensors: unpack(tensors, self),
             TOLERANCE,
         )
-        return done.model_copy(update={"remarks": half.remarks + kernel_remarks(sites, _GROUP_SIZES, "gptq_torch")})
+        return done.model_copy(
+            update={"remarks": done.remarks + half.remarks + kernel_remarks(sites, _GROUP_SIZES, "gptq_torch")}
+        )
 
 
 def _unpackable(sites: Sites) -> dict[str, str]:

@@ -179,6 +179,11 @@ class Packing(abc.ABC):
         """Whether the weights are floating-point numbers, none of which was rounded to fewer bits."""
         return False
 
+    @property
+    def filled(self) -> Packing:
+        """The format of the same weights where the zeros of a mask stand in the matrix as numbers, too."""
+        return self
+
 
 class Values(Packing):
     """A format of numbers: a code for each of them, and beside the codes what they stand for."""
@@ -310,6 +315,10 @@ class Quantized(abc.ABC):
     def entries(self) -> Entries | None:
         """The entries of tables that the weights of a `learned` format are, None for other formats."""
         return None
+
+    def filled(self) -> Quantized | None:
+        """The same weight in `format.filled`; None where some zeros of a mask have no number there."""
+        return self
 
     @property
     def nbytes(self) -> int:

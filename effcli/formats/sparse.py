@@ -96,6 +96,10 @@ class Sparse(Packing):
     def floating(self) -> bool:
         return self.values.floating
 
+    @property
+    def filled(self) -> Values:
+        return self.values
+
     def nbytes(self, shape: tuple[int, int], scale_bytes: int = 2) -> int:
         """Bytes on disk; an upper bound where the pattern does not say how many weights are kept."""
         codes = self.values.code_bytes(1, self.pattern.most_kept(shape))
@@ -171,12 +175,13 @@ class SparseWeight(Quantized):
         return self.values.dequantize(dtype).masked_fill(~self.mask, 0)
 
     def filled(self) -> Numbers | None:
-        """The same weights as numbers that all stand in the matrix, zeros too; None where some have no code for 0."""
         zeros = self.values.zero_codes()
         if zeros is None:
             return None
         made: Any = self.values
         found: Numbers = dataclasses.replace(made, codes=torch.where(self.mask, self.values.codes, zeros))
+        if self.input_scale is not None:
+            found = found.with_input_scale(self.input_scale)
         return found
 
     def integers(self) -> Integers | None:
