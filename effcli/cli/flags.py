@@ -84,7 +84,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No bars and no tables: a line for each phase of two seconds or more.")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also the figures behind each check.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also the figures behind each check; of a run, the time of each phase."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 LogFile = Annotated[

@@ -168,5 +168,9 @@ def _run(recipe: Recipe, overwrite: bool, quiet: bool, verbose: bool, json: bool
         print_json(result.model_dump_json(indent=1))
     elif not quiet:
         print_report(result, layers=None)
+        if verbose:
+            from effcli.reports.terminal import phase_table
+
+            show(phase_table(result))
         for line in result_lines(result, target, target / EXPORTS, verbose):
             say(line)

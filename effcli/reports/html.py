@@ -14,9 +14,10 @@ from effcli.reports import html_ledger, html_quality, html_sensitivity, html_vis
 from effcli.reports.columns import EMPTY_TEXT, Column, became, columns, conditions, export_lines, training_text
 from effcli.reports.html_remarks import gather
 from effcli.reports.html_summary import sentence
-from effcli.reports.html_tables import Field, Folded, Head, Table, value_text
+from effcli.reports.html_tables import Field, Folded, Head, Table, headings, value_text
 from effcli.reports.html_templates import drawn
 from effcli.reports.html_templates import render as rendered
+from effcli.reports.phase_times import phase_rows, phase_titles
 from effcli.reports.report import Report, Stage
 from effcli.reports.svg_training import training_plot
 from effcli.run import yaml_files as yamls
@@ -73,6 +74,7 @@ def render(report: Report) -> str:
         classes=html_vision.classes(report),
         passes=list(_passes(report)),
         facts=[(key, value) for key, value in [("machine", report.machine), *report.software.items()] if value],
+        phases=_phases(report),
         recipe=yamls.dump(report.given or report.recipe) if report.recipe else "",
         definitions=html_vision.definitions(report),
     )
@@ -163,6 +165,17 @@ def _field(report: Report, column: Column, index: int) -> Field:
         tone=f"note {tone}".strip(),
         bar=f"{72 * stage.nbytes / largest:.1f}px" if column.key == "size" else "",
     )
+
+
+def _phases(report: Report) -> Folded | None:
+    """How long each phase took, next to what was predicted; None of a report that does not say."""
+    rows = phase_rows(report)
+    if not rows:
+        return None
+    titles = phase_titles(rows)
+    cells = [[Field(row.name, row=True), *(Field(text, css="number") for text in row[1 : len(titles)])] for row in rows]
+    table = Table("Time of each phase", headings(titles, titles[1:]), cells, "")
+    return Folded(table.name, rows[-1].took, table, closed=True)
 
 
 @dataclass(frozen=True)

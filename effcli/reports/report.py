@@ -229,6 +229,17 @@ class Exported(Record):
     speed: Speed | None = None
 
 
+class PhaseTime(Record):
+    """How long a phase of a run took; of several with one name, all together."""
+
+    name: str
+    seconds: Annotated[float, Field(ge=0)]
+    predicted: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="seconds that a rehearsal before the run predicted; None: no prediction"
+    )
+    reason: str = Field(default="", description="why it was not predicted, where predictions were asked for")
+
+
 class Report(Record):
     """One run of effcli."""
 
@@ -246,6 +257,9 @@ class Report(Record):
     verified: str | None = Field(default=None, description="what `verify` found, in one line")
     checks: tuple[Check, ...] = Field(default=(), description="what `verify` looked at, one by one")
     exports: tuple[Exported, ...] = ()
+    phases: tuple[PhaseTime, ...] = Field(
+        default=(), description="how long each phase took in the process that finished the run, this report left out"
+    )
     files: tuple[str, ...] = Field(
         default=(), description="what the run wrote beside this report and the exports; --overwrite replaces only that"
     )

@@ -27,6 +27,7 @@ from effcli.reports.columns import (
     export_lines,
     training_text,
 )
+from effcli.reports.phase_times import phase_rows, phase_titles
 from effcli.reports.text import Console, Name, Text, draws_bars
 
 if TYPE_CHECKING:
@@ -164,6 +165,19 @@ def trainings(report: Report) -> Group:
             line = Text(f"{stage.name}: ", style="bold").append(training_text(stage.training), "default")
             lines.append(line.append(f" {curve}", "dim") if curve else line)
     return Group(*lines)
+
+
+def phase_table(report: Report) -> Table:
+    """How long each phase took, next to what was predicted where it was."""
+    rows = phase_rows(report)
+    first, *figures = titles = phase_titles(rows)
+    table = _table()
+    table.add_column(first, overflow="fold")
+    for title in figures:
+        table.add_column(title, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row[: len(titles)]))
+    return table
 
 
 def compare_table(a: Report, b: Report, worst: int | None = 20) -> Group:

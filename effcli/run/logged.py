@@ -3,54 +3,40 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from effcli.reports import units
+from effcli.run.timed import Timed
 
 if TYPE_CHECKING:
     from effcli.reports.report import Stage
-    from effcli.run.listener import Listener
 
 _LOGGER = logging.getLogger("effcli.run")
 # Phases that take less are of interest to those alone who look for something.
 _LONG = 2.0
 
 
-class Logged:
+class Logged(Timed):
     """A listener that logs what it passes on: lines, stages and phases that take more than two seconds.
 
     The beginnings of phases, and short ones, are on the level DEBUG, the rest on INFO.
     """
 
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-        self._phase, self._started = "", 0.0
-
     def stage(self, stage: Stage) -> None:
         _LOGGER.info("%s: %s", stage.name, _figures(stage))
         for remark in stage.remarks:
             _LOGGER.info("%s: %s", stage.name, remark)
-        self._listener.stage(stage)
-
-    def progress_start(self, name: str, total: int, unit: str = "block") -> None:
-        if name != self._phase:
-            self._phase, self._started = name, time.monotonic()
-            _LOGGER.debug("%s begins", name)
-        self._listener.progress_start(name, total, unit)
-
-    def progress(self, done: int) -> None:
-        self._listener.progress(done)
-
-    def progress_end(self) -> None:
-        seconds = time.monotonic() - self._started
-        _LOGGER.log(logging.INFO if seconds > _LONG else logging.DEBUG, "%s: %.1f s", self._phase, seconds)
-        self._phase = ""
-        self._listener.progress_end()
+        super().stage(stage)
 
     def say(self, text: str) -> None:
         _LOGGER.info("%s", text)
-        self._listener.say(text)
+        super().say(text)
+
+    def begun(self, name: str) -> None:
+        _LOGGER.debug("%s begins", name)
+
+    def ended(self, name: str, seconds: float) -> None:
+        _LOGGER.log(logging.INFO if seconds > _LONG else logging.DEBUG, "%s: %.1f s", name, seconds)
 
 
 def _figures(stage: Stage) -> str:

@@ -58,7 +58,7 @@ def run(
     listener: Listener | None = None,
 ) -> Report:
     """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`."""
-    listener = Logged(listener or Silent())
+    logged = Logged(listener or Silent())
     output = resolved(recipe.target.absolute())
     check_output(output, overwrite, recipe.inputs)
     for step in recipe.export:
@@ -66,16 +66,16 @@ def run(
     for part in _named(recipe.passes):
         part.config.require()
     for clash in filter(None, (step.clash for step in (*_named(recipe.passes), *recipe.export))):
-        listener.say(clash)
+        logged.say(clash)
     # Before any work: it may not be there.
     pick_device(recipe.device)
     torch.manual_seed(recipe.seed)
     with cpu_threads(recipe.threads):
-        return _Run(recipe, output, overwrite, listener).carry_out()
+        return _Run(recipe, output, overwrite, logged).carry_out()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Listener) -> None:
+    def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Logged) -> None:
         self.network = detect.of_run(recipe)
         given = recipe.model_dump(mode="json", exclude_unset=True)
         self.given = {key: value for key, value in given.items() if value != []}
@@ -316,7 +316,7 @@ class _Run:
             given=self.given,
         )
         exported, failed = self._exports(finished)
-        report = report.model_copy(update={"exports": exported})
+        report = report.model_copy(update={"exports": exported, "phases": self.listener.phases})
         with self._phase("writing the report"):
             self._describe(report, finished)
         write_text(finished / "recipe.yaml", recipes.dump(self.recipe.model_copy(update={"passes": tuple(steps)})))

@@ -16,7 +16,7 @@ from effcli import passes
 from effcli.cli import main
 from effcli.errors import MachineError, NumericsError
 from effcli.reports import terminal
-from effcli.reports.report import Check, Report
+from effcli.reports.report import Check, PhaseTime, Report
 
 COMMANDS = ["compress", "run", "plan", "inspect", "eval", "bench", "passes", "export", "verify", "compare", "report"]
 
@@ -251,7 +251,7 @@ def test_compress_shows_the_run(
 ) -> None:
     from effcli.run import pipeline
 
-    report = make_report()
+    report = make_report().model_copy(update={"phases": (PhaseTime(name="planning", seconds=75),)})
 
     def run(recipe: Any, *, overwrite: bool, listener: Any) -> Report:
         assert (recipe.model, recipe.output, overwrite) == ("m", "o", True)
@@ -275,6 +275,9 @@ def test_compress_shows_the_run(
     else:
         assert "perplexity" in out and "written: o" in out
         assert "gptq: 2 blocks in" in err and "a [remark]" in err
+        assert "1m15s" not in out
+        assert main([*arguments, "--verbose"]) == 0
+        assert "1m15s" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert Report.model_validate_json(capsys.readouterr().out) == report
 

@@ -297,6 +297,16 @@ def test_every_stage_counts_its_own_weights(tmp_path: Path) -> None:
         assert stage.bits_per_weight == pytest.approx(8 * stage.nbytes / stage.weights)
 
 
+def test_the_report_holds_the_time_of_each_phase(work: Path) -> None:
+    found = run(work, "out", "onnx").phases
+    names = [phase.name for phase in found]
+    assert names[:2] == ["planning", "reading calibration data"]
+    assert names.count("fold") == names.count("int8: accuracy") == names.count("exporting to onnx") == 1
+    assert "writing the report" not in names
+    assert all(phase.predicted is None and not phase.reason for phase in found)
+    assert Report.read(work / "out").phases == found
+
+
 @pytest.mark.parametrize(("family", "routed"), [("llama", False), ("mixtral", True)])
 def test_a_language_model_counts_every_stage(family: str, routed: bool, tmp_path: Path) -> None:
     source = architectures.make(family, tmp_path / "model")
