@@ -12,6 +12,7 @@ from effcli.errors import UnsupportedError
 from effcli.exporters._packed import Sites, common_obstacle
 from effcli.formats import Affine, AffineWeight
 from effcli.language.weights import Weights
+from effcli.reports.units import count
 
 # Relative error of a layer's weights beyond which float16 does not hold its scales: that of bfloat16's own rounding.
 TOLERANCE = 2**-8
@@ -113,6 +114,6 @@ class HalfScales:
         if not self.layers:
             return ()
         return (
-            f"scales became float16, which rounds them in {self.layers} layers: weights change by up to "
+            f"scales became float16, which rounds them in {count(self.layers, 'layer')}: weights change by up to "
             f"{self.worst:.1e} of their size (‖Δ‖ / ‖W‖, {self.worst_layer})",
         )

@@ -124,7 +124,7 @@ def compare(network: IntegerNetwork, folder: Path) -> str:
     if len(output.shape) == 1 and output.shape != value.shape:
         findings.append(f"top-1 agreement {np.mean(ours.argmax(1) == theirs.argmax(1)):.1%}")
     steps = difference / output.scale
-    findings.append(f"largest difference {steps.max():.0f} steps of {output.scale:.2g}")
+    findings.append(f"largest difference {count(round(steps.max()), 'step')} of {output.scale:.2g}")
     findings.append(f"{np.mean(steps < 0.5):.1%} equal")
     on = f"on {count(len(codes), f'{kind} input')}"
     return f"{onnx_session.version()}, opset {_opset(network)}, {on}: {', '.join(findings)}"

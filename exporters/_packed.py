@@ -146,8 +146,8 @@ def write_tensors(weights: Weights, folder: Path, pack: Callable[[str, Any], dic
     packed_layers = {} if pack is None else quantized(weights)
     if weights.foreign:
         raise UnsupportedError(
-            f"{len(weights.foreign)} packed layers belong to no layer of the network, such as "
-            f"{next(iter(weights.foreign))}, and can only be copied",
+            f"{count(len(weights.foreign), 'packed layer')} that the network has no layer for, such as "
+            f"{next(iter(weights.foreign))}: they can only be copied",
             "export it to safetensors without --dequantize",
         )
     names = [skeleton.outer_parameters()]
@@ -199,4 +199,4 @@ def _read_back(weights: Weights, folder: Path, unpack: Callable[[dict[str, Tenso
         if expected.numel():
             largest = max(largest, float(difference.abs().max()))
             scale = max(scale, float(expected.abs().max()))
-    return f"{len(names)} layers read back: largest difference {largest:.2g} of {scale:.2g}"
+    return f"{count(len(names), 'layer')} read back: largest difference {largest:.2g} of {scale:.2g}"

@@ -25,6 +25,7 @@ from effcli.options import Options
 from effcli.reports.report import Exported
 from effcli.reports.units import count
 
+_CONTENT = "source text"
 # Inputs on which an export is compared.
 _COMPARED = 16
 _UNIT = {"": 1, "b": 1, "k": 1024, "kb": 1024, "m": 1024**2, "mb": 1024**2}
@@ -112,7 +113,7 @@ class C(Exporter):
             f"RAM {cost.ram} bytes: {cost.arena} of arena, about {cost.stack} of stack",
             f"flash about {cost.flash} bytes: {cost.constants} of constants, about {cost.code} of code",
         )
-        return Exported(target="c", nbytes=nbytes(target), checked=checked, remarks=remarks)
+        return Exported(target="c", nbytes=nbytes(target), content=_CONTENT, checked=checked, remarks=remarks)
 
     def footprint(self, source: Path) -> Footprint:
         found = planned(_read(source)).cost

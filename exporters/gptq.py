@@ -27,6 +27,7 @@ from effcli.files.exporter import Exporter
 from effcli.formats import AffineWeight, pack_bits, unpack_bits
 from effcli.language.weights import Weights
 from effcli.reports.report import Exported
+from effcli.reports.units import count
 
 BITS = (2, 3, 4, 8)
 # What the kernels of gptqmodel 7.7 are written for, beside whole channels.
@@ -126,8 +127,7 @@ def _above_zero(name: str, codes: Tensor, zero: Tensor, levels: int) -> tuple[Te
     stuck = int((zero == 0).sum())
     if stuck:
         raise UnsupportedError(
-            f"{stuck} groups of {name} have no weight below zero and use every level: their zero point of 0 has no "
-            "place less one",
+            f"{name}: the format stores zero points less one, and so no 0, which it needs in {count(stuck, 'group')}",
             "--checkpoint-format gptq_v2 stores zero points as they are, which gptqmodel reads; or compress with "
             "symmetric: true",
         )

@@ -106,7 +106,7 @@ def _sensitivity(
     else:
         show(sensitivity_table(found))
         if output is not None:
-            say(f"written: {output}")
+            say(f"written to {output}")
 
 
 def evaluate(

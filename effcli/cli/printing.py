@@ -46,6 +46,15 @@ def say(line: str) -> None:
         print(terminal(line))
 
 
+def indented(text: str) -> None:
+    """Print prose below a line that it belongs to, wrapped between words."""
+    from rich.padding import Padding
+
+    from effcli.reports.text import Text
+
+    show(Padding(Text(text), (0, 0, 0, 2), expand=False))
+
+
 def print_json(data: Any) -> None:
     """Print `data` as JSON; a text is JSON already."""
     with _standard_output():

@@ -11,10 +11,10 @@ from typer.core import TyperCommand
 
 from effcli import exporters
 from effcli.cli.flags import Debug, Folder, Json, Overwrite, TrustRemoteCode, Verbose
-from effcli.cli.printing import print_json, print_report, say, show
+from effcli.cli.printing import indented, print_json, print_report, say, show
 from effcli.errors import CheckpointError, UserError
 from effcli.exporters.firmware import targets
-from effcli.reports.units import size
+from effcli.reports.columns import exported_size
 from effcli.run import yaml_files as yamls
 
 
@@ -67,11 +67,11 @@ def export(
 
     with screen.Waiting() as shown, shown.phases(f"exporting to {step.name}"):
         done = step.config.export(source, target, overwrite)
-    say(f"written: {target}, {size(done.nbytes)}")
+    say(f"written to {target}, {exported_size(done)}")
     if done.checked:
-        say(f"  checked: {done.checked}")
+        indented(f"checked: {done.checked}")
     for remark in done.remarks:
-        say(f"  {remark}")
+        indented(remark)
     rows = step.config.table(target)
     if rows:
         show(screen.records_table("", rows))
@@ -178,4 +178,4 @@ def report(
         print_json(found.model_dump_json(indent=1))
         return
     print_report(found, layers)
-    say(f"written: {path / html.FILE_NAME}")
+    say(f"written to {path / html.FILE_NAME}")

@@ -196,7 +196,7 @@ class Checkpoint:
         missing = sorted(indexed_names(path) - entries.keys())
         if missing:
             raise CheckpointError(
-                f"{path}: the index names {len(missing)} tensors that no shard holds, the first is {missing[0]}",
+                f"{path}: no shard holds {missing[0]}, which the index names",
                 "download or copy the checkpoint again",
             )
         return Checkpoint(path, config, entries)

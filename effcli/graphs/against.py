@@ -17,6 +17,7 @@ from effcli.graphs.graph import Graph, class_count
 from effcli.layers.result import ratio
 from effcli.reports.against import Against, Moved
 from effcli.reports.report import LedgerRow, Stage
+from effcli.reports.units import count
 
 # What sums in another order add to a measured error.
 _SLACK = 1e-4
@@ -41,7 +42,7 @@ def compare(before: Graph, after: Graph, source: str, stages: Sequence[Stage]) -
     )
     if tensors.keys() != others.keys():
         names = sorted(tensors.keys() ^ others.keys())
-        return Against(input=source, problem=f"{len(names)} tensors are lost or new, such as {names[0]}")
+        return Against(input=source, problem=f"{count(len(names), 'tensor')} lost or new, such as {names[0]}")
     layers = {site.parameter: site.name for site in before.sites()}
     scaled = {str(row.notes["folded_into"]) for rows in taken.values() for row in rows if "folded_into" in row.notes}
     counts = {"equal": 0, "compressed": 0, "changed": 0}

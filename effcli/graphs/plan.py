@@ -20,7 +20,7 @@ from effcli.inputs.options import Calibration
 from effcli.layers.contract import CutPass, Needs, NetworkPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
-from effcli.reports.units import size
+from effcli.reports.units import count, size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row
 from effcli.run.recipe import PassStep
 
@@ -222,7 +222,7 @@ def inspect(
         row.model_copy(update={"macs": network.macs.get(row.name)})
         for row in network.rows(Choice(site, None) for site in graph.sites())
     ]
-    what = f"{graph.facts.origin}: {graph.weights():,} weights"
+    what = f"{graph.facts.origin}: {count(graph.weights(), 'weight')}"
     return _inspection(model, rows, what, graph.facts, network.nbytes, graph.weights())
 
 
@@ -243,9 +243,10 @@ def _inspect_integer(model: str, network: IntegerNetwork) -> Inspection:
                     macs=outputs * weight[0].size,
                 )
             )
-    count = sum(math.prod(row.shape) for row in rows)
-    what = f"integer network of {len(network.program.steps)} operations: {count:,} weights"
-    return _inspection(model, rows, what, network.facts, sum(row.nbytes for row in rows), count)
+    weights = sum(math.prod(row.shape) for row in rows)
+    operations = count(len(network.program.steps), "operation")
+    what = f"integer network of {operations}: {count(weights, 'weight')}"
+    return _inspection(model, rows, what, network.facts, sum(row.nbytes for row in rows), weights)
 
 
 def _inspection(model: str, rows: list[Row], what: str, facts: Facts, nbytes: int, count: int) -> Inspection:

@@ -28,6 +28,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
 from effcli.layers.returned import Asked, described
 from effcli.layers.selection import choose
+from effcli.reports.units import count
 from effcli.training import loop
 from effcli.training.loop import Batch, Examples, Objective
 
@@ -197,7 +198,7 @@ def train(
     first, least = training.errors[0][1], dict(training.errors)[training.kept]
     told = f"{options.measured}: {first:.3g} before training, {least:.3g} after"
     if not notes:
-        lost = f"{training.steps} steps at a learning rate of {options.learning_rate} lower no error"
+        lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"
         told = f"the weights stay as they are: {lost}"
     told += _advice(training.errors, options)
     return Transformed(graph, notes, remarks=(*attached.remarks, told), training=training)
@@ -231,7 +232,7 @@ def _undone(graph: Graph, name: str, before: Mapping[str, Tensor], compressed: C
     filled = {layer: int(((weight == 0) & (dense(graph, sites[layer]) != 0)).sum()) for layer, weight in before.items()}
     filled = {layer: count for layer, count in filled.items() if count}
     if filled:
-        yield f"{name} filled {sum(filled.values())} weights that were zero, in {', '.join(filled)}"
+        yield f"{name} filled {count(sum(filled.values()), 'weight')} of value zero, in {', '.join(filled)}"
 
 
 class _Attached:

@@ -132,7 +132,7 @@ class _Reader:
         weights, inputs = self.inputs(graph, described, signature["input_specs"])
         taken, known = described["inputs"], signature["input_specs"]
         if len(taken) != len(known):
-            raise ValueError(f"the graph has {len(taken)} inputs, and its signature {len(known)}")
+            raise ValueError(f"the number of inputs is {len(taken)} in the graph and {len(known)} in its signature")
         tensors = [value["name"] for argument in taken for kind, value in argument.items() if kind == "as_tensor"]
         missing = next((name for name in tensors if name not in described["tensor_values"]), None)
         if missing is not None:

@@ -99,11 +99,12 @@ def _load(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             f"transformers cannot load {path} as an image classifier: {first_line(error)}",
             "config.json and the weights must be those of one network ...ForImageClassification",
         ) from error
-    for found, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, unknown to the network,")):
+    for found, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds what the network does not have:")):
         names = sorted(info[found])
         if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{path} {what} {len(names)} tensors, the first is {names[0]}",
+                f"{path} {what} {names[0]}{more}",
                 "download or copy the checkpoint again",
             )
     return network.eval()

@@ -191,7 +191,7 @@ def _input(graph: GraphProto, path: Path) -> tuple[str, int | None, tuple[int, .
     extents = _extents(value)
     if len(extents) < 2:
         raise UnsupportedError(
-            f"input {value.name} of {path} has {len(extents)} axes, effcli needs a batch axis and one more",
+            f"input {value.name} of {path} has too few axes: effcli needs a batch axis and one more",
             "export the network with batches as its input",
         )
     for axis, extent in enumerate(extents):

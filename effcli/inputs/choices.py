@@ -26,6 +26,7 @@ from effcli.errors import DataError
 from effcli.inputs import jsonl, published, tables
 from effcli.inputs.published import FORM
 from effcli.inputs.tokens import Reader
+from effcli.reports.units import count
 
 _DELIMITER = " "
 # Lengths are rounded up to multiples of this, so that few shapes of batches occur.
@@ -174,7 +175,8 @@ class Task:
             rows.append([(len(ids), inputs[ids]) for ids in taken])
         remarks: tuple[str, ...] = ()
         if cut:
-            remarks = (f"{cut} texts of the questions were longer than {reader.longest} tokens and lost their start",)
+            longer = f"longer than the {reader.longest} tokens that the model takes"
+            remarks = (f"questions {longer} lost their start: {count(cut, 'text')}",)
         return Task(questions, batches, remarks, rows)
 
     def positions(self, batch: int) -> Iterator[tuple[int, slice, list[_Target]]]:

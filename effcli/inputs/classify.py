@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effcli.errors import DataError, NumericsError
 from effcli.reports.report import Classification, ClassRow
+from effcli.reports.units import count
 
 _TOP = 5
 # Beyond so many classes a report would be mostly confusion matrix.
@@ -48,7 +49,7 @@ class Scores:
         """
         if labels is not None and len(labels) != len(outputs):
             raise DataError(
-                f"the network gives {len(outputs)} outputs for {len(labels)} inputs",
+                f"the network gives {count(len(outputs), 'output')} for {count(len(labels), 'input')}",
                 "export the network so that each input gives one output",
             )
         _check_finite(outputs, "the network")

@@ -13,6 +13,7 @@ from torch import Tensor
 from effcli.errors import DataError
 from effcli.inputs.preprocess import Preprocess
 from effcli.inputs.sources import Rows, Source, open_source
+from effcli.reports.units import count
 
 _GOLDEN = (5**0.5 - 1) / 2
 # Class names shown in a message.
@@ -87,7 +88,7 @@ def open_inputs(
     remarks = list(found.remarks)
     if samples is not None and samples < found.count:
         rows = spread(found.count, samples)
-        remarks.append(f"{samples} of the {found.count} inputs in {found.name} were taken, spread over all of them")
+        remarks.append(f"{found.name}: {samples} of {count(found.count, 'input')} taken, spread over all of them")
     labels = None if found.labels is None else found.labels[rows]
     return Inputs(shape, labels, found.names, tuple(remarks), found, rows, preprocess)
 

@@ -21,6 +21,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.result import Progress
 from effcli.reports.against import Against
 from effcli.reports.report import Stage
+from effcli.reports.units import count
 
 
 def compare(
@@ -110,7 +111,7 @@ class _Comparison:
         altered = [
             name for name in before if not same(self.before.checkpoint.read(name), self.after.checkpoint.read(name))
         ]
-        return f"{len(altered)} tensors were altered, such as {altered[0]}" if altered else ""
+        return f"{count(len(altered), 'tensor')} altered, such as {altered[0]}" if altered else ""
 
     def _parameter(self, name: str) -> str:
         """What became of one parameter: equal, compressed, changed, or what is wrong with it."""
@@ -263,7 +264,7 @@ def _dtype(tensor: Tensor) -> str:
 
 def _difference(before: set[str], after: set[str]) -> str:
     found = []
-    for names, what in ((before - after, "are lost"), (after - before, "are new")):
+    for names, what in ((before - after, "lost"), (after - before, "new")):
         if names:
-            found.append(f"{len(names)} tensors {what}, such as {min(names)}")
+            found.append(f"{count(len(names), 'tensor')} {what}, such as {min(names)}")
     return ", ".join(found)

@@ -36,6 +36,7 @@ from effcli.language.weights import Weights, open_weights, place, zeros_for_weig
 from effcli.layers.coupling import Coupled, Cut, Member, entries_kept, shortened
 from effcli.layers.layer import LayerSite
 from effcli.platform import memory
+from effcli.reports.units import count
 
 # What configs call the width of feed-forwards, and the number of experts.
 _FEED_FORWARD = (
@@ -208,7 +209,7 @@ def _check_chosen(text: Any, left: int, name: str) -> None:
         chosen = getattr(text, key, None)
         if isinstance(chosen, int) and chosen > left:
             raise UserError(
-                f"{name} would have {left} experts, of which each token takes {chosen}", "keep more of them"
+                f"{name} would have {count(left, 'expert')}, of which each token takes {chosen}", "keep more of them"
             )
 
 

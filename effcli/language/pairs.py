@@ -26,6 +26,7 @@ from effcli.language.stream import Stream, WatchLayers
 from effcli.layers.contract import tied
 from effcli.layers.layer import LayerSite
 from effcli.options import Options
+from effcli.reports.units import count
 
 TOLERANCE = 2e-5
 _PARALLEL = 1e-3
@@ -236,7 +237,7 @@ class _Candidates:
         flat = inputs.reshape(-1, inputs.shape[-1])
         tokens = flat.shape[0]
         if tokens < _FEWEST_TOKENS:
-            return _Candidates(names, [], f"only {tokens} tokens reached it in the experiment")
+            return _Candidates(names, [], f"only {count(tokens, 'token')} reached it in the experiment")
         before = [
             item
             for item in sorted((*norms, *seen), key=lambda item: -item.position)

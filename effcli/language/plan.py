@@ -19,7 +19,7 @@ from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
-from effcli.reports.units import size
+from effcli.reports.units import count, size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row
 from effcli.run.recipe import PassStep
 
@@ -108,8 +108,8 @@ class PlannedModel:
         if obstacles:
             layer, why = next(iter(obstacles.items()))
             found.append(
-                f"{name}: effcli's own layout, which stock loaders refuse; {len(obstacles)} layers have no place in "
-                f"the standard format, such as {layer} ({why})"
+                f"{name}: effcli's own layout, which stock loaders refuse; no place in the standard format for "
+                f"{count(len(obstacles), 'layer')}, such as {layer} ({why})"
             )
         return found
 
@@ -260,15 +260,16 @@ def inspect(model: str, source: Path, trust_remote_code: bool = False) -> Inspec
     """What the checkpoint in `source` consists of, which is called `model`."""
     weights = open_weights(source, trust_remote_code)
     skeleton, nbytes = weights.skeleton, weights.checkpoint.nbytes
-    count = skeleton.weights()
+    total = skeleton.weights()
+    blocks = f"{count(len(skeleton.blocks), 'block')} ({skeleton.block_path})"
     remarks = [
-        f"{skeleton.config.model_type}: {count:,} weights in {len(skeleton.blocks)} blocks ({skeleton.block_path})",
-        f"{size(nbytes)} on disk, {8 * nbytes / count:.2f} bits per weight",
+        f"{skeleton.config.model_type}: {count(total, 'weight')} in {blocks}",
+        f"{size(nbytes)} on disk, {8 * nbytes / total:.2f} bits per weight",
     ]
     if skeleton.tied:
         remarks.append(f"{skeleton.head} shares its weight with the input embedding")
     rows = PlannedModel(weights, Calibration()).rows(Choice(site, None) for site in skeleton.sites())
-    return Inspection.of(model, rows, remarks, nbytes, count)
+    return Inspection.of(model, rows, remarks, nbytes, total)
 
 
 def _numbers(sites: Iterable[LayerSite]) -> int:

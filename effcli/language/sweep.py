@@ -36,6 +36,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_finite, check_tensor, worst
 from effcli.layers.selection import choose, needs_of
 from effcli.platform import memory
+from effcli.reports.units import count
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -253,7 +254,7 @@ class _Sweep:
         if self.carried:
             result.ledger += carried_rows(self.carried)
             result.remarks.append(
-                f"carried over as they are: {len(self.carried)} tensors that this network does not use, such as "
+                f"carried over as stored, unused by this network: {count(len(self.carried), 'tensor')}, such as "
                 f"{next(iter(self.carried))}"
             )
             stored.update(self.weights.foreign)
@@ -265,7 +266,7 @@ class _Sweep:
             first, reason = next(iter(obstacles.items()))
             result.remarks.append(
                 f"written in effcli's own layout, which effcli.load reads and stock loaders refuse: "
-                f"{len(obstacles)} layers have no place in the standard format, such as {first} ({reason})"
+                f"no place in the standard format for {count(len(obstacles), 'layer')}, such as {first} ({reason})"
             )
         own = bool(obstacles or self.skeleton.widths)
         described = own_config(config, stored, self.skeleton.widths) if own else self._standard(config, stored)

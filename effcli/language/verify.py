@@ -34,6 +34,7 @@ from effcli.options import Options
 from effcli.platform.huggingface import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.reports.against import Against, Moved
 from effcli.reports.report import FILE_NAME, Check, Report, Stage
+from effcli.reports.units import count
 
 # Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
 # sum in another order and round elsewhere, and every block passes that on.
@@ -322,7 +323,7 @@ def load_stock(path: Path, trust_remote_code: bool = False, dtype: torch.dtype |
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"it finds no weights for {len(missing)} parameters, such as {missing[0]}")
+        raise ValueError(f"it finds no weights for {count(len(missing), 'parameter')}, such as {missing[0]}")
     return network
 
 

@@ -39,7 +39,7 @@ def decide(
     """Let the pass called `name` say what stays of the groups whose layers are all taken.
 
     read: a parameter by its state-dict key; gradients: of layers, by name, where the pass asks for them. Raises
-    `UserError` where no group can be cut, and for a cut of a group that the pass was not given.
+    `UserError` where no group can be cut, and `PluginError` for a cut of a group that the pass was not given.
     """
     sites: dict[str, list[LayerSite]] = {}
     for choice in choices.values():
@@ -78,7 +78,7 @@ def decide(
     cuts = tuple(one for one in made_cuts if asked.expect(one, Cut, "a list of `Cut`").changes)
     strange = next((one for one in cuts if not any(one.coupled is group for group in offered)), None)
     if strange is not None:
-        raise UserError(f"{name} cuts {strange.coupled.name}, which it was not given", "cut only what `cut` is given")
+        asked.refuse(f"a cut of {strange.coupled.name}, which it was not given,", "cuts of the groups that it is given")
     if not cuts:
         remarks.append("nothing is cut: every channel stays")
     return Decided(cuts, tuple(remarks))

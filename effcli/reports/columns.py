@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from effcli.reports import latencies, units
 
 if TYPE_CHECKING:
-    from effcli.reports.report import Classification, Latency, Report, Speed, Stage, Training
+    from effcli.reports.report import Classification, Exported, Latency, Report, Speed, Stage, Training
 
     Maker = Callable[[Stage, Stage], "Cell | None"]
 
@@ -90,7 +90,7 @@ def export_lines(report: Report) -> list[str]:
     """One line for each export: its size, how fast it runs, and what running it next to the checkpoint showed."""
     lines = []
     for found in report.exports:
-        parts = [units.size(found.nbytes)]
+        parts = [exported_size(found)]
         for latency in found.latencies:
             parts.append(f"{latency.runtime} {units.significant(latency.milliseconds)} ms")
         if found.speed is not None:
@@ -99,6 +99,11 @@ def export_lines(report: Report) -> list[str]:
             parts.append(f"{found.speed.kernel}: {speeds} with {units.count(found.speed.threads, 'thread')}")
         lines.append(f"{found.target}: " + "; ".join([*parts, *filter(None, [found.checked]), *found.remarks]))
     return lines
+
+
+def exported_size(found: Exported) -> str:
+    """The size of an export's files, and what fills them where they are no weights: '605 kB of C source'."""
+    return f"{units.size(found.nbytes)} of {found.content}" if found.content else units.size(found.nbytes)
 
 
 def training_text(training: Training) -> str:

@@ -223,6 +223,7 @@ class Exported(Record):
 
     target: str
     nbytes: int = Field(description="size of its files")
+    content: str = Field(default="", description="what fills its files where they are no weights, e.g. 'C source'")
     checked: str = Field(default="", description="what running it next to the checkpoint showed, in one line")
     remarks: tuple[str, ...] = Field(default=(), description="what the user should know of it")
     latencies: tuple[Latency, ...] = ()

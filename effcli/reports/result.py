@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from effcli.reports.columns import exported_size
 from effcli.reports.report import Check, Report
 from effcli.reports.units import size
 
@@ -18,7 +19,7 @@ def result_lines(report: Report, output: Path, exports: Path, verbose: bool = Fa
     verbose: with the figures behind each check.
     """
     lines = [f"written: {output}, {size(report.stages[-1].nbytes)}"]
-    lines += [f"exported: {exports / found.target}, {size(found.nbytes)}" for found in report.exports]
+    lines += [f"exported: {exports / found.target}, {exported_size(found)}" for found in report.exports]
     if report.loader:
         lines.append(f"load it: {report.loader}({json.dumps(str(output), ensure_ascii=False)})")
     if report.checks:

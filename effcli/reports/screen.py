@@ -204,7 +204,7 @@ def _options(fields: Iterable[tuple[str, FieldInfo]], others: Mapping[str, str] 
 _TITLES = {
     "layers": "layer",
     "nbytes": "size",
-    "macs": "multiplications",
+    "macs": "MACs",
     "ram": "RAM",
     "milliseconds": "median, ms",
     "fastest": "fastest, ms",

@@ -31,10 +31,15 @@ class Text(rich.text.Text):
 
 
 class Name:
-    """The name of a layer in a cell: too long for one line, it goes on behind a dot, never in the middle of a word."""
+    """The name of a layer in a cell: too long for one line, it goes on behind a dot, never in the middle of a word.
+
+    A name without dots, as C has it, goes on behind an underscore.
+    """
 
     def __init__(self, name: str) -> None:
-        self._parts = re.findall(r"\.?[^.]*", terminal(name, lines=True))[:-1] or [""]
+        shown = terminal(name, lines=True)
+        end = "." if "." in shown else "_"
+        self._parts = re.findall(rf"\{end}?[^{end}]*", shown)[:-1] or [""]
 
     def __rich_measure__(self, console: rich.console.Console, options: ConsoleOptions) -> Measurement:
         return Measurement(max(map(cell_len, self._parts)), cell_len("".join(self._parts)))

@@ -31,7 +31,7 @@ from effcli.platform import memory
 from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports import card, html, html_sensitivity
 from effcli.reports.report import Exported, Report, Stage
-from effcli.reports.units import size
+from effcli.reports.units import count, size
 from effcli.run import detect
 from effcli.run import recipe as recipes
 from effcli.run.listener import Listener, Silent, phases, told
@@ -423,7 +423,7 @@ def _key(step: ExportStep) -> str:
 
 
 def _machine(device: torch.device) -> str:
-    found = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {platform.system()}"
+    found = f"{device_name(torch.device('cpu'))}, {count(os.cpu_count() or 1, 'core')}, {platform.system()}"
     return found if device.type == "cpu" else f"{found}, {device_name(device)}"
 
 

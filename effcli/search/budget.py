@@ -61,7 +61,8 @@ class Budget(Options):
             case "perplexity_increase":
                 return f"perplexity up by at most {100 * self.limit:g}%"
             case "accuracy_drop":
-                return f"accuracy down by at most {100 * self.limit:g} points"
+                points = 100 * self.limit
+                return f"accuracy down by at most {points:g} point{'' if points == 1 else 's'}"
             case "macs":
                 return f"{self.limit:,.0f} multiplications"
             case "latency":

@@ -231,7 +231,7 @@ def test_an_exporter(install: Install, tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert main(["export", str(out), "--to", "npz", "--half", "-o", str(tmp_path / "half")]) == 0
     shown = capsys.readouterr().out
-    assert "written:" in shown and next(iter(state)) in shown
+    assert "written to" in shown and next(iter(state)) in shown
     with np.load(tmp_path / "half" / "weights.npz") as arrays:
         assert {arrays[name].dtype for name in arrays} == {np.dtype(np.float16)}
     assert main(["export", str(out), "--to", "npz", "-o", str(tmp_path / "half")]) == 1

@@ -19,6 +19,7 @@ from effcli.exporters import c
 from effcli.exporters._target import MARK
 from effcli.exporters.c import C
 from effcli.exporters.firmware import check
+from effcli.reports.columns import exported_size
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def test_the_folder_of_an_export(source: Path, tmp_path: Path) -> None:
     } <= found
     assert done.nbytes == sum((tmp_path / "c" / path).stat().st_size for path in found)
     assert re.search(r"3 calibration inputs: every byte of 4 layers", done.checked)
+    assert exported_size(done).endswith("kB of source text"), "it is not flash"
     assert re.match(r"RAM \d+ bytes", done.remarks[0]) and re.match(r"flash about \d+ bytes", done.remarks[1])
     # Nothing is left to be filled in.
     texts = {path: (tmp_path / "c" / path).read_text() for path in found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -87,6 +88,7 @@ def test_a_graph_stays_floating(source: Source, tmp_path: Path) -> None:
 def test_an_integer_network_becomes_int8(source: Source, tmp_path: Path) -> None:
     found = exporter.ONNX().export(source("integer"), tmp_path / "target")
     assert "on 12 calibration inputs: top-1 agreement" in found.checked
+    assert re.search("largest difference (0 steps|1 step|[2-9] steps) of ", found.checked)
     # What the user must know where the file runs, and cannot see in it.
     assert found.remarks == (_onnx_integer.REMARK,) and "session.x64quantprecision" in found.remarks[0]
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators(tmp_path / "target")

@@ -214,7 +214,7 @@ DAMAGED_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "the index names a tensor that no shard holds": (
         promise_more,
-        "names 1 tensors that no shard holds, the first is c",
+        "no shard holds c, which the index names",
     ),
     "index not JSON": (lambda path: (path / "model.safetensors.index.json").write_text("{"), "is damaged"),
     "index a list": (lambda path: (path / "model.safetensors.index.json").write_text("[]"), "is damaged"),

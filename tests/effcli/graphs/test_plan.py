@@ -332,4 +332,4 @@ def test_inspection_of_an_integer_network(bits: Any, nbytes: int, tmp_path: Path
     assert (row.name, row.kind, row.shape, row.macs, row.nbytes) == ("head", "linear", (3, 5), 15, nbytes)
     assert row.format == f"int{bits} integer" and row.bits_per_weight == bits
     assert (found.weights, found.nbytes) == (15, nbytes)
-    assert found.remarks[0].startswith("integer network of 1 operations: 15 weights, 15 multiplications")
+    assert found.remarks[0].startswith("integer network of 1 operation: 15 weights, 15 multiplications")

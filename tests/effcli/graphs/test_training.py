@@ -121,8 +121,8 @@ def test_labels_are_learnt(tmp_path: Path) -> None:
         ({"epochs": 1}, ", and it still fell: raise `epochs` (now 1), or `learning_rate` (now 0.01)"),
         ({"steps": 2}, ", and it still fell: raise `steps` (now 2), or `learning_rate` (now 0.01)"),
         ({"steps": 2, "keep_best": False}, ", and it still fell: raise `steps` (now 2), or `learning_rate` (now 0.01)"),
-        ({"learning_rate": 100.0}, " lower no error; lower `learning_rate` (now 100)"),
-        ({"learning_rate": 1e-30}, " lower no error; raise `learning_rate` (now 1e-30) or `epochs` (now 3)"),
+        ({"learning_rate": 100.0}, " made no error smaller; lower `learning_rate` (now 100)"),
+        ({"learning_rate": 1e-30}, " made no error smaller; raise `learning_rate` (now 1e-30) or `epochs` (now 3)"),
         ({"epochs": 40}, " after"),
     ],
 )
@@ -137,7 +137,7 @@ def test_nothing_is_advised_where_there_is_no_error() -> None:
     graph = small_graphs.separable()
     config = Tune(wanted="ORIGINAL")
     made = train(graph, "tune", config, Held(small_graphs.inputs(graph, 8)), {"layer0": config}, batch_size=4)
-    assert made.remarks[-1].endswith(" lower no error")
+    assert made.remarks[-1].endswith(" made no error smaller")
 
 
 def test_the_gradient_is_that_of_the_whole_network(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_what_a_training_undoes_is_said(tmp_path: Path) -> None:
     filled = {name: int((made.layer(name).weight[own] != 0).sum()) for name, own in zeros.items()}  # type: ignore[index,operator]
     assert filled["layer0"] > 0
     names = [name for name, count in filled.items() if count]
-    assert f"tune filled {sum(filled.values())} weights that were zero, in {', '.join(names)}" in remarks
+    assert f"tune filled {sum(filled.values())} weights of value zero, in {', '.join(names)}" in remarks
 
 
 class Mode(nn.Module):

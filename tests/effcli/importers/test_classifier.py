@@ -131,10 +131,10 @@ HEAD = "classifier.1.weight"
         (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*.safetensors file"),
         (_pickle, "holds only pickled weights"),
         (_truncate, "is truncated"),
-        (lambda folder: tensors(folder, lambda state: state.pop(HEAD)), f"lacks 1 tensors, the first is {HEAD}"),
+        (lambda folder: tensors(folder, lambda state: state.pop(HEAD)), f"lacks {HEAD}"),
         (
             lambda folder: tensors(folder, lambda state: state.update(extra=torch.zeros(1))),
-            "unknown to the network, 1 tensors, the first is extra",
+            "holds what the network does not have: extra",
         ),
         (
             lambda folder: tensors(folder, lambda state: state.update({HEAD: torch.zeros(2, 2)})),

@@ -351,7 +351,7 @@ def _first_value(data: dict[str, Any]) -> dict[str, Any]:
         (_model(lambda data: _first_argument(data).update(name="x")), "takes no 'x'"),
         (_model(lambda data: data["graph_module"]["graph"]["nodes"][0]["inputs"].pop(0)), "lacks its"),
         (_placeholder("x, y=print()"), "'x, y=print.*is no name of a value"),
-        (_model(lambda data: data["graph_module"]["graph"]["inputs"].pop()), "inputs, and its signature"),
+        (_model(lambda data: data["graph_module"]["graph"]["inputs"].pop()), "in the graph and 12 in its signature"),
         (_model(lambda data: _undescribed(data["graph_module"]["graph"])), "is described nowhere"),
         (_model(lambda data: _twice(data["graph_module"]["graph"]["inputs"])), "is made twice"),
         (_model(lambda data: _out_of_range(data["range_constraints"])), "lies outside its range"),

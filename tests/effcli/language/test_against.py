@@ -149,13 +149,13 @@ FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "dtype": (lambda t: t.update({TOWER: t[TOWER].bfloat16()}), f"{TOWER} is bfloat16 and was float32"),
     "lost": (lambda t: t.pop(TOWER), f"lacks 1 of the network's parameters, the first is {TOWER}"),
-    "head lost": (lambda t: t.pop(EXTRA), f"1 tensors are lost, such as {EXTRA}"),
-    "head altered": (lambda t: t[EXTRA].neg_(), f"1 tensors were altered, such as {EXTRA}"),
+    "head lost": (lambda t: t.pop(EXTRA), f"1 tensor lost, such as {EXTRA}"),
+    "head altered": (lambda t: t[EXTRA].neg_(), f"1 tensor altered, such as {EXTRA}"),
     "swapped": (
         lambda t: swap(t, "model.language_model.layers.0.mlp.up_proj", "model.language_model.layers.1.mlp.up_proj"),
         "model.language_model.layers.0.mlp.up_proj is not the input's: its weight lies 2 off",
     ),
-    "new": (lambda t: t.update({"new.weight": torch.ones(2)}), "1 tensors are new, such as new.weight"),
+    "new": (lambda t: t.update({"new.weight": torch.ones(2)}), "1 tensor new, such as new.weight"),
 }
 
 
@@ -181,7 +181,7 @@ def test_another_class_is_another_network(source: Path, run: tuple[Path, list[St
 def test_parameters_that_transformers_would_make_up_are_a_fault(source: Path, tmp_path: Path) -> None:
     out = shutil.copytree(source, tmp_path / "out")
     changed(out, lambda tensors: tensors.pop(next(name for name in tensors if "pre_layrnorm" in name)))
-    with pytest.raises(ValueError, match="it finds no weights for 1 parameters, such as"):
+    with pytest.raises(ValueError, match="it finds no weights for 1 parameter, such as"):
         verify.load_stock(out)
 
 

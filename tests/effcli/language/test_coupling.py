@@ -217,7 +217,7 @@ def test_experts(tmp_path: Path) -> None:
     smaller = stock(target)
     assert smaller.config.num_local_experts == 3
     torch.testing.assert_close(logits(smaller), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="would have 1 experts, of which each token takes 2"):
+    with pytest.raises(UserError, match="would have 1 expert, of which each token takes 2"):
         few = alike(groups, lambda _: torch.tensor([True, False, False, False]))
         carry_out(source, tmp_path / "few", few)
 

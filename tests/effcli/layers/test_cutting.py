@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import effcli
-from effcli.errors import UnsupportedError, UserError
+from effcli.errors import PluginError, UnsupportedError, UserError
 from effcli.formats import Bitmask, Mask
 from effcli.graphs.backward import gradients as graph_gradients
 from effcli.graphs.graph import Graph
@@ -99,7 +99,7 @@ def test_nothing_to_cut_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_group_that_was_not_given_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"halve cuts stem, which it was not given"):
+    with pytest.raises(PluginError, match=r"the pass Halve returned a cut of stem, which it was not given, from `cut`"):
         cut_graph(small_graphs.residual(), tmp_path, Halve(strange=True))
 
 

@@ -90,6 +90,30 @@ def test_names_of_layers_go_on_behind_a_dot(width: int) -> None:
     assert {word for part in first for word in part.split(".")} - {""} == whole, "no word is cut"
 
 
+class Task(Options):
+    """A layer of firmware."""
+
+    layer: str
+    kind: str
+    ram: int
+    flash: int
+    macs: int
+    instructions: int
+
+
+def test_names_without_dots_go_on_behind_an_underscore() -> None:
+    """At 80 columns a table of firmware keeps every figure."""
+    name = "stage2_depthwise_convolution_with_a_name_that_is_long"
+    row = Task(layer=name, kind="convolution", ram=15_700, flash=37_400, macs=18_063_360, instructions=40_123_456)
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(records_table("", [row]))
+    assert isinstance(console.file, io.StringIO)
+    header, _, first, *_ = lines = console.file.getvalue().splitlines()
+    assert header.split() == ["layer", "kind", "RAM", "flash", "MACs", "instructions"]
+    assert first.split()[1:] == ["convolution", "15.7", "kB", "37.4", "kB", "18,063,360", "40,123,456"]
+    assert "".join(line.split()[0] for line in lines[2:]) == name
+
+
 def test_sizes_have_units_and_columns_are_called_what_they_hold() -> None:
     console = Console(width=100, file=io.StringIO(), color_system=None)
     console.print(records_table("", PARTS))

@@ -149,7 +149,7 @@ def test_what_no_choice_keeps(quantity: Quantity, figure: Callable[[int], float]
         ("macs", 1000, 1000, "1,000 multiplications"),
         ("average_bits", 3.5, 3.5, "3.5 bits on average"),
         ("perplexity_increase", "5%", 0.05, "perplexity up by at most 5%"),
-        ("accuracy_drop", 0.01, 0.01, "accuracy down by at most 1 points"),
+        ("accuracy_drop", 0.01, 0.01, "accuracy down by at most 1 point"),
     ],
 )
 def test_units(quantity: Quantity, given: Any, limit: float, text: str) -> None:
