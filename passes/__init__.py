@@ -71,6 +71,14 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.search.auto:Auto",
         "Choose the bits of every layer under a budget, for another pass.",
     ),
+    "magnitude": Entry(
+        "effcli.passes.prune.magnitude:Magnitude",
+        "Remove the smallest weights (arXiv:1506.02626).",
+    ),
+    "wanda": Entry(
+        "effcli.passes.prune.wanda:Wanda",
+        "Remove weights by their magnitude and the norm of their input (arXiv:2306.11695).",
+    ),
     "int8": Entry(
         "effcli.passes.quantize.int8:Int8",
         "Quantize weights and activations to an integer network (arXiv:1712.05877).",

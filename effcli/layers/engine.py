@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effcli.formats import Quantized
-from effcli.layers.contract import Apply, Group, LayerPass, Needs, Pass, ScalingPass, Statistics, carry_out
+from effcli.layers.contract import Apply, Change, Group, LayerPass, Needs, Pass, ScalingPass, Statistics, carry_out
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Network, Readers
 from effcli.layers.result import histogram, ratio
@@ -150,7 +150,8 @@ class LayerEngine:
         if explicit is not None:
             seen = tuple(_divided(own, explicit) for own in seen)
         if seen and not seen[0].tokens:
-            self.explain([name], "no calibration token reached it: rounded without activations")
+            done = "pruned" if Change.MASK in options.changes else "rounded"
+            self.explain([name], f"no calibration token reached it: {done} without activations")
         outcome = self.apply(options, layer, seen)
         weight, mask = outcome.weight, outcome.kept(layer)
         if mask is not None:

@@ -173,15 +173,15 @@ def _must_match(pattern: str, names: Sequence[str], key: str) -> None:
 
 def _check_group_sizes(choices: Iterable[Choice]) -> None:
     """Raise `SelectionError` with the sizes that would do when a group size does not divide its layers."""
-    misfits: dict[int, list[LayerSite]] = {}
+    misfits: dict[tuple[int, str], list[LayerSite]] = {}
     widths: set[int] = set()
     for choice in choices:
         format = None if choice.config is None else choice.config.format
         if format is not None and format.row_group:
             widths.add(choice.site.columns)
             if choice.site.columns % format.row_group:
-                misfits.setdefault(format.row_group, []).append(choice.site)
-    for size, sites in misfits.items():
+                misfits.setdefault((format.row_group, _pattern(format)), []).append(choice.site)
+    for (size, pattern), sites in misfits.items():
         common = math.gcd(*widths)
         fitting = sorted((n for n in range(8, 513) if common % n == 0), key=lambda n: abs(n - size))
         remedy = "give those layers another group_size under `layers`, or `ignore` them"
@@ -189,4 +189,12 @@ def _check_group_sizes(choices: Iterable[Choice]) -> None:
             remedy = f"group sizes that divide every layer: {', '.join(map(str, sorted(fitting[:6])))}"
         shown = ", ".join(f"{site.name} ({site.columns})" for site in sites[:3])
         more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+        if pattern:
+            remedy = "give those layers another pattern or a sparsity under `layers`, or `ignore` them"
+            raise SelectionError(f"the pattern {pattern} does not divide the input channels of {shown}{more}", remedy)
         raise SelectionError(f"group size {size} does not divide the input channels of {shown}{more}", remedy)
+
+
+def _pattern(format: Packing) -> str:
+    """The pattern whose neighbours must divide a row; empty where it is the scales that are shared."""
+    return str(format.pattern) if isinstance(format, Sparse) and format.pattern.row_group else ""

@@ -255,7 +255,7 @@ def test_the_guide_names_what_there_is() -> None:
     blocks = [tomllib.loads(block)["project"] for block in re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)]
     offered = {group: points for block in blocks for group, points in block["entry-points"].items()}
     assert offered == {
-        "effcli.passes": {"magnitude": "effcli_magnitude:Magnitude"},
+        "effcli.passes": {"smallest": "effcli_magnitude:Magnitude"},
         "effcli.exporters": {"npz": "effcli_npz:Npz"},
         "effcli.formats": {"shift": "effcli_shift:Shift"},
     }

@@ -1,0 +1,1 @@
+"""Passes that remove weights: one by one, or whole channels with everything that goes with them."""

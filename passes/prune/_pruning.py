@@ -1,0 +1,152 @@
+"""What passes share that remove single weights: how many, in which pattern, and those of the least score."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from effcli.formats import Blocks, Dense, Mask, Sparse
+from effcli.layers.contract import UNSEEN, Change, Layer, LayerPass, Outcome, Statistics
+
+# The share that is removed where neither a share nor a pattern is given.
+_HALF = 0.5
+
+
+class Pruning(LayerPass):
+    """Options that say how many weights are removed, and in which pattern."""
+
+    changes: ClassVar[Change] = Change.MASK
+
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="Share of each layer's weights that is removed; 0.5 unless `pattern` is given."
+    )
+    pattern: str | None = Field(
+        None, description="N:M, such as `2:4`: of every M neighbours of a row N are kept. In place of `sparsity`."
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _can_be_kept(cls, value: str | None) -> str | None:
+        if value is not None:
+            _blocks(value)
+        return value
+
+    @model_validator(mode="after")
+    def _sparsity_or_pattern(self) -> Self:
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError(
+                f"sparsity {self.sparsity:g} and pattern {self.pattern} exclude each other; set one to null"
+            )
+        return self
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The pattern of what is kept; None where any weight may go."""
+        return None if self.pattern is None else _blocks(self.pattern)
+
+    @property
+    def share(self) -> float:
+        """The share of the weights that is removed."""
+        if self.blocks is not None:
+            return 1 - self.blocks.kept / self.blocks.of
+        return _HALF if self.sparsity is None else self.sparsity
+
+    @property
+    def format(self) -> Sparse | None:
+        return None if self.blocks is None else Sparse(self.blocks, Dense(torch.float32))
+
+    def chosen(self, scores: Tensor, layer: Layer, by_row: bool) -> Mask:
+        """Keep the weights of a layer with the highest scores, float32 (out, in).
+
+        by_row: whether weights compete with those of their row alone. What earlier passes removed goes first.
+        """
+        if layer.mask is not None:
+            scores = scores.masked_fill(~layer.mask.kept, -torch.inf)
+        if self.blocks is not None:
+            return Mask(largest_of(scores, self.blocks), self.blocks)
+        groups = scores if by_row else scores.reshape(1, -1)
+        return Mask(largest(groups, removals(self.share, groups)).view_as(scores))
+
+
+class ScoringPass(Pruning):
+    """A pass that removes the weights of the least scores and leaves the others as they are."""
+
+    @property
+    def by_row(self) -> bool:
+        """Whether weights compete with those of their row alone."""
+        return True
+
+    @abstractmethod
+    def scores(self, layer: Layer, seen: Statistics) -> Tensor:
+        """The score of each weight, float32 (out, in); seen: of inputs that reached it."""
+
+    def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
+        """Prune one weight (out, in), by magnitude where its inputs are asked for and none reached it."""
+        return self.apply_groups(layer, (seen,))
+
+    def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
+        """Prune a grouped convolution: weights compete across its groups as across its rows."""
+        if self.needs and not all(own.tokens for own in seen):
+            return pruned(layer.weight, self.chosen(layer.weight.abs(), layer, self.by_row), layer, **UNREACHED)
+        scores = torch.cat([self.scores(part, own) for part, own in zip(parts(layer, len(seen)), seen, strict=True)])
+        return pruned(layer.weight, self.chosen(scores, layer, self.by_row), layer)
+
+
+# What the ledger says of a layer that no input reached.
+UNREACHED = {"scored": "by magnitude: no calibration token reached it"}
+
+
+def pruned(weight: Tensor, mask: Mask, layer: Layer, **notes: Any) -> Outcome:
+    """The outcome of a weight (out, in) under a mask, with the share that is removed by now, and further notes."""
+    removed = (~(mask & layer.mask).kept).sum()
+    return Outcome(weight, {"sparsity": round(int(removed) / max(weight.numel(), 1), 6), **notes}, mask)
+
+
+def parts(layer: Layer, groups: int) -> list[Layer]:
+    """The groups of a convolution as layers; a layer of one group as it is."""
+    masks = [None] * groups if layer.mask is None else layer.mask.chunk(groups)
+    weights = layer.weight.chunk(groups)
+    return [
+        Layer(layer.name, layer.kind, weight, layer.dtype, mask=mask)
+        for weight, mask in zip(weights, masks, strict=True)
+    ]
+
+
+def removals(share: float, scores: Tensor) -> Tensor:
+    """How many weights of each row of scores (groups, size) go, int64 (groups,).
+
+    Their sum is the share of all, rounded; those of two rows differ by one at most.
+    """
+    ends = torch.arange(len(scores) + 1, dtype=torch.float64) * scores.shape[1] * share
+    return ends.round().diff().long().to(scores.device)
+
+
+def largest(scores: Tensor, removed: Tensor) -> Tensor:
+    """Keep all but so many of each row of scores (groups, size), bool (groups, size); removed: int64 (groups,).
+
+    The least scores go; of equal ones the first.
+    """
+    order = scores.argsort(dim=1, stable=True)
+    stays = torch.arange(scores.shape[1], device=scores.device) >= removed.unsqueeze(1)
+    return torch.empty_like(stays).scatter_(1, order, stays)
+
+
+def largest_of(scores: Tensor, blocks: Blocks) -> Tensor:
+    """Keep the largest of all neighbours of scores (out, in) that belong together, bool (out, in)."""
+    groups = scores.reshape(-1, blocks.of)
+    removed = torch.full((len(groups),), blocks.of - blocks.kept, device=scores.device)
+    return largest(groups, removed).view(scores.shape)
+
+
+def _blocks(pattern: str) -> Blocks:
+    """The pattern N:M; `ValueError` for what is none."""
+    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
+    if found is None:
+        raise ValueError(f"{pattern!r} is no pattern N:M, such as 2:4")
+    return Blocks(int(found[1]), int(found[2]))
