@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from effcli.options import Record
 from effcli.reports import latencies, units
+from effcli.reports.alike import calibrated_otherwise, final_rows, other_input, quality_of, unlike
 from effcli.reports.columns import kernel_text
 from effcli.reports.report import Classification, LedgerRow, Quality, Report, Stage
 
@@ -36,12 +37,18 @@ class Figure(Record):
     unit: Unit
     a: float | None
     b: float | None
+    obstacle: str = Field(default="", description="why the two cannot be set against each other, e.g. 'other text'")
 
     @property
     def change(self) -> str:
-        """From A to B in words: relative, in points for a fraction, in dB for decibels, empty where it says nothing."""
+        """From A to B in words: relative, in points for a fraction, in dB for decibels; or why there is none.
+
+        Empty where it says nothing.
+        """
         if self.a is None or self.b is None:
             return ""
+        if self.obstacle:
+            return self.obstacle
         if self.unit == "fraction":
             return units.points(self.b, self.a)
         if self.unit == "decibels":
@@ -72,30 +79,43 @@ class Comparison(Record):
     caveats: tuple[str, ...]
     layers: tuple[LayerDifference, ...]
     same_layers: int
+    last_pass_alone: bool = Field(
+        default=False, description="whether a layer went through several passes: its error is that of the last one"
+    )
 
 
 def compare(a: Report, b: Report) -> Comparison:
     """Compare the last stages of two runs. Figures that neither has measured are left out."""
-    last_a, last_b = a.stages[-1], b.stages[-1]
-    runtimes = latencies.runtime_names([last_a, last_b])
+    runtimes = latencies.runtime_names([a.stages[-1], b.stages[-1]])
     side_a, side_b = _figures(a, runtimes), _figures(b, runtimes)
+    reasons = unlike(a, b, runtimes)
+    marks = {key: reason.mark for reason in reversed(reasons) for key in reason.keys}
     figures = tuple(
-        Figure(key=key, title=title, unit=unit, a=value, b=side_b[index][3])
+        Figure(key=key, title=title, unit=unit, a=value, b=side_b[index][3], obstacle=marks.get(key, ""))
         for index, (key, title, unit, value) in enumerate(side_a)
         if value is not None or side_b[index][3] is not None
     )
-    rows_a, rows_b = _final_rows(a), _final_rows(b)
+    rows_a, rows_b = final_rows(a), final_rows(b)
     names = list(dict.fromkeys([*rows_a, *rows_b]))
-    found = [_difference(name, rows_a.get(name), rows_b.get(name)) for name in names]
+    calibrated = calibrated_otherwise(a, b)
+    found = [_difference(name, rows_a.get(name), rows_b.get(name), not calibrated) for name in names]
     layers = sorted((layer for layer in found if layer is not None), key=_distance, reverse=True)
     label_a, label_b = _labels(a, b)
     return Comparison(
         a=_side(a, label_a),
         b=_side(b, label_b),
         figures=figures,
-        caveats=(*_caveats(a, b, last_a, last_b), *_unrecorded(a, label_a), *_unrecorded(b, label_b)),
+        caveats=(
+            *other_input(a, b),
+            *(reason.sentence for reason in reasons),
+            *([calibrated] if calibrated else []),
+            *_remarks(a, b, marks, runtimes),
+            *_unrecorded(a, label_a),
+            *_unrecorded(b, label_b),
+        ),
         layers=tuple(layers),
         same_layers=sum(layer is None for layer in found),
+        last_pass_alone=_went_through_several(a) or _went_through_several(b),
     )
 
 
@@ -153,22 +173,23 @@ def _labels(a: Report, b: Report) -> tuple[str, str]:
     return long if long[0] != long[1] else (f"A: {short[0]}", f"B: {short[1]}")
 
 
-def _final_rows(report: Report) -> dict[str, LedgerRow]:
-    """How each layer is stored at the end. A layer that the last pass left alone keeps an earlier pass's error."""
-    found: dict[str, LedgerRow] = {}
-    for stage in report.stages:
-        for row in stage.ledger:
-            before = found.get(row.name)
-            if row.status == "kept" and before is not None and before.status == "compressed":
-                errors = {"output_error": before.output_error, "weight_error": before.weight_error}
-                row = row.model_copy(update={**errors, "status": "compressed"})
-            found[row.name] = row
-    return found
+def _went_through_several(report: Report) -> bool:
+    """Whether several passes have measured an error of one layer."""
+    measured = [
+        row.name
+        for stage in report.stages
+        for row in stage.ledger
+        if row.status != "kept" and not (row.weight_error is row.output_error is None)
+    ]
+    return len(measured) > len(set(measured))
 
 
-def _difference(name: str, a: LedgerRow | None, b: LedgerRow | None) -> LayerDifference | None:
-    """The difference between two rows of one layer, None when there is none."""
-    kind, error_a, error_b = _errors(a, b)
+def _difference(name: str, a: LedgerRow | None, b: LedgerRow | None, outputs: bool) -> LayerDifference | None:
+    """The difference between two rows of one layer, None when there is none.
+
+    outputs: whether the errors of outputs were measured on the same inputs.
+    """
+    kind, error_a, error_b = _errors(a, b, outputs)
     # Sums of one run are repeated to about six digits on another number of threads.
     alike = error_a is None or error_b is None or error_a == error_b or math.isclose(error_a, error_b, rel_tol=1e-4)
     if alike and a and b and a.format == b.format and a.bits_per_weight == b.bits_per_weight:
@@ -185,12 +206,13 @@ def _difference(name: str, a: LedgerRow | None, b: LedgerRow | None) -> LayerDif
     )
 
 
-def _errors(a: LedgerRow | None, b: LedgerRow | None) -> tuple[Error, float | None, float | None]:
+def _errors(a: LedgerRow | None, b: LedgerRow | None, outputs: bool) -> tuple[Error, float | None, float | None]:
     """The error that both rows have, of outputs before that of weights, or else one that a single row has."""
     found: list[tuple[Error, float | None, float | None]] = [
-        ("output", a.output_error if a else None, b.output_error if b else None),
-        ("weight", a.weight_error if a else None, b.weight_error if b else None),
+        ("weight", a.weight_error if a else None, b.weight_error if b else None)
     ]
+    if outputs:
+        found.insert(0, ("output", a.output_error if a else None, b.output_error if b else None))
     best = max(found, key=lambda errors: -errors[1:].count(None))
     return ("", None, None) if best[1] is best[2] is None else best
 
@@ -207,93 +229,27 @@ def _distance(layer: LayerDifference) -> tuple[float, float]:
     return round(abs(math.log2(max(a, tiny) / max(b, tiny))), 1), max(a, b)
 
 
-def _other_network(a: Report, b: Report) -> str | None:
-    """What shows that two models of one name are not the same network; None where nothing does."""
-    first_a, first_b = a.stages[0], b.stages[0]
-    if first_a.weights != first_b.weights:
-        return f"{first_a.weights:,} and {first_b.weights:,} weights"
-    if first_a.nbytes != first_b.nbytes:
-        return f"{units.size(first_a.nbytes)} and {units.size(first_b.nbytes)}"
-    rows_a, rows_b = _final_rows(a), _final_rows(b)
-    for name in sorted(rows_a.keys() & rows_b.keys()):
-        one, two = rows_a[name].shape, rows_b[name].shape
-        if one != two:
-            return f"{name} is {units.shape(one)} in one and {units.shape(two)} in the other"
-    quality_a, quality_b = first_a.quality or Quality(), first_b.quality or Quality()
-    both = quality_a.perplexity, quality_b.perplexity
-    # One network over the same tokens gives one perplexity, but for rounding.
-    alike = None in both or quality_a.tokens != quality_b.tokens
-    if not alike and not math.isclose(both[0] or 0.0, both[1] or 0.0, rel_tol=0.01):
-        return f"perplexity {units.significant(both[0] or 0.0, 4)} and {units.significant(both[1] or 0.0, 4)}"
-    return None
-
-
 def _unrecorded(report: Report, label: str) -> list[str]:
     """What the ledger of a report leaves out, so that layers are not compared by what the passes made of them."""
-    if not _final_rows(report):
+    if not final_rows(report):
         return [f"{label} has no ledger: its layers are not known"]
     empty = [stage.name for stage in report.stages[1:] if not stage.ledger]
     return [f"{label} has no ledger of {name}: what it did to the layers is not known" for name in empty]
 
 
-def _caveats(a: Report, b: Report, last_a: Stage, last_b: Stage) -> list[str]:
-    """Why figures of the two runs may differ for another reason than their passes."""
+def _remarks(a: Report, b: Report, marks: Mapping[str, str], runtimes: Sequence[str]) -> list[str]:
+    """What is to be known of figures that were taken alike; marks: of those that were not."""
     found = []
-    if a.model != b.model:
-        found.append(f"the runs began with different models: {a.model} and {b.model}")
-    elif (other := _other_network(a, b)) is not None:
-        found.append(f"the runs began with different networks, both called {a.model}: {other}")
-    quality_a, quality_b = last_a.quality or Quality(), last_b.quality or Quality()
-    both_perplexity = quality_a.perplexity is not None and quality_b.perplexity is not None
-    both_kl = quality_a.kl is not None and quality_b.kl is not None
-    if (both_perplexity or both_kl) and quality_a.tokens != quality_b.tokens:
-        found.append(
-            f"perplexity and KL were taken over {quality_a.tokens:,} and {quality_b.tokens:,} tokens: not comparable"
-        )
-    if quality_a.accuracy is not None and quality_b.accuracy is not None:
-        if quality_a.examples != quality_b.examples:
-            found.append(
-                f"accuracy was taken over {quality_a.examples:,} and {quality_b.examples:,} examples: not comparable"
-            )
-        elif _within_chance(
-            quality_a.accuracy, quality_a.accuracy_stderr, quality_b.accuracy, quality_b.accuracy_stderr
-        ):
-            found.append("the accuracies differ by less than two standard errors")
-    found += _classification_caveats(quality_a.classification, quality_b.classification)
-    found += _latency_caveats(a, b)
-    one, two = last_a.speed, last_b.speed
-    if one and two:
-        if (one.device, one.threads) != (two.device, two.threads) or a.machine != b.machine:
-            found.append("speed was measured on different machines or with different threads: not comparable")
-        if one.prefill_tokens != two.prefill_tokens:
-            found.append(f"prefill was measured with prompts of {one.prefill_tokens} and {two.prefill_tokens} tokens")
-    return found
-
-
-def _classification_caveats(a: Classification | None, b: Classification | None) -> list[str]:
-    if a is None or b is None:
-        return []
-    if a.images != b.images:
-        return [f"classification was measured on {a.images:,} and {b.images:,} images: not comparable"]
-    if _within_chance(a.top1, a.top1_stderr, b.top1, b.top1_stderr):
-        return ["the top-1 figures differ by less than two standard errors"]
-    return []
-
-
-def _latency_caveats(a: Report, b: Report) -> list[str]:
-    """Latencies that stand side by side but were not taken alike."""
-    last_a, last_b = a.stages[-1], b.stages[-1]
-    found = []
-    for name in latencies.runtime_names([last_a, last_b]):
-        one, two = latencies.latency_in(last_a, name), latencies.latency_in(last_b, name)
-        if one is None or two is None:
-            continue
-        if (one.device, one.threads) != (two.device, two.threads) or a.machine != b.machine:
-            found.append(
-                f"latency of {name} was measured on different machines or with different threads: not comparable"
-            )
-        if one.runtime != two.runtime:
-            found.append(f"latency of {name} is that of {one.runtime} and of {two.runtime}")
+    one, two = quality_of(a), quality_of(b)
+    if "accuracy" not in marks and _within_chance(one.accuracy, one.accuracy_stderr, two.accuracy, two.accuracy_stderr):
+        found.append("the accuracies differ by less than two standard errors")
+    first, second = (found.classification or Classification(images=0) for found in (one, two))
+    if "top1" not in marks and _within_chance(first.top1, first.top1_stderr, second.top1, second.top1_stderr):
+        found.append("the top-1 figures differ by less than two standard errors")
+    for name in runtimes:
+        timed_a, timed_b = (latencies.latency_in(report.stages[-1], name) for report in (a, b))
+        if timed_a and timed_b and timed_a.runtime != timed_b.runtime:
+            found.append(f"latency of {name} is that of {timed_a.runtime} and of {timed_b.runtime}")
     return found
 
 

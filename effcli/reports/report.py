@@ -252,6 +252,9 @@ class Report(Record):
     software: dict[str, str] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict, description="the recipe, resolved")
     given: dict[str, Any] = Field(default_factory=dict, description="the recipe as it was given, without defaults")
+    data: dict[str, str] = Field(
+        default_factory=dict, description="what tells the data apart that the recipe names: a digest of each, by name"
+    )
     stages: tuple[Stage, ...] = Field(min_length=1, description="the input first, then one per pass")
     layout: Layout | None = Field(default=None, description="what loads the finished checkpoint")
     loader: str = Field(default="", description="the Python function that loads it, e.g. 'effcli.load'")

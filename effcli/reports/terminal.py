@@ -385,6 +385,8 @@ def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
     if mixed:
         table.add_column("error of")
     error = "error" if mixed or not kinds else f"{next(iter(kinds))} error"
+    if comparison.last_pass_alone:
+        error += ",\nlast pass"
     for label in (comparison.a.label, comparison.b.label):
         table.add_column(Text(f"{error}\n{label}"), justify="right", overflow="fold")
     for layer in shown:
@@ -393,7 +395,10 @@ def _layer_differences(comparison: Comparison, worst: int | None) -> Group:
         table.add_row(Name(layer.name), *stored, *([layer.error] if mixed else []), *errors)
     parts: list[RenderableType] = [Text(title, style="bold"), table]
     if kinds:
-        parts.append(Text("errors are relative and squared", style="dim"))
+        told = "errors are relative and squared"
+        if comparison.last_pass_alone:
+            told += "; several passes changed some layers, and each error is that of the last one alone"
+        parts.append(Text(told, style="dim"))
     return Group(*parts)
 
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,7 @@ class _Run:
         request = {
             "recipe": self.recipe.model_dump(mode="json", exclude={"output", "export"}),
             "files": self.network.request,
-            "data": {str(path): of_path(path) for path in self._data()},
+            "data": {str(path): digest for path, digest in self._digests.items()},
             "versions": _software(_named(self.recipe.passes)),
         }
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -204,9 +205,11 @@ class _Run:
                 raise UnfinishedError(f"{path} is not whole")
         return stages
 
-    def _data(self) -> list[Path]:
-        """Every file and folder of calibration and evaluation data that the recipe names, or that stands for it."""
-        return [samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT, *self.recipe.data]
+    @cached_property
+    def _digests(self) -> dict[Path, str]:
+        """Of every file and folder of calibration and evaluation data that the recipe names, or that stands for it."""
+        paths = (samples.CALIBRATION_TEXT, samples.EVALUATION_TEXT, *self.recipe.data.values())
+        return {path: of_path(path) for path in paths}
 
     def _check_space(self, plan: Plan) -> None:
         # What stands in the working folder is either needed no more or written already.
@@ -314,6 +317,7 @@ class _Run:
             loader=self._loader(finished),
             recipe=self._settings(steps),
             given=self.given,
+            data={name: self._digests[path] for name, path in self.recipe.data.items()},
         )
         exported, failed = self._exports(finished)
         report = report.model_copy(update={"exports": exported, "phases": self.listener.phases})

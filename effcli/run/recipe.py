@@ -244,23 +244,23 @@ class Recipe(Options):
         return Path(self.output)
 
     @property
-    def data(self) -> tuple[Path, ...]:
-        """The files and folders of calibration and evaluation data that the recipe names."""
+    def data(self) -> dict[str, Path]:
+        """The files and folders of calibration and evaluation data, by the names that the recipe gives them."""
         wanted = self.evaluate
         named = (self.calibration.data, wanted.perplexity, wanted.images, *wanted.questions)
-        found = []
+        found = {}
         for name in named:
             if isinstance(name, str):
                 path = Path(name).expanduser()
                 # `DIR#split` names a part of a folder.
-                found.append(path if path.exists() or "#" not in name else Path(str(path).rpartition("#")[0]))
-        return tuple(found)
+                found[name] = path if path.exists() or "#" not in name else Path(str(path).rpartition("#")[0])
+        return found
 
     @property
     def inputs(self) -> tuple[Path, ...]:
         """What a run reads: the model, weights of their own, and data. A name on the Hub is no path that exists."""
         own = (Path(name).expanduser() for name in (self.model, self.weights) if name is not None)
-        return (*own, *self.data)
+        return (*own, *self.data.values())
 
     def for_graph(self) -> Recipe:
         """The recipe of a network read as a graph: what was not set takes the defaults of such networks.

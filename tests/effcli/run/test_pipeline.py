@@ -297,6 +297,15 @@ def test_every_stage_counts_its_own_weights(tmp_path: Path) -> None:
         assert stage.bits_per_weight == pytest.approx(8 * stage.nbytes / stage.weights)
 
 
+def test_the_report_tells_data_of_one_name_apart(work: Path) -> None:
+    key = f"{work}/evaluation-data.npz"
+    one, same = run(work, "one").data, run(work, "same").data
+    arrays(work / "evaluation-data.npz", 5)
+    two = run(work, "two").data
+    assert one == same and one.keys() == {key, str(work / "calibration-data.npz")}
+    assert {name for name in one if one[name] != two[name]} == {key}
+
+
 def test_the_report_holds_the_time_of_each_phase(work: Path) -> None:
     found = run(work, "out", "onnx").phases
     names = [phase.name for phase in found]
