@@ -6,7 +6,7 @@
 | affine, inputs rounded to int8 | `int8_matmul` |
 | codebook: k-means, NF4, binary, ternary | `codebook_matmul` |
 | dense | `dense_matmul` |
-| sparse | `sparse_matmul`: that of its values, with zeros filled in |
+| sparse | `sparse_matmul`: the kept weights alone where that is faster, else that of its values with zeros filled in |
 | of another package | `dense_matmul`: a dense copy |
 """
 
@@ -34,10 +34,13 @@ def _affine(weight: AffineWeight, device: torch.device | str | None) -> Packed:
 
 
 def _sparse(weight: SparseWeight, device: torch.device | str | None) -> Packed:
+    found = sparse_matmul.prepare(weight, weight.device if device is None else torch.device(device))
+    if found is not None:
+        return found
     filled = weight.filled()
     if filled is None:
         return dense_matmul.prepare(weight, device)
-    return sparse_matmul.prepare(weight, prepare(filled, device))
+    return sparse_matmul.Filled.build(weight, prepare(filled, device))
 
 
 # What lays out the weights of each format.
