@@ -27,7 +27,7 @@ from effcli.files import locate as samples
 from effcli.files.checkpoint import weight_files, write_text
 from effcli.files.digest import of_path
 from effcli.files.documents import read_model
-from effcli.layers.contract import SearchPass
+from effcli.layers.contract import Change, Pass, SearchPass
 from effcli.platform import memory
 from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports import card, html, html_sensitivity
@@ -251,7 +251,12 @@ class _Run:
                 update={
                     "seconds": seconds,
                     "peak_memory": peak,
-                    "remarks": (*(remarks if step.needs else ()), *result.remarks, *measured.remarks),
+                    "remarks": (
+                        *(remarks if step.needs else ()),
+                        *result.remarks,
+                        *measured.remarks,
+                        *_runs_dense(step.config, measured),
+                    ),
                     "ledger": tuple(result.ledger),
                     "histograms": tuple(result.histograms),
                     "activations": tuple(result.activations),
@@ -436,3 +441,11 @@ def _software(steps: Iterable[RecipeStep]) -> dict[str, str]:
     foreign = sorted({step.package for step in steps} - {""})
     names = ("torch", "transformers", "compressed-tensors", "effcli", *foreign)
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _runs_dense(config: Pass, stage: Stage) -> tuple[str, ...]:
+    """What to know of the speed of a stage whose pass removes single weights, where no kernel leaves them out."""
+    timed = stage.latencies or stage.speed
+    if Change.MASK not in config.changes or not timed or (stage.speed and "zeros" not in stage.speed.kernel):
+        return ()
+    return ("it runs dense: no kernel makes its sparse layers faster here",)

@@ -20,6 +20,7 @@ import effcli
 from effcli.errors import CheckpointError, MachineError, OutputError, UnfinishedError, UnsupportedError, UserError
 from effcli.exporters import c
 from effcli.graphs.network import GraphNetwork
+from effcli.kernels import sparse_matmul
 from effcli.reports.report import Report
 from effcli.run import detect, pipeline, workplace
 from effcli.run import recipe as recipes
@@ -295,6 +296,27 @@ def test_every_stage_counts_its_own_weights(tmp_path: Path) -> None:
     assert {stage.macs for stage in (before, folded, rounded, integer)} == {36 * 36 + 576}
     for stage in (before, folded, rounded, integer):
         assert stage.bits_per_weight == pytest.approx(8 * stage.nbytes / stage.weights)
+
+
+def test_a_pruned_network_that_runs_dense_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where kernels leave the zeros out, and not of a speed that nobody measured."""
+    source = architectures.make("llama", tmp_path / "model")
+
+    def remarks(name: str, *steps: Any, **evaluate: Any) -> list[str]:
+        request = {"model": str(source), "passes": list(steps), "output": str(tmp_path / name)}
+        report = pipeline.run(
+            recipes.check(
+                request | {"evaluate": {"prefill": 4, "decode": 2, "perplexity": False} | evaluate}, "the request"
+            )
+        )
+        return ["; ".join(stage.remarks) for stage in report.stages]
+
+    sparse = {"magnitude": {"sparsity": 0.97}}
+    first, pruned, quantized = remarks("half", "magnitude", {"linear": {"bits": 4, "group_size": 32}})
+    assert "runs dense" in pruned and "runs dense" not in first + quantized
+    assert "runs dense" not in "".join(remarks("untimed", "magnitude", latency=False))
+    monkeypatch.setattr(sparse_matmul, "ROWS_WEIGHTS", 1)
+    assert "runs dense" not in "".join(remarks("few", sparse))
 
 
 def test_the_report_tells_data_of_one_name_apart(work: Path) -> None:
