@@ -12,16 +12,19 @@ import torch
 
 from effcli import importers
 from effcli.formats import Dense, Packing, Quantized
+from effcli.graphs.backward import classes_for
+from effcli.graphs.coupling import coupled
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
 from effcli.inputs.options import Calibration
 from effcli.layers.contract import CutPass, Needs, NetworkPass, Pass, TrainPass
+from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
 from effcli.reports.units import count, size
-from effcli.run.plan import FLOAT, Effort, Inspection, Row
+from effcli.run.plan import FLOAT, Effort, Inspection, Row, runs
 from effcli.run.recipe import PassStep
 
 _DENSE = Dense(torch.float32)
@@ -62,6 +65,10 @@ class PlannedGraph:
         return self._graph.left_alone(step, lm_head)
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
+        if isinstance(step.config, CutPass):
+            offered = offer(step.name, step.config, coupled(self._current), choices)
+            if offered.needs.gradients:
+                classes_for("gradients need a loss", self._graph, "use a pass that needs no gradients")
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], _DENSE)
             if choice.config is not None:
@@ -123,8 +130,7 @@ class PlannedGraph:
         options, samples = step.config, self._calibration.samples
         forward = sum(self.macs.values())
         operations, numbers, disk = 0.0, 2 * self.weights, 0
-        # A pass that cuts looks at gradients alone.
-        if step.needs and not isinstance(options, CutPass):
+        if runs(step):
             operations, numbers = self._forwards(options) * forward + self._gram(options, choices), self._passing(step)
         if isinstance(options, TrainPass):
             numbers, disk = max(numbers, self._training(options)), self._snapshots(options, choices)

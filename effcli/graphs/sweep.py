@@ -22,7 +22,7 @@ from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import GraphCosts, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
 from effcli.graphs.open_graph import OpenGraph
 from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ScalingPass, Transformed
-from effcli.layers.cutting import decide, rows
+from effcli.layers.cutting import decide, offer, rows
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
@@ -69,7 +69,7 @@ def graph_sweep(
     elif batches is None:
         raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
     if isinstance(step.config, CutPass):
-        return _cut(graph, target, step.name, step.config, choices, labelled, progress)
+        return _cut(graph.to(device), target, step.name, step.config, choices, batches, labelled, progress)
     if isinstance(step.config, NetworkPass):
         progress(0, len(choices))
         dense = reference if Needs.DENSE in step.needs and reference != source else None
@@ -126,17 +126,23 @@ def _cut(
     name: str,
     options: CutPass,
     choices: Mapping[str, Choice],
+    batches: Batches | None,
     labelled: Labelled | None,
     progress: Progress,
 ) -> PassResult:
     """Carry out a pass that removes channels."""
     progress(0, 1)
     tensors = graph.module.state_dict()
+    offered = offer(name, options, coupled(graph), choices)
 
     def slopes(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
-        return gradients(graph, sites, labelled() if labelled is not None else (), options.needs)
+        return gradients(graph, sites, labelled() if labelled is not None else (), offered.needs)
 
-    decided = decide(name, options, coupled(graph), choices, tensors.__getitem__, slopes)
+    def statistics(sites: Sequence[LayerSite]) -> Mapping[str, Seen]:
+        assert batches is not None
+        return OpenGraph(graph, offered.needs.statistics).observe((site.name for site in sites), batches())
+
+    decided = decide(name, options, offered, tensors.__getitem__, slopes, statistics)
     before = graph.sites()
     cut(graph, decided.cuts)
     graph.save(target)

@@ -33,8 +33,7 @@ from effcli.language.pairs import weights_with_inputs
 from effcli.language.skeleton import Skeleton, with_widths
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import Weights, open_weights, place, zeros_for_weights
-from effcli.layers.coupling import Coupled, Cut, Member, entries_kept, shortened
-from effcli.layers.layer import LayerSite
+from effcli.layers.coupling import Coupled, Cut, GroupKind, Member, entries_kept, shortened
 from effcli.platform import memory
 from effcli.reports.units import count
 
@@ -78,8 +77,15 @@ class _Kind:
     """A width that configs can say."""
 
     what: str
+    kind: GroupKind
     keys: Mapping[str, int]
     fixed: Mapping[str, int] = field(default_factory=dict)
+
+    def width(
+        self, name: str, block: int = 0, count: int = 0, members: tuple[Member, ...] = (), reason: str = ""
+    ) -> Width:
+        """One of this kind."""
+        return Width(name, count, members, reason, block, self.keys, self.fixed, kind=self.kind)
 
 
 class _Uncuttable(Exception):
@@ -238,11 +244,15 @@ def _kinds(skeleton: Skeleton) -> Iterator[_Kind]:
         fixed = {"head_dim": int(getattr(text, "head_dim", None) or text.hidden_size // heads)}
         if isinstance(getattr(type(text), "head_dim", None), property):
             fixed = {}
-        yield _Kind("attention heads", keys, fixed)
-    for what, known in (("feed-forward", _FEED_FORWARD), ("experts", _EXPERTS)):
+        yield _Kind("attention heads", "heads", keys, fixed)
+    others: tuple[tuple[str, GroupKind, tuple[str, ...]], ...] = (
+        ("feed-forward", "feed_forward", _FEED_FORWARD),
+        ("experts", "experts", _EXPERTS),
+    )
+    for what, kind, known in others:
         for key in dict.fromkeys(_native(text, name) for name in known if hasattr(text, name)):
             if isinstance(getattr(text, key, None), int | None) and _value(text, key) > 1:
-                yield _Kind(what, {key: 1})
+                yield _Kind(what, kind, {key: 1})
 
 
 def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call | None]) -> list[Width]:
@@ -254,7 +264,7 @@ def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call |
             _check_ungrouped(skeleton.config.get_text_config())
         smaller, less, reason = _smaller(weights, kind)
     except (_Uncuttable, EffcliError) as error:
-        return [Width(f"{skeleton.block_path} {kind.what}", 0, (), first_line(error), 0, kind.keys, kind.fixed)]
+        return [kind.width(f"{skeleton.block_path} {kind.what}", reason=first_line(error))]
     known: dict[str, dict[str, tuple[int, Tensor]] | str] = {}
     found = []
     for k, block in enumerate(skeleton.blocks):
@@ -269,15 +279,13 @@ def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call |
                 known[one] = str(error)
         made = known[one]
         if isinstance(made, str):
-            found.append(Width(names[k], 0, (), made, k, kind.keys, kind.fixed))
+            found.append(kind.width(names[k], k, reason=made))
             continue
         prefix = skeleton.block_names[k] + "."
         members = tuple(Member(prefix + key, axis, position) for key, (axis, position) in made.items())
-        found.append(
-            Width(names[k], int(next(iter(made.values()))[1].max()) + 1, members, "", k, kind.keys, kind.fixed)
-        )
+        found.append(kind.width(names[k], k, int(next(iter(made.values()))[1].max()) + 1, members))
     if not found and reason:
-        found.append(Width(f"{skeleton.block_path} {kind.what}", 0, (), reason, 0, kind.keys, kind.fixed))
+        found.append(kind.width(f"{skeleton.block_path} {kind.what}", reason=reason))
     return found
 
 
@@ -409,8 +417,8 @@ class _Trial:
     def positions(self, sizes: Mapping[str, tuple[int, int]], count: int) -> dict[str, tuple[int, Tensor]]:
         """sizes: by parameter the axis that follows, and how many entries stand for each position."""
         sites = weights_with_inputs(self.block)
-        readers = {site.name: site for site in sites if sizes.get(site.parameter, (-1, 0))[0] == _column_axis(site)}
-        makers = {site.name: site for site in sites if sizes.get(site.parameter, (-1, 0))[0] == _row_axis(site)}
+        readers = {site.name: site for site in sites if sizes.get(site.parameter, (-1, 0))[0] == site.column_axis}
+        makers = {site.name: site for site in sites if sizes.get(site.parameter, (-1, 0))[0] == site.row_axis}
         if not readers:
             raise _Uncuttable("no layer reads it")
         seen: list[tuple[str, Tensor, Tensor]] = []
@@ -497,14 +505,6 @@ def _quotients(gradients: Sequence[Tensor]) -> Tensor:
         known &= (quotient - quotient.round()).abs() < _TOLERANCE
         position += quotient.nan_to_num().round().to(torch.int64) * _BASE**digit
     return torch.where(known & (position >= 0), position, -1)
-
-
-def _row_axis(site: LayerSite) -> int:
-    return (0 if site.index is None else 1) + int(site.transposed)
-
-
-def _column_axis(site: LayerSite) -> int:
-    return (1 if site.index is None else 2) - int(site.transposed)
 
 
 def _wide(call: Call) -> Call:

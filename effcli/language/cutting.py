@@ -15,14 +15,15 @@ from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
 from effcli.language.coupling import coupled, cut
 from effcli.language.ledger import other_rows
+from effcli.language.observing import StoredStatistics
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass
-from effcli.layers.cutting import decide, rows
+from effcli.layers.cutting import decide, offer, rows
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.result import PassResult, Progress
 from effcli.layers.selection import choose
-from effcli.layers.statistics import Gradients
+from effcli.layers.statistics import Gradients, Statistics
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -40,14 +41,15 @@ def cut_model(
 ) -> PassResult:
     """Carry out `step`, whose pass cuts, on the checkpoint `source` and write `target`, a directory that exists.
 
-    windows: for gradients, which are those of the checkpoint as it is; work: a folder for what is unfinished; device:
-    where blocks run for gradients. Raises what `effcli.language.coupling.cut` raises.
+    windows: for gradients and statistics, which are those of the checkpoint as it is; work: a folder for what is
+    unfinished; device: where blocks run for them. Raises what `effcli.language.coupling.cut` raises.
     """
     options = step.config
     assert isinstance(options, CutPass)
     progress(0, 2)
     weights = open_weights(source, trust_remote_code)
     choices = choose(weights.skeleton, step)
+    offered = offer(step.name, options, coupled(weights), choices)
     with writing(work):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -57,10 +59,15 @@ def cut_model(
         count, names = len(weights.skeleton.blocks), {site.name for site in sites}
         blocks = [[site for site in weights.skeleton.block_layers(k) if site.name in names] for k in range(count)]
         where = device or weights.device
-        stored = StoredGradients(source, blocks, None, windows.batches, options.needs, work, trust_remote_code, where)
+        stored = StoredGradients(source, blocks, None, windows.batches, offered.needs, work, trust_remote_code, where)
         return _BlockGradients(stored, blocks)
 
-    decided = decide(step.name, options, coupled(weights), choices, weights.parameter, gradients)
+    def statistics(sites: Sequence[LayerSite]) -> Mapping[str, Sequence[Statistics]]:
+        assert windows is not None
+        needs, where = offered.needs.statistics, device or weights.device
+        return StoredStatistics(source, sites, windows.batches, needs, work, trust_remote_code, where)
+
+    decided = decide(step.name, options, offered, weights.parameter, gradients, statistics)
     progress(1, 2)
     cut(source, target, decided.cuts, work, trust_remote_code)
     after = open_weights(target, trust_remote_code)

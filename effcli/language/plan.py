@@ -14,13 +14,16 @@ from effcli.formats import Dense, Packing
 from effcli.inputs import text
 from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
+from effcli.language.coupling import coupled
 from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass
+from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
+from effcli.layers.statistics import Needs
 from effcli.reports.units import count, size
-from effcli.run.plan import FLOAT, Effort, Inspection, Row
+from effcli.run.plan import FLOAT, Effort, Inspection, Row, runs
 from effcli.run.recipe import PassStep
 
 
@@ -40,6 +43,8 @@ class PlannedModel:
         }
         # The layers that a step wrote anew.
         self._taken: set[str] = set()
+        # Those whose columns the last step that cuts may remove.
+        self._readers: list[LayerSite] = []
 
     @property
     def weights(self) -> int:
@@ -58,6 +63,8 @@ class PlannedModel:
                     raise UserError(
                         f"{name} is stored as {format} before {step.name}", "cut channels before compressing"
                     )
+            offered = offer(step.name, step.config, coupled(self._weights), choices)
+            self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))
             if choice.config is not None:
@@ -142,8 +149,10 @@ class PlannedModel:
         if not any(blocks):
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
         operations, memory, disk = 0.0, self._working(step, blocks), 0
-        if step.needs and not isinstance(step.config, CutPass):
+        if runs(step):
             operations, disk = self._operations(choices), 2 * self.states(self._skeleton.dtype)
+        if isinstance(step.config, CutPass) and Needs.GRAM in step.needs:
+            disk += sum(site.columns**2 for site in self._readers) * FLOAT
         if needs_of([choices]).gradients:
             made = _Gradients(self, choices, blocks)
             memory, disk = max(memory + made.held, made.memory), disk + made.disk
@@ -182,7 +191,7 @@ class PlannedModel:
         itemsize = self._skeleton.dtype.itemsize
         widest = max(site.rows * site.columns for site in largest)
         total = self.outer() + _numbers(largest) * itemsize + 5 * widest * FLOAT
-        if step.needs and not isinstance(step.config, CutPass):
+        if runs(step):
             squares = {site.columns: site.columns**2 for site in largest}
             total += _numbers(largest) * FLOAT
             total += (2 * sum(squares.values()) + step.config.workspace * max(squares.values())) * FLOAT

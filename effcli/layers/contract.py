@@ -30,7 +30,7 @@ from torch.optim import Adam, Optimizer
 
 from effcli.errors import UserError
 from effcli.formats import Mask, Packing, Quantized
-from effcli.layers.coupling import Coupled, Cut
+from effcli.layers.coupling import Coupled, Cut, Member
 from effcli.layers.layer import Kind
 from effcli.layers.returned import Asked
 from effcli.layers.statistics import Needs, Statistics
@@ -164,6 +164,16 @@ class CutPass(Pass):
 
     changes: ClassVar[Change] = Change.SHAPE
     unit: ClassVar[str] = "group"
+
+    def takes(self, group: Coupled) -> bool:
+        """Whether a group is of the kind that the pass removes from; others are not offered to it."""
+        return True
+
+    def check(self, groups: Sequence[Coupled], chosen: Mapping[str, Any]) -> None:
+        """Raise `UserError` for options that these groups cannot keep. A plan asks, and no weight is known yet.
+
+        chosen: the options of every group, by its name.
+        """
 
     @abstractmethod
     def cut(self, groups: Sequence[Coupled], seen: Members) -> Sequence[Cut]:
@@ -404,18 +414,38 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A layer that reads the channels of a group; of a grouped convolution one of its parts.
+
+    weight: float32 (out, in); position: int64 (in,), the position of the group behind each column, -1 behind those that
+    the group leaves alone; seen: of its inputs, as they are before the cut, what `needs` asks for.
+    """
+
+    name: str
+    weight: Tensor
+    position: Tensor
+    seen: Statistics
+
+    def per_position(self, values: Tensor, count: int) -> Tensor:
+        """Sums of values (in,) over the columns behind each of `count` positions: float32 (count,)."""
+        return Member("", 0, self.position).per_position(values, count)
+
+
+@dataclass(frozen=True)
 class Members:
     """What a pass that cuts may look at of the members of its groups.
 
     read: a parameter by its state-dict key, float32 of its own shape; a language model reads it from the disk at each
     call. chosen: the options of every group, by its name. gradients: of a layer's parameter, in its shape, what `needs`
-    asks for; empty of what belongs to no layer. samples: how many these are sums over.
+    asks for; empty of what belongs to no layer. samples: how many these are sums over. readers: the layers that read a
+    group's channels, read at each call as well.
     """
 
     read: Callable[[str], Tensor]
-    chosen: Mapping[str, Pass] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)
     gradients: Callable[[str], Mapping[Needs, Tensor]] = lambda parameter: {}
     samples: int = 0
+    readers: Callable[[Coupled], Sequence[Reader]] = lambda group: ()
 
     def sums(self, group: Coupled, measure: Callable[[Tensor], Tensor] = torch.square) -> Tensor:
         """Σ measure(w) over all entries that go with each position of a group, float32 (count,).
@@ -516,6 +546,7 @@ __all__ = [
     "Observed",
     "Outcome",
     "Pass",
+    "Reader",
     "ScalingPass",
     "SearchPass",
     "Statistics",

@@ -10,12 +10,16 @@ the same: one position may stand behind many entries of an axis, and several gro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from effcli.errors import UserError
+
+# What a position of a group is.
+GroupKind = Literal["channels", "heads", "feed_forward", "experts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +45,22 @@ class Member:
 class Coupled:
     """Channels of which each may be cut by itself: `count` positions, and what follows when one of them goes.
 
-    name: the first layer that makes these channels; reason: why none can be cut, empty when they can be.
+    name: the first layer that makes these channels; reason: why none can be cut, empty when they can be; kind: what a
+    position is, in a network read as a graph a channel always.
     """
 
     name: str
     count: int
     members: tuple[Member, ...]
     reason: str = ""
+    kind: GroupKind = field(default="channels", kw_only=True)
+
+    @property
+    def norms(self) -> list[Member]:
+        """The scales of the batch norms that the channels pass."""
+        names = {member.parameter for member in self.members}
+        owners = ((member, member.parameter.rpartition(".")) for member in self.members)
+        return [member for member, (owner, _, own) in owners if own == "weight" and f"{owner}.running_var" in names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,4 +181,4 @@ class Classes:
         return made
 
 
-__all__ = ["Classes", "Coupled", "Cut", "Kept", "Member", "entries_kept", "shortened"]
+__all__ = ["Classes", "Coupled", "Cut", "GroupKind", "Kept", "Member", "entries_kept", "shortened"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,14 +12,40 @@ import torch
 from torch import Tensor
 
 from effcli.errors import UserError
-from effcli.layers.contract import CutPass, Members, Needs, Pass
-from effcli.layers.coupling import Coupled, Cut
+from effcli.layers.contract import UNSEEN, CutPass, Members, Needs, Reader, Statistics
+from effcli.layers.coupling import Coupled, Cut, Member
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.returned import Asked
 from effcli.layers.selection import Choice
 from effcli.layers.statistics import Gradients
 from effcli.reports.report import LedgerRow
+
+
+@dataclasses.dataclass(frozen=True)
+class Offered:
+    """The groups that a pass may cut. chosen: the options of each, by its name; remarks: which it may not, and why.
+
+    sites: the layers by the parameter that holds them.
+    """
+
+    groups: tuple[Coupled, ...]
+    chosen: Mapping[str, CutPass]
+    sites: Mapping[str, Sequence[LayerSite]]
+    remarks: tuple[str, ...]
+
+    @property
+    def needs(self) -> Needs:
+        """What the options of all groups together ask for."""
+        return functools.reduce(operator.or_, (config.needs for config in self.chosen.values()), Needs.NOTHING)
+
+    def layers(self, group: Coupled) -> list[tuple[Member, LayerSite]]:
+        """The layers whose rows, columns or matrices go with the positions of a group."""
+        return [(member, site) for member in group.members for site in self.sites.get(member.parameter, ())]
+
+    def readers(self, group: Coupled) -> list[tuple[Member, LayerSite]]:
+        """The layers whose columns go with the positions of a group."""
+        return [(member, site) for member, site in self.layers(group) if member.axis == site.column_axis]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,30 +56,29 @@ class Decided:
     remarks: tuple[str, ...]
 
 
-def decide(
-    name: str,
-    options: CutPass,
-    groups: Iterable[Coupled],
-    choices: Mapping[str, Choice],
-    read: Callable[[str], Tensor],
-    gradients: Callable[[Sequence[LayerSite]], Mapping[str, Gradients]] = lambda sites: {},
-) -> Decided:
-    """Let the pass called `name` say what stays of the groups whose layers are all taken.
+# What was gathered of layers, by name; given the layers.
+GradientsOf = Callable[[Sequence[LayerSite]], Mapping[str, Gradients]]
+SeenOf = Callable[[Sequence[LayerSite]], Mapping[str, Sequence[Statistics]]]
 
-    read: a parameter by its state-dict key; gradients: of layers, by name, where the pass asks for them. Raises
-    `UserError` where no group can be cut, and `PluginError` for a cut of a group that the pass was not given.
+
+def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mapping[str, Choice]) -> Offered:
+    """The groups that the pass called `name` takes and whose layers are all taken.
+
+    Raises `UserError` where there is none, and for options that these groups cannot keep.
     """
     sites: dict[str, list[LayerSite]] = {}
     for choice in choices.values():
         sites.setdefault(choice.site.parameter, []).append(choice.site)
     offered: list[Coupled] = []
-    chosen: dict[str, Pass] = {}
+    chosen: dict[str, CutPass] = {}
     obstacles: dict[str, list[str]] = {}
     for group in groups:
         layers = [site for member in group.members for site in sites.get(member.parameter, ())]
         config = choices[layers[0].name].config if layers else options
         reason = group.reason or _left_alone(layers, choices)
-        if reason or config is None:
+        if not (config if isinstance(config, CutPass) else options).takes(group):
+            continue
+        if reason or not isinstance(config, CutPass):
             obstacles.setdefault(reason, []).append(group.name)
             continue
         offered.append(group)
@@ -61,22 +88,50 @@ def decide(
         for reason, names in obstacles.items()
     ]
     if not offered:
-        raise UserError(f"{name} finds no channels that can be cut", "; ".join(remarks) or "the network has no layer")
-    seen = Members(lambda parameter: read(parameter).detach().float(), chosen)
-    if options.needs.gradients:
-        wanted = dict.fromkeys(member.parameter for group in offered for member in group.members)
-        made = gradients([site for parameter in wanted for site in sites.get(parameter, ())])
+        raise UserError(f"{name} finds no channels that can be cut", "; ".join(remarks) or "the network has no such")
+    options.check(offered, chosen)
+    return Offered(tuple(offered), chosen, sites, tuple(remarks))
+
+
+def decide(
+    name: str,
+    options: CutPass,
+    offered: Offered,
+    read: Callable[[str], Tensor],
+    gradients: GradientsOf = lambda sites: {},
+    statistics: SeenOf = lambda sites: {},
+) -> Decided:
+    """Let the pass called `name` say what stays of the groups that it is offered.
+
+    read: a parameter by its state-dict key; gradients: of layers, statistics: of the inputs of each of their groups,
+    where the pass asks for them. Raises `PluginError` for a cut of a group that the pass was not given.
+    """
+    groups, remarks, needs = offered.groups, list(offered.remarks), offered.needs
+    found: Mapping[str, Sequence[Statistics]] = {}
+    if needs.statistics:
+        found = statistics(_distinct(site for group in groups for _, site in offered.readers(group)))
+
+    def readers(group: Coupled) -> list[Reader]:
+        return [
+            reader
+            for member, site in offered.readers(group)
+            for reader in _readers(site, member, read, found.get(site.name, ()))
+        ]
+
+    seen = Members(lambda parameter: read(parameter).detach().float(), offered.chosen, readers=readers)
+    if needs.gradients:
+        made = gradients(_distinct(site for group in groups for _, site in offered.layers(group)))
         first = next(iter(made.values()), None)
         samples = 0 if first is None else first.samples
 
         def placed(parameter: str) -> dict[Needs, Tensor]:
-            return _placed(sites.get(parameter, ()), made, read(parameter))
+            return _placed(offered.sites.get(parameter, ()), made, read(parameter))
 
         seen = dataclasses.replace(seen, gradients=placed, samples=samples)
     asked = Asked(options, "cut")
-    made_cuts = asked.expect(options.cut(offered, seen), Sequence, "a list of `Cut`")
+    made_cuts = asked.expect(options.cut(groups, seen), Sequence, "a list of `Cut`")
     cuts = tuple(one for one in made_cuts if asked.expect(one, Cut, "a list of `Cut`").changes)
-    strange = next((one for one in cuts if not any(one.coupled is group for group in offered)), None)
+    strange = next((one for one in cuts if not any(one.coupled is group for group in groups)), None)
     if strange is not None:
         asked.refuse(f"a cut of {strange.coupled.name}, which it was not given,", "cuts of the groups that it is given")
     if not cuts:
@@ -84,10 +139,29 @@ def decide(
     return Decided(cuts, tuple(remarks))
 
 
+def _distinct(sites: Iterable[LayerSite]) -> list[LayerSite]:
+    return list({site.name: site for site in sites}.values())
+
+
 def _left_alone(layers: Sequence[LayerSite], choices: Mapping[str, Choice]) -> str:
     """Why a group with members in `layers` must stay; empty where all of them are taken."""
     kept = next((choices[site.name] for site in layers if choices[site.name].config is None), None)
     return "" if kept is None else f"{kept.site.name} is left alone ({kept.reason})"
+
+
+def _readers(
+    site: LayerSite, member: Member, read: Callable[[str], Tensor], seen: Sequence[Statistics]
+) -> list[Reader]:
+    """The parts of one layer whose columns go with a group."""
+    weight = site.view(read(site.parameter).detach()).float()
+    position = columns_of(site, member.position)
+    seen = seen or (UNSEEN,) * site.groups
+    return [Reader(site.name, part, position, own) for part, own in zip(weight.chunk(site.groups), seen, strict=True)]
+
+
+def columns_of(site: LayerSite, entries: Tensor) -> Tensor:
+    """What stands behind each column of a layer: (in,), for one value of each entry along its parameter's axis."""
+    return entries.repeat_interleave(site.columns // len(entries))
 
 
 def _placed(sites: Sequence[LayerSite], gradients: Mapping[str, Gradients], parameter: Tensor) -> dict[Needs, Tensor]:
@@ -121,4 +195,4 @@ def rows(
     return made
 
 
-__all__ = ["Decided", "decide", "rows"]
+__all__ = ["Decided", "GradientsOf", "Offered", "SeenOf", "columns_of", "decide", "offer", "rows"]

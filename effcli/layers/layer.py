@@ -34,6 +34,16 @@ class LayerSite:
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
 
+    @property
+    def row_axis(self) -> int:
+        """The axis of the parameter along which the rows lie."""
+        return (0 if self.index is None else 1) + int(self.transposed)
+
+    @property
+    def column_axis(self) -> int:
+        """The axis of the parameter along which the columns lie; of a convolution its input channels."""
+        return (1 if self.index is None else 2) - int(self.transposed)
+
     def view(self, parameter: Tensor) -> Tensor:
         """This layer's weight as (out, in), a view of its parameter; a convolution's inputs are its patches."""
         weight = parameter if self.index is None else parameter[self.index]

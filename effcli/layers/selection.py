@@ -130,9 +130,10 @@ def _check_needs(name: str, choices: Iterable[Choice]) -> None:
                 f"{name} takes the network as a whole and asks for statistics of single layers",
                 "ask for the calibration inputs (INPUTS), or make it a LayerPass",
             )
-        if isinstance(config, CutPass) and config.needs & ~config.needs.gradients:
+        if isinstance(config, CutPass) and config.needs & (Needs.DENSE | Needs.VALUES | training):
             raise UnsupportedError(
-                f"{name} removes channels and asks for more than gradients", "ask in `needs` for gradients alone"
+                f"{name} removes channels and asks for labels, histograms or another network",
+                "ask in `needs` for gradients, or for other statistics of the inputs of layers",
             )
         if isinstance(config, TrainPass) and config.needs.observes:
             raise UnsupportedError(

@@ -55,9 +55,18 @@ class Needs(enum.Flag):
         return bool(self & ~(Needs.INPUTS | Needs.DENSE | Needs.ORIGINAL | Needs.LABELS))
 
     @property
+    def statistics(self) -> Needs:
+        """What is asked for of the inputs of single layers."""
+        return self & (Needs.NORMS | Needs.NONZERO | Needs.GRAM | Needs.EXTREMES | Needs.SAMPLE | Needs.VALUES)
+
+    @property
     def gradients(self) -> Needs:
         """What is asked for of gradients."""
         return self & (Needs.GRADIENTS | Needs.SQUARED_GRADIENTS)
+
+
+# Where sums stand that are no matrices.
+_SUMS = {Needs.NORMS: ("_squares",), Needs.NONZERO: ("_nonzero",), Needs.EXTREMES: ("_low", "_high")}
 
 
 class Gradients:
@@ -147,6 +156,28 @@ class Statistics:
         made = Statistics(len(magnitude_sum), Needs.NOTHING, matrix.device)
         made.needs, made.tokens = Needs.GRAM, tokens
         made._gram = _Gram.of(matrix, magnitude_sum)
+        return made
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was gathered but for a histogram, to be kept elsewhere; `read` makes it statistics again."""
+        found = {"tokens": torch.tensor(self.tokens)}
+        if self._gram is not None:
+            found |= {"gram": self.matrix, "magnitudes": self._gram.magnitudes}
+        for need, names in _SUMS.items():
+            if need in self.needs:
+                found |= {name: getattr(self, name) for name in names}
+        return found | ({"_kept": self.sample} if Needs.SAMPLE in self.needs else {})
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor], needs: Needs) -> Statistics:
+        """What `tensors` returned of statistics that gathered `needs`."""
+        made = Statistics(0, Needs.NOTHING)
+        made.needs, made.tokens = needs & ~Needs.VALUES, int(tensors["tokens"])
+        if "gram" in tensors:
+            made._gram = _Gram.of(tensors["gram"], tensors["magnitudes"])
+        for name in (name for names in _SUMS.values() for name in names if name in tensors):
+            setattr(made, name, tensors[name])
+        made._kept = [tensors["_kept"]] if "_kept" in tensors else []
         return made
 
     def add(self, inputs: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import Field
 
-from effcli.layers.contract import Change, TrainPass
+from effcli.layers.contract import Change, CutPass, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, choose, needs_of
 from effcli.options import Options
@@ -224,6 +224,11 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     )
 
 
+def runs(step: PassStep) -> bool:
+    """Whether the calibration data run through the network once for a step, besides what its gradients take."""
+    return bool(step.needs & ~step.needs.gradients if isinstance(step.config, CutPass) else step.needs)
+
+
 def _kept(step: str, choices: Iterable[Choice]) -> list[str]:
     """Which layers `step` leaves alone, one line for each reason."""
     kept: dict[str, list[str]] = {}
@@ -234,4 +239,4 @@ def _kept(step: str, choices: Iterable[Choice]) -> list[str]:
     return [f"{step} keeps {names[0]}{more[reason]}: {reason}" for reason, names in kept.items()]
 
 
-__all__ = ["FLOAT", "Effort", "Inspection", "Layers", "Plan", "Planned", "Row", "make", "summary"]
+__all__ = ["FLOAT", "Effort", "Inspection", "Layers", "Plan", "Planned", "Row", "make", "runs", "summary"]

@@ -11,7 +11,7 @@ import pytest
 import small_graphs
 import torch
 from coupled_cuts import zero
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import effcli
@@ -23,7 +23,7 @@ from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
 from effcli.language.cutting import cut_model
 from effcli.language.verify import verify
-from effcli.layers.contract import CutPass, Members, Needs
+from effcli.layers.contract import CutPass, Members, Needs, Reader, Statistics
 from effcli.layers.coupling import Coupled, Cut, Member
 from effcli.layers.result import PassResult
 from effcli.reports.report import Stage
@@ -42,6 +42,7 @@ class Halve(CutPass):
 
     def cut(self, groups: Sequence[Coupled], seen: Members) -> Sequence[Cut]:
         _GIVEN[:] = [(group, seen) for group in groups]
+        _READERS[:] = [(group, seen.readers(group)) for group in groups]
         if self.strange:
             first = groups[0]
             return [Cut(Coupled(first.name, first.count, first.members), torch.arange(first.count) > 0)]
@@ -49,6 +50,8 @@ class Halve(CutPass):
 
 
 _GIVEN: list[tuple[Coupled, Members]] = []
+# What stands on the disk only as long as the pass works.
+_READERS: list[tuple[Coupled, Sequence[Reader]]] = []
 
 
 def kept(scores: Tensor) -> Tensor:
@@ -103,9 +106,76 @@ def test_a_group_that_was_not_given_is_refused(tmp_path: Path) -> None:
         cut_graph(small_graphs.residual(), tmp_path, Halve(strange=True))
 
 
-def test_statistics_of_inputs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="asks for more than gradients"):
-        cut_graph(small_graphs.residual(), tmp_path, Halve(asks=Needs.GRAM.value))
+def test_labels_and_histograms_are_refused(tmp_path: Path) -> None:
+    for number, need in enumerate((Needs.LABELS, Needs.VALUES, Needs.DENSE)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(UnsupportedError, match="asks for labels, histograms or another network"):
+            cut_graph(small_graphs.residual(), folder, Halve(asks=need.value))
+
+
+ALL = Needs.NORMS | Needs.NONZERO | Needs.GRAM | Needs.EXTREMES | Needs.SAMPLE
+
+
+@pytest.mark.parametrize("needs", [ALL, Needs.NONZERO, Needs.NORMS | Needs.EXTREMES])
+def test_readers_of_a_graph_bring_their_inputs(needs: Needs, tmp_path: Path) -> None:
+    graph = small_graphs.separable()
+    cut_graph(graph, tmp_path, Halve(asks=needs.value))
+    group, seen = _GIVEN[0]
+    (reader,) = seen.readers(group)
+    assert [group.name for group, _ in _GIVEN] == ["layer0", "layer4"]
+    assert reader.name == "layer4" and reader.weight.shape == (10, 6) and reader.position.tolist() == list(range(6))
+    # What layer4 reads of each input: every second place of 8 x 8.
+    values = fx_value(graph, "layer4")[:, :, ::2, ::2].transpose(0, 1).flatten(1)
+    assert reader.seen.tokens == values.shape[1] and reader.seen.needs == needs
+    check_seen(reader.seen, values, needs)
+    group, seen = _GIVEN[1]
+    (reader,) = seen.readers(group)
+    assert reader.position.tolist() == torch.arange(10).repeat_interleave(16).tolist()
+    scores = reader.per_position(torch.ones(160), 10)
+    assert scores.tolist() == [16.0] * 10
+
+
+def fx_value(graph: Graph, name: str) -> Tensor:
+    """What the layer `name` reads of the small inputs."""
+    found: list[Tensor] = []
+    graph.layer(name).register_forward_pre_hook(lambda module, given: found.append(given[0]))
+    graph.run(small_graphs.inputs(graph))
+    return found[-1]
+
+
+def check_seen(seen: Statistics, values: Tensor, needs: Needs) -> None:
+    """seen: of inputs `values` (in, tokens)."""
+    if Needs.NONZERO in needs:
+        assert_close(seen.nonzero, (values != 0).float().mean(1))
+    if Needs.GRAM in needs:
+        assert_close(seen.matrix, values @ values.T, rtol=1e-4, atol=1e-3)
+        assert_close(seen.magnitude, values.abs().mean(1), rtol=1e-4, atol=1e-4)
+    if needs & (Needs.GRAM | Needs.NORMS):
+        assert_close(seen.squares, values.square().sum(1), rtol=1e-4, atol=1e-3)
+    if Needs.EXTREMES in needs:
+        assert_close(seen.high, values.amax(1).clamp(min=0))
+        assert_close(seen.low, values.amin(1).clamp(max=0))
+    if Needs.SAMPLE in needs:
+        assert seen.sample.shape[1] == len(values) and 0 < len(seen.sample) <= 128
+
+
+def test_readers_are_parts_of_grouped_convolutions(tmp_path: Path) -> None:
+    graph = small_graphs.chain(
+        (4, 5, 5),
+        nn.Conv2d(4, 6, 3),
+        "relu.default",
+        nn.Conv2d(6, 8, 1, groups=2),
+        "relu.default",
+        ("mean.dim", [2, 3], False),
+        nn.Linear(8, 3),
+    )
+    cut_graph(graph, tmp_path, Halve(asks=Needs.GRAM.value))
+    for group, seen in _GIVEN:
+        for reader in seen.readers(group):
+            assert reader.seen.matrix.shape == (reader.weight.shape[1],) * 2 == (len(reader.position),) * 2
+    names = [reader.name for group, seen in _GIVEN for reader in seen.readers(group)]
+    assert names.count("layer2") in (0, 2) and "layer5" in names
 
 
 def test_sums_by_hand() -> None:
@@ -202,6 +272,30 @@ def test_a_tampered_cut_is_found(llama: Path, tmp_path: Path) -> None:
     stage = Stage.model_construct(ledger=tuple(result.ledger), histograms=())
     checked = verify(target, against=llama, stages=[stage])
     assert not checked.passed and "model.layers.0.mlp.up_proj" in checked.line
+
+
+@pytest.mark.parametrize("needs", [ALL, Needs.NONZERO])
+def test_a_language_model_with_statistics(needs: Needs, llama: Path, tmp_path: Path) -> None:
+    cut_language(llama, tmp_path, Halve(asks=needs.value))
+    network = effcli.load(llama, packed=False)
+    found: dict[str, Tensor] = {}
+
+    def look(name: str) -> Any:
+        return lambda module, given: found.update({name: given[0].flatten(0, 1).T})
+
+    for name, module in network.named_modules():
+        if name.endswith(("down_proj", "o_proj")):
+            module.register_forward_pre_hook(look(name))
+    with torch.no_grad():
+        network(torch.randint(architectures.VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(0)))
+    names = []
+    for group, (reader,) in _READERS:
+        names.append(reader.name)
+        assert reader.seen.tokens == 48
+        check_seen(reader.seen, found[reader.name], needs)
+        each = len(reader.position) // group.count
+        assert reader.position.bincount().tolist() == [each] * group.count
+    assert sorted(names) == sorted(found)
 
 
 def test_a_language_model_with_gradients(llama: Path, tmp_path: Path) -> None:
