@@ -67,6 +67,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.quantize.bias_correction:BiasCorrection",
         "Undo the mean error of every channel in the biases (arXiv:1906.04721).",
     ),
+    "channels": Entry(
+        "effcli.passes.prune.channels:Channels",
+        "Remove whole channels, heads, feed-forward widths and experts (arXiv:1608.08710).",
+    ),
     "auto": Entry(
         "effcli.passes.search.auto:Auto",
         "Choose the bits of every layer under a budget, for another pass.",

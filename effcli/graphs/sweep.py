@@ -147,7 +147,7 @@ def _cut(
     cut(graph, decided.cuts)
     graph.save(target)
     costs = GraphCosts(graph)
-    made = rows(before, graph.sites(), choices, lambda site: costs.held(site.name, graph.held(site)))
+    made = rows(before, graph.sites(), choices, lambda site: costs.held(site.name, graph.held(site)), decided.cuts)
     progress(1, 1)
     return PassResult([*made, *table_rows(graph)], remarks=list(decided.remarks))
 

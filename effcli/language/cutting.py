@@ -71,7 +71,9 @@ def cut_model(
     progress(1, 2)
     cut(source, target, decided.cuts, work, trust_remote_code)
     after = open_weights(target, trust_remote_code)
-    made = rows(weights.skeleton.sites(), after.skeleton.sites(), choices, lambda site: _held(after, site))
+    made = rows(
+        weights.skeleton.sites(), after.skeleton.sites(), choices, lambda site: _held(after, site), decided.cuts
+    )
     result = PassResult([*made, *other_rows(after)], remarks=list(decided.remarks))
     if after.skeleton.widths:
         result.remarks.append(

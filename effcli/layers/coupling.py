@@ -90,11 +90,8 @@ class Cut:
 Kept = Mapping[int, Tensor]
 
 
-def entries_kept(cuts: Iterable[Cut]) -> dict[str, dict[int, Tensor]]:
-    """The entries that stay of every axis that the cuts shorten, by parameter and axis.
-
-    Raises `UserError` where several cuts together leave nothing of an axis.
-    """
+def staying(cuts: Iterable[Cut]) -> dict[tuple[str, int], Tensor]:
+    """Whether each entry of an axis stays, bool (size of the axis,), by parameter and axis of the members of `cuts`."""
     stay: dict[tuple[str, int], Tensor] = {}
     for cut in cuts:
         if not cut.changes:
@@ -103,8 +100,16 @@ def entries_kept(cuts: Iterable[Cut]) -> dict[str, dict[int, Tensor]]:
             mine = (member.position < 0) | cut.kept[member.position]
             key = member.parameter, member.axis
             stay[key] = stay[key] & mine if key in stay else mine
+    return stay
+
+
+def entries_kept(cuts: Iterable[Cut]) -> dict[str, dict[int, Tensor]]:
+    """The entries that stay of every axis that the cuts shorten, by parameter and axis.
+
+    Raises `UserError` where several cuts together leave nothing of an axis.
+    """
     found: dict[str, dict[int, Tensor]] = {}
-    for (parameter, axis), mask in stay.items():
+    for (parameter, axis), mask in staying(cuts).items():
         if not bool(mask.any()):
             raise UserError(f"nothing would be left of {parameter}", "keep one of its channels at least")
         if not bool(mask.all()):
@@ -181,4 +186,4 @@ class Classes:
         return made
 
 
-__all__ = ["Classes", "Coupled", "Cut", "GroupKind", "Kept", "Member", "entries_kept", "shortened"]
+__all__ = ["Classes", "Coupled", "Cut", "GroupKind", "Kept", "Member", "entries_kept", "shortened", "staying"]

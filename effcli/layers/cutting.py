@@ -13,7 +13,7 @@ from torch import Tensor
 
 from effcli.errors import UserError
 from effcli.layers.contract import UNSEEN, CutPass, Members, Needs, Reader, Statistics
-from effcli.layers.coupling import Coupled, Cut, Member
+from effcli.layers.coupling import Coupled, Cut, Member, staying
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.returned import Asked
@@ -179,8 +179,13 @@ def rows(
     after: Iterable[LayerSite],
     choices: Mapping[str, Choice],
     held: Callable[[LayerSite], Held],
+    cuts: Iterable[Cut],
 ) -> list[LedgerRow]:
-    """The ledger of the layers of a network that was cut; held: how a layer is stored now."""
+    """The ledger of the layers of a network that was cut; held: how a layer is stored now; cuts: what was removed.
+
+    Notes number the outputs and the input channels that a layer lost, as they were.
+    """
+    stay = staying(cuts)
     found = {site.name: site for site in after}
     made: list[LedgerRow] = []
     for old in before:
@@ -189,10 +194,26 @@ def rows(
             empty: Any = dataclasses.replace(old, rows=0, columns=0)
             made.append(Held("none", 0).row(empty, "removed", notes={"shape_before": list(old.shape)}))
         elif new.shape != old.shape:
-            made.append(held(new).row(new, "changed", notes={"shape_before": list(old.shape)}))
+            named = {
+                what: spans((~stay[old.parameter, axis]).nonzero().flatten().tolist())
+                for what, axis in (("outputs_removed", old.row_axis), ("inputs_removed", old.column_axis))
+                if (old.parameter, axis) in stay
+            }
+            made.append(held(new).row(new, "changed", notes={"shape_before": list(old.shape), **named}))
         else:
             made.append(held(new).row(new, "kept", reason=choices[old.name].reason or "none of its channels was cut"))
     return made
 
 
-__all__ = ["Decided", "GradientsOf", "Offered", "SeenOf", "columns_of", "decide", "offer", "rows"]
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers as a person writes them: 0, 4-7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+__all__ = ["Decided", "GradientsOf", "Offered", "SeenOf", "columns_of", "decide", "offer", "rows", "spans"]

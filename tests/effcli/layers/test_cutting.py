@@ -25,6 +25,7 @@ from effcli.language.cutting import cut_model
 from effcli.language.verify import verify
 from effcli.layers.contract import CutPass, Members, Needs, Reader, Statistics
 from effcli.layers.coupling import Coupled, Cut, Member
+from effcli.layers.cutting import spans
 from effcli.layers.result import PassResult
 from effcli.reports.report import Stage
 from effcli.run.recipe import PassStep
@@ -78,11 +79,18 @@ def test_a_graph_computes_what_it_did_with_zeros(tmp_path: Path) -> None:
     inputs = small_graphs.inputs(graph)
     assert_close(made.run(inputs), silent.run(inputs), rtol=1e-4, atol=1e-5)
     rows = {row.name: row for row in result.ledger}
-    assert rows["stem"].shape == (4, 27) and rows["stem"].notes == {"shape_before": [8, 27]}
+    assert rows["stem"].shape == (4, 27) and rows["stem"].notes["shape_before"] == [8, 27]
+    gone = [number for one in cuts for number in (~one.kept).nonzero().flatten().tolist()]
+    assert rows["stem"].notes["outputs_removed"] == spans(gone[:4]) and "inputs_removed" not in rows["stem"].notes
+    assert rows["block.b"].notes["inputs_removed"] == spans(gone[4:])
     assert rows["stem"].status == "changed" and rows["stem"].nbytes == 4 * 27 * 4
     assert rows["head"].shape == (5, 4)
     assert rows["stem"].macs == 9 * 7 * 4 * 27
     assert result.remarks == ["head cannot be cut: head is the network's output"]
+
+
+def test_spans() -> None:
+    assert spans([0, 4, 5, 6, 9]) == "0, 4-6, 9" and spans([1, 2]) == "1-2" and spans([]) == ""
 
 
 def test_ignored_layers_keep_their_groups_whole(tmp_path: Path) -> None:
