@@ -142,7 +142,7 @@ class OpenGraph:
 
     def read(self, site: LayerSite) -> Layer:
         weight, mask = site.view(self._weight(site)).clone(), self.graph.mask(site.name)
-        return Layer(site.name, site.kind, weight, torch.float32, mask=mask)
+        return Layer(site.name, site.kind, weight, torch.float32, mask=mask, biased=True)
 
     def _weight(self, site: LayerSite) -> Tensor:
         weight: Tensor = self.graph.layer(site.name).weight  # type: ignore[assignment]
@@ -164,6 +164,10 @@ class OpenGraph:
     def write(self, site: LayerSite, weight: Quantized | Tensor, effective: Tensor) -> Held:
         self.graph.set_weight(site.name, weight, effective)
         return self._costs.held(site.name, weight)
+
+    def shift(self, site: LayerSite, shift: Tensor) -> None:
+        bias = self.graph.layer(site.name).bias
+        self.graph.set_bias(site.name, bias + shift if isinstance(bias, Tensor) else shift)
 
     def held(self, site: LayerSite) -> Held:
         return self._costs.held(site.name, self.graph.held(site))

@@ -22,9 +22,12 @@ from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import GraphCosts, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
 from effcli.graphs.open_graph import OpenGraph
 from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ScalingPass, Transformed
+from effcli.layers.coupling import Cut
 from effcli.layers.cutting import decide, offer, rows
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.layer import LayerSite
+from effcli.layers.network import Held
+from effcli.layers.restoring import restoring
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
 from effcli.layers.returned import Asked
 from effcli.layers.selection import Choice, choose, needs_of
@@ -69,27 +72,41 @@ def graph_sweep(
     elif batches is None:
         raise DataError(f"{step.name} looks at the inputs of the layers", "give calibration data")
     if isinstance(step.config, CutPass):
-        return _cut(graph.to(device), target, step.name, step.config, choices, batches, labelled, progress)
+        return _cut(graph.to(device), target, step, choices, batches, inputs, labelled, progress)
     if isinstance(step.config, NetworkPass):
         progress(0, len(choices))
         dense = reference if Needs.DENSE in step.needs and reference != source else None
         result = _transform(graph, target, step.name, step.config, choices, batches, dense)
         progress(len(choices), len(choices))
         return result
-    home = OpenGraph(graph.to(device), needs_of([choices]))
-    engine = LayerEngine(home, choices)
-    found: dict[str, Gradients] = {}
-    if home.needs.gradients and batches is not None:
-        given = labelled or (lambda: ((batch, None) for batch in batches()))
-        found = gradients(graph, (choices[name].site for name in engine.taken), given(), home.needs)
-    for number, (name, seen) in enumerate(_seen(home, engine, batches, inputs, found)):
-        progress(number, len(engine.taken))
-        engine.compress(name, seen)
+    unlabelled = batches or (lambda: iter(()))
+    given = labelled or (lambda: ((batch, None) for batch in unlabelled()))
+    engine = _compress(graph.to(device), choices, batches, inputs, given, progress)
     graph.save(target)
     result = PassResult([*map(engine.row, choices), *table_rows(graph)], engine.histograms)
     result.histograms = worst(result)
-    progress(len(engine.taken), len(engine.taken))
     return result
+
+
+def _compress(
+    graph: Graph,
+    choices: Mapping[str, Choice],
+    batches: Batches | None,
+    inputs: Literal["original", "compressed"],
+    labelled: Labelled,
+    progress: Progress = lambda done, total: None,
+) -> LayerEngine:
+    """Hand every layer that is taken to its pass; returns the engine, which has the ledger."""
+    home = OpenGraph(graph, needs_of([choices]))
+    engine = LayerEngine(home, choices)
+    found: dict[str, Gradients] = {}
+    if home.needs.gradients and batches is not None:
+        found = gradients(graph, (choices[name].site for name in engine.taken), labelled(), home.needs)
+    for number, (name, seen) in enumerate(_seen(home, engine, batches, inputs, found)):
+        progress(number, len(engine.taken))
+        engine.compress(name, seen)
+    progress(len(engine.taken), len(engine.taken))
+    return engine
 
 
 def _seen(
@@ -123,14 +140,16 @@ def _seen(
 def _cut(
     graph: Graph,
     target: Path,
-    name: str,
-    options: CutPass,
+    step: PassStep,
     choices: Mapping[str, Choice],
     batches: Batches | None,
+    inputs: Literal["original", "compressed"],
     labelled: Labelled | None,
     progress: Progress,
 ) -> PassResult:
     """Carry out a pass that removes channels."""
+    name, options = step.name, step.config
+    assert isinstance(options, CutPass)
     progress(0, 1)
     tensors = graph.module.state_dict()
     offered = offer(name, options, coupled(graph), choices)
@@ -143,11 +162,22 @@ def _cut(
         return OpenGraph(graph, offered.needs.statistics).observe((site.name for site in sites), batches())
 
     decided = decide(name, options, offered, tensors.__getitem__, slopes, statistics)
-    before = graph.sites()
-    cut(graph, decided.cuts)
+    before, restored, cuts = graph.sites(), [], list(decided.cuts)
+    restore = restoring(step, before, offered, decided.cuts)
+    if restore is not None:
+        engine = _compress(graph, choose(graph, restore), batches, inputs, lambda: iter(()))
+        restored = [engine.row(name) for name in engine.taken]
+        # The biases that layers were given go with the same positions.
+        groups = {group.name: group for group in coupled(graph)}
+        cuts = [Cut(groups[one.coupled.name], one.kept) for one in cuts]
+    cut(graph, cuts)
     graph.save(target)
     costs = GraphCosts(graph)
-    made = rows(before, graph.sites(), choices, lambda site: costs.held(site.name, graph.held(site)), decided.cuts)
+
+    def held(site: LayerSite) -> Held:
+        return costs.held(site.name, graph.held(site))
+
+    made = rows(before, graph.sites(), choices, held, cuts, restored)
     progress(1, 1)
     return PassResult([*made, *table_rows(graph)], remarks=list(decided.remarks))
 

@@ -53,7 +53,8 @@ class _Comparison:
         # Layers that lost channels, those of which nothing else is known to have changed, and those that are gone.
         self.cut = {row.name for row in rows if "shape_before" in row.notes}
         others = {row.name for row in rows if row.status != "kept" and "shape_before" not in row.notes}
-        self.only_cut = self.cut - others
+        self.restored = {row.name for row in rows if "unrestored_error" in row.notes}
+        self.only_cut = self.cut - others - self.restored
         self.removed = {row.name for row in rows if row.status == "removed"}
         self.folds = Folds(before, after, rows)
         self.outer = set(before.skeleton.outer_parameters())
@@ -128,7 +129,8 @@ class _Comparison:
         if sites:
             found = {self._layer(site, before, after) for site in sites}
             return next((what for what in found if what not in _RANK), "") or max(found, key=_RANK.index)
-        if self._may_change(name):
+        layer, _, own = name.rpartition(".")
+        if self._may_change(name) or (own == "bias" and layer in self.restored):
             return "changed"
         return _altered(name, before.whole(), after.whole())
 

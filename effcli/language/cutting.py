@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import NonNegativeInt
+from torch import Tensor
 
-from effcli.errors import writing
+from effcli.errors import UnfinishedError, writing
 from effcli.formats import Dense
 from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
 from effcli.language.coupling import coupled, cut
+from effcli.language.journal import Journal
 from effcli.language.ledger import other_rows
 from effcli.language.observing import StoredStatistics
+from effcli.language.sweep import fingerprint, sweep
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass
-from effcli.layers.cutting import decide, offer, rows
+from effcli.layers.coupling import Coupled, Cut
+from effcli.layers.cutting import GradientsOf, Offered, SeenOf, decide, offer, rows
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
+from effcli.layers.restoring import restoring
 from effcli.layers.result import PassResult, Progress
 from effcli.layers.selection import choose
 from effcli.layers.statistics import Gradients, Statistics
+from effcli.options import Options
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -41,49 +49,134 @@ def cut_model(
 ) -> PassResult:
     """Carry out `step`, whose pass cuts, on the checkpoint `source` and write `target`, a directory that exists.
 
-    windows: for gradients and statistics, which are those of the checkpoint as it is; work: a folder for what is
-    unfinished; device: where blocks run for them. Raises what `effcli.language.coupling.cut` raises.
+    windows: for gradients and statistics, which are those of the checkpoint as it is, and for restoring what reads the
+    removed channels; work: a folder for what is unfinished: when it holds unfinished work of the same request, that is
+    continued. device: where blocks run. Raises what `effcli.language.coupling.cut` raises, and `UnfinishedError` when
+    unfinished work is damaged.
     """
-    options = step.config
-    assert isinstance(options, CutPass)
-    progress(0, 2)
     weights = open_weights(source, trust_remote_code)
-    choices = choose(weights.skeleton, step)
-    offered = offer(step.name, options, coupled(weights), choices)
-    with writing(work):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    journal = Journal.open(work, fingerprint(weights.checkpoint, step, windows))
+    if journal.damage:
+        raise UnfinishedError(journal.damage)
+    run = _Cutting(source, weights, step, windows, journal, device or weights.device, progress)
+    return run.carry_out(target)
 
-    def gradients(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
-        assert windows is not None
-        count, names = len(weights.skeleton.blocks), {site.name for site in sites}
-        blocks = [[site for site in weights.skeleton.block_layers(k) if site.name in names] for k in range(count)]
-        where = device or weights.device
-        stored = StoredGradients(source, blocks, None, windows.batches, offered.needs, work, trust_remote_code, where)
-        return _BlockGradients(stored, blocks)
 
-    def statistics(sites: Sequence[LayerSite]) -> Mapping[str, Sequence[Statistics]]:
-        assert windows is not None
-        needs, where = offered.needs.statistics, device or weights.device
-        return StoredStatistics(source, sites, windows.batches, needs, work, trust_remote_code, where)
+class _Decision(Options):
+    """What a pass decided. removed: the positions that go, by group."""
 
-    decided = decide(step.name, options, offered, weights.parameter, gradients, statistics)
-    progress(1, 2)
-    cut(source, target, decided.cuts, work, trust_remote_code)
-    after = open_weights(target, trust_remote_code)
-    made = rows(
-        weights.skeleton.sites(), after.skeleton.sites(), choices, lambda site: _held(after, site), decided.cuts
-    )
-    result = PassResult([*made, *other_rows(after)], remarks=list(decided.remarks))
-    if after.skeleton.widths:
-        result.remarks.append(
-            "written in effcli's own layout, which effcli.load reads and stock loaders refuse: its blocks have "
-            "different widths"
-        )
-    with writing(work):
-        shutil.rmtree(work)
-    progress(2, 2)
-    return result
+    removed: dict[str, tuple[NonNegativeInt, ...]]
+    remarks: tuple[str, ...]
+
+    def cuts(self, groups: Iterable[Coupled]) -> list[Cut]:
+        by_name = {group.name: group for group in groups}
+        if not self.removed.keys() <= by_name.keys():
+            raise UnfinishedError("what was to be cut is no group of this network")
+        cuts = []
+        for name, gone in self.removed.items():
+            kept = torch.ones(by_name[name].count, dtype=torch.bool)
+            if gone and gone[-1] >= len(kept):
+                raise UnfinishedError(f"what was to be cut of {name} is none of its positions")
+            kept[list(gone)] = False
+            cuts.append(Cut(by_name[name], kept))
+        return cuts
+
+
+@dataclass
+class _Cutting:
+    """One step on its way."""
+
+    source: Path
+    weights: Weights
+    step: PassStep
+    windows: Windows | None
+    journal: Journal
+    device: torch.device
+    progress: Progress
+
+    def carry_out(self, target: Path) -> PassResult:
+        step, weights, work = self.step, self.weights, self.journal.folder
+        trust = weights.skeleton.trust_remote_code
+        self.progress(0, 2)
+        choices = choose(weights.skeleton, step)
+        assert isinstance(step.config, CutPass)
+        offered = offer(step.name, step.config, coupled(weights), choices)
+        if not self.journal.done:
+            decided = decide(
+                step.name, step.config, offered, weights.parameter, self._gradients(offered), self._statistics(offered)
+            )
+            removed = {one.coupled.name: tuple((~one.kept).nonzero().flatten().tolist()) for one in decided.cuts}
+            self.journal.record("decided", {"removed": removed, "remarks": decided.remarks})
+            self.journal.advance(1)
+        decision = self.journal.recall(_Decision, "decided")
+        cuts = decision.cuts(offered.groups)
+        self.progress(1, 2)
+        before, restored = weights.skeleton.sites(), self._restored(offered, cuts)
+        cut(self.source if restored is None else work / "restored", target, cuts, work, trust)
+        after = open_weights(target, trust)
+        fitted = [] if restored is None else restored.ledger
+        made = rows(before, after.skeleton.sites(), choices, lambda site: _held(after, site), cuts, fitted)
+        result = PassResult([*made, *other_rows(after)], remarks=list(decision.remarks))
+        if after.skeleton.widths:
+            result.remarks.append(
+                "written in effcli's own layout, which effcli.load reads and stock loaders refuse: its blocks have "
+                "different widths"
+            )
+        with writing(work):
+            self.journal.remove()
+        self.progress(2, 2)
+        return result
+
+    def _gradients(self, offered: Offered) -> GradientsOf:
+        def gradients(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
+            skeleton, names = self.weights.skeleton, {site.name for site in sites}
+            inside = [skeleton.block_layers(k) for k in range(len(skeleton.blocks))]
+            blocks = [[site for site in block if site.name in names] for block in inside]
+            stored = StoredGradients(
+                self.source,
+                blocks,
+                None,
+                self._batches,
+                offered.needs,
+                self.journal.folder,
+                skeleton.trust_remote_code,
+                self.device,
+            )
+            return _BlockGradients(stored, blocks)
+
+        return gradients
+
+    def _statistics(self, offered: Offered) -> SeenOf:
+        def statistics(sites: Sequence[LayerSite]) -> Mapping[str, Sequence[Statistics]]:
+            trust = self.weights.skeleton.trust_remote_code
+            needs = offered.needs.statistics
+            return StoredStatistics(self.source, sites, self._batches, needs, self.journal.folder, trust, self.device)
+
+        return statistics
+
+    @property
+    def _batches(self) -> Sequence[Tensor]:
+        assert self.windows is not None
+        return self.windows.batches
+
+    def _restored(self, offered: Offered, cuts: Sequence[Cut]) -> PassResult | None:
+        """Write the network with its readers restored, and zeros for what goes, into the journal's folder.
+
+        None where nothing is restored.
+        """
+        skeleton, work = self.weights.skeleton, self.journal.folder
+        step = restoring(self.step, skeleton.sites(), offered, cuts)
+        if step is None:
+            return None
+        with writing(work):
+            shutil.rmtree(work / "restored", ignore_errors=True)
+            (work / "restored").mkdir()
+
+        def tell(done: int, total: int) -> None:
+            self.progress(1 + done, 2 + total)
+
+        sweeping, trust = work / "sweep", skeleton.trust_remote_code
+        return sweep(self.source, work / "restored", step, self.windows, sweeping, tell, trust, self.device)
 
 
 class _BlockGradients(Mapping[str, Gradients]):

@@ -131,7 +131,21 @@ class OpenBlock:
         weight = site.view(self._parameter(site)).float()
         scaled = self.factors.scaled(site.name, weight).contiguous()
         mask = self._weights.mask(site.name)
-        return Layer(site.name, site.kind, scaled, self._weights.dtype_of(site.parameter), mask=mask)
+        dtype, biased = self._weights.dtype_of(site.parameter), self._bias(site) is not None
+        return Layer(site.name, site.kind, scaled, dtype, mask=mask, biased=biased)
+
+    def _bias(self, site: LayerSite) -> nn.Parameter | None:
+        """The bias of a layer; None where it has none, as a matrix of a stack."""
+        if site.index is not None:
+            return None
+        own = site.name.removeprefix(self._prefix.removesuffix(".")).removeprefix(".")
+        return self._block.get_submodule(own)._parameters.get("bias")
+
+    def shift(self, site: LayerSite, shift: Tensor) -> None:
+        bias = self._bias(site)
+        assert bias is not None
+        bias.add_(shift.to(bias.dtype))
+        self._changed.add(f"{site.name}.bias")
 
     def _parameter(self, site: LayerSite) -> Tensor:
         return self._block.get_parameter(site.parameter.removeprefix(self._prefix))

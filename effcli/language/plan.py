@@ -151,8 +151,10 @@ class PlannedModel:
         operations, memory, disk = 0.0, self._working(step, blocks), 0
         if runs(step):
             operations, disk = self._operations(choices), 2 * self.states(self._skeleton.dtype)
-        if isinstance(step.config, CutPass) and Needs.GRAM in step.needs:
-            disk += sum(site.columns**2 for site in self._readers) * FLOAT
+        if isinstance(step.config, CutPass):
+            disk += sum(site.columns**2 for site in self._readers if Needs.GRAM in step.needs) * FLOAT
+            # The network with zeros for what goes, before it is cut.
+            disk += self.nbytes if step.config.restoring is not None else 0
         if needs_of([choices]).gradients:
             made = _Gradients(self, choices, blocks)
             memory, disk = max(memory + made.held, made.memory), disk + made.disk

@@ -164,6 +164,21 @@ class CutPass(Pass):
 
     changes: ClassVar[Change] = Change.SHAPE
     unit: ClassVar[str] = "group"
+    # Restoring a layer takes copies of its Gram matrix, in double precision.
+    workspace: ClassVar[int] = 6
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.NOTHING if self.restoring is None else Needs.INPUTS
+
+    @property
+    def restoring(self) -> float | None:
+        """Whether the layers that read what was removed are fitted to what is left, and with how much damping.
+
+        The damping is a share of the mean diagonal of the Gram matrix, as in `effcli.layers.restoring`; None leaves
+        these layers as they are. It takes the calibration inputs, which `needs` must ask for.
+        """
+        return None
 
     def takes(self, group: Coupled) -> bool:
         """Whether a group is of the kind that the pass removes from; others are not offered to it."""
@@ -297,7 +312,8 @@ class Layer:
     weight: float32 (out, in); for a convolution in = in_channels / groups · kernel height · kernel width, the inputs
     being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in. stored: the numbers as
     an earlier pass compressed them, for a pass that trains; None where they are dense. mask: what an earlier pass
-    kept, None where it removed nothing; the other weights are 0, and stay 0 whatever a pass returns.
+    kept, None where it removed nothing; the other weights are 0, and stay 0 whatever a pass returns. biased: whether it
+    has a bias or may be given one.
     """
 
     name: str
@@ -306,6 +322,7 @@ class Layer:
     dtype: torch.dtype
     stored: Quantized | None = None
     mask: Mask | None = None
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -338,12 +355,14 @@ class Outcome:
     """What became of one layer: a quantized weight or a dense one (out, in), and notes for the ledger.
 
     mask: which weights are kept, None where the pass removes none. The engine sets the others to 0, stores the weight
-    sparse, and keeps them at 0 in every pass that follows.
+    sparse, and keeps them at 0 in every pass that follows. shift: float32 (out,), what is added to the bias of a layer
+    that is `biased`; None adds nothing.
     """
 
     weight: Quantized | Tensor
     notes: dict[str, Any] = field(default_factory=dict)
     mask: Mask | None = None
+    shift: Tensor | None = None
 
     def kept(self, layer: Layer) -> Mask | None:
         """What this pass and those before it keep of `layer`; None where nothing was removed."""
@@ -370,8 +389,8 @@ class Outcome:
             dense = [
                 weight.dequantize(torch.float32) if isinstance(weight, Quantized) else weight for weight in weights
             ]
-            return Outcome(torch.cat(dense), notes, _joined(outcomes))
-        return Outcome(packed[0].join(packed[1:]), notes, _joined(outcomes))
+            return Outcome(torch.cat(dense), notes, _joined(outcomes), _shifts(outcomes))
+        return Outcome(packed[0].join(packed[1:]), notes, _joined(outcomes), _shifts(outcomes))
 
 
 def _joined(outcomes: Sequence[Outcome]) -> Mask | None:
@@ -388,6 +407,14 @@ def _joined(outcomes: Sequence[Outcome]) -> Mask | None:
     )
     same = len(masks) == len(outcomes) and all(mask.pattern == masks[0].pattern for mask in masks)
     return Mask(kept, masks[0].pattern) if same else Mask(kept)
+
+
+def _shifts(outcomes: Sequence[Outcome]) -> Tensor | None:
+    """What is added to the bias of all rows together; None where no outcome adds anything."""
+    if all(outcome.shift is None for outcome in outcomes):
+        return None
+    parts = [torch.zeros(own.weight.shape[0]) if own.shift is None else own.shift for own in outcomes]
+    return torch.cat([part.to(parts[0].device) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -527,6 +554,7 @@ def _outcome(options: Pass, method: str, layer: Layer, made: Any) -> Outcome:
     outcome: Outcome = asked.expect(made, Outcome, "an `Outcome`")
     asked.check_weight(outcome.weight, tuple(layer.weight.shape))
     asked.check_mask(outcome.mask, layer.mask, outcome.weight)
+    asked.check_shift(outcome.shift, layer.weight.shape[0] if layer.biased else None)
     asked.check_notes(outcome.notes)
     return outcome
 

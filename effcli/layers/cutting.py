@@ -180,11 +180,14 @@ def rows(
     choices: Mapping[str, Choice],
     held: Callable[[LayerSite], Held],
     cuts: Iterable[Cut],
+    restored: Iterable[LedgerRow] = (),
 ) -> list[LedgerRow]:
     """The ledger of the layers of a network that was cut; held: how a layer is stored now; cuts: what was removed.
 
-    Notes number the outputs and the input channels that a layer lost, as they were.
+    restored: the lines of layers that were fitted to what is left of their inputs. Notes number the outputs and the
+    input channels that a layer lost, as they were.
     """
+    fitted = {row.name: row for row in restored if row.status != "kept"}
     stay = staying(cuts)
     found = {site.name: site for site in after}
     made: list[LedgerRow] = []
@@ -199,7 +202,12 @@ def rows(
                 for what, axis in (("outputs_removed", old.row_axis), ("inputs_removed", old.column_axis))
                 if (old.parameter, axis) in stay
             }
-            made.append(held(new).row(new, "changed", notes={"shape_before": list(old.shape), **named}))
+            notes = {"shape_before": list(old.shape), **named}
+            error = None
+            if old.name in fitted:
+                notes |= fitted[old.name].notes
+                error = fitted[old.name].output_error
+            made.append(held(new).row(new, "changed", output_error=error, notes=notes))
         else:
             made.append(held(new).row(new, "kept", reason=choices[old.name].reason or "none of its channels was cut"))
     return made

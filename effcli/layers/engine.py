@@ -172,13 +172,15 @@ class LayerEngine:
         )
         error = None
         if seen and seen[0].tokens and Needs.GRAM in seen[0].needs:
-            error = ratio(_energy(seen, difference), _energy(seen, original, quick=True))
+            error = ratio(_energy(seen, difference, outcome.shift), _energy(seen, original, quick=True))
         difference, original = (factors.with_columns_undone(name, matrix) for matrix in (difference, original))
         moved = float(difference.square().sum())
         Asked(options, "apply", name).check_finite(restored, moved)
         weight_error = ratio(moved, float(original.square().sum()))
         self.histograms.append(histogram(name, original, original + difference))
         held = self.network.write(site, weight, effective)
+        if outcome.shift is not None:
+            self.network.shift(site, outcome.shift)
         self._rows[name] = held.row(
             site,
             "compressed" if isinstance(weight, Quantized) and not weight.format.floating else "changed",
@@ -209,10 +211,17 @@ def _divided(seen: Statistics, factor: Tensor) -> Statistics:
     return made[1] if made[0] is factor else seen.rescaled(factor)
 
 
-def _energy(seen: Seen, matrix: Tensor, quick: bool = False) -> float:
-    """Mean squared norm of D x over the calibration tokens, D (out, in) with one group of rows for each of `seen`."""
+def _energy(seen: Seen, matrix: Tensor, shift: Tensor | None = None, quick: bool = False) -> float:
+    """Mean squared norm of D x + s over the calibration tokens, D (out, in) with one group of rows for each of `seen`.
+
+    shift: s (out,), None for zeros.
+    """
     parts = matrix.chunk(len(seen))
-    return sum(own.output_energy(part, quick) for own, part in zip(seen, parts, strict=True))
+    energy = sum(own.output_energy(part, quick) for own, part in zip(seen, parts, strict=True))
+    if shift is None:
+        return energy
+    means = torch.cat([part @ own.mean for own, part in zip(seen, parts, strict=True)])
+    return max(energy + float((shift * (2 * means + shift)).sum()), 0.0)
 
 
 __all__ = ["LayerEngine", "Seen", "with_gradients"]

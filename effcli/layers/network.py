@@ -121,6 +121,9 @@ class Network(Protocol):
         effective: float32 (out, in), what the layer multiplies its inputs with from now on.
         """
 
+    def shift(self, site: LayerSite, shift: Tensor) -> None:
+        """Add shift (out,) to the bias of a layer that is `biased`."""
+
     def held(self, site: LayerSite) -> Held:
         """How a layer is stored that is left as it is."""
 

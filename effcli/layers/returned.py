@@ -87,6 +87,17 @@ class Asked:
         if removed and not isinstance(weight, Tensor | Numbers | SparseWeight):
             self.refuse(described(weight), "a weight in a format of numbers, for some of its weights are removed")
 
+    def check_shift(self, shift: Any, rows: int | None) -> None:
+        """Refuse what cannot be added to the bias of a layer of so many rows, None where it takes none."""
+        if shift is None:
+            return
+        if rows is None:
+            self.refuse("a shift of its bias", "none, for the layer has no bias")
+        if not isinstance(shift, Tensor) or not shift.is_floating_point() or tuple(shift.shape) != (rows,):
+            self.refuse(f"a shift that is {described(shift)}", f"a floating one ({rows},)")
+        if not bool(torch.isfinite(shift).all()):
+            self.refuse("a shift with NaN or infinity", "finite numbers")
+
     def check_finite(self, restored: Tensor, total: float = math.nan) -> None:
         """Refuse a weight, restored as a floating matrix, with NaN or infinity in it.
 

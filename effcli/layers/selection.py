@@ -135,6 +135,11 @@ def _check_needs(name: str, choices: Iterable[Choice]) -> None:
                 f"{name} removes channels and asks for labels, histograms or another network",
                 "ask in `needs` for gradients, or for other statistics of the inputs of layers",
             )
+        if isinstance(config, CutPass) and config.restoring is not None and Needs.INPUTS not in config.needs:
+            raise UnsupportedError(
+                f"{name} restores the layers behind what it removes, and does not ask for the calibration inputs",
+                "ask for INPUTS in `needs`",
+            )
         if isinstance(config, TrainPass) and config.needs.observes:
             raise UnsupportedError(
                 f"{name} trains the network and asks for statistics of single layers", "make it a LayerPass"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -32,7 +34,7 @@ _KEPT = 128
 class Needs(enum.Flag):
     """What a pass must be given besides the weights. Flags combine; layers that read one input share what is gathered.
 
-    The flags up to VALUES are sums over the inputs of a layer, which `Statistics` holds.
+    The flags up to VALUES, and MEANS, are sums over the inputs of a layer, which `Statistics` holds.
     """
 
     NOTHING = 0
@@ -48,6 +50,7 @@ class Needs(enum.Flag):
     DENSE = enum.auto()  # the network before its weights were first compressed, for a pass that compares with it
     ORIGINAL = enum.auto()  # the network as the run found it, for a pass that trains
     LABELS = enum.auto()  # the classes of the calibration inputs, for a pass that trains
+    MEANS = enum.auto()  # the mean of each input channel
 
     @property
     def observes(self) -> bool:
@@ -57,7 +60,7 @@ class Needs(enum.Flag):
     @property
     def statistics(self) -> Needs:
         """What is asked for of the inputs of single layers."""
-        return self & (Needs.NORMS | Needs.NONZERO | Needs.GRAM | Needs.EXTREMES | Needs.SAMPLE | Needs.VALUES)
+        return self & functools.reduce(operator.or_, (*_SUMS, Needs.GRAM, Needs.SAMPLE, Needs.VALUES))
 
     @property
     def gradients(self) -> Needs:
@@ -66,7 +69,12 @@ class Needs(enum.Flag):
 
 
 # Where sums stand that are no matrices.
-_SUMS = {Needs.NORMS: ("_squares",), Needs.NONZERO: ("_nonzero",), Needs.EXTREMES: ("_low", "_high")}
+_SUMS = {
+    Needs.NORMS: ("_squares",),
+    Needs.MEANS: ("_sums",),
+    Needs.NONZERO: ("_nonzero",),
+    Needs.EXTREMES: ("_low", "_high"),
+}
 
 
 class Gradients:
@@ -141,6 +149,7 @@ class Statistics:
         self.tokens = 0
         self._gram = _Gram(features, device) if Needs.GRAM in needs else None
         self._squares = torch.zeros(features, device=device)
+        self._sums = torch.zeros(features, device=device)
         self._nonzero = torch.zeros(features, device=device)
         self._low, self._high = torch.zeros(features, device=device), torch.zeros(features, device=device)
         self._kept: list[Tensor] = []
@@ -201,6 +210,8 @@ class Statistics:
             self._gram.add(rows)
         elif Needs.NORMS in self.needs:
             self._squares += rows.float().square().sum(0)
+        if Needs.MEANS in self.needs:
+            self._sums += rows.float().sum(0)
         if Needs.NONZERO in self.needs:
             self._nonzero += (rows != 0).sum(0)
         if Needs.EXTREMES in self.needs and len(rows):
@@ -252,6 +263,12 @@ class Statistics:
             return self._gram.total.diagonal()
         self._check(Needs.NORMS)
         return self._squares
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of each channel over the tokens, float32 (in,)."""
+        self._check(Needs.MEANS)
+        return self._sums / max(self.tokens, 1)
 
     @property
     def nonzero(self) -> Tensor:
@@ -342,6 +359,7 @@ class Statistics:
             matrix = (self.matrix * inverse.unsqueeze(1)).mul_(inverse)
             made._gram = _Gram.of(matrix, self.gram.magnitudes * inverse)
         made._squares, made._nonzero = self._squares * inverse.square(), self._nonzero
+        made._sums = self._sums * inverse
         made._low, made._high = self._low * inverse, self._high * inverse
         made._kept, made._stride = [rows * inverse for rows in self._kept], self._stride
         # The weight is multiplied by what its inputs are divided by.

@@ -30,7 +30,7 @@ _WHOLE: tuple[GroupKind, ...] = ("heads", "experts")
 class Channels(CutPass):
     """A `channels` step."""
 
-    rare: ClassVar[tuple[str, ...]] = ("ranking",)
+    rare: ClassVar[tuple[str, ...]] = ("ranking", "damping")
 
     ratio: float = Field(
         0.25, ge=0, lt=1, description="Share of the channels that are removed: of each group, or of all together."
@@ -50,6 +50,22 @@ class Channels(CutPass):
     multiple_of: int = Field(
         1, ge=1, description="Widths that are left are multiples of this, such as 8; heads and experts are not rounded."
     )
+
+    restore: bool = Field(
+        True,
+        description="Fit the layers that read what is removed to what is left, by least squares on the calibration "
+        "inputs (arXiv:1707.06168).",
+    )
+    damping: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="How much `restore` draws weights to what they were, as a share of their inputs' mean square.",
+    )
+
+    @property
+    def restoring(self) -> float | None:
+        return self.damping if self.restore else None
 
     def takes(self, group: Coupled) -> bool:
         return self.what in ("all", group.kind)

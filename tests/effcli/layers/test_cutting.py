@@ -122,7 +122,7 @@ def test_labels_and_histograms_are_refused(tmp_path: Path) -> None:
             cut_graph(small_graphs.residual(), folder, Halve(asks=need.value))
 
 
-ALL = Needs.NORMS | Needs.NONZERO | Needs.GRAM | Needs.EXTREMES | Needs.SAMPLE
+ALL = Needs.NORMS | Needs.MEANS | Needs.NONZERO | Needs.GRAM | Needs.EXTREMES | Needs.SAMPLE
 
 
 @pytest.mark.parametrize("needs", [ALL, Needs.NONZERO, Needs.NORMS | Needs.EXTREMES])
@@ -161,6 +161,8 @@ def check_seen(seen: Statistics, values: Tensor, needs: Needs) -> None:
         assert_close(seen.magnitude, values.abs().mean(1), rtol=1e-4, atol=1e-4)
     if needs & (Needs.GRAM | Needs.NORMS):
         assert_close(seen.squares, values.square().sum(1), rtol=1e-4, atol=1e-3)
+    if Needs.MEANS in needs:
+        assert_close(seen.mean, values.mean(1), rtol=1e-4, atol=1e-5)
     if Needs.EXTREMES in needs:
         assert_close(seen.high, values.amax(1).clamp(min=0))
         assert_close(seen.low, values.amin(1).clamp(max=0))

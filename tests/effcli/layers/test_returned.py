@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,21 @@ def test_outcomes(name: str, groups: int) -> None:
     with pytest.raises(PluginError, match=f"the pass Answers returned .*for block.dense; .*{wanted}") as caught:
         carry_out(Answers(made=made), layer, seen)
     assert caught.match(came) and caught.value.remedy == "mend `Answers.apply`"
+
+
+@pytest.mark.parametrize(
+    ("shift", "biased", "wanted"),
+    [
+        (torch.ones(4), False, "none, for the layer has no bias"),
+        (torch.ones(6), True, r"a floating one \(4,\)"),
+        (torch.ones(4).long(), True, r"a floating one \(4,\)"),
+        (torch.full((4,), torch.nan), True, "finite numbers"),
+    ],
+)
+def test_shifts_of_a_bias(shift: Tensor, biased: bool, wanted: str) -> None:
+    layer = dataclasses.replace(LAYER, biased=biased)
+    with pytest.raises(PluginError, match=wanted):
+        carry_out(Answers(made=lambda layer: Outcome(layer.weight, shift=shift)), layer)
 
 
 def test_a_weight_that_no_mask_goes_around() -> None:

@@ -32,7 +32,7 @@ from effcli.run.recipe import PassStep
 
 
 def step(**options: Any) -> PassStep:
-    return PassStep.model_validate({"channels": options})
+    return PassStep.model_validate({"channels": {"restore": False, **options}})
 
 
 def cut_graph(graph: Graph, folder: Path, **options: Any) -> tuple[Graph, PassResult]:

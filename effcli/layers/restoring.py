@@ -1,0 +1,123 @@
+"""What is left of a layer's inputs makes up for those that were removed: least squares under their Gram matrix.
+
+With K the columns that stay, R those that go and G = X Xᵀ / n the layer's Gram matrix, the weight that stays becomes
+
+    W'_K = W_K + W_R G_RK (G_KK + λ·I)⁻¹,
+
+which minimizes ‖W X - W'_K X_K‖² / n + λ ‖W'_K - W_K‖². With λ = 0 it is the least squares of He et al.
+(arXiv:1707.06168, equation 4), W G_:K G_KK⁻¹. The damping draws it to the weight as it was, so that the error never
+passes that of removing the columns alone. A layer with a bias takes the mean of what is lost into it; G is then that of
+the centred inputs.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
+from effcli.layers.coupling import Cut, staying
+from effcli.layers.cutting import Offered, columns_of
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import ratio
+from effcli.options import Options
+
+if TYPE_CHECKING:
+    from effcli.run.recipe import PassStep
+
+# The first damping to try where the factorization fails, as a share of the mean diagonal.
+_LEAST_DAMPING = 1e-8
+
+
+class Removal(Options):
+    """The columns that a layer loses, ascending, and how much its least squares are damped."""
+
+    columns: tuple[int, ...]
+    damping: float
+
+
+class Restoring(LayerPass):
+    """What an engine carries out after a pass has decided what it cuts. removed: by layer; others stay as they are."""
+
+    removed: dict[str, Removal]
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.GRAM | Needs.MEANS
+
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        removal = self.removed[layer.name]
+        kept = torch.ones(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
+        kept[list(removal.columns)] = False
+        plain = layer.weight * kept
+        if not seen.tokens:
+            return Outcome(plain)
+        weight, gram = layer.weight.double(), seen.matrix.double() / seen.tokens
+        mean = seen.mean.double() if layer.biased else torch.zeros_like(seen.mean).double()
+        gram -= torch.outer(mean, mean)
+        fitted = restored(weight, gram, kept, removal.damping)
+        if layer.mask is not None:
+            fitted *= layer.mask.kept
+        # Rounding, or a mask, may leave a row worse off than without.
+        bound = _errors(weight - plain, gram)
+        better = _errors(weight - fitted, gram) < bound
+        fitted = torch.where(better.unsqueeze(1), fitted, plain)
+        # Of what removing the columns alone costs, the mean is a part.
+        lost = (bound + ((weight - plain) @ mean).square()).sum()
+        whole = (_errors(weight, gram) + (weight @ mean).square()).sum()
+        return Outcome(
+            fitted.float(),
+            {"unrestored_error": ratio(float(lost), float(whole))},
+            shift=((weight - fitted) @ mean).float() if layer.biased else None,
+        )
+
+
+def restored(weight: Tensor, gram: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """The weight (out, in), 0 in the columns that go, and elsewhere what makes up for them.
+
+    gram: float64 (in, in), a mean over tokens; kept: bool (in,); damping: λ as a share of the mean diagonal of what
+    stays, raised tenfold where the matrix has no Cholesky factor.
+    """
+    made = weight * kept
+    own = gram[kept][:, kept]
+    size = own.diagonal().mean() if len(own) else gram.new_zeros(())
+    if not float(size) > 0:
+        return made
+    missed = weight[:, ~kept] @ gram[~kept][:, kept]
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(own + damping * size * torch.eye(len(own)).to(own))
+        if not int(failed):
+            made[:, kept] += torch.cholesky_solve(missed.T, lower).T
+            return made
+        damping = max(10 * damping, _LEAST_DAMPING)
+
+
+def _errors(difference: Tensor, gram: Tensor) -> Tensor:
+    """d G dᵀ of each row of a difference (out, in): float64 (out,)."""
+    return ((difference @ gram) * difference).sum(1)
+
+
+def restoring(step: PassStep, sites: Iterable[LayerSite], offered: Offered, cuts: Iterable[Cut]) -> PassStep | None:
+    """The step that restores the layers behind `cuts`; None where the pass wants none restored.
+
+    sites: all layers of the network.
+    """
+    cuts = [one for one in cuts if offered.chosen[one.coupled.name].restoring is not None]
+    stay = staying(cuts)
+    removed: dict[str, Removal] = {}
+    for one in cuts:
+        damping = offered.chosen[one.coupled.name].restoring
+        for _, site in offered.readers(one.coupled):
+            gone = columns_of(site, ~stay[site.parameter, site.column_axis])
+            removed[site.name] = Removal(columns=tuple(gone.nonzero().flatten().tolist()), damping=damping or 0.0)
+    if not removed:
+        return None
+    others = tuple(glob.escape(site.name) for site in sites if site.name not in removed)
+    return step.model_copy(update={"config": Restoring(removed=removed, ignore=others)})
+
+
+__all__ = ["Removal", "Restoring", "restored", "restoring"]
