@@ -161,7 +161,7 @@ def _cut(
         assert batches is not None
         return OpenGraph(graph, offered.needs.statistics).observe((site.name for site in sites), batches())
 
-    decided = decide(name, options, offered, tensors.__getitem__, slopes, statistics)
+    decided = decide(name, options, offered, tensors.__getitem__, slopes, statistics, lambda site: True)
     before, restored, cuts = graph.sites(), [], list(decided.cuts)
     restore = restoring(step, before, offered, decided.cuts)
     if restore is not None:

@@ -102,8 +102,15 @@ class _Cutting:
         assert isinstance(step.config, CutPass)
         offered = offer(step.name, step.config, coupled(weights), choices)
         if not self.journal.done:
+            biases = weights.skeleton.model.state_dict().keys()
             decided = decide(
-                step.name, step.config, offered, weights.parameter, self._gradients(offered), self._statistics(offered)
+                step.name,
+                step.config,
+                offered,
+                weights.parameter,
+                self._gradients(offered),
+                self._statistics(offered),
+                lambda site: f"{site.name}.bias" in biases,
             )
             removed = {one.coupled.name: tuple((~one.kept).nonzero().flatten().tolist()) for one in decided.cuts}
             self.journal.record("decided", {"removed": removed, "remarks": decided.remarks})

@@ -445,13 +445,15 @@ class Reader:
     """A layer that reads the channels of a group; of a grouped convolution one of its parts.
 
     weight: float32 (out, in); position: int64 (in,), the position of the group behind each column, -1 behind those that
-    the group leaves alone; seen: of its inputs, as they are before the cut, what `needs` asks for.
+    the group leaves alone; seen: of its inputs, as they are before the cut, what `needs` asks for; biased: whether it
+    has a bias or may be given one.
     """
 
     name: str
     weight: Tensor
     position: Tensor
     seen: Statistics
+    biased: bool = False
 
     def per_position(self, values: Tensor, count: int) -> Tensor:
         """Sums of values (in,) over the columns behind each of `count` positions: float32 (count,)."""

@@ -100,11 +100,13 @@ def decide(
     read: Callable[[str], Tensor],
     gradients: GradientsOf = lambda sites: {},
     statistics: SeenOf = lambda sites: {},
+    biased: Callable[[LayerSite], bool] = lambda site: False,
 ) -> Decided:
     """Let the pass called `name` say what stays of the groups that it is offered.
 
     read: a parameter by its state-dict key; gradients: of layers, statistics: of the inputs of each of their groups,
-    where the pass asks for them. Raises `PluginError` for a cut of a group that the pass was not given.
+    where the pass asks for them; biased: whether a layer has a bias or may be given one. Raises `PluginError` for a cut
+    of a group that the pass was not given.
     """
     groups, remarks, needs = offered.groups, list(offered.remarks), offered.needs
     found: Mapping[str, Sequence[Statistics]] = {}
@@ -115,7 +117,7 @@ def decide(
         return [
             reader
             for member, site in offered.readers(group)
-            for reader in _readers(site, member, read, found.get(site.name, ()))
+            for reader in _readers(site, member, read, found.get(site.name, ()), biased(site))
         ]
 
     seen = Members(lambda parameter: read(parameter).detach().float(), offered.chosen, readers=readers)
@@ -150,13 +152,14 @@ def _left_alone(layers: Sequence[LayerSite], choices: Mapping[str, Choice]) -> s
 
 
 def _readers(
-    site: LayerSite, member: Member, read: Callable[[str], Tensor], seen: Sequence[Statistics]
+    site: LayerSite, member: Member, read: Callable[[str], Tensor], seen: Sequence[Statistics], biased: bool
 ) -> list[Reader]:
     """The parts of one layer whose columns go with a group."""
     weight = site.view(read(site.parameter).detach()).float()
     position = columns_of(site, member.position)
     seen = seen or (UNSEEN,) * site.groups
-    return [Reader(site.name, part, position, own) for part, own in zip(weight.chunk(site.groups), seen, strict=True)]
+    parts = zip(weight.chunk(site.groups), seen, strict=True)
+    return [Reader(site.name, part, position, own, biased) for part, own in parts]
 
 
 def columns_of(site: LayerSite, entries: Tensor) -> Tensor:

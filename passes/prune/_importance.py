@@ -1,12 +1,30 @@
-"""How much each position of a group matters, float32 (count,): the least are removed first."""
+"""How much each position of a group matters, (count,): the least are removed first.
+
+`lasso` and `reconstruction` see the layers that read the group and the Gram matrices G = X Xᵀ of their inputs. What a
+position adds to the outputs of a reader is W_p X_p, over the columns behind it, and the energy of several of them
+together is quadratic:
+
+    ‖Σ_p β_p W_p X_p‖² = βᵀ A β,   A_pq = Σ_{a in p, b in q} (WᵀW)_ab G_ab.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from effcli.layers.contract import Members
+from effcli.errors import UnsupportedError
+from effcli.layers.contract import Members, Needs, Reader
 from effcli.layers.coupling import Coupled
+
+# How far a penalty is raised, step by step, and how often each is minimized over.
+_PENALTIES = 40
+_STEPS = 60
+# Positions of a group are removed in so many rounds at most, those of one round by the same scores.
+_ROUNDS = 128
+# Added to the diagonal of a Gram matrix, as a share of its mean, before it is inverted.
+_DAMPING = 0.01
 
 
 def magnitude(group: Coupled, seen: Members) -> Tensor:
@@ -22,3 +40,159 @@ def batchnorm(group: Coupled, seen: Members) -> Tensor:
     """Σ |γ| over the batch norms that a channel passes (arXiv:1708.06519)."""
     scales = (member.per_position(seen.read(member.parameter).abs(), group.count) for member in group.norms)
     return torch.stack(list(scales)).sum(0)
+
+
+def apoz(group: Coupled, seen: Members) -> Tensor:
+    """The share of a position's activations that are not zero, where they are read (arXiv:1607.03250, equation 1)."""
+    readers = _readers(group, seen)
+    found = [
+        reader.per_position(reader.seen.nonzero, group.count)
+        / reader.per_position(torch.ones_like(reader.seen.nonzero), group.count).clamp(min=1)
+        for reader in readers
+    ]
+    shares = torch.stack(found).mean(0)
+    if bool((shares == 1).all()):
+        raise UnsupportedError(
+            f"no activation of {group.name} is ever 0, so that their number tells nothing",
+            "choose another `criterion`, for this group alone under `layers`",
+        )
+    return shares
+
+
+def taylor(group: Coupled, seen: Members) -> Tensor:
+    """|Σ w · ∂L/∂w| over all that goes with a position, a mean over samples (arXiv:1906.10771, equation 8, unsquared).
+
+    To first order it is how much the loss changes without the position.
+    """
+    return seen.products(group, Needs.GRADIENTS).abs() / max(seen.samples, 1)
+
+
+def taylor_squared(group: Coupled, seen: Members) -> Tensor:
+    """Σ (w · ∂L/∂w)² over all that goes with a position, a mean over samples (arXiv:1906.10771, equation 8)."""
+    return seen.products(group, Needs.SQUARED_GRADIENTS) / max(seen.samples, 1)
+
+
+def lasso(group: Coupled, seen: Members, width: int) -> Tensor:
+    """The |β| of min_β ½ ‖Y - Σ_p β_p W_p X_p‖² + λ ‖β‖₁ (arXiv:1707.06168, equation 2), for the last λ with `width` of
+    them other than 0 as λ rises; those that fall out on the way follow, the first to fall last.
+    """
+    total = sum(_energies(reader, group.count) for reader in _readers(group, seen))
+    assert isinstance(total, Tensor)
+    return path(total, width)
+
+
+def path(energies: Tensor, width: int) -> Tensor:
+    """Positions by how long they stay while the penalty rises, until `width` are left: (count,).
+
+    energies: A, float64 (count, count). Each step lets FISTA (Beck and Teboulle 2009) minimize
+    ½ βᵀAβ - βᵀA1 + λ‖β‖₁ from the β of the step before.
+    """
+    target = energies.sum(1)
+    step = 1 / float(torch.linalg.matrix_norm(energies, 2).clamp(min=torch.finfo(torch.float64).tiny))
+    rank, beta, kept = torch.zeros_like(target), torch.ones_like(target), torch.ones_like(target)
+    highest = float(target.abs().max())
+    for number, exponent in enumerate(torch.linspace(-4, 0, _PENALTIES).tolist()):
+        penalty = highest * 10**exponent
+        ahead, momentum = beta, 1.0
+        for _ in range(_STEPS):
+            last, moved = beta, ahead - step * (energies @ ahead - target)
+            beta = moved.sign() * (moved.abs() - step * penalty).clamp(min=0)
+            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+            ahead, momentum = beta + (momentum - 1) / following * (beta - last), following
+        if int((beta != 0).sum()) < width:
+            break
+        rank[beta != 0], kept = number + 1, beta
+    # Of those that stayed equally long the larger β matters more.
+    return rank + kept.abs() / (kept.abs().max() + 1)
+
+
+def _energies(reader: Reader, count: int) -> Tensor:
+    """A of one reader as a share of the energy of its outputs, float64 (count, count)."""
+    taken = (reader.position >= 0).nonzero().flatten()
+    weight, gram = reader.weight[:, taken].double(), reader.seen.matrix[taken][:, taken].double()
+    place = torch.zeros(count, len(taken), dtype=torch.float64, device=weight.device)
+    place[reader.position[taken], torch.arange(len(taken))] = 1
+    found = place @ ((weight.T @ weight) * gram) @ place.T
+    return (found / found.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
+
+
+def reconstruction(group: Coupled, seen: Members, width: int) -> Tensor:
+    """In which order the positions go when each time those go whose removal costs the readers least, once restored.
+
+    The error of the outputs, as a share of their energy, summed over the readers; see `Elimination`. Where they are
+    restored, their biases take in means.
+    """
+    shifts = seen.chosen[group.name].restoring is not None
+    readers = [Elimination(reader, group.count, shifts and reader.biased) for reader in _readers(group, seen)]
+    left = torch.ones(group.count, dtype=torch.bool)
+    order = torch.full((group.count,), float(group.count), dtype=torch.float64)
+    most = -(-group.count // _ROUNDS)
+    while (surplus := int(left.sum()) - width) > 0:
+        cost = torch.stack([reader.costs() for reader in readers]).sum(0)
+        cost[~left] = torch.inf
+        gone = cost.topk(min(most, surplus), largest=False).indices
+        order[gone] = group.count - left.sum().double()
+        left[gone] = False
+        for reader in readers:
+            reader.remove(gone)
+    # Of those that stay, what it would cost to remove them next, below 1 in sum.
+    cost = torch.stack([reader.costs() for reader in readers]).sum(0)
+    return torch.where(left, order + cost / (cost[left].sum() + 1), order)
+
+
+class Elimination:
+    """A reader that loses columns one after the other, the others making up for each (optimal brain surgery).
+
+    With H = (G + λ·I)⁻¹, removing the columns p adds tr(W_p (H_pp)⁻¹ W_pᵀ) to the error; what is left becomes
+    W - W_p (H_pp)⁻¹ H_p: and H - H_:p (H_pp)⁻¹ H_p: (Frantar et al. 2022, arXiv:2203.07259, equations 3 and 5, for
+    several columns).
+    """
+
+    def __init__(self, reader: Reader, count: int, centred: bool) -> None:
+        """centred: whether a bias makes up for the means of the inputs."""
+        gram = reader.seen.matrix.double() / reader.seen.tokens
+        if centred:
+            gram -= torch.outer(reader.seen.mean.double(), reader.seen.mean.double())
+        self.weight = reader.weight.double().clone()
+        self.energy = float(((self.weight @ gram) * self.weight).sum()) or 1.0
+        mean = float(gram.diagonal().mean()) or 1.0
+        gram.diagonal().add_(_DAMPING * mean)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        # The columns behind each position, (count, columns), where every position has as many.
+        taken = (reader.position >= 0).nonzero().flatten()
+        order = taken[reader.position[taken].argsort(stable=True)]
+        if len(order) % count or not bool((reader.position[order].view(count, -1).diff(dim=1) == 0).all()):
+            raise UnsupportedError(
+                f"{reader.name} reads the positions of a group unequally often",
+                "choose another `criterion`, for this group alone under `layers`",
+            )
+        self.columns = order.view(count, -1)
+        self.gone = torch.zeros(count, dtype=torch.bool)
+
+    def costs(self) -> Tensor:
+        """What removing each position would add to the error, float64 (count,); 0 for those that are gone."""
+        own = self.inverse[self.columns.unsqueeze(2), self.columns.unsqueeze(1)].clone()
+        own[self.gone] = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
+        blocks = self.weight[:, self.columns].permute(1, 2, 0)
+        found: Tensor = (torch.linalg.solve(own, blocks) * blocks).sum((1, 2)) / self.energy
+        return found.masked_fill(self.gone.to(found.device), 0).cpu()
+
+    def remove(self, positions: Tensor) -> None:
+        """Let positions go, int64 (n,)."""
+        self.gone[positions] = True
+        columns = self.columns[positions].flatten()
+        solved = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
+        self.weight -= self.weight[:, columns] @ solved
+        self.inverse -= self.inverse[:, columns] @ solved
+        self.weight[:, columns] = 0
+
+
+def _readers(group: Coupled, seen: Members) -> Sequence[Reader]:
+    """The readers of a group that some calibration input reached."""
+    readers = [reader for reader in seen.readers(group) if reader.seen.tokens]
+    if not readers:
+        raise UnsupportedError(
+            f"no layer that reads the channels of {group.name} saw a calibration input",
+            "choose another `criterion`, for this group alone under `layers`",
+        )
+    return readers

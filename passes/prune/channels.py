@@ -13,16 +13,32 @@ from pydantic import Field
 from torch import Tensor
 
 from effcli.errors import SelectionError
-from effcli.layers.contract import CutPass, Members
+from effcli.layers.contract import CutPass, Members, Needs
 from effcli.layers.coupling import Coupled, Cut, GroupKind
 from effcli.passes.prune import _importance
 
-Criterion = Literal["magnitude", "batchnorm"]
+Criterion = Literal["magnitude", "batchnorm", "apoz", "taylor", "taylor_squared", "lasso", "reconstruction"]
 
 _SCORES: dict[Criterion, Callable[[Coupled, Members], Tensor]] = {
     "magnitude": _importance.magnitude,
     "batchnorm": _importance.batchnorm,
+    "apoz": _importance.apoz,
+    "taylor": _importance.taylor,
+    "taylor_squared": _importance.taylor_squared,
 }
+# Those whose scores depend on how many are to stay.
+_SELECTIONS: dict[Criterion, Callable[[Coupled, Members, int], Tensor]] = {
+    "lasso": _importance.lasso,
+    "reconstruction": _importance.reconstruction,
+}
+_NEEDS: dict[Criterion, Needs] = {
+    "apoz": Needs.NONZERO,
+    "taylor": Needs.GRADIENTS,
+    "taylor_squared": Needs.SQUARED_GRADIENTS,
+    "lasso": Needs.GRAM,
+    "reconstruction": Needs.GRAM | Needs.MEANS,
+}
+_READ: tuple[Criterion, ...] = ("apoz", "lasso", "reconstruction")
 # Positions that are themselves a number of channels.
 _WHOLE: tuple[GroupKind, ...] = ("heads", "experts")
 
@@ -37,8 +53,7 @@ class Channels(CutPass):
     )
     criterion: Criterion = Field(
         "magnitude",
-        description="What is removed first: small weights (arXiv:1608.08710), or small scales of batch norms "
-        "(arXiv:1708.06519).",
+        description="By what the channels that matter least are found; see the page of the pass.",
     )
     what: GroupKind | Literal["all"] = Field(
         "all", description="What is removed: heads go with all queries of their key; graphs have channels alone."
@@ -64,6 +79,10 @@ class Channels(CutPass):
     )
 
     @property
+    def needs(self) -> Needs:
+        return super().needs | _NEEDS.get(self.criterion, Needs.NOTHING)
+
+    @property
     def restoring(self) -> float | None:
         return self.damping if self.restore else None
 
@@ -77,6 +96,11 @@ class Channels(CutPass):
                 raise SelectionError(
                     f"{group.name} has a ratio of its own, and one ranking for the network has one ratio",
                     "leave `ratio` out of `layers`, or set ranking=group",
+                )
+            if self.ranking == "network" and chosen[group.name].criterion in _SELECTIONS:
+                raise SelectionError(
+                    f"{chosen[group.name].criterion} compares the channels of one group, not those of a network",
+                    "set ranking=group, or choose another `criterion`",
                 )
 
     def _check_group(self, group: Coupled) -> None:
@@ -96,13 +120,20 @@ class Channels(CutPass):
                 f"the channels of {group.name} pass no batch norm, whose scales are to tell what they matter",
                 "choose another `criterion`, for this one alone under `layers`, or put the step before `fold`",
             )
+        if self.criterion in _READ and group.kind == "experts":
+            raise SelectionError(
+                f"no layer reads the experts of {group.name} one by one, and {self.criterion} looks at what is read",
+                "choose magnitude or taylor, or set `what` to something else",
+            )
 
     def multiple(self, group: Coupled) -> int:
         """What the width of a group must be a multiple of."""
         return 1 if group.kind in _WHOLE else self.multiple_of
 
     def width(self, group: Coupled, wanted: float) -> int:
-        """The nearest width to `wanted` that a group may have, the wider of two."""
+        """The nearest width to `wanted` that a group may have, the wider of two; all of it where nothing is to go."""
+        if wanted >= group.count:
+            return group.count
         multiple = self.multiple(group)
         nearest = max(1, int(wanted / multiple + 0.5)) * multiple
         return nearest if nearest <= group.count else group.count // multiple * multiple
@@ -110,18 +141,32 @@ class Channels(CutPass):
     def cut(self, groups: Sequence[Coupled], seen: Members) -> Sequence[Cut]:
         """Keep of every group what matters most."""
         chosen: Mapping[str, Channels] = seen.chosen
-        scores = [_SCORES[chosen[group.name].criterion](group, seen).cpu() for group in groups]
-        wanted = [group.count * (1 - chosen[group.name].ratio) for group in groups]
         if self.ranking == "network":
-            least = [chosen[group.name].multiple(group) for group in groups]
-            wanted = list(map(float, ranked(scores, least, self.ratio)))
+            scores = [chosen[group.name]._scores(group, seen, group.count) for group in groups]
+            left = ranked(scores, [chosen[group.name].multiple(group) for group in groups], self.ratio)
+            return [
+                _keeping(group, own, chosen[group.name].width(group, count))
+                for group, own, count in zip(groups, scores, left, strict=True)
+            ]
         cuts = []
-        for group, own, left in zip(groups, scores, wanted, strict=True):
-            # A width that is no multiple stays as it is where nothing is to go.
-            width = group.count if left == group.count else chosen[group.name].width(group, left)
-            kept = torch.zeros(group.count, dtype=torch.bool).index_fill(0, own.topk(width).indices, True)
-            cuts.append(Cut(group, kept))
+        for group in groups:
+            config = chosen[group.name]
+            width = config.width(group, group.count * (1 - config.ratio))
+            cuts.append(_keeping(group, config._scores(group, seen, width), width))
         return cuts
+
+    def _scores(self, group: Coupled, seen: Members, width: int) -> Tensor:
+        """What each position matters, (count,), where `width` of them are to stay."""
+        if self.criterion in _SELECTIONS:
+            return _SELECTIONS[self.criterion](group, seen, width).cpu()
+        return _SCORES[self.criterion](group, seen).cpu()
+
+
+def _keeping(group: Coupled, scores: Tensor, width: int) -> Cut:
+    """The cut that leaves the `width` highest scores."""
+    kept = torch.zeros(group.count, dtype=torch.bool)
+    kept[scores.topk(width).indices] = True
+    return Cut(group, kept)
 
 
 def ranked(scores: Sequence[Tensor], least: Sequence[int], ratio: float) -> list[int]:

@@ -116,6 +116,52 @@ def test_what_is_left_computes_what_was_with_zeros(criterion: str, tmp_path: Pat
     assert_close(made.run(inputs), silent.run(inputs), rtol=1e-4, atol=1e-5)
 
 
+CRITERIA = ("magnitude", "batchnorm", "apoz", "taylor", "taylor_squared", "lasso", "reconstruction")
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_on_a_graph(criterion: str, tmp_path: Path) -> None:
+    graph = small_graphs.residual()
+    with torch.no_grad():
+        # Channel 3 of block.a is dead: its norm gives 0, which a ReLU passes on.
+        graph.module.state_dict()["block.a_norm.weight"][3] = 0
+        graph.module.state_dict()["block.a_norm.bias"][3] = 0
+        if criterion == "magnitude":
+            for name, axis in (("block.a.weight", 0), ("block.b.weight", 1)):
+                graph.module.state_dict()[name].select(axis, 3).zero_()
+    made, result = cut_graph(graph, tmp_path, ratio=0.25, criterion=criterion, restore=True)
+    (row,) = (row for row in result.ledger if row.name == "block.a")
+    assert row.shape == (6, 54) and "3" in str(row.notes["outputs_removed"]).replace("-", ", ").split(", ")
+    assert made.weights() < graph.weights()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "taylor_squared", "lasso", "reconstruction"])
+def test_every_criterion_on_a_language_model(criterion: str, llama: Path, tmp_path: Path) -> None:
+    target, result = cut_language(llama, tmp_path, ratio=0.5, criterion=criterion, restore=True)
+    config = AutoModelForCausalLM.from_pretrained(target).config
+    assert (config.num_key_value_heads, config.intermediate_size) == (1, 64)
+    errors = [
+        (row.output_error, row.notes["unrestored_error"]) for row in result.ledger if "unrestored_error" in row.notes
+    ]
+    assert len(errors) == 4 and all(found is not None and found < bound for found, bound in errors)
+
+
+def test_reconstruction_loses_less_than_magnitude(llama: Path, tmp_path: Path) -> None:
+    errors = {}
+    for criterion in ("magnitude", "lasso", "reconstruction"):
+        folder = tmp_path / criterion
+        folder.mkdir()
+        _, result = cut_language(llama, folder, ratio=0.5, criterion=criterion, restore=True, what="feed_forward")
+        errors[criterion] = sum(row.output_error or 0 for row in result.ledger)
+    assert errors["reconstruction"] < errors["magnitude"] and errors["reconstruction"] <= errors["lasso"]
+
+
+def test_zeros_tell_where_a_relu_stands(tmp_path: Path) -> None:
+    source = architectures.make("opt", tmp_path / "source")
+    target, _ = cut_language(source, tmp_path, ratio=0.5, criterion="apoz")
+    assert AutoModelForCausalLM.from_pretrained(target).config.ffn_dim == 64
+
+
 def test_layers_have_ratios_of_their_own(tmp_path: Path) -> None:
     graph = small_graphs.residual()
     made, _ = cut_graph(graph, tmp_path, ratio=0.25, layers={"block.a": {"ratio": 0.75}})
@@ -153,6 +199,10 @@ def plain() -> Graph:
     return small_graphs.chain((4,), nn.Linear(4, 6), "relu.default", nn.Linear(6, 3))
 
 
+def image_to_image() -> Graph:
+    return small_graphs.chain((3, 6, 6), nn.Conv2d(3, 4, 3, padding=1), "relu.default", nn.Conv2d(4, 3, 1))
+
+
 @pytest.mark.parametrize(
     ("graph", "options", "said"),
     [
@@ -165,6 +215,8 @@ def plain() -> Graph:
             {"ranking": "network", "layers": {"block.a": {"ratio": 0.5}}},
             "block.a has a ratio of its own",
         ),
+        (plain, {"ranking": "network", "criterion": "lasso"}, "lasso compares the channels of one group"),
+        (image_to_image, {"criterion": "taylor"}, "gradients need a loss"),
     ],
 )
 def test_bad_input_is_refused_in_the_plan(graph: Any, options: dict[str, Any], said: str) -> None:
@@ -205,6 +257,13 @@ def test_a_language_model_is_refused_in_the_plan(llama: Path) -> None:
         planned.take(made, choose(planned, made))
     made = step(criterion="batchnorm", what="feed_forward")
     with pytest.raises(SelectionError, match="pass no batch norm"):
+        planned.take(made, choose(planned, made))
+
+
+def test_experts_are_read_by_nothing(tmp_path: Path) -> None:
+    planned = PlannedModel(open_weights(architectures.make("mixtral", tmp_path / "source")), Calibration())
+    made = step(criterion="reconstruction")
+    with pytest.raises(SelectionError, match="no layer reads the experts of"):
         planned.take(made, choose(planned, made))
 
 
