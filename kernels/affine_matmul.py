@@ -196,7 +196,9 @@ class Nibbles(Packed):
         return self.int4 is not None and dtype == torch.bfloat16 and rows <= INT4_ROWS
 
     def route(self, rows: int, dtype: torch.dtype) -> str:
-        return "int4pack, cpu" if self._few(rows, dtype) else f"fbgemm {self.width}-bit unpack tiles, cpu"
+        bits, few = self.format.bits, self._few(rows, dtype)
+        name, width = ("int4pack", 4) if few else (f"fbgemm {self.width}-bit unpack tiles", self.width)
+        return f"{name}, cpu" if bits == width else f"{name} ({bits}-bit weights held in {width} bits), cpu"
 
     def multiply(self, x: Tensor) -> Tensor:
         if self._few(x.shape[0], x.dtype):

@@ -211,7 +211,11 @@ def _cut(ids: list[int], count: int, length: int, name: str, key: str, reader: R
         )
     remarks: tuple[str, ...] = ()
     if found < count:
-        remarks = (f"{name} gives {found} windows of {length} tokens, not the {count} asked for",)
+        asked = key.replace("length", "samples")
+        remarks = (
+            f"{name} holds only {found} of the {count} windows of {length} tokens that {asked} asks for; "
+            f"less text makes the result less certain: give a longer one, or set {asked}={found}",
+        )
     ids = ids[: min(found, count) * length]
     reader.check_ids(ids)
     return Cut(torch.tensor(ids, dtype=torch.int64).view(-1, length), remarks)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from effcli.reports import latencies, units
-from effcli.reports.report import Classification, Latency, LedgerRow, Quality, Report, Speed
+from effcli.reports.final import final_rows
+from effcli.reports.report import Classification, Latency, Quality, Report, Speed
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _on_other_data(a: Report, b: Report, key: str, before: tuple[float | None, f
 
 def calibrated_otherwise(a: Report, b: Report) -> str:
     """What is to be said of two runs whose errors of outputs were measured on different data; empty where not."""
-    measured = all(any(row.output_error is not None for row in final_rows(report).values()) for report in (a, b))
+    measured = all(any(row.output_error is not None for row in final_rows(report.stages).values()) for report in (a, b))
     if not measured or _identity(a, _calibration(a)) == _identity(b, _calibration(b)):
         return ""
     names = (", ".join(PurePath(name).name for name in _calibration(report)) for report in (a, b))
@@ -167,7 +168,7 @@ def _other_network(a: Report, b: Report) -> str | None:
         return f"{first_a.weights:,} and {first_b.weights:,} weights"
     if first_a.nbytes != first_b.nbytes:
         return f"{units.size(first_a.nbytes)} and {units.size(first_b.nbytes)}"
-    rows_a, rows_b = final_rows(a), final_rows(b)
+    rows_a, rows_b = final_rows(a.stages), final_rows(b.stages)
     for name in sorted(rows_a.keys() & rows_b.keys()):
         one, two = rows_a[name].shape, rows_b[name].shape
         if one != two:
@@ -181,17 +182,4 @@ def _other_network(a: Report, b: Report) -> str | None:
     return None
 
 
-def final_rows(report: Report) -> dict[str, LedgerRow]:
-    """How each layer is stored at the end. A layer that the last pass left alone keeps an earlier pass's error."""
-    found: dict[str, LedgerRow] = {}
-    for stage in report.stages:
-        for row in stage.ledger:
-            before = found.get(row.name)
-            if row.status == "kept" and before is not None and before.status == "compressed":
-                errors = {"output_error": before.output_error, "weight_error": before.weight_error}
-                row = row.model_copy(update={**errors, "status": "compressed"})
-            found[row.name] = row
-    return found
-
-
-__all__ = ["Unlike", "calibrated_otherwise", "final_rows", "other_input", "quality_of", "unlike"]
+__all__ = ["Unlike", "calibrated_otherwise", "other_input", "quality_of", "unlike"]

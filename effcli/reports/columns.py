@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from effcli.reports import latencies, units
+from effcli.reports.final import bits_line
 
 if TYPE_CHECKING:
     from effcli.reports.report import Classification, Exported, Latency, Report, Speed, Stage, Training
@@ -117,8 +118,8 @@ def training_text(training: Training) -> str:
 
 
 def conditions(stages: Sequence[Stage]) -> list[str]:
-    """Under what conditions the figures were taken: on how many tokens, with how many threads, on what."""
-    found: list[str] = []
+    """What the bits per weight are made of, and how the figures were taken: on how many tokens, on what."""
+    found = [line for line in [bits_line(stages)] if line]
     for stage in stages:
         quality, speed = stage.quality, stage.speed
         classified = quality.classification if quality else None

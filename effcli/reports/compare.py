@@ -11,8 +11,9 @@ from pydantic import Field
 
 from effcli.options import Record
 from effcli.reports import latencies, units
-from effcli.reports.alike import calibrated_otherwise, final_rows, other_input, quality_of, unlike
+from effcli.reports.alike import calibrated_otherwise, other_input, quality_of, unlike
 from effcli.reports.columns import kernel_text
+from effcli.reports.final import final_rows
 from effcli.reports.report import Classification, LedgerRow, Quality, Report, Stage
 
 Unit = Literal["bytes", "ratio", "bits", "number", "fraction", "decibels", "milliseconds", "rate", "seconds"]
@@ -95,7 +96,7 @@ def compare(a: Report, b: Report) -> Comparison:
         for index, (key, title, unit, value) in enumerate(side_a)
         if value is not None or side_b[index][3] is not None
     )
-    rows_a, rows_b = final_rows(a), final_rows(b)
+    rows_a, rows_b = final_rows(a.stages), final_rows(b.stages)
     names = list(dict.fromkeys([*rows_a, *rows_b]))
     calibrated = calibrated_otherwise(a, b)
     found = [_difference(name, rows_a.get(name), rows_b.get(name), not calibrated) for name in names]
@@ -231,7 +232,7 @@ def _distance(layer: LayerDifference) -> tuple[float, float]:
 
 def _unrecorded(report: Report, label: str) -> list[str]:
     """What the ledger of a report leaves out, so that layers are not compared by what the passes made of them."""
-    if not final_rows(report):
+    if not final_rows(report.stages):
         return [f"{label} has no ledger: its layers are not known"]
     empty = [stage.name for stage in report.stages[1:] if not stage.ledger]
     return [f"{label} has no ledger of {name}: what it did to the layers is not known" for name in empty]

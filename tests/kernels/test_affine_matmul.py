@@ -264,8 +264,8 @@ def test_no_less_exact_than_dense(bits: int, symmetric: bool) -> None:
 def test_routes_and_their_memory() -> None:
     cases: list[tuple[int, Strategy, int, bool, type[Packed], str, str, float]] = [
         (4, "group", 128, False, Nibbles, "int4pack", "fbgemm 4-bit", 8.5),
-        (3, "group", 64, True, Nibbles, "int4pack", "fbgemm 4-bit", 9.0),
-        (2, "channel", 0, False, Nibbles, "int4pack", "fbgemm 2-bit", 6.2),
+        (3, "group", 64, True, Nibbles, "int4pack (3-bit weights held in 4 bits)", "fbgemm 4-bit", 9.0),
+        (2, "channel", 0, False, Nibbles, "int4pack (2-bit weights held in 4 bits)", "fbgemm 2-bit", 6.2),
         (4, "group", 16, False, Nibbles, "fbgemm 4-bit", "fbgemm 4-bit", 6.0),
         (8, "channel", 0, True, Bytes, "int8pack", "int8 convert", 8.02),
         (6, "group", 128, False, Bytes, "int8pack", "int8 convert", 8.19),

@@ -68,7 +68,10 @@ def test_too_few_windows_are_said(tmp_path: Path) -> None:
     file.write_text("abcdefgh")
     cut = text.windows(file, reader(), 9, 3)
     assert cut.windows.shape == (3, 3)
-    assert cut.remarks == (f"{file} gives 3 windows of 3 tokens, not the 9 asked for",)
+    asked = f"{file} holds only 3 of the 9 windows of 3 tokens that samples asks for"
+    assert cut.remarks == (f"{asked}; less text makes the result less certain: give a longer one, or set samples=3",)
+    (remark,) = text.windows(file, reader(), 9, 3, "calibration.length").remarks
+    assert remark.endswith("give a longer one, or set calibration.samples=3")
 
 
 def test_windows_of_a_long_file_are_those_of_the_whole_text() -> None:
@@ -169,7 +172,7 @@ def test_evaluation_takes_the_end_that_calibration_leaves(tmp_path: Path) -> Non
     cut = text.evaluation_windows(options, reader(), tmp_path, calibration)
     # Six tokens, the start among them, are calibration's: of "fghijk" three windows are left.
     assert cut.windows.tolist() == [[*b"fg"], [*b"hi"], [*b"jk"]]
-    assert "not the 4 asked for" in cut.remarks[0]
+    assert "3 of the 4 windows" in cut.remarks[0]
 
 
 def test_evaluation_falls_back_when_calibration_takes_all(tmp_path: Path) -> None:
