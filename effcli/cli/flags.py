@@ -82,7 +82,8 @@ TrustRemoteCode = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No bars and no tables: a line for each phase of two seconds or more.")
+    bool,
+    typer.Option("--quiet", "-q", help="No bars, no tables: a line for each stage and long phase, two for the result."),
 ]
 Verbose = Annotated[
     bool,

@@ -157,7 +157,7 @@ def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: 
 def _run(recipe: Recipe, overwrite: bool, quiet: bool, verbose: bool, json: bool) -> None:
     # Known before torch is imported and the model looked for.
     target = recipe.target
-    from effcli.reports.result import result_lines
+    from effcli.reports.result import result_lines, summary_lines
     from effcli.reports.screen import Screen
     from effcli.run import pipeline
     from effcli.run.workplace import EXPORTS
@@ -166,11 +166,13 @@ def _run(recipe: Recipe, overwrite: bool, quiet: bool, verbose: bool, json: bool
         result = pipeline.run(recipe, overwrite=overwrite, listener=screen)
     if json:
         print_json(result.model_dump_json(indent=1))
-    elif not quiet:
+        return
+    if not quiet:
         print_report(result, layers=None)
         if verbose:
             from effcli.reports.terminal import phase_table
 
             show(phase_table(result))
-        for line in result_lines(result, target, target / EXPORTS, verbose):
-            say(line)
+    lines = summary_lines(result, target) if quiet else result_lines(result, target, target / EXPORTS, verbose)
+    for line in lines:
+        say(line)

@@ -62,10 +62,13 @@ def compare(before: Graph, after: Graph, source: str, stages: Sequence[Stage]) -
     return Against(input=source, **counts)
 
 
-def moved(before: Graph, expected: Tensor, outputs: Tensor) -> Moved:
-    """How far `outputs` (n, ...) of a network lie from those of the graph `before`, `expected`, of the same shape."""
+def moved(before: Graph, expected: Tensor, outputs: Tensor, inputs: str) -> Moved:
+    """How far `outputs` (n, ...) of a network lie from those of the graph `before`, `expected`, of the same shape.
+
+    inputs: what they were made of, in words.
+    """
     classes = class_count(before) is not None
-    return Moved.of(outputs.float(), expected.float(), "logits" if classes else "outputs", classes)
+    return Moved.of(outputs.float(), expected.float(), inputs, "logits" if classes else "outputs", classes)
 
 
 def _within(before: Tensor, after: Tensor, rows: Sequence[LedgerRow], scaled: bool) -> bool:

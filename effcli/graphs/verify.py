@@ -112,7 +112,7 @@ class GraphVerification(Options):
             found.append(Check(text="effcli.load reads it and runs it", passed=True))
         if self.checked:
             ran = self.ran and not self.problem
-            text = "its ONNX export gives the same outputs in onnxruntime" if ran else self.checked
+            text = "onnxruntime runs its ONNX export; outputs are the same but for rounding" if ran else self.checked
             found.append(Check(text=text, passed=True if ran else None, numbers=self.checked if ran else ""))
         if self.firmware is not None:
             found.append(Check(text=self.firmware.checked, passed=True))
@@ -289,7 +289,9 @@ def _against(
     if expected.shape != outputs.shape:
         shapes = tuple(outputs.shape[1:]), tuple(expected.shape[1:])
         return found.model_copy(update={"problem": f"its outputs have the shape {shapes[0]}, the input's {shapes[1]}"})
-    return found.model_copy(update={"moved": moved(before, expected, outputs)})
+    calibrated = isinstance(network, IntegerNetwork) and network.probe is not None
+    kind = "calibration inputs" if calibrated else "random inputs"
+    return found.model_copy(update={"moved": moved(before, expected, outputs, kind)})
 
 
 def _outputs(network: Graph | IntegerNetwork) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ from effcli.options import Options
 from effcli.platform.huggingface import language_loader, load_network_config, logits_of, quiet_transformers
 from effcli.reports.against import Against, Moved
 from effcli.reports.report import FILE_NAME, Check, Report, Stage
-from effcli.reports.units import count
+from effcli.reports.units import count, percent
 
 # Largest ‖a - b‖ / ‖b‖ over all logits. The stock loader computes the same numbers as the reference; the packed kernels
 # sum in another order and round elsewhere, and every block passes that on.
@@ -77,6 +77,12 @@ class Agreement(Options):
             top1=float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
             tolerance=tolerance,
         )
+
+    def told(self, whose: str) -> str:
+        """In plain words: that the logits are those of `whose`, or by how much they differ."""
+        if self.largest == 0:
+            return f"equal those of {whose}"
+        return f"differ by {percent(self.relative)} from those of {whose}{'' if self.passed else ', too much'}"
 
     def __str__(self) -> str:
         verdict = "" if self.passed else f", more than {self.tolerance:g} allowed"
@@ -133,17 +139,12 @@ class Verification(Options):
         """The findings one by one, in plain words."""
         found = [Check(text=self.problem, passed=False)] if self.problem else []
         if self.stock is not None:
-            same = "computes the same logits as effcli" if self.stock.passed else "computes other logits than effcli"
-            found.append(
-                Check(text=f"{self.loader} loads it and {same}", passed=self.stock.passed, numbers=str(self.stock))
-            )
+            text = f"{self.loader} loads it; its logits {self.stock.told('effcli')}"
+            found.append(Check(text=text, passed=self.stock.passed, numbers=str(self.stock)))
         if self.refused:
-            found.append(
-                Check(text=f"effcli.load reads it; {self.loader} refuses it rather than misread it", passed=True)
-            )
+            found.append(Check(text=f"effcli.load reads it; {self.loader} refuses it, as it should", passed=True))
         if self.packed is not None:
-            same = "the same logits as" if self.packed.passed else "other logits than"
-            text = f"effcli's kernels compute {same} dequantized weights"
+            text = f"effcli.load's logits {self.packed.told('unpacked weights')}"
             found.append(Check(text=text, passed=self.packed.passed, numbers=str(self.packed)))
         if self.against is not None:
             found.append(self.against.check)
@@ -203,7 +204,7 @@ def _with_input(
         load = _own if is_own(read_config(source)) else load_stock
         with running(source), phases("running the input"):
             original = _logits(lambda: load(source, trust_remote_code), tokens(config)).logits
-        against = against.model_copy(update={"moved": Moved.of(logits, original)})
+        against = against.model_copy(update={"moved": Moved.of(logits, original, "random tokens")})
     return found.model_copy(update={"against": against})
 
 

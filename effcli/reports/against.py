@@ -7,29 +7,31 @@ from torch import Tensor
 
 from effcli.options import Options
 from effcli.reports.report import Check
-from effcli.reports.units import count
+from effcli.reports.units import count, percent
 
 
 class Moved(Options):
     """How far the outputs of two networks lie apart on the same inputs."""
 
     outputs: str = Field(default="logits", description="what the outputs are")
+    inputs: str = Field(description="what the inputs were, e.g. 'random tokens'")
     relative: float = Field(description="‖a - b‖ / ‖b‖ over all of them, b those of the input")
     top1: float | None = Field(default=None, description="share of the same largest ones, 0 to 1; None without classes")
 
     @staticmethod
-    def of(after: Tensor, before: Tensor, outputs: str = "logits", classes: bool = True) -> Moved:
+    def of(after: Tensor, before: Tensor, inputs: str, outputs: str = "logits", classes: bool = True) -> Moved:
         """after, before: floating (..., classes), or of any shape where there are no classes."""
         agree = (after.argmax(-1) == before.argmax(-1)).float()
         return Moved(
             outputs=outputs,
+            inputs=inputs,
             relative=float((after - before).norm() / before.norm().clamp(min=1e-30)),
             top1=float(agree.mean()) if classes else None,
         )
 
     def __str__(self) -> str:
-        alike = "" if self.top1 is None else f", top-1 {self.top1:.1%}"
-        return f"its {self.outputs} moved by {self.relative:.1e} relative{alike}"
+        kept = "" if self.top1 is None else f"; the largest one is the same in {self.top1:.1%}"
+        return f"the passes changed the {self.outputs} by {percent(self.relative)} on {self.inputs}{kept}"
 
 
 class Against(Options):
@@ -48,24 +50,30 @@ class Against(Options):
         """Whether the tensors are those of the input, or what the passes made of them."""
         if self.problem:
             return Check(text=f"against its input: {self.problem}", passed=False)
-        numbers = "" if self.moved is None else f"compression: {self.moved}"
-        counted = self.equal or self.compressed or self.changed
-        if not counted:
-            return Check(text="against its input: only outputs can be compared", numbers=numbers)
-        parts = [f"{count(self.equal, 'tensor')} equal bit for bit"]
-        parts += [f"{self.compressed:,} compressed"] * bool(self.compressed)
-        parts += [f"{self.changed:,} changed by the passes"] * bool(self.changed)
-        built = f", as {self.network}" if self.network else ""
-        return Check(text=f"against its input{built}: {', '.join(parts)}", passed=True, numbers=numbers)
+        told = [f"both built as {self.network}"] if self.network else []
+        told += [] if self.moved is None else [f"{self.moved} (perplexity or accuracy tell what that costs)"]
+        counts = self._counts()
+        if counts:
+            return Check(text=f"against its input: {counts}", passed=True, numbers="; ".join(told))
+        text = "against its input: tensors cannot be compared"
+        if self.moved is not None:
+            text = f"against its input: outputs differ by {percent(self.moved.relative)} (tensors cannot be compared)"
+        return Check(text=text, numbers="; ".join(told))
+
+    def _counts(self) -> str:
+        """What became of how many tensors; empty where none has a counterpart."""
+        counts = {"compressed": self.compressed, "changed by the passes": self.changed, "equal": self.equal}
+        found = [(number, what) for what, number in counts.items() if number]
+        parts = [f"{count(number, 'tensor')} {what}" for number, what in found[:1]]
+        return ", ".join([*parts, *(f"{number:,} {what}" for number, what in found[1:])])
 
     def __str__(self) -> str:
         if self.problem:
             return f"against its input: {self.problem}"
-        counts = [(self.equal, "tensors equal bit for bit"), (self.compressed, "compressed"), (self.changed, "changed")]
-        parts = [f"{number} {what}" for number, what in counts if number or what != "changed"]
         built = f", as {self.network}" if self.network else ""
+        counts = self._counts()
         # Of an integer network no tensor is that of its input.
-        told = [", ".join(parts)] if self.equal or self.compressed or self.changed else []
+        told = [counts] if counts else []
         told += [] if self.moved is None else [str(self.moved)]
         return f"against its input{built}: {'; '.join(told)}"
 

@@ -172,9 +172,12 @@ def _loading(report: Report, layout: Layout, loaders: tuple[str, str]) -> str:
         text = "No standard loader knows this storage; transformers refuses it. `effcli.load` reads it."
         code = f"import effcli\n\nmodel = effcli.load({folder})"
     else:
-        text = "It loads with transformers" + (
-            f" and {markdown_code('compressed-tensors')}." if _is_quantized(report) else "."
-        )
+        text = "It loads with transformers."
+        if _is_quantized(report):
+            text = (
+                f"It loads with transformers and {markdown_code('compressed-tensors')}, which unpack the weights; "
+                f"{markdown_code('effcli.load')} computes with the packed ones."
+            )
         loader, companion = IMAGES if _has_convolutions(report) else loaders
         name = "tokenizer" if companion == "AutoTokenizer" else "processor"
         code = (
@@ -250,7 +253,7 @@ def _text_limits(report: Report) -> list[str]:
         found.append(f"Perplexity is that of one text{tokens}; it says little of following instructions or reasoning.")
     if last.speed is not None:
         found.append(
-            f"Speed is that of effcli's kernels on {markdown(last.speed.device)}; "
+            f"Speed is that of effcli.load's kernels on {markdown(last.speed.device)}; "
             "another runtime or machine will differ."
         )
     return found

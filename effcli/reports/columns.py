@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Tone = Literal["", "bad"]
 EMPTY_TEXT = "-"
+# Below this ratio a speed is a step back: two runs of one kernel differ by a few percent.
+SLOWER = 0.95
 
 
 @dataclass(frozen=True)
@@ -259,8 +261,7 @@ def _rate(stage: Stage, first: Stage, of: Callable[[Speed], float]) -> Cell | No
 
 
 def _slower(ratio: float) -> Tone:
-    # Two runs of one kernel differ by a few percent.
-    return "bad" if ratio < 0.95 else ""
+    return "bad" if ratio < SLOWER else ""
 
 
 def _memory(stage: Stage, first: Stage) -> Cell | None:

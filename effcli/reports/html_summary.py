@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePath
 
 from effcli.reports import units
+from effcli.reports.columns import SLOWER
 from effcli.reports.html_quality import data_names
 from effcli.reports.report import Latency, Quality, Report
 
@@ -66,7 +68,9 @@ def _where(report: Report) -> list[str]:
     first, last = report.stages[0], report.stages[-1]
     if last is not first and first.speed and last.speed and first.speed.decode_tokens_per_second:
         ratio = last.speed.decode_tokens_per_second / first.speed.decode_tokens_per_second
-        found.append(f"on {last.speed.device} it writes text {_as_fast(ratio)}")
+        text = f"with effcli.load on {last.speed.device} it writes text {_as_fast(ratio)}"
+        prefill = last.speed.prefill_tokens_per_second / (first.speed.prefill_tokens_per_second or math.inf)
+        found.append(text + (f" and reads prompts {units.ratio(prefill)} as fast" if 0 < prefill < SLOWER else ""))
     elif last is not first and first.latencies and last.latencies:
         old, new = _fastest(first.latencies), _fastest(last.latencies)
         if new.milliseconds:

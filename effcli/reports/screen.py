@@ -63,11 +63,17 @@ class Waiting(Silent):
     def say(self, text: str) -> None:
         """Show one line."""
         if not self._quiet:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._print(text)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Screen(Waiting):
-    """A run as it goes along, on standard error: how far each phase is, and a line for each finished stage."""
+    """A run as it goes along, on standard error: how far each phase is, and a line for each finished stage.
+
+    With `quiet` the lines of stages remain, and those of long phases.
+    """
 
     def __init__(self, recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> None:
         super().__init__(quiet=quiet, console=console)
@@ -77,7 +83,7 @@ class Screen(Waiting):
     def stage(self, stage: Stage) -> None:
         """Show what was measured after the input or a pass."""
         self._stages.append(stage)
-        self.say(stage_line(self._report()))
+        self._print(stage_line(self._report()))
 
     def _report(self) -> Report:
         """The stages so far as a report, which is what the renderers take."""

@@ -76,6 +76,11 @@ def fraction(value: float, error: float | None = None) -> str:
     return f"{100 * value:.1f}%" if error is None else f"{100 * value:.1f}±{100 * error:.1f}%"
 
 
+def percent(value: float) -> str:
+    """A small fraction as a percentage of two digits, without an error: 0.38%, 4.6%, 0.0021%."""
+    return f"{significant(100 * value, 2)}%"
+
+
 def error(value: float) -> str:
     """A relative squared error, which spans many powers of ten: 4.2e-03."""
     return "0" if value == 0 else f"{value:.1e}"

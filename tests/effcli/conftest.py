@@ -158,7 +158,7 @@ def make_report() -> Callable[..., Report]:
             verified="reloaded with transformers 5.23.0: largest logit difference 2.1e-05",
             checks=(
                 Check(
-                    text="transformers 5.23.0 loads it and computes the same logits as effcli",
+                    text="transformers 5.23.0 loads it; its logits equal those of effcli",
                     passed=True,
                     numbers="largest logit difference 2.1e-05 (1.0e-06 relative), top-1 100.0%",
                 ),

@@ -209,7 +209,7 @@ def test_the_tensors_and_outputs_of_the_input_are_compared(tmp_path: Path, capsy
     assert found.against.compressed == sum(row.status == "compressed" for row in Report.read(out).stages[1].ledger)
     assert found.against.equal > 0 and found.against.changed == 0
     assert 0 < found.against.moved.relative < 0.1 and found.against.moved.top1 is not None
-    assert "against its input: " in found.line and "its logits moved by" in found.line
+    assert "against its input: " in found.line and "the passes changed the logits by" in found.line
     assert main(["verify", str(out), "--against", "sample:cnn"]) == 0
     assert "against its input: " in capsys.readouterr().out
 

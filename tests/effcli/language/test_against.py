@@ -20,8 +20,8 @@ from effcli.language import verify
 from effcli.language.against import compare, is_part, same
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
-from effcli.reports.against import Against
-from effcli.reports.report import Report, Stage
+from effcli.reports.against import Against, Moved
+from effcli.reports.report import Check, Report, Stage
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import PassStep
 
@@ -84,7 +84,7 @@ def test_all_of_it_is_compressed_or_equal(source: Path, run: tuple[Path, list[St
     assert found.against.network == "LlavaForConditionalGeneration"
     assert (found.against.equal, found.against.compressed, found.against.changed) == (53, 12, 0)
     assert found.against.moved is not None and 0 < found.against.moved.relative < 0.1
-    assert "53 tensors equal bit for bit, 12 compressed; its logits moved by " in found.line
+    assert "12 tensors compressed, 53 equal; the passes changed the logits by " in found.line
     assert json.loads(found.to_json())["against"]["equal"] == 53
 
 
@@ -199,18 +199,28 @@ def test_the_report_names_the_input(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["compress", str(source), "--pass", step, "-q", "--no-eval", "-o", str(out)]) == 0
     capsys.readouterr()
     assert main(["verify", str(out)]) == 0
-    assert "against its input, as LlamaForCausalLM" in capsys.readouterr().out
+    assert "against its input: 43 tensors compressed" in capsys.readouterr().out
     source.rename(tmp_path / "moved")
     assert main(["verify", str(out)]) == 0
     assert f"not compared with its input {source}, which is not here" in capsys.readouterr().out
     assert main(["verify", str(out), "--against", str(tmp_path / "moved")]) == 0
-    assert "against its input, as LlamaForCausalLM" in capsys.readouterr().out
+    assert "against its input: 43 tensors compressed" in capsys.readouterr().out
     assert Report.read(out).model == str(source)
 
 
 def test_in_words() -> None:
     found = Against(input="in", network="N", equal=2, compressed=1, changed=3)
-    assert str(found) == "against its input, as N: 2 tensors equal bit for bit, 1 compressed, 3 changed"
+    counts = "1 tensor compressed, 3 changed by the passes, 2 equal"
+    assert str(found) == f"against its input, as N: {counts}"
+    assert found.check == Check(text=f"against its input: {counts}", passed=True, numbers="both built as N")
+    moved = Moved(inputs="random tokens", relative=0.0461, top1=0.891)
+    told = "the passes changed the logits by 4.6% on random tokens; the largest one is the same in 89.1%"
+    assert str(moved) == told
+    check = Against(input="in", moved=moved).check
+    assert (
+        check.text == "against its input: outputs differ by 4.6% (tensors cannot be compared)" and check.passed is None
+    )
+    assert check.numbers == f"{told} (perplexity or accuracy tell what that costs)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

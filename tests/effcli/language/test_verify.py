@@ -52,7 +52,15 @@ def test_agreement_by_hand() -> None:
     assert found.largest == pytest.approx(0.4)
     assert found.relative == pytest.approx(0.1)
     assert found.top1 == 0.5
-    assert Agreement.of(reference, reference, 0.0).passed
+    same = Agreement.of(reference, reference, 0.0)
+    assert same.passed and same.told("effcli") == "equal those of effcli"
+    near = Agreement.of(1.0038 * reference, reference, 0.02)
+    assert near.passed and near.told("effcli") == "differ by 0.38% from those of effcli", "not the same"
+    assert (
+        Agreement.of(2 * reference, reference, 0.1)
+        .told("effcli")
+        .endswith("differ by 100% from those of effcli, too much")
+    )
     # A wrong scale, to which a cosine would be blind.
     assert not Agreement.of(2 * reference, reference, 0.1).passed
     assert not Agreement.of(reference * torch.nan, reference, 0.1).passed

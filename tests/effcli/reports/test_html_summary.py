@@ -23,7 +23,7 @@ def test_a_language_model(make_report: Callable[..., Report]) -> None:
         "SmolLM2-135M is 2.36x smaller: 114 MB instead of 269 MB; "
         "its perplexity on test.txt is 32.40 instead of 29.35 (+10.4%); "
         "it gets 38.0% instead of 41.2% of the questions in arc_easy.jsonl right; it loads with transformers; "
-        "it is exported to gguf, onnx; on Intel Xeon (AMX) it writes text 1.87x as fast as before."
+        "it is exported to gguf, onnx; with effcli.load on Intel Xeon (AMX) it writes text 1.87x as fast as before."
     )
     assert checked(html.render(report)).root.one("p", "summary").text == sentence(report)
 
