@@ -71,6 +71,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.prune.channels:Channels",
         "Remove whole channels, heads, feed-forward widths and experts (arXiv:1608.08710).",
     ),
+    "blocks": Entry(
+        "effcli.passes.prune.blocks:Blocks",
+        "Remove the blocks of a language model that turn its states least (arXiv:2403.03853).",
+    ),
     "auto": Entry(
         "effcli.passes.search.auto:Auto",
         "Choose the bits of every layer under a budget, for another pass.",

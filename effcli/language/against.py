@@ -20,7 +20,7 @@ from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import Progress
 from effcli.reports.against import Against
-from effcli.reports.report import Stage
+from effcli.reports.report import LedgerRow, Stage
 from effcli.reports.units import count
 
 
@@ -48,7 +48,7 @@ class _Comparison:
         self.after = after
         # Without a record of the run nothing inside the blocks is known to have been left alone.
         self.known = any(stage.ledger for stage in stages)
-        rows = [row for stage in stages for row in stage.ledger]
+        self.moved, rows = _renumbered(stages, before, after)
         self.taken = {row.name for row in rows if row.status != "kept"}
         # Layers that lost channels, those of which nothing else is known to have changed, and those that are gone.
         self.cut = {row.name for row in rows if "shape_before" in row.notes}
@@ -74,6 +74,12 @@ class _Comparison:
             names.append(f"{self.before.skeleton.head}.weight")
         for number, name in enumerate(names):
             progress(number, len(names))
+            if self.moved is not None and name.startswith(f"{self.before.skeleton.block_path}."):
+                found = self._moved(name)
+                if found not in counts:
+                    return Against(input=source, network=network, problem=found)
+                counts[found] += 1
+                continue
             if self._gone(name):
                 counts["changed"] += 1
                 continue
@@ -97,7 +103,30 @@ class _Comparison:
         if self.before.skeleton.tied and not self.after.skeleton.tied:
             # The embedding stays, the head is one of its own now.
             after.discard(f"{self.after.skeleton.head}.weight")
+        if self.moved is not None:
+            before = {new for new in map(self._now, before) if new}
         return _difference({name for name in before if not self._gone(name)}, after)
+
+    def _now(self, name: str) -> str:
+        """What a parameter of the input is called without the blocks that are gone; empty where it went with one."""
+        path = self.before.skeleton.block_path
+        if self.moved is None or not name.startswith(f"{path}."):
+            return name
+        number, _, rest = name.removeprefix(f"{path}.").partition(".")
+        return f"{path}.{self.moved[int(number)]}.{rest}" if int(number) in self.moved else ""
+
+    def _moved(self, name: str) -> str:
+        """What became of a parameter of a block of a network that lost blocks."""
+        new = self._now(name)
+        if not new:
+            return "changed"
+        if any(site.name in self.after.stored for site in self.after.sites(new)):
+            return "compressed"
+        first, second = (_Matrices(weights, own).whole() for weights, own in ((self.before, name), (self.after, new)))
+        if same(first, second):
+            return "equal"
+        taken = any(site.name in self.taken for site in self.after.sites(new)) or not self.after.sites(new)
+        return "changed" if taken else _altered(new, first, second)
 
     def _gone(self, name: str) -> bool:
         """Whether the report says that the layer of a parameter was removed as a whole."""
@@ -262,6 +291,27 @@ def _digests(tensor: Tensor) -> Tensor:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _renumbered(
+    stages: Sequence[Stage], before: Weights, after: Weights
+) -> tuple[dict[int, int] | None, list[LedgerRow]]:
+    """The block of `after` by that of `before`, and the rows of all stages; None where no stage removed blocks.
+
+    Rows of stages before such a one are left out: their layers have other names by now.
+    """
+    moved: dict[int, int] | None = None
+    rows: list[LedgerRow] = []
+    for stage in stages:
+        named = [row for row in stage.ledger if "block_before" in row.notes]
+        if named:
+            path = f"{after.skeleton.block_path}."
+            now = {int(row.notes["block_before"]): int(row.name.removeprefix(path).partition(".")[0]) for row in named}
+            known = {k: k for k in range(len(before.skeleton.blocks))} if moved is None else moved
+            moved = {first: now[then] for first, then in known.items() if then in now}
+            rows = []
+        rows += stage.ledger
+    return moved, rows
 
 
 def _difference(before: set[str], after: set[str]) -> str:

@@ -17,21 +17,23 @@ from effcli.formats import Dense
 from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
 from effcli.language.coupling import coupled, cut
+from effcli.language.depth import cut_blocks, depth
 from effcli.language.journal import Journal
 from effcli.language.ledger import other_rows
 from effcli.language.observing import StoredStatistics
 from effcli.language.sweep import fingerprint, sweep
 from effcli.language.weights import Weights, open_weights
-from effcli.layers.contract import CutPass
+from effcli.layers.contract import CutPass, Needs
 from effcli.layers.coupling import Coupled, Cut
 from effcli.layers.cutting import GradientsOf, Offered, SeenOf, decide, offer, rows
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.restoring import restoring
 from effcli.layers.result import PassResult, Progress
-from effcli.layers.selection import choose
+from effcli.layers.selection import Choice, choose
 from effcli.layers.statistics import Gradients, Statistics
 from effcli.options import Options
+from effcli.reports.report import LedgerRow
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -63,9 +65,10 @@ def cut_model(
 
 
 class _Decision(Options):
-    """What a pass decided. removed: the positions that go, by group."""
+    """What a pass decided. removed: the positions that go, scores: what each position counted, by group."""
 
     removed: dict[str, tuple[NonNegativeInt, ...]]
+    scores: dict[str, tuple[float, ...]]
     remarks: tuple[str, ...]
 
     def cuts(self, groups: Iterable[Coupled]) -> list[Cut]:
@@ -78,7 +81,8 @@ class _Decision(Options):
             if gone and gone[-1] >= len(kept):
                 raise UnfinishedError(f"what was to be cut of {name} is none of its positions")
             kept[list(gone)] = False
-            cuts.append(Cut(by_name[name], kept))
+            scores = torch.tensor(self.scores[name]) if name in self.scores else None
+            cuts.append(Cut(by_name[name], kept, scores))
         return cuts
 
 
@@ -100,7 +104,8 @@ class _Cutting:
         self.progress(0, 2)
         choices = choose(weights.skeleton, step)
         assert isinstance(step.config, CutPass)
-        offered = offer(step.name, step.config, coupled(weights), choices)
+        groups = [depth(weights, choices)] if step.config.depth else coupled(weights)
+        offered = offer(step.name, step.config, groups, choices)
         if not self.journal.done:
             biases = weights.skeleton.model.state_dict().keys()
             decided = decide(
@@ -111,18 +116,26 @@ class _Cutting:
                 self._gradients(offered),
                 self._statistics(offered),
                 lambda site: f"{site.name}.bias" in biases,
+                self._influence,
             )
             removed = {one.coupled.name: tuple((~one.kept).nonzero().flatten().tolist()) for one in decided.cuts}
-            self.journal.record("decided", {"removed": removed, "remarks": decided.remarks})
+            scores = {one.coupled.name: one.scores.tolist() for one in decided.cuts if one.scores is not None}
+            self.journal.record("decided", {"removed": removed, "scores": scores, "remarks": decided.remarks})
             self.journal.advance(1)
         decision = self.journal.recall(_Decision, "decided")
         cuts = decision.cuts(offered.groups)
         self.progress(1, 2)
-        before, restored = weights.skeleton.sites(), self._restored(offered, cuts)
-        cut(self.source if restored is None else work / "restored", target, cuts, work, trust)
-        after = open_weights(target, trust)
-        fitted = [] if restored is None else restored.ledger
-        made = rows(before, after.skeleton.sites(), choices, lambda site: _held(after, site), cuts, fitted)
+        if step.config.depth and cuts:
+            (one,) = cuts
+            cut_blocks(self.source, target, one, work, trust)
+            after = open_weights(target, trust)
+            made = _renumbered(after, one, choices)
+        else:
+            restored = self._restored(offered, cuts)
+            cut(self.source if restored is None else work / "restored", target, cuts, work, trust)
+            after = open_weights(target, trust)
+            before, fitted = weights.skeleton.sites(), [] if restored is None else restored.ledger
+            made = rows(before, after.skeleton.sites(), choices, lambda site: _held(after, site), cuts, fitted)
         result = PassResult([*made, *other_rows(after)], remarks=list(decision.remarks))
         if after.skeleton.widths:
             result.remarks.append(
@@ -161,6 +174,11 @@ class _Cutting:
 
         return statistics
 
+    def _influence(self) -> Tensor:
+        trust = self.weights.skeleton.trust_remote_code
+        nothing, folder = Needs.NOTHING, self.journal.folder
+        return StoredStatistics(self.source, [], self._batches, nothing, folder, trust, self.device).influence
+
     @property
     def _batches(self) -> Sequence[Tensor]:
         assert self.windows is not None
@@ -184,6 +202,31 @@ class _Cutting:
 
         sweeping, trust = work / "sweep", skeleton.trust_remote_code
         return sweep(self.source, work / "restored", step, self.windows, sweeping, tell, trust, self.device)
+
+
+def _renumbered(after: Weights, cut: Cut, choices: Mapping[str, Choice]) -> list[LedgerRow]:
+    """The ledger of a network that lost blocks; notes number each block as it was, and tell what it counted.
+
+    after: the network that is left.
+    """
+    skeleton, group = after.skeleton, cut.coupled
+    scores = [None] * group.count if cut.scores is None else [round(score, 6) for score in cut.scores.tolist()]
+    made = []
+    for j, k in enumerate(cut.kept.nonzero().flatten().tolist()):
+        notes = {"block_before": k} if scores[k] is None else {"block_before": k, "influence": scores[k]}
+        for site in skeleton.block_layers(j):
+            was = f"{group.name}.{k}" + site.name.removeprefix(skeleton.block_names[j])
+            reason = choices[was].reason or "its block stays"
+            made.append(_held(after, site).row(site, "kept", reason=reason, notes=notes))
+    for k in (~cut.kept).nonzero().flatten().tolist():
+        notes = {} if scores[k] is None else {"influence": scores[k]}
+        # It is named beside the block that has its number now.
+        gone = LayerSite(f"{group.name}.{k} before", "linear", "", 0, 0)
+        row = Held("none", 0).row(gone, "removed", notes=notes)
+        made.append(row.model_copy(update={"kind": "block"}))
+    for site in skeleton.outer_layers():
+        made.append(_held(after, site).row(site, "kept", reason=choices[site.name].reason))
+    return made
 
 
 class _BlockGradients(Mapping[str, Gradients]):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from effcli.files.checkpoint import write_shard
 from effcli.language.spool import Spool
@@ -23,7 +24,8 @@ class StoredStatistics(Mapping[str, tuple[Statistics]]):
     """The statistics of the inputs of `sites`, made at once in one forward of the checkpoint `source`.
 
     sites: layers of blocks; batches: token ids int64 (windows, length); folder: for what is kept; device: where blocks
-    run. Those of one layer are in memory at a time.
+    run. Those of one layer are in memory at a time. influence: 1 - cos of the hidden states before and behind each
+    block (arXiv:2403.03853, equation 1), a mean over tokens, float64 (blocks,).
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class StoredStatistics(Mapping[str, tuple[Statistics]]):
         self._needs = needs
         self._folder = folder
         self._device = device
+        self.influence = torch.zeros(0, dtype=torch.float64)
         self._make(source, batches, trust_remote_code)
 
     def __getitem__(self, name: str) -> tuple[Statistics]:
@@ -61,6 +64,7 @@ class StoredStatistics(Mapping[str, tuple[Statistics]]):
         with Stream(weights) as stream, torch.inference_mode():
             check_finite(skeleton.model, "")
             shapes: list[tuple[int, ...]] = []
+            turns: list[float] = []
 
             def hidden(k: int) -> Spool:
                 return Spool(self._folder / f"hidden-{k % 2}.bin", shapes, skeleton.dtype, self._device)
@@ -79,12 +83,17 @@ class StoredStatistics(Mapping[str, tuple[Statistics]]):
 
                 with weights.opened(block, prefix, skeleton.block_parameters(k)), WatchLayers(block, prefix, own, add):
                     check_finite(block, prefix.removesuffix("."))
+                    turned = 0.0
                     for number, states in enumerate(hidden(k)):
-                        hidden(k + 1).write(number, stream.through(k, states, stream.call(k, batches[number])))
+                        out = stream.through(k, states, stream.call(k, batches[number]))
+                        turned += float((1 - cosine_similarity(states.float(), out.float(), dim=-1)).sum())
+                        hidden(k + 1).write(number, out)
+                turns.append(turned / sum(batch.numel() for batch in batches))
                 for name, statistics in found.items():
                     statistics.check_finite(name)
                     write_shard(self._file(name), {key: t.cpu() for key, t in statistics.tensors().items()})
                 memory.trim()
+        self.influence = torch.tensor(turns, dtype=torch.float64)
         for k in (0, 1):
             hidden(k).remove()
 

@@ -15,6 +15,7 @@ from effcli.inputs import text
 from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
 from effcli.language.coupling import coupled
+from effcli.language.depth import depth
 from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass
@@ -63,7 +64,8 @@ class PlannedModel:
                     raise UserError(
                         f"{name} is stored as {format} before {step.name}", "cut channels before compressing"
                     )
-            offered = offer(step.name, step.config, coupled(self._weights), choices)
+            groups = [depth(self._weights, choices)] if step.config.depth else coupled(self._weights)
+            offered = offer(step.name, step.config, groups, choices)
             self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))

@@ -159,7 +159,7 @@ class Skeleton:
         return self.outer_parameters() + [name for k in range(len(self.blocks)) for name in self.block_parameters(k)]
 
 
-def with_widths(config: dict[str, Any], values: Mapping[str, int]) -> dict[str, Any]:
+def with_widths(config: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A network's config that says other widths, those of its language model where it has other parts."""
     text = config.get("text_config")
     if isinstance(text, dict):

@@ -164,6 +164,8 @@ class CutPass(Pass):
 
     changes: ClassVar[Change] = Change.SHAPE
     unit: ClassVar[str] = "group"
+    # Whether it removes whole blocks of a language model, in place of positions of their widths.
+    depth: ClassVar[bool] = False
     # Restoring a layer takes copies of its Gram matrix, in double precision.
     workspace: ClassVar[int] = 6
 
@@ -467,7 +469,8 @@ class Members:
     read: a parameter by its state-dict key, float32 of its own shape; a language model reads it from the disk at each
     call. chosen: the options of every group, by its name. gradients: of a layer's parameter, in its shape, what `needs`
     asks for; empty of what belongs to no layer. samples: how many these are sums over. readers: the layers that read a
-    group's channels, read at each call as well.
+    group's channels, read at each call as well. influence: 1 - cos of the hidden states before and behind each block, a
+    mean over tokens, float64 (blocks,), where `needs` asks for it.
     """
 
     read: Callable[[str], Tensor]
@@ -475,6 +478,7 @@ class Members:
     gradients: Callable[[str], Mapping[Needs, Tensor]] = lambda parameter: {}
     samples: int = 0
     readers: Callable[[Coupled], Sequence[Reader]] = lambda group: ()
+    influence: Tensor | None = None
 
     def sums(self, group: Coupled, measure: Callable[[Tensor], Tensor] = torch.square) -> Tensor:
         """Σ measure(w) over all entries that go with each position of a group, float32 (count,).

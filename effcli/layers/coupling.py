@@ -19,7 +19,7 @@ from torch import Tensor
 from effcli.errors import UserError
 
 # What a position of a group is.
-GroupKind = Literal["channels", "heads", "feed_forward", "experts"]
+GroupKind = Literal["channels", "heads", "feed_forward", "experts", "blocks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,26 @@ class Coupled:
 
 
 @dataclass(frozen=True, eq=False)
+class Depth(Coupled):
+    """The blocks of a language model, each of which may go as a whole.
+
+    name: the path of the list that holds them; fixed: the blocks that must stay, and why.
+    """
+
+    fixed: Mapping[int, str] = field(default_factory=dict)
+    kind: GroupKind = field(default="blocks", kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
 class Cut:
-    """What stays of a group. kept: bool (coupled.count,)."""
+    """What stays of a group. kept: bool (coupled.count,).
+
+    scores: what each position counted, (coupled.count,), for the report; None where nothing is told.
+    """
 
     coupled: Coupled
     kept: Tensor
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Raises `UserError` for channels that cannot be cut, and where nothing would be left."""
@@ -186,4 +201,4 @@ class Classes:
         return made
 
 
-__all__ = ["Classes", "Coupled", "Cut", "GroupKind", "Kept", "Member", "entries_kept", "shortened", "staying"]
+__all__ = ["Classes", "Coupled", "Cut", "Depth", "GroupKind", "Kept", "Member", "entries_kept", "shortened", "staying"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from effcli.errors import UserError
 from effcli.layers.contract import UNSEEN, CutPass, Members, Needs, Reader, Statistics
-from effcli.layers.coupling import Coupled, Cut, Member, staying
+from effcli.layers.coupling import Coupled, Cut, Depth, Member, staying
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.returned import Asked
@@ -76,7 +76,8 @@ def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mappi
         layers = [site for member in group.members for site in sites.get(member.parameter, ())]
         config = choices[layers[0].name].config if layers else options
         reason = group.reason or _left_alone(layers, choices)
-        if not (config if isinstance(config, CutPass) else options).takes(group):
+        taking = config if isinstance(config, CutPass) else options
+        if isinstance(group, Depth) != options.depth or not taking.takes(group):
             continue
         if reason or not isinstance(config, CutPass):
             obstacles.setdefault(reason, []).append(group.name)
@@ -88,7 +89,8 @@ def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mappi
         for reason, names in obstacles.items()
     ]
     if not offered:
-        raise UserError(f"{name} finds no channels that can be cut", "; ".join(remarks) or "the network has no such")
+        what = "blocks" if options.depth else "channels"
+        raise UserError(f"{name} finds no {what} that can be cut", "; ".join(remarks) or "this network has none")
     options.check(offered, chosen)
     return Offered(tuple(offered), chosen, sites, tuple(remarks))
 
@@ -101,12 +103,13 @@ def decide(
     gradients: GradientsOf = lambda sites: {},
     statistics: SeenOf = lambda sites: {},
     biased: Callable[[LayerSite], bool] = lambda site: False,
+    influence: Callable[[], Tensor] | None = None,
 ) -> Decided:
     """Let the pass called `name` say what stays of the groups that it is offered.
 
     read: a parameter by its state-dict key; gradients: of layers, statistics: of the inputs of each of their groups,
-    where the pass asks for them; biased: whether a layer has a bias or may be given one. Raises `PluginError` for a cut
-    of a group that the pass was not given.
+    where the pass asks for them; biased: whether a layer has a bias or may be given one; influence: of blocks. Raises
+    `PluginError` for a cut of a group that the pass was not given.
     """
     groups, remarks, needs = offered.groups, list(offered.remarks), offered.needs
     found: Mapping[str, Sequence[Statistics]] = {}
@@ -121,6 +124,8 @@ def decide(
         ]
 
     seen = Members(lambda parameter: read(parameter).detach().float(), offered.chosen, readers=readers)
+    if Needs.INFLUENCE in needs and influence is not None:
+        seen = dataclasses.replace(seen, influence=influence())
     if needs.gradients:
         made = gradients(_distinct(site for group in groups for _, site in offered.layers(group)))
         first = next(iter(made.values()), None)

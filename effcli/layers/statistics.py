@@ -51,11 +51,12 @@ class Needs(enum.Flag):
     ORIGINAL = enum.auto()  # the network as the run found it, for a pass that trains
     LABELS = enum.auto()  # the classes of the calibration inputs, for a pass that trains
     MEANS = enum.auto()  # the mean of each input channel
+    INFLUENCE = enum.auto()  # how much each block turns the hidden states, for a pass that removes blocks
 
     @property
     def observes(self) -> bool:
         """Whether the inputs of single layers must be looked at."""
-        return bool(self & ~(Needs.INPUTS | Needs.DENSE | Needs.ORIGINAL | Needs.LABELS))
+        return bool(self.statistics | self.gradients)
 
     @property
     def statistics(self) -> Needs:

@@ -1,0 +1,68 @@
+"""Whole transformer blocks are removed, those that turn the hidden states least (ShortGPT, arXiv:2403.03853).
+
+The influence of a block is 1 - cos of the hidden states before and behind it, a mean over the calibration tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from effcli.errors import SelectionError
+from effcli.layers.contract import CutPass, Members, Needs
+from effcli.layers.coupling import Coupled, Cut, Depth
+
+
+class Blocks(CutPass):
+    """A `blocks` step."""
+
+    depth: ClassVar[bool] = True
+
+    ratio: float = Field(0.1, ge=0, lt=1, description="Share of the blocks that are removed, rounded to a number.")
+    count: int | None = Field(None, ge=1, description="Blocks that are removed, in place of a share.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS | Needs.INFLUENCE
+
+    def removed(self, blocks: int) -> int:
+        """How many of so many blocks go."""
+        return round(self.ratio * blocks) if self.count is None else self.count
+
+    def check(self, groups: Sequence[Coupled], chosen: Mapping[str, Blocks]) -> None:
+        for group in groups:
+            assert isinstance(group, Depth)
+            wanted, loose = self.removed(group.count), group.count - len(group.fixed)
+            if wanted < 1:
+                raise SelectionError(
+                    f"a ratio of {self.ratio:g} of {group.count} blocks removes none", "raise `ratio`, or set `count`"
+                )
+            if wanted >= group.count:
+                raise SelectionError(
+                    f"nothing would be left of {group.count} blocks without {wanted}", "remove fewer of them"
+                )
+            if wanted > loose:
+                first, why = next(iter(group.fixed.items()))
+                raise SelectionError(
+                    f"{wanted} blocks are to go and {loose} may: block {first} stays, for {why}",
+                    "remove fewer of them, or make `ignore` narrower",
+                )
+
+    def cut(self, groups: Sequence[Coupled], seen: Members) -> Sequence[Cut]:
+        """Remove the blocks of least influence."""
+        assert seen.influence is not None
+        cuts = []
+        for group in groups:
+            assert isinstance(group, Depth)
+            scores = seen.influence.clone()
+            scores[list(group.fixed)] = torch.inf
+            kept = torch.ones(group.count, dtype=torch.bool)
+            kept[scores.topk(self.removed(group.count), largest=False).indices] = False
+            cuts.append(Cut(group, kept, seen.influence))
+        return cuts
+
+
+__all__ = ["Blocks"]
