@@ -17,6 +17,7 @@ from effcli.run import recipe as recipes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from effcli.run.forecast import Forecast
     from effcli.run.listener import Listener
 
 
@@ -28,6 +29,7 @@ def compress(
     tokenizer: Any = None,
     example: Tensor | None = None,
     overwrite: bool = False,
+    predict: bool = False,
     listener: Listener | None = None,
     **keys: Any,
 ) -> PrintedReport:
@@ -43,6 +45,7 @@ def compress(
     example: a batch of inputs of a loaded module, float (n, ...), of which only the shape counts; the key `shape`, of
         one input without the batch axis, says the same.
     overwrite: replace an `output` that effcli wrote.
+    predict: rehearse the run first, so that the report has the time that was expected of each phase.
     listener: whom the run tells how it goes; see `Listener`. Without one, a notebook shows what the command line shows,
         and a script shows nothing.
     keys: any other key of a recipe, e.g. `calibration={"data": "valid.txt"}`, `evaluate=False`, `seed=1`.
@@ -52,15 +55,14 @@ def compress(
     or evaluation data, `OutputError` for an `output` that exists or does not fit on the disk.
     """
     from effcli.platform.huggingface import restoring_verbosity
-    from effcli.run import pipeline
 
     if isinstance(model, str | Path):
         for name, given in (("tokenizer", tokenizer), ("example", example)):
             if given is not None:
                 raise RecipeError(f"{name}: {model} is read from its files", "leave it out, or give a loaded model")
         recipe = recipes.from_arguments(str(model), output=str(output), passes=passes, **keys)
-        with restoring_verbosity(), _watched(recipe, listener) as told:
-            return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=told))
+        with restoring_verbosity():
+            return _run(recipe, overwrite, predict, listener)
 
     from effcli.run import loaded
 
@@ -70,14 +72,26 @@ def compress(
     recipe = recipes.from_arguments(type(model).__name__, output=str(output), passes=passes, **keys)
     with restoring_verbosity(), loaded.on_disk(model, recipe, tokenizer, overwrite) as folder:
         recipe = recipe.model_copy(update={"model": str(folder)})
-        with _watched(recipe, listener) as told:
-            return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=told))
+        return _run(recipe, overwrite, predict, listener)
 
 
-def _watched(recipe: recipes.Recipe, listener: Listener | None) -> AbstractContextManager[Listener | None]:
+def _run(recipe: recipes.Recipe, overwrite: bool, predict: bool, listener: Listener | None) -> PrintedReport:
+    from effcli.run import pipeline, rehearse
+
+    forecast = None
+    if predict:
+        pipeline.check(recipe, overwrite)
+        forecast = rehearse.predict(recipe)
+    with _watched(recipe, listener, forecast) as told:
+        return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=told, forecast=forecast))
+
+
+def _watched(
+    recipe: recipes.Recipe, listener: Listener | None, forecast: Forecast | None
+) -> AbstractContextManager[Listener | None]:
     """Who listens to a run."""
     if listener is None and Console(stderr=True).is_jupyter:
-        return Screen(recipe)
+        return Screen(recipe, forecast=forecast)
     return nullcontext(listener)
 
 

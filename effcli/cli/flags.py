@@ -89,6 +89,10 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Also the figures behind each check; of a run, the time of each phase."),
 ]
+Predict = Annotated[
+    bool,
+    typer.Option("--predict", help="First predict the time of each phase, from a rehearsal on this machine."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 LogFile = Annotated[

@@ -21,6 +21,7 @@ from effcli.cli.flags import (
     Output,
     Overrides,
     Overwrite,
+    Predict,
     Quiet,
     Revision,
     Steps,
@@ -33,6 +34,7 @@ from effcli.cli.printing import print_json, print_report, say, show
 from effcli.errors import RecipeError
 
 if TYPE_CHECKING:
+    from effcli.run.forecast import Forecast
     from effcli.run.recipe import Recipe
 
 
@@ -53,6 +55,7 @@ def compress(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    predict: Predict = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -78,7 +81,7 @@ def compress(
         revision=revision,
         trust_remote_code=trust_remote_code or None,
     )
-    _run(made, overwrite, quiet, verbose, json)
+    _run(made, overwrite, predict, quiet, verbose, json)
 
 
 def run(
@@ -87,13 +90,14 @@ def run(
     overrides: Overrides = None,
     no_eval: NoEval = False,
     overwrite: Overwrite = False,
+    predict: Predict = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Carry out a recipe: the same as `compress`, written down."""
-    _run(_load(recipe, output, overrides, no_eval), overwrite, quiet, verbose, json)
+    _run(_load(recipe, output, overrides, no_eval), overwrite, predict, quiet, verbose, json)
 
 
 def plan(
@@ -106,12 +110,15 @@ def plan(
     weights: Weights = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_time: Annotated[
+        bool, typer.Option("--no-time", help="Predict no time: then no weight of a language model is read.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a run would do to each layer, to the size and to the memory. Nothing is written.
+    """Say what a run would do to each layer, to the size and to the memory, and how long it would take here.
 
-    Of a language model no weight is read.
+    The time is that of a rehearsal on a part of the network and of the data. Nothing is written but temporary files.
     """
     from effcli.run import recipe
 
@@ -137,11 +144,24 @@ def plan(
     from effcli.search import stage as searching
 
     found = searching.plan(detect.of_run(made))
+    if not no_time:
+        found = found.model_copy(update={"forecast": _predicted(made, quiet=json)})
     if json:
         print_json(found.to_json())
-    else:
-        remarks = (*found.remarks, *([found.layout] if found.layout else []))
-        show(screen.records_table("", planning.summary(found.rows), remarks))
+        return
+    remarks = (*found.remarks, *([found.layout] if found.layout else []))
+    show(screen.records_table("", planning.summary(found.rows), remarks))
+    if found.forecast is not None:
+        show(screen.forecast_table(found.forecast))
+
+
+def _predicted(recipe: Recipe, quiet: bool) -> Forecast:
+    """What the phases of a run are expected to take."""
+    from effcli.reports.screen import Waiting
+    from effcli.run.rehearse import predict
+
+    with Waiting(quiet=quiet) as shown, shown.phases("rehearsing"):
+        return predict(recipe)
 
 
 def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: bool) -> Recipe:
@@ -154,7 +174,7 @@ def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: 
     return made if output is None else made.model_copy(update={"output": output})
 
 
-def _run(recipe: Recipe, overwrite: bool, quiet: bool, verbose: bool, json: bool) -> None:
+def _run(recipe: Recipe, overwrite: bool, predict: bool, quiet: bool, verbose: bool, json: bool) -> None:
     # Known before torch is imported and the model looked for.
     target = recipe.target
     from effcli.reports.result import result_lines, summary_lines
@@ -162,8 +182,12 @@ def _run(recipe: Recipe, overwrite: bool, quiet: bool, verbose: bool, json: bool
     from effcli.run import pipeline
     from effcli.run.workplace import EXPORTS
 
-    with Screen(recipe, quiet=quiet) as screen:
-        result = pipeline.run(recipe, overwrite=overwrite, listener=screen)
+    forecast = None
+    if predict:
+        pipeline.check(recipe, overwrite)
+        forecast = _predicted(recipe, quiet)
+    with Screen(recipe, quiet=quiet, forecast=forecast) as screen:
+        result = pipeline.run(recipe, overwrite=overwrite, listener=screen, forecast=forecast)
     if json:
         print_json(result.model_dump_json(indent=1))
         return

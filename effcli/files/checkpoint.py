@@ -28,6 +28,7 @@ from torch import Tensor
 
 from effcli.errors import CheckpointError, MachineError, at_fault, behind, first_line, writing
 from effcli.files.documents import check_model, parse_json, read_model, read_object
+from effcli.platform.rehearsal import counted
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -389,7 +390,7 @@ def _copy_tensors(file: Path, entries: dict[str, Entry]) -> None:
         target.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             entry = entries[name]
-            with entry.file.open("rb") as source:
+            with counted(name), entry.file.open("rb") as source:
                 source.seek(entry.begin)
                 left = entry.nbytes
                 while left:

@@ -29,9 +29,10 @@ from effcli.inputs.classify import Scores
 from effcli.inputs.images import Inputs, open_inputs
 from effcli.inputs.options import Evaluate
 from effcli.inputs.preprocess import Preprocess
-from effcli.layers.contract import Needs, TrainPass
+from effcli.layers.contract import Needs, NetworkPass, TrainPass
 from effcli.layers.result import PassResult, Phases, Progress, unseen
 from effcli.platform.machine import pick_device
+from effcli.platform.rehearsal import few
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Layout, Quality, Stage
 from effcli.run.network import Counts, Measured
@@ -44,6 +45,8 @@ CALIBRATION = "calibration.npz"
 EVALUATION = "evaluation.npz"
 
 _BATCH = 64
+# Seconds for which a rehearsal measures.
+_REHEARSED = 0.2
 
 
 class GraphNetwork:
@@ -88,6 +91,9 @@ class GraphNetwork:
     def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
         recipe = self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)})
         return make(recipe, PlannedGraph(self.graph, recipe.calibration))
+
+    def miniature(self, target: Path) -> tuple[str, dict[str, float]]:
+        return self.recipe.model, {}
 
     def unlimited(self, quantity: Quantity) -> str:
         match quantity:
@@ -179,17 +185,20 @@ class GraphNetwork:
                 device=self.recipe.device,
                 progress=progress,
             )
-        batches = self._batches if step.needs else None
-        labelled = self._labelled if step.needs.gradients else None
         inputs = self.recipe.calibration.inputs
+        # What keeps all batches at once does more with them later than while they are read.
+        read = self._labelled if isinstance(step.config, NetworkPass) or inputs == "compressed" else self._few_labelled
+        batches = (lambda: (each for each, _ in read())) if step.needs else None
+        labelled = read if step.needs.gradients else None
         return graph_sweep(source, target, step, batches, inputs, reference, progress, labelled, self._device)
-
-    def _batches(self) -> Iterator[Tensor]:
-        return (inputs for inputs, _ in self._labelled())
 
     def _labelled(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         assert self._calibration is not None
         return self._calibration.batches(self.recipe.calibration.batch_size)
+
+    def _few_labelled(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        assert self._calibration is not None
+        return few(self._labelled(), -(-len(self._calibration) // self.recipe.calibration.batch_size))
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> GraphVerification:
         return graphverify.verify(checkpoint, against=self.graph, stages=stages, phases=phases)
@@ -252,7 +261,7 @@ class Evaluation:
         scores: Scores | None = None
         total = -(-len(self._inputs) // _BATCH)
         progress(0, total)
-        for number, (inputs, labels) in enumerate(self._inputs.batches(_BATCH)):
+        for number, (inputs, labels) in enumerate(few(self._inputs.batches(_BATCH), total, lasting=_REHEARSED)):
             if self._original is not None and number == len(self._outputs):
                 self._outputs.append(self._original(inputs))
             outputs = network(inputs)

@@ -204,8 +204,10 @@ class Task:
 
     def _right(self, number: int, question: Question) -> bool:
         if question.gold is None:
-            return self._greedy[number, 0]
-        values = [self._likelihood[number, k] / len(text) for k, (_, text) in enumerate(question.pairs)]
+            return self._greedy.get((number, 0), False)
+        # What was not added is the least likely.
+        found = (self._likelihood.get((number, k), -math.inf) for k in range(len(question.pairs)))
+        values = [value / len(text) for value, (_, text) in zip(found, question.pairs, strict=True)]
         return values.index(max(values)) == question.gold
 
 

@@ -19,6 +19,7 @@ from effcli.language.folding import Folds, distance
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import Progress
+from effcli.platform.rehearsal import counted
 from effcli.reports.against import Against
 from effcli.reports.report import LedgerRow, Stage
 from effcli.reports.units import count
@@ -83,7 +84,8 @@ class _Comparison:
             if self._gone(name):
                 counts["changed"] += 1
                 continue
-            found = self._parameter(name)
+            with counted(name):
+                found = self._parameter(name)
             if found not in counts:
                 return Against(input=source, network=network, problem=found)
             counts[found] += 1

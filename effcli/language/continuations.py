@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effcli.inputs.tokens import Reader
 from effcli.language.caching import cache_name
+from effcli.platform.rehearsal import few
 from effcli.reports.report import Continuation
 
 # How many texts are continued, how many tokens of each are given, and how many are written.
@@ -48,7 +49,7 @@ def greedy(network: Any, ids: Tensor, count: int) -> list[int]:
     held: dict[str, Any] = {}
     with torch.inference_mode():
         token = ids.to(network.device)
-        while len(written) < count:
+        for _ in few(range(count)):
             out = network(input_ids=token, **held, **options)
             token = out.logits[:, -1:].argmax(dim=-1)
             if int(token) in ends:

@@ -30,6 +30,7 @@ from effcli.language.spool import Spool
 from effcli.language.stream import Stream
 from effcli.language.weights import CPU, Weights, open_weights
 from effcli.layers.result import Phases, Progress, unseen
+from effcli.platform.rehearsal import few
 from effcli.reports.report import Continuation, Quality, TaskRow
 
 if TYPE_CHECKING:
@@ -204,22 +205,23 @@ class Evaluation:
     ) -> dict[str, Any]:
         nll, divergence, tokens = 0.0, 0.0, 0
         losses: list[float] = []
-        for number, batch in enumerate(self._windows):
+        for number in few(range(len(self._windows))):
+            batch = self._windows[number]
             hidden = spool.read(number)[:, :-1].flatten(0, 1)
             targets = batch[:, 1:].flatten().to(hidden.device)
             original = None
-            likelihoods = []
+            likelihoods = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
             if against is not None and spooled is not None:
                 original = spooled.read(number)[:, :-1].flatten(0, 1)
-            for part in _parts(stream, len(targets), batch.shape[1]):
+            for part in few([*_parts(stream, len(targets), batch.shape[1])]):
                 mine = _log_probabilities(stream, hidden[part])
-                likelihoods.append(mine.gather(1, targets[part].unsqueeze(1)).double())
-                nll -= float(likelihoods[-1].sum())
+                likelihoods[part] = mine.gather(1, targets[part].unsqueeze(1)).squeeze(1).double()
+                nll -= float(likelihoods[part].sum())
                 if against is not None and original is not None:
                     divergence += kl(_log_probabilities(against, original[part]), mine)
             tokens += len(targets)
             self._tick()
-            losses += (-torch.cat(likelihoods).view(len(batch), -1).mean(dim=1)).tolist()
+            losses += (-likelihoods.view(len(batch), -1).mean(dim=1)).tolist()
         perplexity = _exp(nll / tokens)
         return {
             "perplexity": perplexity,
@@ -234,7 +236,8 @@ class Evaluation:
         return TaskRow(name=name, accuracy=score.accuracy, accuracy_stderr=score.stderr, examples=score.examples)
 
     def _answer(self, task: multiple_choice.Task, stream: Stream, spool: Spool) -> multiple_choice.Score:
-        for number, batch in enumerate(task.batches):
+        for number in few(range(len(task.batches))):
+            batch = task.batches[number]
             hidden = spool.read(len(self._windows) + number)
             for row, places, targets in task.positions(number):
                 wanted = hidden[row, places]

@@ -15,6 +15,7 @@ from torch import Tensor
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream
 from effcli.platform import memory
+from effcli.platform.rehearsal import counted, few
 
 TOKENS_PER_BATCH = 2048
 # float32 numbers of one chunk of logits: 16 MiB, of which computing a divergence holds five.
@@ -32,23 +33,23 @@ def last_hidden(
     skeleton, weights = stream.skeleton, stream.weights
     file.unlink(missing_ok=True)
     spool: Spool | None = None
-    for k, ids in enumerate(batches):
-        hidden, _ = stream.enter(ids)
+    for k in few(range(len(batches))):
+        hidden, _ = stream.enter(batches[k])
         if spool is None:
             shapes = [(*each.shape, *hidden.shape[2:]) for each in batches]
             spool = Spool(file, shapes, hidden.dtype, weights.device)
+            spool.reserve()
         spool.write(k, hidden)
     if spool is None:
         return Spool(file, [], skeleton.dtype, weights.device)
     for k, block in enumerate(skeleton.blocks):
-        with (
-            weights.opened(block, skeleton.block_names[k] + ".", skeleton.block_parameters(k)),
-            torch.inference_mode(),
-        ):
-            for number, ids in enumerate(batches):
-                spool.write(number, stream.through(k, spool.read(number), stream.call(k, ids)))
-                tick()
-        memory.trim()
+        name = skeleton.block_names[k]
+        with counted(name):
+            with weights.opened(block, name + ".", skeleton.block_parameters(k)), torch.inference_mode():
+                for number in few(range(len(batches))):
+                    spool.write(number, stream.through(k, spool.read(number), stream.call(k, batches[number])))
+                    tick()
+            memory.trim()
     return spool
 
 

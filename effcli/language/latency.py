@@ -21,8 +21,10 @@ from effcli.kernels.quantized_matmul import route_name
 from effcli.language.caching import cache_name
 from effcli.language.loading import load
 from effcli.language.modules import QuantizedLinear
+from effcli.language.skeleton import counting_blocks
 from effcli.layers.result import Phases, Progress, unseen
 from effcli.platform.machine import cpu_threads, device_name, pick_device
+from effcli.platform.rehearsal import few, now
 from effcli.reports.report import Speed
 
 # Tokens of the prompt, and decoded after it, unless the user says how many.
@@ -32,6 +34,8 @@ DECODE = 32
 _FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 9
 _SECONDS = 4.0
+# Seconds of each round for which a rehearsal decodes.
+_REHEARSED = 0.1
 
 
 def measure(
@@ -58,8 +62,10 @@ def measure(
             network: Any = load(model, device=target, trust_remote_code=trust_remote_code)
             prefill, decode = lengths(prefill, decode, longest_sequence(network.config))
             ids = prompt(samples.resolve(str(model)), network.config, prefill, decode, trust_remote_code).to(target)
-            read, written = _time(network, ids, decode, target, progress)
-        afterwards(network)
+            with counting_blocks(network):
+                read, written = _time(network, ids, decode, target, progress)
+        with counting_blocks(network):
+            afterwards(network)
     return Speed(
         kernel=kernel_name(network, 1),
         prefill_kernel=kernel_name(network, prefill),
@@ -124,12 +130,12 @@ def _time(
     cache = cache_name(network.forward)
     reads: list[float] = []
     writes: list[float] = []
-    begin = time.perf_counter()
+    begin = now()
     done, total = 0, (1 + _FEWEST_ROUNDS) * decode
     with torch.inference_mode():
         # The first round is the warm-up.
         for number in range(1 + _MOST_ROUNDS):
-            if number > _FEWEST_ROUNDS and time.perf_counter() - begin > _SECONDS:
+            if number > _FEWEST_ROUNDS and now() - begin > _SECONDS:
                 break
             read, out = _timed(device, network, input_ids=ids, **options)
             if not hasattr(out, cache):
@@ -138,7 +144,7 @@ def _time(
                     "leave its speed out: --set evaluate.latency=false",
                 )
             steps = []
-            for _ in range(decode):
+            for _ in few(range(decode), lasting=_REHEARSED):
                 token = out.logits[:, -1:].argmax(dim=-1)
                 step, out = _timed(device, network, input_ids=token, **{cache: getattr(out, cache)}, **options)
                 steps.append(step)

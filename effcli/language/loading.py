@@ -13,6 +13,7 @@ from effcli.language.modules import QuantizedExperts, QuantizedLinear
 from effcli.language.weights import Weights, open_weights, place
 from effcli.layers.layer import LayerSite
 from effcli.platform.huggingface import restoring_verbosity
+from effcli.platform.rehearsal import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,13 +35,14 @@ def _load(path: Path, device: str | torch.device, trust_remote_code: bool, packe
     skeleton = weights.skeleton
     network = skeleton.model
     for name in skeleton.parameters():
-        sites = weights.sites(name)
-        if packed and any(site.name in weights.stored for site in sites):
-            _replace(network, weights, name, sites, device)
-            continue
-        value = weights.parameter(name)
-        value = value.to(device, skeleton.dtype) if value.is_floating_point() else value.to(device)
-        place(network, name, value)
+        with counted(name):
+            sites = weights.sites(name)
+            if packed and any(site.name in weights.stored for site in sites):
+                _replace(network, weights, name, sites, device)
+                continue
+            value = weights.parameter(name)
+            value = value.to(device, skeleton.dtype) if value.is_floating_point() else value.to(device)
+            place(network, name, value)
     if skeleton.tied:
         network.tie_weights()  # type: ignore[operator]
     network.to(device)

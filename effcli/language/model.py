@@ -14,7 +14,7 @@ from effcli.files.layout import is_own, network_config
 from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.inputs.tokens import longest_sequence
-from effcli.language import latency, verify
+from effcli.language import latency, miniature, verify
 from effcli.language.cutting import cut_model
 from effcli.language.evaluate import Evaluation
 from effcli.language.plan import PlannedModel
@@ -93,6 +93,9 @@ class LanguageModel:
         recipe = self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)})
         weights = open_weights(self.source, recipe.trust_remote_code)
         return make(recipe, PlannedModel(weights, recipe.calibration))
+
+    def miniature(self, target: Path) -> tuple[str, dict[str, float]]:
+        return str(target), miniature.write(self.source, target, self.recipe.trust_remote_code)
 
     def unlimited(self, quantity: Quantity) -> str:
         return _UNLIMITED.get(quantity, "")

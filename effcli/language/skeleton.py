@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from effcli.errors import CheckpointError, UnsupportedError, first_line
 from effcli.language.experts import stacks_of
 from effcli.layers.layer import LayerSite
+from effcli.platform import rehearsal
 from effcli.platform.huggingface import (
     check_causal,
     check_decoder,
@@ -185,6 +187,30 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     # Of nested lists the outermost has at least as many parameters, and comes first.
     return max(lists, key=size)
+
+
+@contextmanager
+def counting_blocks(network: nn.Module) -> Iterator[None]:
+    """Have each block of `network` that runs counted in a rehearsal."""
+    if rehearsal.ongoing() is None:
+        yield
+        return
+    path, blocks = find_blocks(network)
+
+    def counted(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with rehearsal.counted(name):
+                return forward(*args, **kwargs)
+
+        return run
+
+    try:
+        for k, block in enumerate(blocks):
+            block.forward = counted(f"{path}.{k}", block.forward)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
 def find_layers(root: nn.Module, prefix: str) -> Iterator[LayerSite]:

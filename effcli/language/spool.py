@@ -59,6 +59,11 @@ class Spool:
             while view.nbytes:
                 view = view[stream.write(view) :]
 
+    def reserve(self) -> None:
+        """Make the file as long as all of it, which takes no room on the disk; what was not written reads as zeros."""
+        with writing(self.file), self.file.open("ab") as stream:
+            stream.truncate(self._offsets[-1])
+
     def whole(self) -> bool:
         """Whether the file has all that was to be written."""
         return self.file.is_file() and self.file.stat().st_size == self._offsets[-1]

@@ -36,6 +36,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_finite, check_tensor, worst
 from effcli.layers.selection import choose, needs_of
 from effcli.platform import memory
+from effcli.platform.rehearsal import counted, few
 from effcli.reports.units import count
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ class _Sweep:
             self.journal.begin()
         if self.windows is None:
             for k in range(self.journal.done, count):
-                self._block(k, None, None)
+                with counted(self.skeleton.block_names[k]):
+                    self._block(k, None, None)
             return
         with Stream(self.weights) as stream:
             check_finite(self.skeleton.model, "")
@@ -140,7 +142,8 @@ class _Sweep:
                 flow = _Flow.start(stream, self.windows, self.journal)
             self.shapes = flow.shapes
             for k in range(self.journal.done, count):
-                self._block(k, stream, flow)
+                with counted(self.skeleton.block_names[k]):
+                    self._block(k, stream, flow)
 
     def _block(self, k: int, stream: Stream | None, flow: _Flow | None) -> None:
         self.progress(k, len(self.skeleton.blocks) + 1)
@@ -227,9 +230,9 @@ class _Sweep:
             file = self.journal.spool(len(self.skeleton.blocks))
             spool = Spool(file, self.shapes, self.skeleton.dtype, self.weights.device)
             watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
-            for batch, hidden in zip(self.windows.batches, spool, strict=True):
+            for number in few(range(len(spool))):
                 with watch:
-                    stream.leave(batch, hidden)
+                    stream.leave(self.windows.batches[number], spool.read(number))
         gram.check_finite(site.name)
         return gram
 
@@ -306,11 +309,11 @@ class _Flow:
     @staticmethod
     def start(stream: Stream, windows: Windows, journal: Journal) -> _Flow:
         flow = _Flow(windows, journal, [], stream.skeleton.dtype, stream.weights.device)
-        for number, batch in enumerate(windows.batches):
+        for number in few(range(len(windows.batches))):
             # What is done holds the hidden states; their width is asked of the first batch.
             if flow.shapes and journal.done:
                 break
-            hidden, _ = stream.enter(batch)
+            hidden, _ = stream.enter(windows.batches[number])
             if not flow.shapes:
                 flow.shapes = [(*each.shape, *hidden.shape[2:]) for each in windows.batches]
             if not journal.done:
@@ -352,8 +355,8 @@ class _Flow:
 
     def _run(self, stream: Stream, k: int, propagate: bool) -> None:
         incoming, outgoing = self.spool(k), self.spool(k + 1)
-        for number, hidden in enumerate(incoming):
-            out = stream.through(k, hidden, stream.call(k, self.windows.batches[number]))
+        for number in few(range(len(incoming))):
+            out = stream.through(k, incoming.read(number), stream.call(k, self.windows.batches[number]))
             if propagate:
                 outgoing.write(number, out)
         if propagate:

@@ -26,12 +26,14 @@ from effcli.files.layout import is_own, network_config, rounds_inputs
 from effcli.inputs.tokens import longest_sequence, vocabulary_size
 from effcli.language import loading
 from effcli.language.against import compare
+from effcli.language.skeleton import counting_blocks
 from effcli.language.stream import running
 from effcli.language.weights import open_weights
 from effcli.layers.input_rounding import keep_inputs
 from effcli.layers.result import Phases, unseen
 from effcli.options import Options
 from effcli.platform.huggingface import language_loader, load_network_config, logits_of, quiet_transformers
+from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.against import Against, Moved
 from effcli.reports.report import FILE_NAME, Check, Report, Stage
 from effcli.reports.units import count, percent
@@ -312,6 +314,7 @@ def load_stock(path: Path, trust_remote_code: bool = False, dtype: torch.dtype |
     Raises `ValueError` when transformers would fill a parameter with random numbers.
     """
     config = load_network_config(path, network_config(read_config(path)), trust_remote_code)
+    cannot_tell("transformers loads the network in one piece")
     with warnings.catch_warnings():
         # What the stock loader warns about is between it and its authors; only what it loads counts here.
         warnings.simplefilter("ignore")
@@ -331,7 +334,7 @@ def load_stock(path: Path, trust_remote_code: bool = False, dtype: torch.dtype |
 def _logits(load: Callable[[], Any], ids: Tensor) -> _Logits:
     """The logits of a network that is freed on return."""
     network = load().eval()
-    with torch.inference_mode():
+    with counting_blocks(network), torch.inference_mode():
         # A network that attends in both directions gives other logits for the first few tokens alone.
         whole, few = (logits_of(network, part).float() for part in (ids, ids[:1, :_FEW]))
         return _Logits(whole, few, network.dtype)

@@ -33,6 +33,7 @@ from effcli.language.skeleton import Skeleton, find_layers
 from effcli.layers.input_rounding import round_inputs
 from effcli.layers.layer import LayerSite
 from effcli.platform.huggingface import replaced_class
+from effcli.platform.rehearsal import counted
 
 CPU = torch.device("cpu")
 
@@ -254,6 +255,16 @@ class Weights:
             return dict.fromkeys(stored, f"stock transformers splits a tensor into {names}, and a packed one it cannot")
         return found
 
+    def of_blocks(self, count: int) -> dict[str, Entry]:
+        """The tensors, by their names in the files, that the network without all but its first `count` blocks needs."""
+        skeleton = self.skeleton
+        names = skeleton.outer_parameters() + [name for k in range(count) for name in skeleton.block_parameters(k)]
+        keys = {key for name in names for _, key in self._sources.get(name, ())}
+        layers = {site.name for name in names for site in self.sites(name)}
+        keys |= {key for layer in layers & self._packed.keys() for key in self._packed[layer].values()}
+        keys |= {key for layer in layers for _, key in self._sources.get(f"{layer}.weight", ())}
+        return {key: entry for key, entry in self.checkpoint.entries.items() if key in keys}
+
     def has(self, name: str) -> bool:
         """Whether the files hold a parameter: as a tensor, or every matrix of it on its own, packed or dense."""
         sites = self._sites.get(name, [])
@@ -341,17 +352,17 @@ class Weights:
         buffers = {name for name, _ in self.skeleton.model.named_buffers()}
         total = 0
         for name in self.skeleton.parameters():
-            sites = self.sites(name)
-            if name in buffers:
-                continue
-            if any(site.name in self.stored for site in sites):
-                parts = (self.packed(site.name) or self.dense_matrix(site) for site in sites)
-                total += sum(
-                    part.nonzeros if isinstance(part, Quantized) else int(torch.count_nonzero(part)) for part in parts
-                )
-            else:
-                total += int(torch.count_nonzero(self.parameter(name)))
+            if name not in buffers:
+                with counted(name):
+                    total += self._nonzeros(name)
         return total
+
+    def _nonzeros(self, name: str) -> int:
+        sites = self.sites(name)
+        if not any(site.name in self.stored for site in sites):
+            return int(torch.count_nonzero(self.parameter(name)))
+        parts = (self.packed(site.name) or self.dense_matrix(site) for site in sites)
+        return sum(part.nonzeros if isinstance(part, Quantized) else int(torch.count_nonzero(part)) for part in parts)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a dense parameter has in the file."""
@@ -372,10 +383,11 @@ class Weights:
     def fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         """Read the parameters `names` (full keys below `prefix`) into `module`."""
         for name in names:
-            value = self.parameter(name)
-            # Integer buffers keep their dtype.
-            dtype = self.skeleton.dtype if value.is_floating_point() else value.dtype
-            place(module, name.removeprefix(prefix), value.to(self.device, dtype))
+            with counted(name):
+                value = self.parameter(name)
+                # Integer buffers keep their dtype.
+                dtype = self.skeleton.dtype if value.is_floating_point() else value.dtype
+                place(module, name.removeprefix(prefix), value.to(self.device, dtype))
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -35,6 +35,7 @@ from effcli.layers.layer import Kind
 from effcli.layers.returned import Asked
 from effcli.layers.statistics import Needs, Statistics
 from effcli.options import Options
+from effcli.platform.rehearsal import once
 from effcli.training import tracking
 from effcli.training.options import TrainingOptions
 
@@ -544,9 +545,11 @@ def carry_out(options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ())
 
     Raises `PluginError` for what is no outcome of this layer; whether its numbers are finite is not looked at.
     """
+    # What an earlier pass kept of a layer is that layer's alone.
+    kind = f"{options!r} {tuple(layer.weight.shape)} {len(seen)} {layer.name if layer.mask is not None else ''}"
     if len(seen) > 1:
-        return _outcome(options, "apply_groups", layer, options.apply_groups(layer, seen))
-    return _outcome(options, "apply", layer, options.apply(layer, seen[0] if seen else UNSEEN))
+        return _outcome(options, "apply_groups", layer, once(kind, lambda: options.apply_groups(layer, seen)))
+    return _outcome(options, "apply", layer, once(kind, lambda: options.apply(layer, seen[0] if seen else UNSEEN)))
 
 
 def finished(options: TrainPass, layer: Layer, trained: nn.Module) -> Outcome:

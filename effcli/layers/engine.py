@@ -19,6 +19,7 @@ from effcli.layers.result import histogram, ratio
 from effcli.layers.returned import Asked
 from effcli.layers.selection import Choice
 from effcli.layers.statistics import Gradients
+from effcli.platform.rehearsal import once
 from effcli.reports.report import Histogram, LedgerRow
 
 # The statistics of a layer's inputs, one for each group of a convolution.
@@ -91,9 +92,10 @@ class LayerEngine:
             return
         layers = tuple(self.network.read(self._site(name)) for name in chosen)
         group = Group(layers, options, readers.columns if explicit else readers.channel)
-        factor, notes = Asked(passes[first], "scale", ", ".join(chosen)).check_factor(
-            passes[first].scale(group, seen[first][0]), layers[0].weight.shape[1]
-        )
+        kind = f"scale {options!r} {[tuple(layer.weight.shape) for layer in layers]}"
+        found = once(kind, lambda: passes[first].scale(group, seen[first][0]))
+        asked = Asked(passes[first], "scale", ", ".join(chosen))
+        factor, notes = asked.check_factor(found, layers[0].weight.shape[1])
         if bool((factor == 1).all()):
             self._note(chosen, notes)
             return

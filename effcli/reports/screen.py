@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from effcli.options import Options
     from effcli.platform.registry import Entry
     from effcli.reports.report import ClassRow, Quality, Report, Speed, Stage
+    from effcli.run.forecast import Forecast
     from effcli.run.recipe import Recipe
 
 # So many classes are listed whole.
@@ -34,10 +35,13 @@ _MOST_CLASSES = 40
 class Waiting(Silent):
     """How far a command is, on standard error: see `SweepProgress`. A context manager; `phases` is what to tell it."""
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, *, quiet: bool = False, console: Console | None = None, forecast: Forecast | None = None
+    ) -> None:
+        """forecast: of the phases that come, for the time that is left of them all."""
         self._quiet = quiet
         self._console = console or Console(stderr=True)
-        self._bar = SweepProgress(quiet, self._console)
+        self._bar = SweepProgress(quiet, self._console, forecast=forecast)
 
     def __enter__(self) -> Self:
         return self
@@ -75,8 +79,15 @@ class Screen(Waiting):
     With `quiet` the lines of stages remain, and those of long phases.
     """
 
-    def __init__(self, recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> None:
-        super().__init__(quiet=quiet, console=console)
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        forecast: Forecast | None = None,
+    ) -> None:
+        super().__init__(quiet=quiet, console=console, forecast=forecast)
         self._recipe = recipe
         self._stages: list[Stage] = []
 
@@ -153,6 +164,18 @@ def speed_table(speed: Speed) -> Table:
             ("on", conditions, ""),
         ]
     )
+
+
+def forecast_table(forecast: Forecast) -> RenderableType:
+    """What each phase is expected to take, then all together; below that what ended the rehearsal."""
+    rows = [
+        (each.phase, f"not predicted: {each.reason}" if each.seconds is None else units.duration(each.seconds))
+        for each in forecast.phases
+    ]
+    if len(rows) > 1:
+        rows.append(("all together", units.duration(forecast.seconds)))
+    ended = [Text(f"no further phase is predicted: {forecast.ended}", style="yellow")] if forecast.ended else []
+    return Group(Text(), *([_table(rows, ("phase", "expected"))] if rows else []), *ended)
 
 
 def passes_table(
@@ -320,6 +343,7 @@ def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> Table:
 __all__ = [
     "Screen",
     "Waiting",
+    "forecast_table",
     "options_table",
     "passes_table",
     "quality_table",

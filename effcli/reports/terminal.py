@@ -33,6 +33,7 @@ from effcli.reports.text import Console, Name, Text, draws_bars
 if TYPE_CHECKING:
     from effcli.reports.compare import Comparison, Unit
     from effcli.reports.report import LedgerRow, Report, Stage
+    from effcli.run.forecast import Forecast
 
 # Columns that share one, so that a full table fits 80 characters: the second stands below the first.
 _STACKED = {"seconds": "memory", "agreement": "sqnr"}
@@ -221,10 +222,14 @@ class SweepProgress:
         quiet: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        forecast: Forecast | None = None,
     ) -> None:
+        """forecast: what the phases are expected to take, for the time that is left of them all."""
         self._console = console or Console(stderr=True)
         self._plain = quiet or not draws_bars(self._console)
         self._clock = clock
+        self._forecast = forecast
+        self._over: set[str] = set()
         self._bar: Progress | None = None
         self._name = ""
         self._unit = "block"
@@ -277,6 +282,7 @@ class SweepProgress:
     def finish(self) -> None:
         """End the phase: take the bar away, and leave one line where there was none."""
         self._stop()
+        self._over.add(self._name)
         spent = self._clock() - self._began
         if self._name and self._plain and spent >= MOMENT:
             counted = f"{units.count(self._done, self._unit)} in " if self._done else ""
@@ -298,12 +304,16 @@ class SweepProgress:
             self._bar = None
 
     def _state(self) -> str:
-        """'block 7 of 30, 1m20s left, 812 MB': the first block's time is not known before it is over."""
+        """'block 7 of 30, 1m20s left, 5m in all, 812 MB': the first block's time is not known before it is over."""
         parts = [f"{self._unit} {min(self._done + 1, self._total)} of {self._total}"] if self._total else []
         began, first = self._pace or (self._began, 0)
+        now, left = self._clock(), None
         if first < self._done < self._total:
-            left = (self._clock() - began) / (self._done - first) * (self._total - self._done)
+            left = (now - began) / (self._done - first) * (self._total - self._done)
             parts.append(f"{units.duration(left)} left")
+        if self._forecast is not None:
+            whole = self._forecast.left(self._over, self._name, now - self._began, left)
+            parts.append(f"{units.duration(whole)} {'left ' if left is None else ''}in all")
         parts.append(units.size(memory.current()))
         return ", ".join(parts)
 

@@ -85,6 +85,13 @@ class RunNetwork(Protocol):
         No step may be one that searches.
         """
 
+    def miniature(self, target: Path) -> tuple[str, dict[str, float]]:
+        """What a rehearsal reads as its model, if need be written to `target`, a folder that is not there.
+
+        With how many blocks of the network each of its blocks stands for, by name; empty where it is the network
+        itself. Raises `UnsupportedError` where no part of the network serves.
+        """
+
     def unlimited(self, quantity: Quantity) -> str:
         """Why bits of layers cannot keep a budget of `quantity` in this network, empty where they can."""
 

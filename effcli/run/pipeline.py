@@ -31,14 +31,16 @@ from effcli.layers.contract import Change, Pass, SearchPass
 from effcli.platform import memory
 from effcli.platform.machine import cpu_threads, device_name, pick_device
 from effcli.reports import card, html, html_sensitivity
-from effcli.reports.report import Exported, Report, Stage
+from effcli.reports.report import Exported, PhaseTime, Report, Stage
 from effcli.reports.units import count, size
 from effcli.run import detect
 from effcli.run import recipe as recipes
+from effcli.run.forecast import Forecast
 from effcli.run.listener import Listener, Silent, phases, told
 from effcli.run.logged import Logged
 from effcli.run.plan import Plan
 from effcli.run.recipe import ExportStep, PassStep, Recipe, RecipeStep
+from effcli.run.timed import Timed
 from effcli.run.workplace import EXPORTS, Workplace, check_output, existing, exports_in, files_in, resolved
 from effcli.search import stage as searching
 from effcli.search.stage import Position
@@ -52,31 +54,42 @@ _Done = tuple[Report, EffcliError | None]
 _DISK_FACTOR = 2.2
 
 
+def check(recipe: Recipe, overwrite: bool = False) -> None:
+    """Raise what a run would raise before any work."""
+    check_output(resolved(recipe.target.absolute()), overwrite, recipe.inputs)
+    for step in recipe.export:
+        exporters.require(step.name)
+    for part in _named(recipe.passes):
+        part.config.require()
+    # It may not be there.
+    pick_device(recipe.device)
+
+
 def run(
     recipe: Recipe,
     *,
     overwrite: bool = False,
     listener: Listener | None = None,
+    forecast: Forecast | None = None,
 ) -> Report:
-    """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`."""
-    logged = Logged(listener or Silent())
-    output = resolved(recipe.target.absolute())
-    check_output(output, overwrite, recipe.inputs)
-    for step in recipe.export:
-        exporters.require(step.name)
-    for part in _named(recipe.passes):
-        part.config.require()
+    """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`.
+
+    listener: a `Timed` one keeps the time of the phases itself, and nothing is logged; forecast: what is expected of
+    them, for the report.
+    """
+    listener = listener if isinstance(listener, Timed) else Logged(listener or Silent())
+    check(recipe, overwrite)
     for clash in filter(None, (step.clash for step in (*_named(recipe.passes), *recipe.export))):
-        logged.say(clash)
-    # Before any work: it may not be there.
-    pick_device(recipe.device)
+        listener.say(clash)
     torch.manual_seed(recipe.seed)
     with cpu_threads(recipe.threads):
-        return _Run(recipe, output, overwrite, logged).carry_out()
+        return _Run(recipe, resolved(recipe.target.absolute()), overwrite, listener, forecast).carry_out()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path, overwrite: bool, listener: Logged) -> None:
+    def __init__(
+        self, recipe: Recipe, output: Path, overwrite: bool, listener: Timed, forecast: Forecast | None
+    ) -> None:
         self.network = detect.of_run(recipe)
         given = recipe.model_dump(mode="json", exclude_unset=True)
         self.given = {key: value for key, value in given.items() if value != []}
@@ -84,6 +97,7 @@ class _Run:
         self.output = output
         self.overwrite = overwrite
         self.listener = listener
+        self.forecast = forecast
         self.place = Workplace(output)
         self.work = self.place.folder
         self.finished: list[Stage] = []
@@ -325,7 +339,7 @@ class _Run:
             data={name: self._digests[path] for name, path in self.recipe.data.items()},
         )
         exported, failed = self._exports(finished)
-        report = report.model_copy(update={"exports": exported, "phases": self.listener.phases})
+        report = report.model_copy(update={"exports": exported, "phases": self._phases()})
         with self._phase("writing the report"):
             self._describe(report, finished)
         write_text(finished / "recipe.yaml", recipes.dump(self.recipe.model_copy(update={"passes": tuple(steps)})))
@@ -343,6 +357,11 @@ class _Run:
         if self.network.layout(finished) != "standard":
             return "effcli.load"
         return f"transformers.{self.network.loaders(finished)[0]}.from_pretrained"
+
+    def _phases(self) -> tuple[PhaseTime, ...]:
+        """How long each phase took so far, and what was expected of it."""
+        measured = self.listener.phases
+        return measured if self.forecast is None else self.forecast.beside(measured)
 
     def _phase(self, name: str) -> AbstractContextManager[Progress]:
         """A phase of the run which counts nothing."""

@@ -14,6 +14,7 @@ from effcli.layers.selection import Choice, Layered, choose, needs_of
 from effcli.options import Options
 from effcli.reports.report import LedgerRow
 from effcli.reports.units import size
+from effcli.run.forecast import Forecast
 from effcli.run.recipe import PassStep, Recipe
 
 
@@ -96,6 +97,8 @@ class Plan(Options):
     layout: str = Field(
         default="", description="why transformers will not read the output, and what would keep it so, in a few lines"
     )
+
+    forecast: Forecast | None = Field(default=None, description="how long a run would take here; None: not asked for")
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from effcli.errors import DataError, NumericsError, UnfinishedError, UnsupportedError, foreign
 from effcli.platform.machine import pick_device
+from effcli.platform.rehearsal import few
 from effcli.reports.report import Training
 from effcli.training import snapshot as snapshots
 from effcli.training import tracking
@@ -38,6 +39,8 @@ Progress = Callable[[int, int], None]
 
 # Seconds of work that a crash may cost: a snapshot takes about three times the bytes of what is trained.
 SNAPSHOT_SECONDS = 30.0
+# Seconds for which a rehearsal takes steps.
+_REHEARSED = 0.2
 # Points of a curve.
 _POINTS = 200
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -179,7 +182,9 @@ class _Run:
         if not self._resume():
             self._evaluate()
         self.progress(self.step, self.total)
-        while self.step < self.total:
+        begun, epochs = self.step // self.per_epoch, -(-self.total // self.per_epoch)
+        # What was killed after its last step has no epoch left, even if that one was not whole.
+        for _ in few(range(begun, epochs) if self.step < self.total else ()):
             self._epoch()
         if self.options.keep_best:
             self._restore(self.best)
@@ -192,12 +197,27 @@ class _Run:
         )
 
     def _epoch(self) -> None:
-        """The steps that are left of one epoch."""
+        """The steps that are left of one epoch, and the error after the last one."""
         epoch, done = divmod(self.step, self.per_epoch)
         order = self._order(epoch)[done * self.window :]
-        left = len(order)
+        batches, end = self._batches(order), min((epoch + 1) * self.per_epoch, self.total)
+        for number in few(range(end - self.step), lasting=_REHEARSED):
+            self._update(self._loss(batches, len(order) - number * self.window))
+            if self.step < end:
+                self._settle()
+        # A rehearsal leaves steps out.
+        self.step = end
+        self._evaluate()
+        self._settle()
+
+    def _loss(self, batches: Iterator[Batch], left: int) -> float:
+        """The loss of the next step, whose gradients are left behind; left: the inputs that `batches` still holds."""
         wanted, seen, loss = min(self.window, left), 0, 0.0
-        for batch in self._batches(order):
+        while seen < wanted:
+            batch = next(batches, None)
+            if batch is None:
+                missing = f"{left - seen} of {len(self.data)} calibration inputs are missing"
+                raise DataError(missing, "check the calibration data")
             share = len(batch.inputs) / wanted
             with self.accelerator.autocast():
                 value = self.objective.loss(batch)
@@ -206,14 +226,7 @@ class _Run:
                 raise NumericsError(f"the loss is NaN or infinite in step {self.step + 1} of {self.total}", _TAMER)
             self.accelerator.backward(value * share)
             seen += len(batch.inputs)
-            if seen == wanted:
-                self._update(loss)
-                left -= seen
-                wanted, seen, loss = min(self.window, left), 0, 0.0
-                if self.step == self.total:
-                    return
-        if left:
-            raise DataError(f"{left} of {len(self.data)} calibration inputs are missing", "check the calibration data")
+        return loss
 
     def _order(self, epoch: int) -> Rows:
         """The inputs in the order of one epoch, int64 (inputs,)."""
@@ -228,7 +241,7 @@ class _Run:
             yield Batch(inputs.to(device), labels, self.step / self.total, self.scale)
 
     def _update(self, loss: float) -> None:
-        """Take the step that the gradients ask for, and what is due after it."""
+        """Take the step that the gradients ask for."""
         factor = self.options.factor(self.step, self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -242,8 +255,9 @@ class _Run:
         if self.since == self.stretch or self.step == self.total:
             self.curve.append((self.step, self.pending / self.since))
             self.pending, self.since = 0.0, 0
-        if self.step % self.per_epoch == 0 or self.step == self.total:
-            self._evaluate()
+
+    def _settle(self) -> None:
+        """What is due after a step."""
         self._save()
         self.progress(self.step, self.total)
 
@@ -251,7 +265,8 @@ class _Run:
         """Measure the error on all inputs, and remember the weights if it is the least so far."""
         part, whole, batches = 0.0, 0.0, 0
         with torch.no_grad():
-            for batch in self._batches(np.arange(len(self.data), dtype=np.int64)):
+            count = -(-len(self.data) // self.batch_size)
+            for batch in few(self._batches(np.arange(len(self.data), dtype=np.int64)), count):
                 with self.accelerator.autocast():
                     # Errors of different epochs are compared: what an error makes of these must not move.
                     more = self.objective.error(replace(batch, progress=0.0, scale=1.0))

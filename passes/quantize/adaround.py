@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from effcli.formats import Affine, AffineWeight
 from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.passes.quantize._affine import clipped_range, encode, extremes, parameters
+from effcli.platform.rehearsal import few
 
 # ζ and γ stretch the sigmoid, so that h reaches 0 and 1 at finite V.
 _STRETCH, _OFFSET = 1.2, -0.1
@@ -34,6 +36,8 @@ _DECAYS = (0.9, 0.999)
 # Weights per step: rows are independent, and few at a time stay in the cache.
 _STEP = 1 << 20
 _FEWEST_ROWS = 64
+# Seconds for which a rehearsal takes steps.
+_REHEARSED = 0.05
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 0.52, 0.48)
 
 
@@ -168,7 +172,7 @@ def _descend(rows: Rows, below: Tensor, cut: Tensor, rounded: Tensor, config: Ad
     values = ((cut.clamp(0.01, 0.99) - _OFFSET) / _STRETCH).logit_()
     mean, square = torch.zeros_like(values), torch.zeros_like(values)
     warm = int(_WARM_UP * config.iterations)
-    for k in range(config.iterations):
+    for k in chain(few(range(warm), lasting=_REHEARSED), few(range(warm, config.iterations), lasting=_REHEARSED)):
         sigmoid = values.sigmoid()
         up = (sigmoid * _STRETCH).add_(_OFFSET)
         free = (up > 0) & (up < 1)

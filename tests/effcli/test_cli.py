@@ -253,7 +253,7 @@ def test_compress_shows_the_run(
 
     report = make_report().model_copy(update={"phases": (PhaseTime(name="planning", seconds=75),)})
 
-    def run(recipe: Any, *, overwrite: bool, listener: Any) -> Report:
+    def run(recipe: Any, *, overwrite: bool, listener: Any, forecast: Any) -> Report:
         assert (recipe.model, recipe.output, overwrite) == ("m", "o", True)
         for stage in report.stages:
             listener.progress_start(stage.name, 2)

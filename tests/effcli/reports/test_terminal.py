@@ -20,6 +20,7 @@ from effcli.reports.terminal import (
     stage_table,
     trainings,
 )
+from effcli.run.forecast import Expected, Forecast
 
 
 def drawn(renderable: RenderableType, width: int = 80) -> list[str]:
@@ -347,3 +348,23 @@ def test_two_models_are_named_where_they_differ(make_report: Callable[..., Repor
     other = b.model_copy(update={"model": "another/model"})
     (line,) = (line for line in drawn(compare_table(a, other)) if line.startswith("model "))
     assert "another/model" in line and line.endswith("differs")
+
+
+def test_with_a_forecast_the_time_left_of_all_phases_is_shown() -> None:
+    console, clock = Console(file=Terminal(), width=120, force_terminal=True, color_system=None), Clock()
+    expected = (("planning", 5), ("awq", 100), ("verifying", 20))
+    forecast = Forecast(phases=tuple(Expected(phase=name, seconds=seconds) for name, seconds in expected))
+    with SweepProgress(console=console, clock=clock, forecast=forecast) as progress:
+        progress.start("planning", 0)
+        clock.now = 10.0
+        progress.finish()
+        progress.start("awq", 10)
+        progress.advance(0)
+        clock.now = 40.0
+        progress.advance(1)
+        progress.finish()
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    # Before a phase says how long it takes, the forecast does.
+    assert "2m05s left in all" in text and "block 1 of 10, 2m00s left in all" in text
+    assert "block 2 of 10, 4m30s left, 4m50s in all" in text

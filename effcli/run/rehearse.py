@@ -1,0 +1,76 @@
+"""Predict how long a run takes: carry it out on a part of the network and of the data, with a clock for the whole.
+
+The code is that of the run, so that whatever a pass or an export of another package does is done here too. See
+`effcli.platform.rehearsal` for what is left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from effcli.errors import EffcliError
+from effcli.platform.rehearsal import Rehearsal
+from effcli.run import detect, pipeline
+from effcli.run.forecast import Expected, Forecast
+from effcli.run.listener import Silent
+from effcli.run.recipe import Recipe
+from effcli.run.timed import Timed
+from effcli.search import stage as searching
+
+# What says nothing of how it grows with the network, and need not.
+_ONCE = ("reading ", "writing the report")
+_PLANNING = "planning"
+
+
+class _Rehearsed(Timed):
+    """A listener by the clock of a rehearsal, which keeps why phases cannot be predicted."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__(Silent(), rehearsal.now)
+        self._rehearsal = rehearsal
+        self.unknown: dict[str, str] = {}
+
+    def begun(self, name: str) -> None:
+        self._rehearsal.unknown, self._rehearsal.reached = "", False
+
+    def ended(self, name: str, seconds: float) -> None:
+        found = self._rehearsal
+        if found.unknown:
+            self.unknown[name] = found.unknown
+        elif found.blocks and not found.reached and not name.startswith(_ONCE):
+            self.unknown[name] = "it does not say how it grows with the number of blocks"
+
+
+def predict(recipe: Recipe) -> Forecast:
+    """What each phase of a run of `recipe` will take on this machine.
+
+    Raises what a run would raise over the model; what the rehearsal itself ends with stands in the forecast.
+    """
+    network = detect.of_run(recipe)
+    begin = time.perf_counter()
+    searching.plan(network)
+    # Of the whole network, which costs little.
+    planning = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory(prefix="effcli-") as temporary:
+        folder = Path(temporary)
+        try:
+            model, blocks = network.miniature(folder / "model")
+        except EffcliError as error:
+            return Forecast(ended=error.cause)
+        changed = {"model": model, "revision": None, "output": str(folder / "out")}
+        rehearsal, ended = Rehearsal(blocks), ""
+        listener = _Rehearsed(rehearsal)
+        try:
+            with rehearsal:
+                pipeline.run(recipe.model_copy(update=changed), listener=listener)
+        except EffcliError as error:
+            ended = error.cause
+    found = {phase.name: Expected(phase=phase.name, seconds=phase.seconds) for phase in listener.phases}
+    found |= {name: Expected(phase=name, reason=why) for name, why in listener.unknown.items()}
+    found[_PLANNING] = Expected(phase=_PLANNING, seconds=planning)
+    return Forecast(phases=tuple(found.values()), ended=ended)
+
+
+__all__ = ["predict"]
