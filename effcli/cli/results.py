@@ -125,6 +125,8 @@ def verify(
     from effcli.reports.result import check_lines
     from effcli.run import detect
 
+    if against is not None:
+        detect.check_input(path, against)
     with screen.Waiting(quiet=json) as shown:
         result = detect.at(path).verify(target, against, trust_remote_code, shown.phases)
     if json:

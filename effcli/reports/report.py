@@ -281,7 +281,8 @@ class Report(Record):
         """Read `report.json` from `folder`; `CheckpointError` when there is none or it is of another schema."""
         path = folder / FILE_NAME
         if not path.is_file():
-            raise CheckpointError(f"{folder} holds no {FILE_NAME}", "give a directory that `effcli compress` wrote")
+            cause = f"{folder} holds no {FILE_NAME}" if folder.exists() else f"{folder} does not exist"
+            raise CheckpointError(cause, "give a directory that `effcli compress` wrote")
         remedy = "run the recipe again"
         try:
             data = read_object(path, remedy=remedy)
