@@ -38,7 +38,8 @@ def compress(
     model: a directory, a `.pt2` or `.onnx` file, a Hub id, `sample:lm` or `sample:cnn`; or a model that is loaded: a
         causal language model or an image classifier of transformers, or any `torch.nn.Module` that takes one tensor.
         A loaded model stays as it is. It is written to a folder beside `output`, which is removed when the run is
-        done; the same call with the same weights goes on with a run that was interrupted.
+        done; the same call with the same weights goes on with a run that was interrupted. `recipe.yaml` cannot name
+        it, so re-running that needs `--set model=FOLDER`.
     passes: one or several, in order: `"awq:bits=4"`, `{"awq": {"bits": 4}}`, or a pass itself, `AWQ(bits=4)`.
     output: the directory to write; `effcli.load` and the commands take it.
     tokenizer: of a loaded language model; by default that of the place which the model was loaded from.
@@ -64,6 +65,7 @@ def compress(
         with restoring_verbosity():
             return _run(recipe, overwrite, predict, listener)
 
+    from effcli.files.locate import OBJECT
     from effcli.run import loaded
 
     if example is not None:
@@ -72,10 +74,12 @@ def compress(
     recipe = recipes.from_arguments(type(model).__name__, output=str(output), passes=passes, **keys)
     with restoring_verbosity(), loaded.on_disk(model, recipe, tokenizer, overwrite) as folder:
         recipe = recipe.model_copy(update={"model": str(folder)})
-        return _run(recipe, overwrite, predict, listener)
+        return _run(recipe, overwrite, predict, listener, f"{OBJECT}{folder.name}")
 
 
-def _run(recipe: recipes.Recipe, overwrite: bool, predict: bool, listener: Listener | None) -> PrintedReport:
+def _run(
+    recipe: recipes.Recipe, overwrite: bool, predict: bool, listener: Listener | None, called: str = ""
+) -> PrintedReport:
     from effcli.run import pipeline, rehearse
 
     forecast = None
@@ -83,7 +87,8 @@ def _run(recipe: recipes.Recipe, overwrite: bool, predict: bool, listener: Liste
         pipeline.check(recipe, overwrite)
         forecast = rehearse.predict(recipe)
     with _watched(recipe, listener, forecast) as told:
-        return PrintedReport.of(pipeline.run(recipe, overwrite=overwrite, listener=told, forecast=forecast))
+        report = pipeline.run(recipe, overwrite=overwrite, listener=told, forecast=forecast, called=called)
+        return PrintedReport.of(report)
 
 
 def _watched(

@@ -13,6 +13,8 @@ _FOLDER = Path(__file__).parents[1] / "data"
 SAMPLES = {"sample:lm": _FOLDER / "lm", "sample:cnn": _FOLDER / "cnn"}
 CALIBRATION_TEXT = _FOLDER / "lm" / "calibration.txt"
 EVALUATION_TEXT = _FOLDER / "lm" / "evaluation.txt"
+# What stands before the class of a model that was given in Python: its files are gone when the run is done.
+OBJECT = "python-object://"
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -21,6 +23,11 @@ def resolve(model: str, revision: str | None = None) -> Path:
         if model not in SAMPLES:
             raise CheckpointError(f"there is no {model}", did_you_mean(model, SAMPLES))
         return SAMPLES[model]
+    if model.startswith(OBJECT):
+        raise CheckpointError(
+            f"{model}: the model was given in Python as a {model.removeprefix(OBJECT)}, and no file holds it",
+            "give it to `effcli.compress` again, or save it and name its folder: --set model=FOLDER",
+        )
     path = Path(model).expanduser()
     if path.exists():
         return path

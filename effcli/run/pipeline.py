@@ -71,11 +71,13 @@ def run(
     overwrite: bool = False,
     listener: Listener | None = None,
     forecast: Forecast | None = None,
+    called: str = "",
 ) -> Report:
     """Carry out a recipe and return its report; the checkpoint and the report stand in `recipe.output`.
 
     listener: a `Timed` one keeps the time of the phases itself, and nothing is logged; forecast: what is expected of
-    them, for the report.
+    them, for the report; called: what the report and the recipe beside it name as the model, where that of `recipe` is
+    soon gone.
     """
     listener = listener if isinstance(listener, Timed) else Logged(listener or Silent())
     check(recipe, overwrite)
@@ -83,15 +85,23 @@ def run(
         listener.say(clash)
     torch.manual_seed(recipe.seed)
     with cpu_threads(recipe.threads):
-        return _Run(recipe, resolved(recipe.target.absolute()), overwrite, listener, forecast).carry_out()
+        output = resolved(recipe.target.absolute())
+        return _Run(recipe, output, overwrite, listener, forecast, called or recipe.model).carry_out()
 
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, output: Path, overwrite: bool, listener: Timed, forecast: Forecast | None
+        self,
+        recipe: Recipe,
+        output: Path,
+        overwrite: bool,
+        listener: Timed,
+        forecast: Forecast | None,
+        called: str,
     ) -> None:
         self.network = detect.of_run(recipe)
-        given = recipe.model_dump(mode="json", exclude_unset=True)
+        self.called = called
+        given = recipe.model_copy(update={"model": called}).model_dump(mode="json", exclude_unset=True)
         self.given = {key: value for key, value in given.items() if value != []}
         self.recipe = self.network.recipe
         self.output = output
@@ -316,7 +326,11 @@ class _Run:
 
     def _settings(self, steps: Sequence[PassStep]) -> dict[str, Any]:
         """The recipe as JSON, as it is carried out, with these steps."""
-        return {**self.network.settings, "passes": [step.model_dump(mode="json") for step in steps]}
+        return {
+            **self.network.settings,
+            "model": self.called,
+            "passes": [step.model_dump(mode="json") for step in steps],
+        }
 
     def _finish(self, finished: Path, stages: list[Stage], steps: list[PassStep]) -> _Done:
         """Describe and place the finished checkpoint; steps: as they were carried out."""
@@ -325,7 +339,7 @@ class _Run:
             verified = self.network.verify(finished, stages, phases(self.listener, "verifying"))
         report = Report(
             effcli_version=version("effcli"),
-            model=self.recipe.model,
+            model=self.called,
             output=self.recipe.output,
             machine=_machine(pick_device(self.recipe.device)),
             software=_software((*steps, *self.recipe.export)),
@@ -342,7 +356,8 @@ class _Run:
         report = report.model_copy(update={"exports": exported, "phases": self._phases()})
         with self._phase("writing the report"):
             self._describe(report, finished)
-        write_text(finished / "recipe.yaml", recipes.dump(self.recipe.model_copy(update={"passes": tuple(steps)})))
+        carried_out = self.recipe.model_copy(update={"model": self.called, "passes": tuple(steps)})
+        write_text(finished / "recipe.yaml", recipes.dump(carried_out))
         html_sensitivity.write_all([stage.search for stage in stages if stage.search is not None], finished)
         # The last to be written, for it lists the others.
         report = report.model_copy(update={"files": files_in(finished)})

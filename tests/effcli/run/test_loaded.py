@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import effcli
+from effcli.cli import main
 from effcli.errors import EffcliError, OutputError, RecipeError, UnsupportedError
 from effcli.files.locate import SAMPLES
 from effcli.run import pipeline
@@ -81,6 +82,23 @@ def test_a_module_gives_what_it_computes(net: Net, tmp_path: Path) -> None:
         found, wanted = effcli.load(tmp_path / "out")(example), net.eval()(example)
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_recipe_of_a_model_that_no_file_holds(net: Net, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    report = effcli.compress(net, "linear:bits=8", out, shape=(3, 8, 8), evaluate=False)
+    assert report.model == report.recipe["model"] == report.given["model"] == "python-object://Net"
+    texts = {path: path.read_text() for path in out.iterdir() if path.suffix in (".json", ".yaml", ".md", ".html")}
+    assert not [path for path, text in texts.items() if "effcli-input" in text], "the folder is gone"
+    for command in ("run", "plan"):
+        assert main([command, str(out / "recipe.yaml"), "--set", f"output={tmp_path}/again"]) == 1
+        error = capsys.readouterr().err
+        assert "the model was given in Python as a Net, and no file holds it" in error
+        assert "--set model=FOLDER" in error
+    torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 3, 8, 8),)), tmp_path / "net.pt2")
+    assert main(["plan", str(out / "recipe.yaml"), "--set", f"model={tmp_path}/net.pt2", "--set", "shape=null"]) == 0
+    assert main(["verify", str(out)]) == 0
+    assert "not compared with its input python-object://Net, which is not here" in capsys.readouterr().out
 
 
 def test_the_same_weights_go_on_and_others_do_not(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
