@@ -106,9 +106,10 @@ def _ended(debug: bool) -> Iterator[None]:
         _traceback(debug)
         complain(error.cause, error.remedy)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         _traceback(debug)
-        complain("interrupted", "the same command goes on where this one stopped, if it was writing an output")
+        cause, _, remedy = str(stopped).partition("\n")
+        complain(cause or "interrupted", remedy or "nothing was kept; give the same command again")
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise

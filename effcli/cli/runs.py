@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -174,6 +176,23 @@ def _load(path: Path, output: str | None, overrides: list[str] | None, no_eval: 
     return made if output is None else made.model_copy(update={"output": output})
 
 
+@contextmanager
+def _said_what_stays(target: Path) -> Iterator[None]:
+    """Let an interrupt of a run that writes `target` say what stays of it, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        from effcli.run.workplace import Workplace, resolved
+
+        work = Workplace(resolved(target.absolute())).folder
+        if not work.exists():
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; what is finished stays in {work}\n"
+            "the same command continues from there; remove that folder if you do not want it"
+        ) from stopped
+
+
 def _run(recipe: Recipe, overwrite: bool, predict: bool, quiet: bool, verbose: bool, json: bool) -> None:
     # Known before torch is imported and the model looked for.
     target = recipe.target
@@ -186,7 +205,7 @@ def _run(recipe: Recipe, overwrite: bool, predict: bool, quiet: bool, verbose: b
     if predict:
         pipeline.check(recipe, overwrite)
         forecast = _predicted(recipe, quiet)
-    with Screen(recipe, quiet=quiet, forecast=forecast) as screen:
+    with Screen(recipe, quiet=quiet, forecast=forecast) as screen, _said_what_stays(target):
         result = pipeline.run(recipe, overwrite=overwrite, listener=screen, forecast=forecast)
     if json:
         print_json(result.model_dump_json(indent=1))

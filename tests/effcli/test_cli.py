@@ -131,7 +131,7 @@ def test_a_recipe_with_several_mistakes(tmp_path: Path, capsys: pytest.CaptureFi
         (MachineError("no"), 2, "error: no\n"),
         (MemoryError(), 2, "error: out of memory\n"),
         (ZeroDivisionError("a\nb"), 2, "error: internal error: ZeroDivisionError: a b\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n  the same command goes on where this one stopped"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n  nothing was kept; give the same command again"),
     ],
 )
 def test_exit_codes(
@@ -144,6 +144,26 @@ def test_exit_codes(
     assert text in fails(capsys, "passes", "show", "awq", code=code)
     assert main(["passes", "show", "awq", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupt_says_what_stays(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from effcli.run import pipeline
+
+    def run(recipe: Any, **options: Any) -> Any:
+        if kept:
+            (tmp_path / ".o.effcli").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", run)
+    text = fails(capsys, "compress", "m", "--pass", "awq", "-o", str(tmp_path / "o"), code=130)
+    if kept:
+        assert text.startswith(f"error: interrupted; what is finished stays in {tmp_path}/.o.effcli\n")
+        assert "the same command continues from there; remove that folder" in text
+    else:
+        assert text == "error: interrupted\n  nothing was kept; give the same command again\n"
 
 
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
