@@ -35,6 +35,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.train.centroids:Centroids",
         "Train the tables of `kmeans` to restore the outputs (arXiv:1510.00149).",
     ),
+    "finetune": Entry(
+        "effcli.passes.train.finetune:FineTune",
+        "Train the weights towards labels, or towards the original network's outputs.",
+    ),
     "nf4": Entry(
         "effcli.passes.quantize.nf4:NF4",
         "Round blocks of weights to quantiles of a normal distribution (arXiv:2305.14314).",
@@ -86,6 +90,10 @@ PASSES: dict[str, Entry] = {
     "wanda": Entry(
         "effcli.passes.prune.wanda:Wanda",
         "Remove weights by their magnitude and the norm of their input (arXiv:2306.11695).",
+    ),
+    "gradual": Entry(
+        "effcli.passes.prune.gradual:Gradual",
+        "Remove the smallest weights in rounds and train the others (arXiv:1710.01878).",
     ),
     "int8": Entry(
         "effcli.passes.quantize.int8:Int8",

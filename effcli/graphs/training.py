@@ -22,7 +22,7 @@ from effcli.formats import Quantized, SparseWeight
 from effcli.graphs.backward import check_labels, classes_for
 from effcli.graphs.graph import Graph
 from effcli.graphs.ledger import dense, whole_rows
-from effcli.layers.contract import Layer, Needs, Observed, Pass, Step, TrainPass, Transformed, finished
+from effcli.layers.contract import Attached, Layer, Needs, Observed, Pass, Step, TrainPass, Transformed, finished
 from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
@@ -200,7 +200,8 @@ def train(
     if not notes:
         lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"
         told = f"the weights stay as they are: {lost}"
-    told += _advice(training.errors, options)
+    if options.counts(0.0):
+        told += _advice(training.errors, options)
     return Transformed(graph, notes, remarks=(*attached.remarks, told), training=training)
 
 
@@ -265,6 +266,8 @@ class _Attached:
                 kept = None if mask is None else mask.kept
                 parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape, kept, asked))
                 layer.parametrizations.weight.original.requires_grad_(own.trains_weights)  # type: ignore[union-attr]
+                if layer.bias is not None:
+                    layer.bias.requires_grad_(own.trains_biases)
                 self.layers[name] = site, own, module
             with straight_through(self.graph.module):
                 yield
@@ -272,13 +275,13 @@ class _Attached:
             for name in self.layers:
                 layer = self.graph.layer(name)
                 parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-                layer.weight.requires_grad_(False)
+                for parameter in layer.parameters():
+                    parameter.requires_grad_(False)
 
     def objective(self) -> Objective:
         """What the loop trains."""
         parameters = {
-            name: [own for own in self.graph.layer(name).parametrizations.parameters() if own.requires_grad]  # type: ignore[union-attr]
-            for name in self.layers
+            name: [own for own in self.graph.layer(name).parameters() if own.requires_grad] for name in self.layers
         }
         made = self.options.optimizer(parameters)
         optimizer = Asked(self.options, "optimizer").expect(made, Optimizer, "an optimizer of torch")
@@ -289,7 +292,19 @@ class _Attached:
             error=self._error,
             measured=self.options.measured,
             beside=tuple(teacher.module for teacher in self.teachers.values()),
+            advance=self._advance,
+            counts=self.options.counts,
         )
+
+    def _advance(self, progress: float) -> bool:
+        attached = {}
+        for name, (site, _, module) in self.layers.items():
+            layer: Any = self.graph.layer(name)
+            weight = layer.parametrizations.weight.original.detach().view(site.shape)
+            attached[name] = Attached(module, weight, None if layer.bias is None else layer.bias.detach())
+        with torch.no_grad():
+            made = self.options.advance(attached, progress)
+        return Asked(self.options, "advance").expect(made, bool, "True or False")
 
     def _loss(self, batch: Batch) -> Tensor:
         loss = self.options.loss(self._step(batch, training=True))

@@ -208,8 +208,9 @@ class TrainPass(TrainingOptions, Pass):
     # What a layer must have to be trained, and what to do where none has it.
     takes: ClassVar[str] = "weight"
     remedy: ClassVar[str] = "make `ignore` narrower"
-    # Whether the weights themselves are trained, beside the parameters of what `attach` returns.
+    # Whether the weights themselves are trained, beside the parameters of what `attach` returns, and the biases.
     trains_weights: ClassVar[bool] = True
+    trains_biases: ClassVar[bool] = False
     # What `measure` measures.
     measured: ClassVar[str] = "loss on the calibration inputs"
 
@@ -226,6 +227,17 @@ class TrainPass(TrainingOptions, Pass):
 
         It runs before every forward. `nn.Identity()` trains the weight as it is.
         """
+
+    def advance(self, attached: Mapping[str, Attached], progress: float) -> bool:
+        """Change the layers that are trained, after a step; returns whether the optimizer begins anew.
+
+        progress: the share of all steps that are done, in (0, 1].
+        """
+        return False
+
+    def counts(self, progress: float) -> bool:
+        """Whether the weights may be kept as they are now; progress: the share of all steps that are done."""
+        return True
 
     @abstractmethod
     def loss(self, step: Step) -> Tensor:
@@ -523,6 +535,19 @@ class Step:
     scale: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """A layer in training. Tensors may be changed in place.
+
+    module: what `TrainPass.attach` returned, whose buffers are kept in snapshots; weight: float32 (out, in) and bias
+    (out,) as they are trained; None of a layer without a bias.
+    """
+
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Transformed:
     """What became of a whole graph. notes: for the ledger, by layer; a layer without any was left as it was."""
@@ -571,6 +596,7 @@ def _outcome(options: Pass, method: str, layer: Layer, made: Any) -> Outcome:
 __all__ = [
     "UNSEEN",
     "Apply",
+    "Attached",
     "Change",
     "CutPass",
     "Evaluator",

@@ -79,7 +79,9 @@ class Objective:
 
     module: its parameters that require gradients are trained; optimizer: over them; loss: a scalar, of which the mean
     over the batches of a step is taken, weighted by their inputs; error: two numbers whose sums over all inputs are
-    divided; measured: what that is, for the report; beside: modules that loss and error run, too.
+    divided; measured: what that is, for the report; beside: modules that loss and error run, too; advance: called
+    after every step with the share of all steps that are done, true where the optimizer begins anew; counts: whether
+    weights may be kept at such a share.
     """
 
     module: nn.Module
@@ -88,6 +90,8 @@ class Objective:
     error: Callable[[Batch], tuple[float, float]]
     measured: str = ""
     beside: tuple[nn.Module, ...] = ()
+    advance: Callable[[float], bool] = lambda progress: False
+    counts: Callable[[float], bool] = lambda progress: True
 
 
 def train(
@@ -250,6 +254,8 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        if self.objective.advance(self.step / self.total):
+            self.optimizer.state.clear()
         self.pending, self.since = self.pending + loss, self.since + 1
         self.tracking.log({"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}, self.step)
         if self.since == self.stretch or self.step == self.total:
@@ -280,7 +286,7 @@ class _Run:
         error = part / whole if whole > 0 else part
         self.errors.append((self.step, error))
         self.tracking.log({"error": error}, self.step)
-        if error < self.least:
+        if error < self.least and self.objective.counts(self.step / self.total):
             self.least, self.kept = error, self.step
             if self.options.keep_best:
                 self.best = {name: tensor.detach().clone() for name, tensor in self._state().items()}
@@ -306,7 +312,7 @@ class _Run:
             key=self.key,
             step=self.step,
             scale=self.scale,
-            least=self.least,
+            least=self.least if math.isfinite(self.least) else None,
             kept=self.kept,
             pending=self.pending,
             since=self.since,
@@ -340,7 +346,8 @@ class _Run:
             torch.cuda.set_rng_state(parts["random"]["cuda"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(record.scaler)
-        self.step, self.scale, self.least, self.kept = record.step, record.scale, record.least, record.kept
+        self.step, self.scale, self.kept = record.step, record.scale, record.kept
+        self.least = math.inf if record.least is None else record.least
         self.pending, self.since = record.pending, record.since
         self.curve, self.errors = list(record.curve), list(record.errors)
 

@@ -31,14 +31,15 @@ Point = tuple[Annotated[int, Field(ge=0)], float]
 class Snapshot(Options):
     """What is to be known of a training besides its tensors.
 
-    key: what tells this training from others; step: how many are done; scale: see `Batch`; pending, since: the losses
-    that the curve has not taken in yet, summed, and how many; scalars: the optimizer's numbers, by parameter.
+    key: what tells this training from others; step: how many are done; scale: see `Batch`; least: the error of the best
+    weights, None before any counted; pending, since: the losses that the curve has not taken in yet, summed, and how
+    many; scalars: the optimizer's numbers, by parameter.
     """
 
     key: str
     step: int = Field(ge=0)
     scale: float
-    least: float
+    least: float | None
     kept: int = Field(ge=0)
     pending: float
     since: int = Field(ge=0)
