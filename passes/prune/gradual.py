@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from effcli.formats import Mask
 from effcli.layers.contract import Attached, Change, Layer, Outcome
 from effcli.passes.prune._pruning import largest, pruned, removals
-from effcli.passes.train.finetune import FineTune
+from effcli.passes.train._tuning import Tuning
 
 
-class Gradual(FineTune):
+class Gradual(Tuning):
     """A `gradual` step."""
 
     changes: ClassVar[Change] = Change.VALUES | Change.MASK
-    rare: ClassVar[tuple[str, ...]] = (*FineTune.rare, "until", "rewind")
+    rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "until", "rewind")
 
     sparsity: float = Field(0.8, ge=0, lt=1, description="Share of the weights that is removed in the end.")
     compare: Literal["layer", "network"] = Field(

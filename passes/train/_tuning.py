@@ -1,0 +1,52 @@
+"""What passes share that train the weights of layers: what is learned, and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from effcli.layers.contract import Needs, Step, TrainPass
+
+
+class Tuning(TrainPass):
+    """Options that say what weights and biases are trained towards."""
+
+    rare: ClassVar[tuple[str, ...]] = (
+        *("schedule", "warmup", "accumulation", "clip", "shuffle", "seed", "precision", "track", "track_folder"),
+    )
+    takes: ClassVar[str] = "floating weight"
+    remedy: ClassVar[str] = "put it before the step that compresses the weights"
+    trains_biases: ClassVar[bool] = True
+
+    towards: Literal["labels", "original"] = Field(
+        "labels",
+        description="What is learned: the labels of the calibration inputs (cross-entropy), or the outputs of the "
+        "original network (mean squared error, arXiv:1312.6184), which needs no labels.",
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, le=1, description="Share of every weight that goes in a step at a learning rate of 1 (AdamW)."
+    )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.INPUTS | (Needs.LABELS if self.towards == "labels" else Needs.ORIGINAL)
+
+    def loss(self, step: Step) -> Tensor:
+        """The cross-entropy of the labels, or the mean squared distance between the outputs."""
+        if step.labels is not None:
+            return F.cross_entropy(step.outputs, step.labels)
+        assert step.original is not None
+        return F.mse_loss(step.outputs, step.original)
+
+    def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> Optimizer:
+        """AdamW (arXiv:1711.05101); biases do not decay."""
+        every = [own for layer in parameters.values() for own in layer]
+        groups: list[dict[str, Any]] = [
+            {"params": [own], "weight_decay": self.weight_decay if own.ndim > 1 else 0.0} for own in every
+        ]
+        return AdamW(groups, lr=self.learning_rate)
