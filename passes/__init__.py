@@ -91,6 +91,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.prune.wanda:Wanda",
         "Remove weights by their magnitude and the norm of their input (arXiv:2306.11695).",
     ),
+    "sparsegpt": Entry(
+        "effcli.passes.prune.sparsegpt:SparseGPT",
+        "Remove weights in turn, the rest makes up for the error (arXiv:2301.00774).",
+    ),
     "gradual": Entry(
         "effcli.passes.prune.gradual:Gradual",
         "Remove the smallest weights in rounds and train the others (arXiv:1710.01878).",

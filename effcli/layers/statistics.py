@@ -369,9 +369,7 @@ class Statistics:
 
     def working(self) -> Tensor:
         """G in the dtype that multiplies fastest here: for ranking candidates, where three digits are enough."""
-        gram = self.matrix
-        fast = gram.is_cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return gram.to(torch.bfloat16) if fast else gram
+        return self.matrix.to(fastest(self.matrix.device))
 
     def output_energy(self, difference: Tensor, quick: bool = False) -> float:
         """tr(D G Dᵀ) / tokens for D (out, in): the mean squared norm of D x over the calibration tokens.
@@ -386,6 +384,13 @@ class Statistics:
             product = (rows.to(gram.dtype) @ gram).float()
             total += float(product.mul_(rows).sum(1).sum(dtype=torch.float64))
         return total / max(self.tokens, 1)
+
+
+def fastest(device: torch.device) -> torch.dtype:
+    """The dtype that multiplies fastest on `device`, for products of which three digits are enough."""
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
 
 
 class _Gram:
@@ -473,4 +478,4 @@ class GroupedStatistics:
         return tuple(Statistics.of(matrix, own, self.tokens) for matrix, own in sums)
 
 
-__all__ = ["Gradients", "GroupedStatistics", "Needs", "Statistics"]
+__all__ = ["Gradients", "GroupedStatistics", "Needs", "Statistics", "fastest"]

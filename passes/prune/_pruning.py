@@ -13,6 +13,7 @@ from torch import Tensor
 
 from effcli.formats import Blocks, Dense, Mask, Sparse
 from effcli.layers.contract import UNSEEN, Change, Layer, LayerPass, Outcome, Statistics
+from effcli.passes._feedback import row_errors
 
 # The share that is removed where neither a share nor a pattern is given.
 _HALF = 0.5
@@ -61,7 +62,11 @@ class Pruning(LayerPass):
     def format(self) -> Sparse | None:
         return None if self.blocks is None else Sparse(self.blocks, Dense(torch.float32))
 
-    def chosen(self, scores: Tensor, layer: Layer, by_row: bool) -> Mask:
+    def masked(self, kept: Tensor) -> Mask:
+        """What is kept of a layer, bool (out, in), in the pattern that was asked for."""
+        return Mask(kept) if self.blocks is None else Mask(kept, self.blocks)
+
+    def chosen(self, scores: Tensor, layer: Layer, by_row: bool = False) -> Mask:
         """Keep the weights of a layer with the highest scores, float32 (out, in).
 
         by_row: whether weights compete with those of their row alone. What earlier passes removed goes first.
@@ -69,9 +74,18 @@ class Pruning(LayerPass):
         if layer.mask is not None:
             scores = scores.masked_fill(~layer.mask.kept, -torch.inf)
         if self.blocks is not None:
-            return Mask(largest_of(scores, self.blocks), self.blocks)
+            return self.masked(largest_of(scores, self.blocks))
         groups = scores if by_row else scores.reshape(1, -1)
-        return Mask(largest(groups, removals(self.share, groups)).view_as(scores))
+        return self.masked(largest(groups, removals(self.share, groups)).view_as(scores))
+
+    def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
+        """Prune a grouped convolution: each group is a layer, and what goes of all is the share of all."""
+        removed = removals(self.share, layer.weight.reshape(len(seen), -1)).tolist()
+        outcomes = []
+        for part, own, count in zip(parts(layer, len(seen)), seen, removed, strict=True):
+            update = {} if self.blocks is not None else {"sparsity": count / max(part.weight.numel(), 1)}
+            outcomes.append(self.model_copy(update=update).apply(part, own))
+        return Outcome.joined(outcomes)
 
 
 class ScoringPass(Pruning):
@@ -108,6 +122,22 @@ def pruned(weight: Tensor, mask: Mask, layer: Layer, **notes: Any) -> Outcome:
     return Outcome(weight, {"sparsity": round(int(removed) / max(weight.numel(), 1), 6), **notes}, mask)
 
 
+def better(
+    layer: Layer, seen: Statistics, first: tuple[Tensor, Mask], second: tuple[Tensor, Mask]
+) -> tuple[Tensor, Mask, float]:
+    """Of two weights (out, in) with their masks the one of less output error, the first of equal ones.
+
+    And the error of the better one as a fraction of the first's; 1 where that has none.
+    """
+    errors = []
+    for weight, mask in (first, second):
+        difference = weight.masked_fill(~(mask & layer.mask).kept, 0).sub_(layer.weight)
+        errors.append(float(row_errors(difference.t(), seen.matrix).sum(dtype=torch.float64)))
+    # A comparison that also takes what is not a number to the first.
+    weight, mask = second if errors[1] < errors[0] else first
+    return weight, mask, round(min(errors[1] / errors[0], 1.0), 4) if errors[0] > 0 else 1.0
+
+
 def parts(layer: Layer, groups: int) -> list[Layer]:
     """The groups of a convolution as layers; a layer of one group as it is."""
     masks = [None] * groups if layer.mask is None else layer.mask.chunk(groups)
@@ -132,9 +162,18 @@ def largest(scores: Tensor, removed: Tensor) -> Tensor:
 
     The least scores go; of equal ones the first.
     """
-    order = scores.argsort(dim=1, stable=True)
-    stays = torch.arange(scores.shape[1], device=scores.device) >= removed.unsqueeze(1)
-    return torch.empty_like(stays).scatter_(1, order, stays)
+    bound = scores.new_full((len(scores),), -torch.inf)
+    for count in removed.unique().tolist():
+        if count:
+            rows = removed == count
+            bound[rows] = scores[rows].kthvalue(count, dim=1).values
+    kept, equal = scores > bound.unsqueeze(1), scores == bound.unsqueeze(1)
+    # How many of those at the bound still go.
+    left = removed - scores.shape[1] + kept.sum(1) + equal.sum(1)
+    tied = equal.sum(1) > left
+    if bool(tied.any()):
+        kept[tied] |= equal[tied] & (equal[tied].cumsum(1) > left[tied].unsqueeze(1))
+    return kept
 
 
 def largest_of(scores: Tensor, blocks: Blocks) -> Tensor:

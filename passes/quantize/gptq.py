@@ -17,8 +17,9 @@ from torch import Tensor
 
 from effcli.formats import AffineWeight
 from effcli.layers.contract import Group, Layer, Outcome, Statistics
+from effcli.passes._feedback import Feedback, factorize
 from effcli.passes.quantize._affine import clipped_range, encode, extremes, parameters
-from effcli.passes.quantize._gptq import Feedback, factorize, quantize, weighted_range
+from effcli.passes.quantize._gptq import quantize, weighted_range
 from effcli.passes.quantize._scales import Scaled, find_scale
 
 # Below half of the range the error of the clipped weights outweighs every gain.

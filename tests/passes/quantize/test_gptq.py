@@ -16,18 +16,10 @@ from effcli.errors import NumericsError
 from effcli.formats import Affine, AffineWeight
 from effcli.layers.contract import Group, Layer, Needs, Outcome, ScalingPass
 from effcli.layers.statistics import Statistics
+from effcli.passes._feedback import Feedback, factorize, row_errors
 from effcli.passes.quantize import awq, gptq
 from effcli.passes.quantize._affine import encode, extremes, parameters
-from effcli.passes.quantize._gptq import (
-    Feedback,
-    Grid,
-    factorize,
-    fed_back,
-    quantize,
-    refine,
-    row_errors,
-    weighted_range,
-)
+from effcli.passes.quantize._gptq import Grid, fed_back, quantize, refine, weighted_range
 
 PLAIN: dict[str, Any] = {"act_order": False, "range": "minmax", "scales": False, "sweeps": 0, "damping": 0.01}
 

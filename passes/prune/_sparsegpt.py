@@ -1,0 +1,71 @@
+"""SparseGPT's weights: removed column after column while the columns that follow make up for each (arXiv:2301.00774).
+
+A weight that goes costs w_j² R_jj², H = R Rᵀ, once all later columns have made up for it (section 3.2; the paper's
+[H⁻¹]_jj of the columns from j on is 1 / R_jj²). Matrices are transposed here, (in, out): a column of the weight is then
+contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effcli.formats import Mask
+from effcli.layers.contract import Layer
+from effcli.passes._feedback import Feedback
+from effcli.passes.prune._pruning import Pruning, largest, largest_of
+
+# Columns whose errors are fed forward by one product; where there is no pattern their weights compete, too.
+_BLOCK = 128
+
+
+def compensated(options: Pruning, layer: Layer, feedback: Feedback) -> tuple[Tensor, Mask]:
+    """A weight float32 (out, in) that makes up for what is removed of it, and what is kept.
+
+    feedback: of the columns in their own order. What an earlier pass removed goes without being made up for.
+    """
+    factors, remaining, blocks = feedback.factors, feedback.remaining.unsqueeze(1), options.blocks
+    weight = layer.weight.t().contiguous()
+    free = torch.ones_like(weight, dtype=torch.bool) if layer.mask is None else layer.mask.kept.t()
+    # Columns that are chosen from together.
+    stretch = _BLOCK if blocks is None else blocks.of
+    block = max(_BLOCK // stretch, 1) * stretch
+    removed = _removals(options.share, free, stretch)
+    kept, left, errors = torch.empty_like(free), torch.empty_like(weight), torch.empty_like(weight)
+    for start in range(0, len(weight), block):
+        stop = min(start + block, len(weight))
+        # What each weight should be, with all errors so far.
+        wanted = weight[start:stop].addmm(factors[:start, start:stop].t(), errors[:start])
+        for first in range(start, stop, stretch):
+            part, here = slice(first, first + stretch), wanted[first - start : first - start + stretch]
+            here.addmm_(factors[start:first, part].t(), errors[start:first])
+            # And what it would become if all of the stretch stayed: each then makes up for the moves before it.
+            moves = torch.linalg.solve_triangular(
+                factors[part, part].t(), here - weight[part], upper=False, unitriangular=True
+            )
+            costs = moves.add_(weight[part]).square_().mul_(remaining[part])
+            if blocks is None:
+                costs = costs.masked_fill_(~free[part], torch.inf).reshape(1, -1)
+                kept[part] = largest(costs, removed[first // stretch]).view_as(here)
+            else:
+                kept[part] = largest_of(costs.masked_fill_(~free[part], -1).t(), blocks).t()
+            stays, made, pulls = kept[part] & free[part], errors[part].t(), factors[part, part].t()
+            rows = (each.unbind() for each in (here, stays, pulls, weight[part], left[part], errors[part]))
+            for k, (value, stay, pull, before, after, error) in enumerate(zip(*rows, strict=True)):
+                value.addmv_(made.narrow(1, 0, k), pull.narrow(0, 0, k))
+                torch.mul(value, stay, out=after)
+                torch.sub(before, after, out=error)
+    return left.t().contiguous(), options.masked(kept.t().contiguous())
+
+
+def _removals(share: float, free: Tensor, stretch: int) -> Tensor:
+    """How many weights go of each stretch of columns of those that may, bool (in, out): int64 (stretches, 1).
+
+    With those that may not stay, they are the share of all, rounded; each stretch loses the same share of its own.
+    """
+    there = free.sum(1)
+    total = int(there.sum())
+    goes = max(round(share * free.numel()) - free.numel() + total, 0)
+    ends = torch.cat([part.sum().view(1) for part in there.split(stretch)]).cumsum(0)
+    counts = (ends.double() * (goes / max(total, 1))).round().long()
+    return counts.diff(prepend=counts.new_zeros(1)).unsqueeze(1)
