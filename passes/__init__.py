@@ -95,6 +95,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.prune.sparsegpt:SparseGPT",
         "Remove weights in turn, the rest makes up for the error (arXiv:2301.00774).",
     ),
+    "alps": Entry(
+        "effcli.passes.prune.alps:ALPS",
+        "Choose by ADMM which weights stay, then fit them (arXiv:2406.07831).",
+    ),
     "gradual": Entry(
         "effcli.passes.prune.gradual:Gradual",
         "Remove the smallest weights in rounds and train the others (arXiv:1710.01878).",

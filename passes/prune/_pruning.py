@@ -122,10 +122,12 @@ def pruned(weight: Tensor, mask: Mask, layer: Layer, **notes: Any) -> Outcome:
     return Outcome(weight, {"sparsity": round(int(removed) / max(weight.numel(), 1), 6), **notes}, mask)
 
 
-def better(
-    layer: Layer, seen: Statistics, first: tuple[Tensor, Mask], second: tuple[Tensor, Mask]
-) -> tuple[Tensor, Mask, float]:
-    """Of two weights (out, in) with their masks the one of less output error, the first of equal ones.
+# A weight (out, in) and which of its entries are kept.
+Candidate = tuple[Tensor, Mask]
+
+
+def better(layer: Layer, seen: Statistics, first: Candidate, second: Candidate) -> tuple[Candidate, float]:
+    """Of two weights the one of less output error, the first of equal ones.
 
     And the error of the better one as a fraction of the first's; 1 where that has none.
     """
@@ -134,8 +136,8 @@ def better(
         difference = weight.masked_fill(~(mask & layer.mask).kept, 0).sub_(layer.weight)
         errors.append(float(row_errors(difference.t(), seen.matrix).sum(dtype=torch.float64)))
     # A comparison that also takes what is not a number to the first.
-    weight, mask = second if errors[1] < errors[0] else first
-    return weight, mask, round(min(errors[1] / errors[0], 1.0), 4) if errors[0] > 0 else 1.0
+    chosen = second if errors[1] < errors[0] else first
+    return chosen, round(min(errors[1] / errors[0], 1.0), 4) if errors[0] > 0 else 1.0
 
 
 def parts(layer: Layer, groups: int) -> list[Layer]:
@@ -163,7 +165,7 @@ def largest(scores: Tensor, removed: Tensor) -> Tensor:
     The least scores go; of equal ones the first.
     """
     bound = scores.new_full((len(scores),), -torch.inf)
-    for count in removed.unique().tolist():
+    for count in set(removed.tolist()):
         if count:
             rows = removed == count
             bound[rows] = scores[rows].kthvalue(count, dim=1).values

@@ -10,16 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effcli.formats import Mask
 from effcli.layers.contract import Layer
-from effcli.passes._feedback import Feedback
-from effcli.passes.prune._pruning import Pruning, largest, largest_of
+from effcli.layers.statistics import Statistics
+from effcli.passes._feedback import Feedback, factorize
+from effcli.passes.prune._pruning import Candidate, Pruning, better, largest, largest_of
 
 # Columns whose errors are fed forward by one product; where there is no pattern their weights compete, too.
 _BLOCK = 128
 
 
-def compensated(options: Pruning, layer: Layer, feedback: Feedback) -> tuple[Tensor, Mask]:
+def sparsegpt(options: Pruning, layer: Layer, seen: Statistics, damping: float) -> tuple[Candidate, dict[str, float]]:
+    """What SparseGPT makes of a weight, or its largest entries where those err less, with notes.
+
+    Raises `NumericsError` when the Gram matrix cannot be factored with any damping up to one.
+    """
+    feedback = seen.remember(("sparsegpt", damping), lambda: factorize(seen.matrix, damping, False, layer.name))
+    largest = layer.weight, options.chosen(layer.weight.abs(), layer)
+    chosen, ratio = better(layer, seen, largest, compensated(options, layer, feedback))
+    return chosen, {"damping": feedback.damping, "error_over_magnitude": ratio}
+
+
+def compensated(options: Pruning, layer: Layer, feedback: Feedback) -> Candidate:
     """A weight float32 (out, in) that makes up for what is removed of it, and what is kept.
 
     feedback: of the columns in their own order. What an earlier pass removed goes without being made up for.
@@ -66,6 +77,6 @@ def _removals(share: float, free: Tensor, stretch: int) -> Tensor:
     there = free.sum(1)
     total = int(there.sum())
     goes = max(round(share * free.numel()) - free.numel() + total, 0)
-    ends = torch.cat([part.sum().view(1) for part in there.split(stretch)]).cumsum(0)
+    ends = torch.cat([part.sum().view(1) for part in torch.split(there, stretch)]).cumsum(0)
     counts = (ends.double() * (goes / max(total, 1))).round().long()
     return counts.diff(prepend=counts.new_zeros(1)).unsqueeze(1)

@@ -12,9 +12,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from effcli.layers.contract import Layer, Needs, Outcome, Statistics
-from effcli.passes._feedback import factorize
-from effcli.passes.prune._pruning import UNREACHED, Pruning, better, pruned
-from effcli.passes.prune._sparsegpt import compensated
+from effcli.passes.prune._pruning import UNREACHED, Pruning, pruned
+from effcli.passes.prune._sparsegpt import sparsegpt
 
 
 class SparseGPT(Pruning):
@@ -36,10 +35,7 @@ class SparseGPT(Pruning):
 
         Raises `NumericsError` when the Gram matrix cannot be factored with any damping up to one.
         """
-        smallest = self.chosen(layer.weight.abs(), layer)
         if not seen.tokens:
-            return pruned(layer.weight, smallest, layer, **UNREACHED)
-        key = "sparsegpt", self.damping
-        feedback = seen.remember(key, lambda: factorize(seen.matrix, self.damping, False, layer.name))
-        weight, mask, ratio = better(layer, seen, (layer.weight, smallest), compensated(self, layer, feedback))
-        return pruned(weight, mask, layer, damping=feedback.damping, error_over_magnitude=ratio)
+            return pruned(layer.weight, self.chosen(layer.weight.abs(), layer), layer, **UNREACHED)
+        (weight, mask), notes = sparsegpt(self, layer, seen, self.damping)
+        return pruned(weight, mask, layer, **notes)

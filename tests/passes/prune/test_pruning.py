@@ -29,7 +29,7 @@ from effcli.layers.statistics import Statistics
 from effcli.passes.prune._pruning import Pruning, largest, removals
 from effcli.run.recipe import PassStep
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 
 
 def made(name: str, **options: Any) -> Pruning:

@@ -14,7 +14,7 @@ from effcli.formats import Mask
 from effcli.layers.contract import Layer, Needs
 from effcli.layers.statistics import Statistics
 from effcli.passes._feedback import factorize
-from effcli.passes.prune import _sparsegpt, sparsegpt
+from effcli.passes.prune import _sparsegpt
 from effcli.passes.prune._sparsegpt import compensated
 from effcli.passes.prune.magnitude import Magnitude
 from effcli.passes.prune.sparsegpt import SparseGPT
@@ -139,10 +139,10 @@ def test_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = matrix(6, 16, 1), seen(related(60, 16, 2))
 
     def misled(config: Any, own: Layer, feedback: Any) -> tuple[Tensor, Mask]:
-        made, mask = _sparsegpt.compensated(config, own, feedback)
+        made, mask = compensated(config, own, feedback)
         return made * 9, mask
 
-    monkeypatch.setattr(sparsegpt, "compensated", misled)
+    monkeypatch.setattr(_sparsegpt, "compensated", misled)
     outcome = SparseGPT().apply(layer(weight), gram)
     assert outcome.weight is weight and outcome.notes["error_over_magnitude"] == 1
     assert outcome.mask is not None
@@ -156,7 +156,7 @@ def test_layers_of_one_input_share_its_factor(monkeypatch: pytest.MonkeyPatch) -
         calls.append(damping)
         return factorize(matrix, damping, act_order, name)
 
-    monkeypatch.setattr(sparsegpt, "factorize", counted)
+    monkeypatch.setattr(_sparsegpt, "factorize", counted)
     gram = seen(related(60, 16, 11))
     for k in range(3):
         SparseGPT().apply(layer(matrix(4, 16, k)), gram)
