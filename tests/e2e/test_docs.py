@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import documented
@@ -36,6 +37,18 @@ def test_commands(
     documented.furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert documented.carry_out(page, monkeypatch, capsys) > 0
+
+
+@pytest.mark.parametrize("page", TO_DO, ids=name)
+def test_what_a_page_compares_it_has_made_of_one_model(page: Path) -> None:
+    made: dict[str, str] = {}
+    for block in documented.blocks(page):
+        for line in documented.commands(block.text) if block.language == "sh" and not block.reason else ():
+            words = shlex.split(line)
+            if words[:2] == ["effcli", "compress"] and "-o" in words:
+                made[words[words.index("-o") + 1]] = words[2]
+            elif words[:2] == ["effcli", "compare"]:
+                assert made[words[2]] == made[words[3]], line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
