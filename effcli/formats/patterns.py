@@ -214,8 +214,7 @@ class Gaps(Pattern):
 
     def stream(self, mask: Tensor) -> Tensor:
         """The gaps of a mask with their fillers, uint8 (gaps,)."""
-        places = mask.reshape(-1).nonzero().view(-1)
-        zeros = places.diff(prepend=places.new_full((1,), -1)) - 1
+        zeros = _zeros_before(mask)
         ends = (zeros // self._filler + 1).cumsum(0)
         count = int(ends[-1]) if len(ends) else 0
         stream = torch.full((count,), self._filler, dtype=torch.uint8, device=mask.device)
@@ -248,3 +247,26 @@ class Gaps(Pattern):
 
     def __str__(self) -> str:
         return f"gaps of {self.bits} bits{' huffman' if self.huffman else ''}"
+
+
+def smallest(mask: Tensor) -> Pattern:
+    """The pattern that takes the fewest bytes for a mask bool (out, in): a bitmask, or gaps of the best length.
+
+    Gaps are Huffman-coded where that makes them smaller by a twentieth at least, for decoding takes time.
+    """
+    whole = Bitmask().nbytes((mask.shape[0], mask.shape[1]))
+    zeros = _zeros_before(mask)
+    # Gaps of one bit take one for every weight.
+    sizes = {bits: math.ceil(int((zeros // ((1 << bits) - 1) + 1).sum()) * bits / 8) + 8 for bits in range(2, 9)}
+    bits = min(sizes, key=sizes.__getitem__)
+    stream = Gaps(8).stream(mask)
+    coded = huffman.nbytes(stream) + 8
+    if coded < min(0.95 * sizes[bits], whole):
+        return Gaps(8, huffman=True)
+    return Gaps(bits) if sizes[bits] < whole else Bitmask()
+
+
+def _zeros_before(mask: Tensor) -> Tensor:
+    """How many zeros lie before each kept weight of the flattened mask, int64 (kept,)."""
+    places = mask.reshape(-1).nonzero().view(-1)
+    return places.diff(prepend=places.new_full((1,), -1)) - 1

@@ -245,6 +245,8 @@ class Mask:
     def over(self, weight: Quantized | Tensor) -> SparseWeight:
         """The weight (out, in) without what is not kept; a sparse one keeps what both keep.
 
+        A bitmask becomes gaps where a file of them is smaller.
+
         `ValueError` for a mask of another shape or not of its pattern, and for a format that no pattern goes around.
         """
         if isinstance(weight, SparseWeight):
@@ -256,7 +258,8 @@ class Mask:
             raise ValueError(f"weights stored as {weight.format} cannot be left out")
         if tuple(self.kept.shape) != weight.shape:
             raise ValueError(f"a mask {tuple(self.kept.shape)} of a weight {weight.shape}")
-        format = Sparse(self.pattern, weight.format)
+        pattern = patterns.smallest(self.kept) if isinstance(self.pattern, patterns.Bitmask) else self.pattern
+        format = Sparse(pattern, weight.format)
         if format.rounds_inputs or weight.input_scale is None:
             return SparseWeight(format, weight, self.kept)
         made: Any = weight

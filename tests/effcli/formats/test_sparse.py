@@ -23,6 +23,7 @@ from effcli.formats import (
     DenseWeight,
     Gaps,
     Integers,
+    Mask,
     Packing,
     Pattern,
     Sparse,
@@ -31,6 +32,7 @@ from effcli.formats import (
     unpack,
 )
 from effcli.formats.base import Numbers, Values
+from effcli.formats.patterns import smallest
 from effcli.kernels.quantized_matmul import matmul, prepare, route_name
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -271,3 +273,32 @@ def test_gaps_that_end_wrong() -> None:
         Gaps(3).unpack(tensors, (1, 13))
     with pytest.raises(ValueError, match="weight_gap_count is"):
         Gaps(3).unpack({**tensors, "weight_gap_count": torch.tensor([2**40])}, (2, 7))
+
+
+@given(
+    rows=st.integers(0, 9),
+    columns=st.integers(0, 300),
+    density=st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_smallest_pattern(rows: int, columns: int, density: float, seed: int) -> None:
+    """No other takes fewer bytes, but for Huffman codes that save less than a twentieth."""
+    mask = mask_of(Bitmask(), (rows, columns), seed, density)
+    chosen = smallest(mask)
+    assert torch.equal(chosen.unpack(chosen.pack(mask), (rows, columns)), mask)
+    # Words are whole; the estimate counts bytes.
+    size = held(chosen.pack(mask)) - 3
+    assert size <= held(Bitmask().pack(mask))
+    assert all(size <= held(Gaps(bits).pack(mask)) for bits in range(2, 9))
+    assert all(0.95 * size <= held(Gaps(bits, True).pack(mask)) for bits in (4, 8))
+
+
+def test_patterns_by_density() -> None:
+    """Half of the weights kept: a bit for each; a tenth: gaps; and what a pass asks for is stored so."""
+    assert smallest(mask_of(Bitmask(), (64, 512), 0, 0.5)) == Bitmask()
+    assert smallest(mask_of(Bitmask(), (64, 512), 0, 0.1)) == Gaps(4)
+    weight = torch.randn(64, 512)
+    made = Mask(mask_of(Bitmask(), (64, 512), 0, 0.1)).over(weight)
+    assert made.format.pattern == Gaps(4) and 8 * held(made.pack()) / weight.numel() < 0.1 * 32 + 0.55
+    explicit = Mask(mask_of(Bitmask(), (64, 512), 0, 0.1), Gaps(3)).over(weight)
+    assert explicit.format.pattern == Gaps(3)
