@@ -30,6 +30,7 @@ from effcli.exporters._packed import pruned_remarks
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph
 from effcli.platform import onnx_session
+from effcli.platform.steps import each, expect, tick
 from effcli.reports.units import count
 
 if TYPE_CHECKING:
@@ -77,14 +78,18 @@ def export_graph(
     integer = linear | (_integer_layers(graph, stored) if activations else set())
     dtype = torch.float16 if precision == "float16" else torch.float32
     graph.module.to(dtype)
-    for name, weight in stored.items():
-        _replace(graph, name, weight, name in integer)
+    # The graph is translated, its file checked and run.
+    expect(len(stored) + 2 + len(_BATCHES))
+    for name in each(stored):
+        _replace(graph, name, stored[name], name in integer)
     model = _translated(graph, dtype)
+    tick()
     _narrow(model)
     with writing(folder):
         external = FILE_NAME + ".data" if _nbytes(model) > _EXTERNAL else None
         onnx_ir.save(model, folder / FILE_NAME, external_data=external)
     _check_file(folder / FILE_NAME)
+    tick()
     tolerance = None if precision == "float16" or activations else _ROUNDED if graph.rounds_inputs else _EXACT
     line = _compare(Graph.read(source), folder, tolerance)
     return "; ".join([line, *_described(model, layers, stored, integer), *pruned])
@@ -313,6 +318,7 @@ def _compare(graph: Graph, folder: Path, tolerance: float | None) -> str:
         (found,) = onnx_session.run(session, {port.name: inputs.numpy().astype(kind)}).values()
         theirs.append(torch.from_numpy(found.astype(np.float32)).flatten(1))
         ours.append(graph.run(inputs).flatten(1))
+        tick()
     expected, found_all = torch.cat(ours), torch.cat(theirs)
     if not bool(expected.isfinite().all()):
         raise NumericsError("the network's own outputs are NaN or infinite", "start from a sound checkpoint")

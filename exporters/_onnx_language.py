@@ -33,6 +33,8 @@ from effcli.language.verify import Agreement
 from effcli.language.weights import Weights, open_weights
 from effcli.options import Options
 from effcli.platform import onnx_session
+from effcli.platform.rehearsal import cannot_tell
+from effcli.platform.steps import each, expect, tick
 from effcli.reports.units import count, size
 
 if TYPE_CHECKING:
@@ -102,7 +104,10 @@ def export_language(
     kernels = _kernels(weights.skeleton, packed, arithmetic)
     for name, stored in packed.items():
         _replace(weights, name, stored, arithmetic)
+    cannot_tell("torch traces the network in one piece")
+    expect(1)
     graph = trace(weights.skeleton)
+    tick()
     _sign(graph, precision, kernels)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,10 +183,11 @@ def _write(model: onnx_ir.Model, weights: Weights, folder: Path) -> list[str]:
 
     rounded = 0
     state = weights.skeleton.model.state_dict()
+    values = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
+    expect(len(values))
     with (folder / DATA).open("wb") as file:
-        for name, value in model.graph.initializers.items():
-            if value.const_value is not None:
-                continue
+        for name in each(values):
+            value = values[name]
             stored = tensor(name)
             converted = stored.to(state[name].dtype).contiguous()
             if converted.is_floating_point() and not bool(converted.isfinite().all()):

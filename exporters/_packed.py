@@ -30,6 +30,7 @@ from effcli.graphs.integer import is_integer
 from effcli.language.skeleton import Skeleton, find_layers
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.layer import LayerSite
+from effcli.platform.steps import each, expect
 from effcli.reports.report import Exported
 from effcli.reports.units import count
 
@@ -152,10 +153,11 @@ def write_tensors(weights: Weights, folder: Path, pack: Callable[[str, Any], dic
         )
     names = [skeleton.outer_parameters()]
     names += [skeleton.block_parameters(k) for k in range(len(skeleton.blocks))]
+    expect(sum(map(len, names)))
     for number, group in enumerate(names):
         dense: dict[str, Tensor] = {}
         packed: dict[str, Tensor] = {}
-        for parameter in group:
+        for parameter in each(group):
             layer = parameter.removesuffix(".weight")
             if pack is None or layer not in packed_layers:
                 value = weights.parameter(parameter)
@@ -185,7 +187,8 @@ def _stock_names(skeleton: Skeleton, tensors: dict[str, Tensor]) -> dict[str, Te
 def _read_back(weights: Weights, folder: Path, unpack: Callable[[dict[str, Tensor]], Tensor], tolerance: float) -> str:
     written = Checkpoint.open(folder)
     largest, scale, names = 0.0, 0.0, sorted(quantized(weights))
-    for name in names:
+    expect(len(names))
+    for name in each(names):
         prefix = f"{name}."
         tensors = {key.removeprefix(prefix): written.read(key) for key in written.entries if key.startswith(prefix)}
         expected = numbers(weights, name).dequantize(torch.float32)

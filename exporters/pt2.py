@@ -13,6 +13,7 @@ from effcli.exporters._target import nbytes, replacing
 from effcli.files.exporter import Exporter
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
+from effcli.platform.steps import expect, tick
 from effcli.reports.report import Exported
 
 FILE_NAME = "model.pt2"
@@ -40,10 +41,15 @@ class PT2(Exporter):
             raise UnsupportedError(f"{source} holds no graph that effcli wrote", "export it to safetensors or onnx")
         graph = Graph.read(source)
         with replacing(source, target, overwrite) as folder:
+            # Recorded, saved, compared.
+            expect(3)
             program = _exported(graph)
+            tick()
             with writing(target):
                 _save(program, folder / FILE_NAME)
+            tick()
             checked = _compare(graph, folder / FILE_NAME)
+            tick()
         return Exported(target="pt2", nbytes=nbytes(target), checked=checked)
 
 

@@ -27,6 +27,7 @@ from effcli.files.layout import check_uniform, is_own, network_config, stored_la
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.weights import open_weights
+from effcli.platform.steps import expect, tick
 from effcli.reports.report import Exported
 
 
@@ -107,9 +108,11 @@ def _no_place(checkpoint: Checkpoint) -> UnsupportedError:
 def _copy(checkpoint: Checkpoint, folder: Path) -> None:
     files = [checkpoint.path / "config.json", *weight_files(checkpoint.path)]
     files += checkpoint.path.glob("*.safetensors.index.json")
+    expect(len(files))
     with writing(folder):
         for file in files:
             shutil.copyfile(file, folder / file.name)
+            tick()
 
 
 def _write_dense(checkpoint: Checkpoint, folder: Path) -> None:

@@ -63,9 +63,10 @@ def export(
     if step.clash:
         say(step.clash)
     target = output if output is not None else source / "exports" / step.name
+    from effcli.platform.steps import telling
     from effcli.reports import screen
 
-    with screen.Waiting() as shown, shown.phases(f"exporting to {step.name}"):
+    with screen.Waiting() as shown, shown.phases(f"exporting to {step.name}") as progress, telling(progress):
         done = step.config.export(source, target, overwrite)
     say(f"written to {target}, {exported_size(done)}")
     if done.checked:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from effcli.graphs.graph import Graph, class_count
 from effcli.layers.result import ratio
+from effcli.platform.steps import each, expect
 from effcli.reports.against import Against, Moved
 from effcli.reports.report import LedgerRow, Stage
 from effcli.reports.units import count
@@ -46,7 +47,9 @@ def compare(before: Graph, after: Graph, source: str, stages: Sequence[Stage]) -
     layers = {site.parameter: site.name for site in before.sites()}
     scaled = {str(row.notes["folded_into"]) for rows in taken.values() for row in rows if "folded_into" in row.notes}
     counts = {"equal": 0, "compressed": 0, "changed": 0}
-    for key, tensor in tensors.items():
+    expect(len(tensors))
+    for key in each(tensors):
+        tensor = tensors[key]
         name = layers.get(key, key.rpartition(".")[0])
         rows = taken.get(name, []) if key in layers else []
         same = tensor.shape == others[key].shape and torch.equal(tensor, others[key])

@@ -44,6 +44,7 @@ from effcli.graphs.integer import (
     Weighted,
     rescale,
 )
+from effcli.platform import steps
 
 # Bytes of the largest intermediate array of one batch: as fast as larger ones, which leave the caches.
 _CHUNK = 1 << 22
@@ -76,10 +77,13 @@ def run(network: IntegerNetwork, codes: Array, keep: bool = False) -> Array | di
     size = min((_batch(network, step) for step in program.steps), default=max(len(codes), 1))
     kept: dict[str, list[Array]] = {name: [] for name in (program.values if keep else [program.output])}
     last = {name: index for index, step in enumerate(program.steps) for name in step.inputs}
-    for start in range(0, max(len(codes), 1), size):
+    starts = range(0, max(len(codes), 1), size)
+    steps.expect(len(starts) * len(program.steps))
+    for start in starts:
         values = {program.input: codes[start : start + size]}
         for index, step in enumerate(program.steps):
             values[step.output] = execute(network, step, values)
+            steps.tick()
             for name in set(step.inputs):
                 if last[name] == index and name not in kept:
                     del values[name]

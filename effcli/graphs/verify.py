@@ -30,6 +30,7 @@ from effcli.layers.result import Phases, unseen
 from effcli.options import Options
 from effcli.platform import onnx_session
 from effcli.platform.huggingface import restoring_verbosity
+from effcli.platform.steps import telling
 from effcli.reports.against import Against
 from effcli.reports.report import FILE_NAME, Check, Report, Stage
 from effcli.reports.units import count
@@ -151,7 +152,7 @@ def verify(
     report = Report.read(path) if (path / FILE_NAME).is_file() else None
     source, before = ("", None) if against is None else _given(report, against, trust_remote_code)
     try:
-        with phases("comparing with the input"):
+        with phases("comparing with the input") as progress, telling(progress):
             network = IntegerNetwork.read(path) if integer else Graph.read(path)
             inputs, outputs = _outputs(network)
             if against is None:
@@ -167,13 +168,13 @@ def verify(
         return GraphVerification(**found, problem="its outputs are NaN or infinite")
     if target is not None:
         try:
-            with phases(f"C for {target}"):
+            with phases(f"C for {target}") as progress, telling(progress):
                 found["firmware"] = _firmware(path, target)
         except MachineError as error:
             return GraphVerification(**found, problem=error.cause)
     if not onnx_session.installed():
         return GraphVerification(**found, checked="not run in onnxruntime, which is not installed")
-    with tempfile.TemporaryDirectory() as folder, phases("running in onnxruntime"):
+    with tempfile.TemporaryDirectory() as folder, phases("running in onnxruntime") as progress, telling(progress):
         try:
             exported = exporters.load("onnx")().export(path, Path(folder) / "onnx")
         except UnsupportedError as error:

@@ -30,6 +30,7 @@ from effcli.files.documents import read_model
 from effcli.layers.contract import Change, Pass, SearchPass
 from effcli.platform import memory
 from effcli.platform.machine import cpu_threads, device_name, pick_device
+from effcli.platform.steps import telling
 from effcli.reports import card, html, html_sensitivity
 from effcli.reports.report import Exported, PhaseTime, Report, Stage
 from effcli.reports.units import count, size
@@ -442,7 +443,7 @@ class _Run:
         folder = finished / EXPORTS / step.name
         with writing(self.output):
             folder.parent.mkdir(exist_ok=True)
-        with self._phase(f"exporting to {step.name}"):
+        with told(self.listener, f"exporting to {step.name}", "step") as progress, telling(progress):
             exported = step.config.export(finished, folder, overwrite=True)
         with self._phase(f"{step.name}: speed"):
             exported = self.network.time_export(step.config, exported, folder)

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from effcli.graphs import verify
 from effcli.graphs.graph import Builder, Facts, Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.layers.contract import Observed
+from effcli.layers.result import Progress
 from effcli.passes.quantize import int8
 from effcli.platform import onnx_session
 from effcli.reports.report import Report
@@ -55,6 +57,25 @@ def test_sound(make: Callable[[Path], Path], layout: str, tmp_path: Path, capsys
     assert main(["verify", str(path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["passed"] is True and printed["layout"] == layout and printed["path"] == str(path)
+
+
+@pytest.mark.parametrize("make", [floating, integer])
+def test_how_far_it_is(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", exc_type=ImportError)
+    told: dict[str, tuple[int, int]] = {}
+
+    @contextmanager
+    def phases(name: str, unit: str = "step") -> Iterator[Progress]:
+        yield lambda done, total: told.update({name: (done, total)})
+
+    path = make(tmp_path / "out")
+    graph = residual() if make is floating else chain((6,), nn.Linear(6, 5), "relu.default", nn.Linear(5, 3))
+    verify.verify(path, against=graph, stages=(), phases=phases)
+    counted = {"running in onnxruntime"} | ({"comparing with the input"} if make is integer else set())
+    assert counted <= told.keys()
+    for name in counted:
+        done, total = told[name]
+        assert done == total > 1
 
 
 def cut(path: Path) -> None:
