@@ -29,6 +29,7 @@ from effcli.layers.contract import Needs
 from effcli.layers.engine import LayerEngine
 from effcli.layers.result import Progress, check_tensor
 from effcli.layers.selection import Choice, choose, needs_of
+from effcli.platform.rehearsal import few
 from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Probe, Trial, steadied
 from effcli.search.journal import SearchJournal
@@ -137,7 +138,8 @@ class PricedGraph:
         journal: SearchJournal | None,
     ) -> list[dict[str, Cost]]:
         def batches() -> Iterator[Tensor]:
-            return (inputs for inputs, _ in self._data.batches(self._batch_size))
+            count = -(-len(self._data) // self._batch_size)
+            return (inputs for inputs, _ in few(self._data.batches(self._batch_size), count))
 
         return layer_costs(self._source, variants, batches, way, progress, journal)
 

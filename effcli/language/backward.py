@@ -29,6 +29,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.result import check_finite
 from effcli.layers.statistics import Gradients, Needs
 from effcli.platform import memory
+from effcli.platform.rehearsal import counted, few
 
 
 class Sums(Protocol):
@@ -93,11 +94,12 @@ class Backward:
         count = len(skeleton.blocks)
         incoming, outgoing = self.hidden(count), self.behind(count - 1)
         sites = [] if head is None else [head]
-        for at, (number, ids) in enumerate(self.windows.items()):
+        outgoing.reserve()
+        for at, (number, ids) in few([*enumerate(self.windows.items())]):
             hidden = incoming.read(number)
             flat = hidden.flatten(0, 1)
-            gradients = [torch.empty_like(flat) for _ in range(self.losses)]
-            for part in chunks(ids.numel(), vocabulary, ids.shape[1]):
+            gradients = [torch.zeros_like(flat) for _ in range(self.losses)]
+            for part in few([*chunks(ids.numel(), vocabulary, ids.shape[1])]):
                 leaf = flat[part].clone().requires_grad_()
                 with WatchLayers(skeleton.model, "", sites, _hook(lambda name: sums)):
                     out = self.stream.logits(leaf)
@@ -121,7 +123,8 @@ class Backward:
         """
         block, prefix = self.stream.skeleton.blocks[k], self.stream.skeleton.block_names[k] + "."
         incoming, gradients, before = self.hidden(k), self.behind(k), self.behind(k - 1)
-        for at, (number, ids) in enumerate(self.windows.items()):
+        before.reserve()
+        for at, (number, ids) in few([*enumerate(self.windows.items())]):
             hidden = incoming.read(number)
             with torch.enable_grad(), WatchLayers(block, prefix, sites, _hook(sums.get)):
                 out = self.stream.through(k, hidden.requires_grad_(), differentiable(self.stream.call(k, ids)))
@@ -227,15 +230,17 @@ class StoredGradients:
 
         with GradientStream(weights, with_head=True) as stream, torch.inference_mode(False), torch.no_grad():
             shapes: list[tuple[int, ...]] = []
-            for number, ids in self._windows.items():
+            for number, ids in few([*self._windows.items()]):
                 states, _ = stream.enter(ids)
                 if not shapes:
                     shapes += [(*each.shape, *states.shape[2:]) for each in self._windows.values()]
+                    hidden(0).reserve()
                 hidden(0).write(number, states)
             for k in range(count):
-                with self._opened(stream, k), torch.inference_mode():
+                hidden(k + 1).reserve()
+                with counted(skeleton.block_names[k]), self._opened(stream, k), torch.inference_mode():
                     check_finite(skeleton.blocks[k], skeleton.block_names[k])
-                    for number, ids in self._windows.items():
+                    for number, ids in few([*self._windows.items()]):
                         states = stream.through(k, hidden(k).read(number), stream.call(k, ids))
                         hidden(k + 1).write(number, states)
                 memory.trim()
@@ -246,9 +251,10 @@ class StoredGradients:
             hidden(count).remove()
             for k in reversed(range(count)):
                 sums = {site.name: Gradients(site.shape, self._needs, self._device) for site in self._sites[k]}
-                with self._opened(stream, k), straight_through(skeleton.blocks[k]):
-                    backward.through(k, self._sites[k], sums)
-                self._keep(k, sums)
+                with counted(skeleton.block_names[k]):
+                    with self._opened(stream, k), straight_through(skeleton.blocks[k]):
+                        backward.through(k, self._sites[k], sums)
+                    self._keep(k, sums)
                 hidden(k).remove()
                 memory.trim()
             backward.end()

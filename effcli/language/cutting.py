@@ -33,6 +33,7 @@ from effcli.layers.result import PassResult, Progress
 from effcli.layers.selection import Choice, choose
 from effcli.layers.statistics import Gradients, Statistics
 from effcli.options import Options
+from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.report import LedgerRow
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def cut_model(
     continued. device: where blocks run. Raises what `effcli.language.coupling.cut` raises, and `UnfinishedError` when
     unfinished work is damaged.
     """
+    cannot_tell("what is cut is decided over all blocks at once")
     weights = open_weights(source, trust_remote_code)
     journal = Journal.open(work, fingerprint(weights.checkpoint, step, windows))
     if journal.damage:

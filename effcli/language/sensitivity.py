@@ -28,6 +28,7 @@ from effcli.language.trials import Trials, log_probabilities
 from effcli.language.weights import open_weights
 from effcli.layers.result import Progress, check_finite
 from effcli.layers.selection import Choice, choose
+from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Slopes, Trial, steadied
 from effcli.search.journal import SearchJournal
@@ -180,6 +181,7 @@ class _Loss(Trials):
 
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         """Put each trial of block k into the network by itself and run the measured windows to the end."""
+        cannot_tell("each layer is tried in all blocks behind it")
         entries = [
             (costs, name, trial) for costs, made in zip(self.costs, trials, strict=True) for name, trial in made.items()
         ]

@@ -36,6 +36,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.result import Progress
 from effcli.layers.selection import Choice, needs_of
 from effcli.platform import memory
+from effcli.platform.rehearsal import counted, few
 from effcli.search.costs import Cost, Probe, Trial
 from effcli.search.journal import SearchJournal
 
@@ -156,9 +157,10 @@ class Trials(ABC):
                 self.hidden(k).remove()
 
     def _take_block(self, k: int) -> None:
-        seen = self._observe(k)
-        self.tick()
-        self.price(k, self._tried(k, seen))
+        with counted(self.skeleton.block_names[k]):
+            seen = self._observe(k)
+            self.tick()
+            self.price(k, self._tried(k, seen))
 
     def _recall(self, name: str) -> bool:
         """Whether costs were recorded under `name` by an earlier try of the same search; they are then taken over."""
@@ -178,10 +180,11 @@ class Trials(ABC):
             self.journal.record_costs(name, new)
 
     def _enter(self) -> None:
-        for number, batch in enumerate(self.batches):
-            hidden, _ = self.stream.enter(batch)
+        for number in few(range(len(self.batches))):
+            hidden, _ = self.stream.enter(self.batches[number])
             if not self.shapes:
                 self.shapes = [(*each.shape, *hidden.shape[2:]) for each in self.batches]
+                self.hidden(0).reserve()
             self.hidden(0).write(number, hidden)
 
     def hidden(self, k: int) -> Spool:
@@ -197,10 +200,11 @@ class Trials(ABC):
         return differentiable(self.stream.call(k, self.batches[number]))
 
     def _propagate(self, k: int) -> None:
-        outgoing = self.hidden(k + 1)
-        with self.opened(k), torch.inference_mode():
-            for number, hidden in enumerate(self.hidden(k)):
-                outgoing.write(number, self.stream.through(k, hidden, self.call(k, number)))
+        incoming, outgoing = self.hidden(k), self.hidden(k + 1)
+        outgoing.reserve()
+        with counted(self.skeleton.block_names[k]), self.opened(k), torch.inference_mode():
+            for number in few(range(len(incoming))):
+                outgoing.write(number, self.stream.through(k, incoming.read(number), self.call(k, number)))
         memory.trim()
 
     def _observe(self, k: int) -> _Seen:
@@ -208,8 +212,10 @@ class Trials(ABC):
         with self.opened(k):
             seen = self._start(k)
             incoming, outgoing = self.hidden(k), self.hidden(k + 1)
+            if not self.measures:
+                outgoing.reserve()
             with torch.inference_mode(), self.watch(k, lambda name, inputs, _: _add(seen, name, inputs)):
-                for number in self.given:
+                for number in few(self.given):
                     hidden = incoming.read(number)
                     out = self.stream.through(k, hidden, self.call(k, number))
                     if not self.measures:
@@ -286,7 +292,7 @@ class Trials(ABC):
         watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
         incoming = self.hidden(self.count)
         with torch.inference_mode():
-            for number in self.given:
+            for number in few(self.given):
                 with watch:
                     self.stream.leave(self.batches[number], incoming.read(number))
         gram.check_finite(site.name)
@@ -308,9 +314,9 @@ class Trials(ABC):
         assert trial.weight is not None
         changed = nn.Parameter(trial.weight.to(self.skeleton.dtype), requires_grad=False)
         with torch.inference_mode():
-            for batch in self.measured:
+            for batch in few(self.measured):
                 hidden = incoming.read(batch).flatten(0, 1)
-                for part in self.parts(batch):
+                for part in few([*self.parts(batch)]):
                     found = []
                     for weight in (original, changed):
                         head.weight = weight

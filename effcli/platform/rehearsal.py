@@ -64,7 +64,7 @@ class Rehearsal:
     def counted(self, name: str) -> Iterator[None]:
         block = next((own for own in self.blocks if name == own or name.startswith(f"{own}.")), None)
         self.reached |= block is not None
-        if block is None or self._inside:
+        if block is None or self._inside or self.blocks[block] == 1:
             yield
             return
         begin, self._inside = self.now(), True

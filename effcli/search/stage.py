@@ -11,7 +11,8 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from effcli.layers.contract import Change, SearchPass
 from effcli.layers.returned import Asked
 from effcli.layers.selection import matches
 from effcli.options import Record
+from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.report import Quality, Stage
 from effcli.reports.sensitivity import Search, Sensitivity
 from effcli.reports.units import size
@@ -33,6 +35,7 @@ from effcli.search.journal import SearchJournal
 from effcli.search.sensitivity import sensitivity
 
 if TYPE_CHECKING:
+    from effcli.layers.result import Phases, Progress
     from effcli.run.listener import Listener
     from effcli.run.network import RunNetwork
 
@@ -255,7 +258,7 @@ class _Running:
 
     def _measured(self, figure: Figure, checkpoint: Path) -> float:
         """A figure of the network whose layers have the bits of a choice."""
-        tell = phases(self.listener, self.name)
+        tell = _as_often_as_found(phases(self.listener, self.name))
         if figure == "latency":
             found = self.network.measure(checkpoint, False, quality=False, phases=tell).milliseconds
             if found is None:
@@ -283,9 +286,22 @@ class _Running:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
         work, reference = self.journal.folder / "pass", self.position.reference
-        with told(self.listener, f"{self.name}: {step.name}", step.config.unit) as progress:
+        tell = _as_often_as_found(phases(self.listener, self.name))
+        with tell(step.name, step.config.unit) as progress:
             self.network.sweep(step, source, target, reference, work, progress)
         return target
+
+
+def _as_often_as_found(tell: Phases) -> Phases:
+    """The phases of a choice that is carried out, of which a rehearsal cannot know how many there will be."""
+
+    @contextmanager
+    def begin(name: str, unit: str = "step") -> Iterator[Progress]:
+        with tell(name, unit) as progress:
+            cannot_tell("how many choices are carried out depends on what is found")
+            yield progress
+
+    return begin
 
 
 def _quality(name: str, network: RunNetwork, found: Quality | None) -> float:

@@ -87,10 +87,14 @@ def test_blocks_count_for_those_that_they_stand_for(clock: Clock) -> None:
             for _ in few(range(10)):
                 clock.seconds += 1
         assert now() == 7 + 3 + 29 * 11
+        # A block that stands for itself keeps others from nothing.
+        with counted("layers.0"), counted("layers.1"):
+            clock.seconds += 1
+        assert now() == 7 + 3 + 29 * 12
         with pytest.raises(ValueError, match="full"), counted("layers.1"):
             clock.seconds += 1
             raise ValueError("full")
-        assert now() == 7 + 3 + 29 * 11 + 1
+        assert now() == 7 + 3 + 29 * 12 + 1
 
 
 def test_work_of_one_kind_is_done_once(clock: Clock) -> None:

@@ -103,6 +103,17 @@ def test_a_search(graph: Path) -> None:
     same_phases(recipe_of(graph, search, evaluate={"latency": False}))
 
 
+def test_a_search_that_carries_choices_out(language: Path) -> None:
+    search = {
+        "auto": {"using": "linear", "group_size": 32, "bits": [4, 8], "by": "fisher", "perplexity_increase": "50%"}
+    }
+    texts = {"samples": 4, "length": 16}
+    found = rehearse.predict(recipe_of(language, search, calibration=texts, evaluate={**texts, "latency": False}))
+    assert found.of("auto: sensitivity").seconds is not None
+    assert "depends on what is found" in found.of("auto: linear").reason
+    assert "depends on what is found" in found.of("auto: perplexity").reason
+
+
 def test_the_time_of_a_pass_grows_with_the_blocks(language: Path, tmp_path: Path) -> None:
     """Of a pass that nobody knows: each layer of a shape once, as many times as there are layers."""
     (tmp_path / "out").mkdir()
