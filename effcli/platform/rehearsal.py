@@ -33,7 +33,7 @@ class Rehearsal:
     def __init__(
         self, blocks: Mapping[str, float] | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.blocks = dict(blocks or {})
+        self.blocks = blocks or {}
         self.unknown = ""
         # Whether something was done for one of the blocks.
         self.reached = False

@@ -6,11 +6,12 @@ The code is that of the run, so that whatever a pass or an export of another pac
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from pathlib import Path
 
-from effcli.errors import EffcliError
+from effcli.errors import EffcliError, first_line
 from effcli.platform.rehearsal import Rehearsal
 from effcli.run import detect, pipeline
 from effcli.run.forecast import Expected, Forecast
@@ -19,6 +20,7 @@ from effcli.run.recipe import Recipe
 from effcli.run.timed import Timed
 from effcli.search import stage as searching
 
+_LOGGER = logging.getLogger(__name__)
 # What says nothing of how it grows with the network, and need not.
 _ONCE = ("reading ", "writing the report")
 _PLANNING = "planning"
@@ -54,19 +56,20 @@ def predict(recipe: Recipe) -> Forecast:
     # Of the whole network, which costs little.
     planning = time.perf_counter() - begin
     with tempfile.TemporaryDirectory(prefix="effcli-") as temporary:
-        folder = Path(temporary)
-        try:
-            model, blocks = network.miniature(folder / "model")
-        except EffcliError as error:
-            return Forecast(ended=error.cause)
-        changed = {"model": model, "revision": None, "output": str(folder / "out")}
-        rehearsal, ended = Rehearsal(blocks), ""
+        folder, ended = Path(temporary), ""
+        rehearsal = Rehearsal()
         listener = _Rehearsed(rehearsal)
         try:
+            model, rehearsal.blocks = network.miniature(folder / "model")
+            changed = {"model": model, "revision": None, "output": str(folder / "out")}
             with rehearsal:
                 pipeline.run(recipe.model_copy(update=changed), listener=listener)
         except EffcliError as error:
             ended = error.cause
+        except Exception as error:
+            # A part of a network is no network that anybody made: whatever goes wrong with it, the whole may be sound.
+            _LOGGER.debug("the rehearsal failed", exc_info=True)
+            ended = f"the rehearsal failed: {first_line(error)}"
     found = {phase.name: Expected(phase=phase.name, seconds=phase.seconds) for phase in listener.phases}
     found |= {name: Expected(phase=name, reason=why) for name, why in listener.unknown.items()}
     found[_PLANNING] = Expected(phase=_PLANNING, seconds=planning)

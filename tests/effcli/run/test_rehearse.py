@@ -192,3 +192,17 @@ def test_on_the_command_line(graph: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["compress", *common, "-o", str(output), "--no-eval", "--predict", "--verbose"]) == 0
     assert "took / predicted" in capsys.readouterr().out
     assert Report.read(output).phases[-1].predicted is not None
+
+
+def test_whatever_goes_wrong_in_a_rehearsal_a_plan_is_made(
+    language: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from effcli.language import miniature
+
+    def fail(*given: Any) -> None:
+        raise IndexError("no such block")
+
+    monkeypatch.setattr(miniature, "write", fail)
+    assert main(["plan", str(language), "--pass", "linear:bits=4,group_size=32"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "down_proj" in printed and "the rehearsal failed: no such block" in printed
