@@ -10,10 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from effcli.reports import latencies, units
 from effcli.reports.final import bits_line
+from effcli.reports.svg import quantity
 
 if TYPE_CHECKING:
     from effcli.reports.report import Classification, Exported, Latency, Report, Speed, Stage, Training
@@ -58,6 +60,7 @@ def columns(report: Report) -> list[Column]:
         ("top5", "top-5", "", _top5),
         ("agreement", "agreement", "", _agreement),
         ("sqnr", "SQNR", "dB", _sqnr),
+        *_macs_makers(report.stages),
         *_latency_makers(report.stages),
         ("prefill", "prefill", "tok/s", _prefill),
         ("decode", "decode", "tok/s", _decode),
@@ -226,6 +229,19 @@ def _fraction(value: float, before: float | None, stderr: float | None) -> Cell:
     # Within two standard errors of one measurement a loss is not told from chance.
     lost = before - value > 2 * (stderr or 0)
     return Cell(text, units.points(value, before), "bad" if lost else "")
+
+
+def _macs_makers(stages: Sequence[Stage]) -> list[tuple[str, str, str, Maker]]:
+    """A column of multiplications, beside those of speed, where a step takes some of them away."""
+    fewer = any((stage.macs or 0) < (first.macs or 0) for first, stage in pairwise(stages) if stage.macs is not None)
+    return [("macs", "MACs", "", _macs)] if fewer else []
+
+
+def _macs(stage: Stage, first: Stage) -> Cell | None:
+    if stage.macs is None:
+        return None
+    note = "" if stage is first or not first.macs else units.ratio(first.macs / max(stage.macs, 1))
+    return Cell(quantity(stage.macs), note)
 
 
 def _latency_makers(stages: Sequence[Stage]) -> list[tuple[str, str, str, Maker]]:
