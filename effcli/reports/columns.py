@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 from effcli.reports import latencies, units
 from effcli.reports.final import bits_line
-from effcli.reports.svg import quantity
 
 if TYPE_CHECKING:
     from effcli.reports.report import Classification, Exported, Latency, Report, Speed, Stage, Training
@@ -241,7 +240,7 @@ def _macs(stage: Stage, first: Stage) -> Cell | None:
     if stage.macs is None:
         return None
     note = "" if stage is first or not first.macs else units.ratio(first.macs / max(stage.macs, 1))
-    return Cell(quantity(stage.macs), note)
+    return Cell(units.quantity(stage.macs), note)
 
 
 def _latency_makers(stages: Sequence[Stage]) -> list[tuple[str, str, str, Maker]]:

@@ -70,7 +70,7 @@ def plots(ledger: Sequence[LedgerRow], stage: str = "", before: Drawn | None = N
             lines.append(f"Work and storage per layer: as after {before[key]}")
         else:
             before[key] = stage
-            macs = svg.quantity(sum(row.macs or 0 for row in ledger))
+            macs = units.quantity(sum(row.macs or 0 for row in ledger))
             total = f"{macs} multiplications of one input, {units.size(sum(row.nbytes for row in ledger))}"
             work = svg.cost_plot(svg.layer_axis(ledger), ledger, height=300)
             found.append(_Plot("Work and storage per layer", total, drawn(work), costs=True))
@@ -136,7 +136,7 @@ def table(ledger: Sequence[LedgerRow]) -> Folded:
                 Field(row.name, "; ".join(note for note in notes if note), row=True),
                 Field(row.kind),
                 number(math.prod(row.shape), units.shape(row.shape)),
-                *[missing() if row.macs is None else number(row.macs, svg.quantity(row.macs))] * by_macs,
+                *[missing() if row.macs is None else number(row.macs, units.quantity(row.macs))] * by_macs,
                 *[missing() if row.parameters is None else number(row.parameters, f"{row.parameters:,}")]
                 * by_parameters,
                 Field(row.format),

@@ -169,12 +169,12 @@ def cost_plot(axis: Axis, rows: Sequence[LedgerRow], height: int) -> str:
     # A slot is one wide; layers of one block stand a tenth of it apart.
     wide = max((_across(axis, 1) - _across(axis, 0)) * (0.09 if axis.legend else 0.72), 1.0)
     parts = [opened(_WIDTH, height, "Multiplications and stored bytes, per layer")]
-    parts += [_grid(middle - half * work_to_unit(tick), quantity(tick)) for tick, _ in work_ticks if tick]
+    parts += [_grid(middle - half * work_to_unit(tick), units.quantity(tick)) for tick, _ in work_ticks if tick]
     parts += [_grid(middle + half * size_to_unit(tick), units.size(tick)) for tick, _ in size_ticks if tick]
     for row in rows:
         x = _across(axis, axis.places[row.name].x) - wide / 2
         up, down = half * work_to_unit(row.macs or 0), half * size_to_unit(row.nbytes)
-        macs = "not counted" if row.macs is None else f"{quantity(row.macs)} MACs"
+        macs = "not counted" if row.macs is None else f"{units.quantity(row.macs)} MACs"
         parts.append(
             f"<g><title>{escape(row.name)}: {macs}, {units.size(row.nbytes)} ({escape(row.format)})</title>"
             f'<rect class="macs" x="{x:.1f}" y="{middle - up:.1f}" width="{wide:.1f}" height="{up:.1f}"/>'
@@ -183,11 +183,6 @@ def cost_plot(axis: Axis, rows: Sequence[LedgerRow], height: int) -> str:
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{middle}" y2="{middle}"/>')
     parts += _names(axis, bottom)
     return "".join(parts) + "</svg>"
-
-
-def quantity(number: float) -> str:
-    """A count by powers of 1000: 512, 2.36 k, 40.6 M, 4.09 G."""
-    return units.size(number).removesuffix("B").rstrip()
 
 
 def histogram_plot(histogram: Histogram) -> str:

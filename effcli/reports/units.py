@@ -97,6 +97,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
+def quantity(number: float) -> str:
+    """A count by powers of 1000: 512, 2.36 k, 40.6 M, 4.09 G."""
+    return size(number).removesuffix("B").rstrip()
+
+
 def shape(sizes: tuple[int, ...]) -> str:
     """576 x 1536."""
     return " x ".join(str(n) for n in sizes)

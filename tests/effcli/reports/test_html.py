@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pages import checked
 
-from effcli.reports import html, svg, svg_training
+from effcli.reports import html, svg, svg_training, units
 from effcli.reports.report import Continuation, Histogram, LedgerRow, Quality, Report, Stage, Training
 
 
@@ -191,7 +191,7 @@ def test_no_costs_without_multiplications() -> None:
     ("number", "text"), [(0, "0"), (512, "512"), (2359, "2.36 k"), (40_551_424, "40.6 M"), (4.09e9, "4.09 G")]
 )
 def test_quantities(number: float, text: str) -> None:
-    assert svg.quantity(number) == text
+    assert units.quantity(number) == text
 
 
 def test_layers_of_a_small_network_stand_in_order() -> None:
