@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -350,3 +351,21 @@ def test_help_of_an_export_lists_the_options_of_each_target(capsys: pytest.Captu
     assert main(["export", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--to onnx" in text and "--accuracy-level" in text and "--max-flash" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("effcli comp", ["compress", "compare"]),
+        ("effcli compress sample:lm --pass gp", ["gptq"]),
+        ("effcli compress sample:lm --export on", ["onnx"]),
+        ("effcli passes show smooth", ["smoothquant"]),
+        ("effcli verify out --target cortex-m4", ["cortex-m4"]),
+    ],
+)
+def test_a_shell_completes(words: str, offered: list[str]) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_EFFCLI_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [sys.executable, "-m", "effcli"], env=os.environ | asked, capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.split()) == sorted(offered)
