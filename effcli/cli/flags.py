@@ -48,7 +48,7 @@ Evals = Annotated[
         show_default=False,
     ),
 ]
-NoEval = Annotated[bool, typer.Option("--no-eval", help="Measure nothing but bytes.")]
+NoEval = Annotated[bool, typer.Option("--no-eval", help="Measure nothing but bytes, and skip verifying.")]
 Export = Annotated[
     list[str] | None,
     typer.Option(

@@ -210,7 +210,9 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     if operations:
         unit, many = network.counted
         what = "forwards, gradients" if backward else "forwards"
-        first.append(f"arithmetic: {operations / many:.1f} {unit} of {what} and Gram matrices, then the searches")
+        first.append(
+            f"arithmetic: {operations / many:.1f} {unit} for {what} and Gram matrices, besides what the pass tries out"
+        )
     if backward and disk:
         first.append(f"disk: about {size(disk)} beside the weights, until the step that needs them is done")
     return Plan(

@@ -68,7 +68,7 @@ def test_one_step() -> None:
 def test_operations_are_summed_and_peaks_are_compared() -> None:
     found = plan_of(Notebook(Effort(3, 1000, 50), Effort(4, 900, 70)), HALVE, HALVE)
     assert (found.operations, found.memory_bytes, found.disk_bytes) == (7, BASE_MEMORY + 1000, 70)
-    assert found.remarks[2] == "arithmetic: 7.0 FLOP of forwards and Gram matrices, then the searches"
+    assert found.remarks[2] == "arithmetic: 7.0 FLOP for forwards and Gram matrices, besides what the pass tries out"
     assert {row.step for row in found.rows} == {"1. halve", "2. halve"}
     assert [row.nbytes for row in found.rows] == [2048, 2048, 1024, 1024]
 
@@ -77,7 +77,7 @@ def test_operations_are_summed_and_peaks_are_compared() -> None:
 def test_a_backward_is_told(step: PassStep) -> None:
     found = plan_of(Notebook(Effort(3, 1000, 5_000_000)), step)
     assert found.remarks[2:4] == (
-        "arithmetic: 3.0 FLOP of forwards, gradients and Gram matrices, then the searches",
+        "arithmetic: 3.0 FLOP for forwards, gradients and Gram matrices, besides what the pass tries out",
         "disk: about 5.00 MB beside the weights, until the step that needs them is done",
     )
 
