@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 from effcli.errors import EffcliError, first_line
+from effcli.layers.contract import TrainPass
 from effcli.platform.rehearsal import Rehearsal
 from effcli.run import detect, pipeline
 from effcli.run.forecast import Expected, Forecast
 from effcli.run.listener import Silent
-from effcli.run.recipe import Recipe
+from effcli.run.recipe import PassStep, Recipe
 from effcli.run.timed import Timed
 from effcli.search import stage as searching
 
@@ -33,12 +34,14 @@ class _Rehearsed(Timed):
         super().__init__(Silent(), rehearsal.now)
         self._rehearsal = rehearsal
         self.unknown: dict[str, str] = {}
+        # The phase that ended last.
+        self.last = ""
 
     def begun(self, name: str) -> None:
         self._rehearsal.unknown, self._rehearsal.reached = "", False
 
     def ended(self, name: str, seconds: float) -> None:
-        found = self._rehearsal
+        self.last, found = name, self._rehearsal
         if found.unknown:
             self.unknown[name] = found.unknown
         elif found.blocks and not found.reached and not name.startswith(_ONCE):
@@ -61,7 +64,8 @@ def predict(recipe: Recipe) -> Forecast:
         listener = _Rehearsed(rehearsal)
         try:
             model, rehearsal.blocks = network.miniature(folder / "model")
-            changed = {"model": model, "revision": None, "output": str(folder / "out")}
+            passes = tuple(map(_untracked, recipe.passes))
+            changed = {"model": model, "revision": None, "output": str(folder / "out"), "passes": passes}
             with rehearsal:
                 pipeline.run(recipe.model_copy(update=changed), listener=listener)
         except EffcliError as error:
@@ -70,10 +74,20 @@ def predict(recipe: Recipe) -> Forecast:
             # A part of a network is no network that anybody made: whatever goes wrong with it, the whole may be sound.
             _LOGGER.debug("the rehearsal failed", exc_info=True)
             ended = f"the rehearsal failed: {first_line(error)}"
+    if ended:
+        # It may not have come to its end.
+        listener.unknown[listener.last] = ended
     found = {phase.name: Expected(phase=phase.name, seconds=phase.seconds) for phase in listener.phases}
-    found |= {name: Expected(phase=name, reason=why) for name, why in listener.unknown.items()}
+    found |= {name: Expected(phase=name, reason=why) for name, why in listener.unknown.items() if name}
     found[_PLANNING] = Expected(phase=_PLANNING, seconds=planning)
     return Forecast(phases=tuple(found.values()), ended=ended)
+
+
+def _untracked(step: PassStep) -> PassStep:
+    """The step without a tracker: only what is really trained is shown there."""
+    if not isinstance(step.config, TrainPass):
+        return step
+    return step.model_copy(update={"config": step.config.model_copy(update={"track": None})})
 
 
 __all__ = ["predict"]

@@ -12,6 +12,7 @@ from architectures import make
 from plain_passes import Halve, asking
 from torch import nn
 
+import effcli
 from effcli.cli import main
 from effcli.errors import OutputError
 from effcli.inputs.text import Windows
@@ -98,6 +99,19 @@ def test_training(graph: Path) -> None:
     same_phases(recipe_of(graph, "kmeans", {"centroids": {"epochs": 9}}, evaluate={"latency": False}))
 
 
+def test_no_tracker_hears_of_a_rehearsal(graph: Path, tmp_path: Path) -> None:
+    track = {"track": "tensorboard", "track_folder": str(tmp_path / "curves")}
+    options = {"epochs": 1, **track}
+    found = rehearse.predict(recipe_of(graph, "kmeans", {"centroids": options}, evaluate=False))
+    assert found.of("centroids").seconds is not None
+    assert not (tmp_path / "curves").exists()
+
+
+def test_from_python(graph: Path) -> None:
+    report = effcli.compress(graph, "linear:bits=4", graph.parent / "out", evaluate=False, predict=True)
+    assert any(phase.name == "linear" and phase.predicted is not None for phase in report.phases)
+
+
 def test_a_search(graph: Path) -> None:
     search = {"auto": {"using": "linear", "average_bits": 4}}
     same_phases(recipe_of(graph, search, evaluate={"latency": False}))
@@ -166,7 +180,10 @@ def test_a_rehearsal_that_ends_early_says_why(graph: Path, capsys: pytest.Captur
     recipe = recipe_of(graph, {"gptq": {"bits": 4}}, calibration={"data": str(graph.parent / "none.npz")})
     forecast = rehearse.predict(recipe)
     assert "none.npz" in forecast.ended
-    assert [each.phase for each in forecast.phases] == ["planning", "reading calibration data"]
+    assert [(each.phase, each.seconds is None) for each in forecast.phases] == [
+        ("planning", False),
+        ("reading calibration data", True),
+    ]
     calib = ["--calib", str(graph.parent / "none.npz")]
     assert main(["plan", str(graph), "--pass", "gptq:bits=4", *calib]) == 0
     assert "no further phase is predicted" in capsys.readouterr().out
