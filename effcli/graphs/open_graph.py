@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -142,7 +143,9 @@ class OpenGraph:
 
     def read(self, site: LayerSite) -> Layer:
         weight, mask = site.view(self._weight(site)).clone(), self.graph.mask(site.name)
-        return Layer(site.name, site.kind, weight, torch.float32, mask=mask, biased=True)
+        shape = self._weight(site).shape[2:]
+        kernel = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+        return Layer(site.name, site.kind, weight, torch.float32, mask=mask, biased=True, kernel=kernel)
 
     def _weight(self, site: LayerSite) -> Tensor:
         weight: Tensor = self.graph.layer(site.name).weight  # type: ignore[assignment]

@@ -328,7 +328,7 @@ class Layer:
     being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in. stored: the numbers as
     an earlier pass compressed them, for a pass that trains; None where they are dense. mask: what an earlier pass
     kept, None where it removed nothing; the other weights are 0, and stay 0 whatever a pass returns. biased: whether it
-    has a bias or may be given one.
+    has a bias or may be given one. kernel: height and width of a convolution's kernel, (1, 1) of any other layer.
     """
 
     name: str
@@ -338,6 +338,7 @@ class Layer:
     stored: Quantized | None = None
     mask: Mask | None = None
     biased: bool = False
+    kernel: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -144,10 +145,7 @@ def parts(layer: Layer, groups: int) -> list[Layer]:
     """The groups of a convolution as layers; a layer of one group as it is."""
     masks = [None] * groups if layer.mask is None else layer.mask.chunk(groups)
     weights = layer.weight.chunk(groups)
-    return [
-        Layer(layer.name, layer.kind, weight, layer.dtype, mask=mask)
-        for weight, mask in zip(weights, masks, strict=True)
-    ]
+    return [dataclasses.replace(layer, weight=weight, mask=mask) for weight, mask in zip(weights, masks, strict=True)]
 
 
 def removals(share: float, scores: Tensor) -> Tensor:
