@@ -110,8 +110,8 @@ class C(Exporter):
             checked = _checked(network, generated, self.name)
         cost = generated.cost
         remarks = (
-            f"RAM {cost.ram} bytes: {cost.arena} of arena, about {cost.stack} of stack",
-            f"flash about {cost.flash} bytes: {cost.constants} of constants, about {cost.code} of code",
+            f"RAM {cost.ram:,} bytes: {cost.arena:,} of arena, about {cost.stack:,} of stack",
+            f"flash about {cost.flash:,} bytes: {cost.constants:,} of constants, about {cost.code:,} of code",
         )
         return Exported(target="c", nbytes=nbytes(target), content=_CONTENT, checked=checked, remarks=remarks)
 

@@ -37,8 +37,8 @@ def _ram(program: Program, plan: Plan, cost: Cost, limit: int) -> tuple[str, str
     )
     held_text = ", ".join(f"{size(nbytes)} {_called(kind, name)}" for nbytes, kind, name in held[:_BLAMED])
     problem = (
-        f"it needs {cost.ram} bytes of RAM of {limit} ({cost.arena} of arena, about {cost.stack} of stack): "
-        f"most in {some(names)}, with {held_text}"
+        f"it needs {cost.ram:,} bytes of RAM, and {limit:,} are allowed: {cost.arena:,} of arena, "
+        f"about {cost.stack:,} of stack; most in {some(names)}: {held_text}"
     )
     return problem, f"a smaller input, or fewer channels in {some(names)}"
 
@@ -51,8 +51,8 @@ def _flash(program: Program, cost: Cost, limit: int) -> tuple[str, str]:
     largest = sorted(cost.layers, key=lambda layer: -layer.flash)[:_BLAMED]
     named = ", ".join(f"{layer.name} {size(layer.flash)}" for layer in largest)
     problem = (
-        f"it needs about {cost.flash} bytes of flash of {limit} ({cost.constants} of constants, about {cost.code} of "
-        f"code): most in {named}"
+        f"it needs about {cost.flash:,} bytes of flash, and {limit:,} are allowed: {cost.constants:,} of constants, "
+        f"about {cost.code:,} of code; most in {named}"
     )
     wide = {task.layer for task in program.tasks if getattr(task, "bits", None) == 8 and not hasattr(task, "taps")}
     saved = sum(layer.weights // 2 for layer in cost.layers if layer.name in wide)

@@ -57,7 +57,7 @@ def test_the_folder_of_an_export(source: Path, tmp_path: Path) -> None:
     assert done.nbytes == sum((tmp_path / "c" / path).stat().st_size for path in found)
     assert re.search(r"3 calibration inputs: every byte of 4 layers", done.checked)
     assert exported_size(done).endswith("kB of source text"), "it is not flash"
-    assert re.match(r"RAM \d+ bytes", done.remarks[0]) and re.match(r"flash about \d+ bytes", done.remarks[1])
+    assert re.match(r"RAM [\d,]+ bytes", done.remarks[0]) and re.match(r"flash about [\d,]+ bytes", done.remarks[1])
     # Nothing is left to be filled in.
     texts = {path: (tmp_path / "c" / path).read_text() for path in found}
     assert not [path for path, text in texts.items() if re.search(r"@\w+@|\bnet_|\bNET_", text)]
@@ -92,8 +92,8 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--max-ram", "1k"], "bytes of RAM of 1024"),
-        (["--max-flash", "1"], "bytes of flash of 1 "),
+        (["--max-ram", "1k"], "bytes of RAM, and 1,024 are allowed"),
+        (["--max-flash", "1"], "bytes of flash, and 1 are allowed"),
         (["--max-ram", "lots"], "must be bytes, as 65536 or 64k, not 'lots'"),
         (["--max-ram", "0"], "max_ram"),
         (["--name", "2nd"], "must be a C identifier in lower case"),

@@ -54,7 +54,7 @@ def test_too_much_ram_names_the_layers_and_what_they_hold() -> None:
     with pytest.raises(UnsupportedError) as caught:
         generate(network().finish(), "tiny", max_ram=cost.ram - 1)
     cause, remedy = caught.value.cause, caught.value.remedy
-    assert f"needs {cost.ram} bytes of RAM of {cost.ram - 1}" in cause
+    assert f"needs {cost.ram:,} bytes of RAM, and {cost.ram - 1:,} are allowed" in cause
     assert "most in convolution0" in cause and "1.15 kB for v0" in cause
     assert "a smaller input, or fewer channels in convolution0" in remedy
 
