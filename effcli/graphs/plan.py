@@ -19,12 +19,12 @@ from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
 from effcli.inputs.options import Calibration
-from effcli.layers.contract import CutPass, Needs, NetworkPass, Pass, TrainPass
+from effcli.layers.contract import CutPass, Needs, NetworkPass, TrainPass
 from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
 from effcli.reports.units import count, size
-from effcli.run.plan import FLOAT, Effort, Inspection, Row, runs
+from effcli.run.plan import FLOAT, Effort, Inspection, Row, forwards
 from effcli.run.recipe import PassStep
 
 _DENSE = Dense(torch.float32)
@@ -49,6 +49,8 @@ class PlannedGraph:
         }
         # Bytes of the layers that no step has taken.
         self._stored = {name: weight.nbytes for name, weight in held.items()}
+        # The layers whose columns the last step that cuts may remove.
+        self._readers: list[LayerSite] = []
         # With the modules that the steps so far leave.
         self._current = graph
         # The rows and the bytes of the integer network, once it is one.
@@ -67,6 +69,7 @@ class PlannedGraph:
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         if isinstance(step.config, CutPass):
             offered = offer(step.name, step.config, coupled(self._current), choices)
+            self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
             if offered.needs.gradients:
                 classes_for("gradients need a loss", self._graph, "use a pass that needs no gradients")
         for name, choice in choices.items():
@@ -130,8 +133,9 @@ class PlannedGraph:
         options, samples = step.config, self._calibration.samples
         forward = sum(self.macs.values())
         operations, numbers, disk = 0.0, 2 * self.weights, 0
-        if runs(step):
-            operations, numbers = self._forwards(options) * forward + self._gram(options, choices), self._passing(step)
+        if forwards(step):
+            operations = self._forwards(step) * forward + self._gram(step, choices)
+            numbers = self._passing(step)
         if isinstance(options, TrainPass):
             numbers, disk = max(numbers, self._training(options)), self._snapshots(options, choices)
         needs = needs_of([choices]).gradients
@@ -150,20 +154,22 @@ class PlannedGraph:
         """Multiplications of one input, by layer."""
         return macs(self._graph)
 
-    def _gram(self, options: Pass, choices: Mapping[str, Choice]) -> float:
-        """Multiplications of one input for the Gram matrices of its patches, where they are asked for."""
-        total = 0.0
-        for choice in choices.values() if Needs.GRAM in options.needs else ():
-            site = choice.site
+    def _gram(self, step: PassStep, choices: Mapping[str, Choice]) -> float:
+        """Multiplications of one input for the Gram matrices of its patches, as often as they are asked for."""
+        restores = isinstance(step.config, CutPass) and step.config.restoring is not None
+        times, total = (Needs.GRAM in step.needs) + restores, 0.0
+        sites = self._readers if isinstance(step.config, CutPass) else [choice.site for choice in choices.values()]
+        for site in sites if times else ():
             # As many patches as the layer computes outputs of one channel.
             patches = self.macs[site.name] / max(site.rows * site.columns, 1)
             total += patches * site.groups * site.columns**2
-        return total
+        return times * total
 
-    def _forwards(self, options: Pass) -> float:
+    def _forwards(self, step: PassStep) -> float:
         """How many forwards of all calibration inputs a pass comes to."""
+        options = step.config
         if not isinstance(options, TrainPass):
-            return 1.0
+            return forwards(step)
         batch = (options.batch_size or self._calibration.batch_size) * options.accumulation
         per_epoch = math.ceil(self._calibration.samples / batch)
         epochs = options.total(per_epoch) / per_epoch

@@ -24,7 +24,7 @@ from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
 from effcli.layers.statistics import Needs
 from effcli.reports.units import count, size
-from effcli.run.plan import FLOAT, Effort, Inspection, Row, runs
+from effcli.run.plan import FLOAT, Effort, Inspection, Row, forwards
 from effcli.run.recipe import PassStep
 
 
@@ -151,8 +151,8 @@ class PlannedModel:
         if not any(blocks):
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
         operations, memory, disk = 0.0, self._working(step, blocks), 0
-        if runs(step):
-            operations, disk = self._operations(choices), 2 * self.states(self._skeleton.dtype)
+        if forwards(step):
+            operations, disk = self._operations(step, choices), 2 * self.states(self._skeleton.dtype)
         if isinstance(step.config, CutPass):
             disk += sum(site.columns**2 for site in self._readers if Needs.GRAM in step.needs) * FLOAT
             # The network with zeros for what goes, before it is cut.
@@ -195,7 +195,7 @@ class PlannedModel:
         itemsize = self._skeleton.dtype.itemsize
         widest = max(site.rows * site.columns for site in largest)
         total = self.outer() + _numbers(largest) * itemsize + 5 * widest * FLOAT
-        if runs(step):
+        if forwards(step):
             squares = {site.columns: site.columns**2 for site in largest}
             total += _numbers(largest) * FLOAT
             total += (2 * sum(squares.values()) + step.config.workspace * max(squares.values())) * FLOAT
@@ -203,12 +203,18 @@ class PlannedModel:
             total += 6 * batch * max(max(site.rows, site.columns) for site in largest) * itemsize
         return total
 
-    def _operations(self, choices: Mapping[str, Choice]) -> float:
+    def _operations(self, step: PassStep, choices: Mapping[str, Choice]) -> float:
         """Floating-point operations of the forwards over all tokens and of the Gram matrices."""
         sites = [choice.site for choice in choices.values()]
-        forward = 2.0 * self.tokens * _numbers(sites)
+        forward, times = 2.0 * self.tokens * _numbers(sites), forwards(step)
         # Layers of one parent module with inputs of one width share their input, which is close enough for an estimate.
         widths = {(site.name.rpartition(".")[0], site.columns) for site in sites}
+        if isinstance(step.config, CutPass):
+            restores = step.config.restoring is not None
+            again = restores and self._calibration.inputs == "compressed"
+            grams = restores + (Needs.GRAM in step.needs)
+            gram = 2.0 * self.tokens * sum(site.columns**2 for site in self._readers)
+            return forward * (times + again) + gram * grams
         gram = 2.0 * self.tokens * sum(columns**2 for _, columns in widths)
         return forward * (2 if self._calibration.inputs == "compressed" else 1) + gram
 

@@ -55,8 +55,8 @@ class Needs(enum.Flag):
 
     @property
     def observes(self) -> bool:
-        """Whether the inputs of single layers must be looked at."""
-        return bool(self.statistics | self.gradients)
+        """Whether single layers or blocks must be looked at."""
+        return bool(self.statistics | self.gradients | (self & Needs.INFLUENCE))
 
     @property
     def statistics(self) -> Needs:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import Field
 
-from effcli.layers.contract import Change, CutPass, TrainPass
+from effcli.layers.contract import Change, CutPass, Needs, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, choose, needs_of
 from effcli.options import Options
@@ -229,9 +229,15 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     )
 
 
-def runs(step: PassStep) -> bool:
-    """Whether the calibration data run through the network once for a step, besides what its gradients take."""
-    return bool(step.needs & ~step.needs.gradients if isinstance(step.config, CutPass) else step.needs)
+def forwards(step: PassStep) -> int:
+    """How often the calibration data run through the network for a step that looks at layers, besides its gradients.
+
+    A pass that cuts looks at them to decide, and once more to restore what reads the removed channels.
+    """
+    if not isinstance(step.config, CutPass):
+        return int(bool(step.needs))
+    decides = bool(step.needs.statistics) or Needs.INFLUENCE in step.needs
+    return decides + (step.config.restoring is not None)
 
 
 def _kept(step: str, choices: Iterable[Choice]) -> list[str]:
@@ -244,4 +250,4 @@ def _kept(step: str, choices: Iterable[Choice]) -> list[str]:
     return [f"{step} keeps {names[0]}{more[reason]}: {reason}" for reason, names in kept.items()]
 
 
-__all__ = ["FLOAT", "Effort", "Inspection", "Layers", "Plan", "Planned", "Row", "make", "runs", "summary"]
+__all__ = ["FLOAT", "Effort", "Inspection", "Layers", "Plan", "Planned", "Row", "forwards", "make", "summary"]

@@ -263,6 +263,15 @@ def test_what_is_cut_is_planned_as_it_was() -> None:
     assert {row.status for row in found.rows} == {"cut"} and found.output_bytes == found.input_bytes
 
 
+def test_what_is_cut_and_restored_is_planned() -> None:
+    """One forward and the Gram matrices of the layers that read channels to decide, and once more to restore."""
+    grams = {}
+    for options in ({"restore": False}, {}, {"criterion": "reconstruction"}, {"criterion": "lasso", "restore": False}):
+        grams[str(options)] = planned(small(), {"channels": {"ratio": 0.2, **options}}, samples=3).operations
+    without, restored, both, decided = grams.values()
+    assert without == 0 and restored == decided > 2 * 3 * 2080 and both == 2 * restored
+
+
 def test_a_training_takes_the_disk_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two snapshots, until the former one is removed."""
     monkeypatch.setattr(loop, "SNAPSHOT_SECONDS", 0.0)

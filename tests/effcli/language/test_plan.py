@@ -210,6 +210,27 @@ def test_what_is_cut_is_planned_as_it_was(tmp_path: Path) -> None:
     assert tensor_bytes(tmp_path / "out") < found.output_bytes
 
 
+def test_what_is_cut_and_restored_is_planned(tmp_path: Path) -> None:
+    """To restore: a forward, Gram matrices of the layers that read channels, and the network with zeros, once more."""
+    source = architectures.make("llama", tmp_path / "model")
+    plain, restored, both, blocks = (
+        calibrated(source, step, 8)
+        for step in (
+            {"channels": {"restore": False}},
+            {"channels": {}},
+            {"channels": {"criterion": "reconstruction"}},
+            {"blocks": {"count": 1}},
+        )
+    )
+    assert (plain.operations, plain.disk_bytes) == (0, 0)
+    grams = 2 * (64**2 + 128**2)
+    forward = blocks.operations
+    assert restored.operations == forward + 2 * 8 * 16 * grams and both.operations == 2 * restored.operations
+    assert restored.disk_bytes == blocks.disk_bytes + restored.input_bytes
+    assert both.disk_bytes == restored.disk_bytes + 4 * grams
+    assert restored.memory_bytes > plain.memory_bytes
+
+
 def test_hidden_states_take_two_files(tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path / "model", torch.bfloat16)
     found, without = (calibrated(source, step, 8) for step in ("awq", "linear"))
