@@ -112,7 +112,7 @@ class PlannedModel:
     def remarks(self, step: PassStep, name: str) -> list[str]:
         found = []
         if step.needs and self._calibration.data is None:
-            found.append("calibration text: the sample model's own; give your domain's with --calib FILE")
+            found.append("calibration text: the sample model's own; give text of your own domain with --calib FILE")
         obstacles = self._obstacles()
         if obstacles:
             layer, why = next(iter(obstacles.items()))

@@ -146,7 +146,7 @@ class _Sweep:
                     self._block(k, stream, flow)
 
     def _block(self, k: int, stream: Stream | None, flow: _Flow | None) -> None:
-        self.progress(k, len(self.skeleton.blocks) + 1)
+        self.progress(k, len(self.skeleton.blocks))
         name = self.skeleton.block_names[k]
         block, parameters = self.skeleton.blocks[k], self.skeleton.block_parameters(k)
         sites = self.skeleton.block_layers(k)
@@ -186,7 +186,7 @@ class _Sweep:
 
     def outside(self) -> None:
         """What stands outside the blocks: embeddings, norms and the output head."""
-        self.progress(len(self.skeleton.blocks), len(self.skeleton.blocks) + 1)
+        self.progress(len(self.skeleton.blocks), len(self.skeleton.blocks))
         head = self.skeleton.head
         sites = {site.name: site for site in self.skeleton.outer_layers()}
         taken = head is not None and head in sites and self.choices[head].config is not None
@@ -277,7 +277,6 @@ class _Sweep:
         source, files = self.weights.checkpoint.path, self.weights.file_names()
         write_checkpoint(source, target, parts, described, self.carried, files)
         self.journal.remove()
-        self.progress(len(names), len(names))
         return result
 
     def _standard(self, config: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:

@@ -240,6 +240,14 @@ def test_a_damaged_journal_starts_anew(damage: bytes, tmp_path: Path) -> None:
     assert Journal.open(tmp_path / "work", "abc").done == 0
 
 
+def test_as_many_blocks_are_counted_as_the_model_has(llama: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    (tmp_path / "out").mkdir()
+    step = PassStep.model_validate(LINEAR)
+    sweep.sweep(llama, tmp_path / "out", step, None, tmp_path / "work", lambda *done: told.append(done))
+    assert told == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_a_run_again_gives_the_same_bytes(llama: Path, finished: Callable[..., Path], tmp_path: Path) -> None:
     before = digest(llama)
     carry_out(llama, tmp_path / "again", AWQ)
