@@ -171,11 +171,10 @@ def trainings(report: Report) -> Group:
 def phase_table(report: Report) -> Table:
     """How long each phase took, next to what was predicted where it was."""
     rows = phase_rows(report)
-    first, *figures = titles = phase_titles(rows)
+    titles = phase_titles(rows)
     table = _table()
-    table.add_column(first, overflow="fold")
-    for title in figures:
-        table.add_column(title, justify="right", overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="left" if title == titles[0] else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row[: len(titles)]))
     return table
