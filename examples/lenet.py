@@ -1,12 +1,13 @@
-"""Deep Compression's two networks for digits, LeNet-300-100 and LeNet-5, trained and quantized (arXiv:1510.00149).
+"""Deep Compression's two networks for digits, LeNet-300-100 and LeNet-5, pruned and quantized (arXiv:1510.00149).
 
     python examples/lenet.py DATA [-o out/lenet]
 
 DATA holds images uint8 (n, 28, 28) as `images` and their `labels` (n,): either a folder with `train.npz` and
-`test.npz`, such as MNIST or Fashion-MNIST, or one npz, of which a fifth is kept for testing. Weights share tables of 32
-entries in linear layers and of 256 in convolutions, the tables are trained to restore the outputs of the network as it
-was, and the codes are Huffman-coded. Printed are the accuracy before and after and the bytes of the file, next to what
-the entropy of the codes promises.
+`test.npz`, such as MNIST or Fashion-MNIST, or one npz, of which a fifth is kept for testing. With `--sparsity` weights
+are removed while the others are trained, and their places are stored as gaps. Weights share tables of 32 entries in
+linear layers and of 256 in convolutions, the tables are trained to restore the outputs of the network as it was, and
+the codes are Huffman-coded. Printed are the accuracy before and after and the bytes of the file, next to what the
+entropy of the codes promises.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import effcli
-from effcli.formats import CodebookWeight, huffman
+from effcli.formats import CodebookWeight, SparseWeight, huffman
 from effcli.graphs.graph import WEIGHTS_NAME, Graph
 
 Images = tuple[Tensor, Tensor]
@@ -81,20 +82,26 @@ def train(model: nn.Module, images: Images, steps: int, generator: torch.Generat
 
 def compress(model: nn.Module, folder: Path, images: Images, test: Images, options: argparse.Namespace) -> Any:
     """Export the network, quantize it into `folder`, and return the report."""
-    convolutions = {name: {"bits": 8} for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convolutions = {
+        name: {"bits": options.conv_bits} for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    }
+    passes: list[Any] = [
+        {"kmeans": {"bits": options.bits, "layers": convolutions}},
+        {"centroids": {"epochs": options.tuning}},
+    ]
+    if options.sparsity:
+        pruning = {"sparsity": options.sparsity, "compare": "network", "epochs": options.epochs, "batch_size": 64}
+        passes.insert(0, {"gradual": pruning | {"learning_rate": 1e-3, "towards": options.towards}})
     chosen = torch.linspace(0, len(images[1]) - 1, min(options.calibration, len(images[1]))).long()
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         program = torch.export.export(model.eval(), (images[0][:2],), dynamic_shapes=({0: Dim("batch")},))
         torch.export.save(program, place / "model.pt2")
-        np.savez(place / "calibration.npz", inputs=images[0][chosen].numpy())
+        np.savez(place / "calibration.npz", inputs=images[0][chosen].numpy(), labels=images[1][chosen].numpy())
         np.savez(place / "evaluation.npz", inputs=test[0].numpy(), labels=test[1].numpy())
         return effcli.compress(
             place / "model.pt2",
-            passes=[
-                {"kmeans": {"bits": options.bits, "layers": convolutions}},
-                {"centroids": {"epochs": options.tuning}},
-            ],
+            passes=passes,
             output=folder,
             calibration={"data": str(place / "calibration.npz"), "samples": len(chosen)},
             evaluate={"images": str(place / "evaluation.npz"), "samples": len(test[1]), "latency": False},
@@ -106,19 +113,27 @@ def tell(folder: Path, report: Any) -> None:
     """Print what became of the network, next to what the entropy of its codes promises."""
     before, *_, after = (stage.quality.classification for stage in report.stages)
     graph = Graph.read(folder)
-    codes = tables = 0.0
-    for name, weight in graph.stored.items():
+    codes = tables = places = 0.0
+    for name, stored in graph.stored.items():
+        weight = stored.values if isinstance(stored, SparseWeight) else stored
         assert isinstance(weight, CodebookWeight)
-        entropy = huffman.entropy(weight.codes)
-        codes += weight.codes.numel() * entropy / 8
+        kept = weight.codes
+        if isinstance(stored, SparseWeight):
+            kept = weight.codes[stored.mask]
+            places += sum(tensor.nbytes for tensor in stored.format.pattern.pack(stored.mask).values())
+        entropy = huffman.entropy(kept)
+        codes += kept.numel() * entropy / 8
         tables += weight.table.nbytes
-        coded = huffman.bits_per_symbol(weight.codes)
-        print(f"  {name}: {weight.format}, entropy {entropy:.3f}, coded {coded:.3f} bits per weight")
+        share, coded = kept.numel() / weight.codes.numel(), huffman.bits_per_symbol(kept)
+        print(f"  {name}: {stored.format}, {share:.1%} kept, entropy {entropy:.3f}, coded {coded:.3f} bits per weight")
     biases = sum(tensor.nbytes for name, tensor in graph.module.named_parameters() if name.endswith("bias"))
-    promised, original = codes + tables + biases, 4 * graph.weights()
+    promised, original = codes + places + tables + biases, 4 * graph.weights()
     size = (folder / WEIGHTS_NAME).stat().st_size
     print(f"  accuracy: {before.top1:.2%} before, {after.top1:.2%} after, agreement {after.agreement:.2%}")
-    print(f"  entropy promises {promised:,.0f} bytes: codes {codes:,.0f}, tables {tables:,.0f}, biases {biases:,}")
+    print(
+        f"  entropy promises {promised:,.0f} bytes: codes {codes:,.0f}, places {places:,.0f}, tables {tables:,.0f}, "
+        f"biases {biases:,}"
+    )
     print(f"  file: {size:,} bytes, {size / promised - 1:+.2%}; {original / size:.2f} times smaller than {original:,}")
 
 
@@ -133,6 +148,15 @@ def main() -> None:
         "--calibration", type=int, default=10_000, help="training images that the tables are trained on"
     )
     parser.add_argument("--bits", type=int, default=5, help="per weight of a linear layer")
+    parser.add_argument("--conv-bits", type=int, default=8, help="per weight of a convolution")
+    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights that is removed")
+    parser.add_argument("--epochs", type=int, default=30, help="of training while weights are removed")
+    parser.add_argument(
+        "--towards",
+        choices=["labels", "original"],
+        default="original",
+        help="what is learned while weights are removed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

@@ -73,7 +73,7 @@ PASSES: dict[str, Entry] = {
     ),
     "channels": Entry(
         "effcli.passes.prune.channels:Channels",
-        "Remove whole channels, heads, feed-forward widths and experts (arXiv:1608.08710).",
+        "Remove whole channels, heads, feed-forward widths and experts (arXiv:2301.12900).",
     ),
     "blocks": Entry(
         "effcli.passes.prune.blocks:Blocks",

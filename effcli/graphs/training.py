@@ -195,7 +195,9 @@ def train(
             )
             graph.set_weight(each, weight)
             notes[each] = dict(outcome.notes)
-    first, least = training.errors[0][1], dict(training.errors)[training.kept]
+    (_, first), *_, (_, last) = training.errors
+    # A rehearsal does not come to its last step.
+    least = dict(training.errors).get(training.kept, last)
     told = f"{options.measured}: {first:.3g} before training, {least:.3g} after"
     if not notes:
         lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"

@@ -571,8 +571,12 @@ def carry_out(options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ())
 
     Raises `PluginError` for what is no outcome of this layer; whether its numbers are finite is not looked at.
     """
-    # What an earlier pass kept of a layer is that layer's alone.
-    kind = f"{options!r} {tuple(layer.weight.shape)} {len(seen)} {layer.name if layer.mask is not None else ''}"
+
+    def kind() -> str:
+        # What an earlier pass kept of a layer is that layer's alone.
+        own = layer.name if layer.mask is not None else ""
+        return f"{options!r} {layer.kind} {tuple(layer.weight.shape)} {layer.biased} {len(seen)} {own}"
+
     if len(seen) > 1:
         return _outcome(options, "apply_groups", layer, once(kind, lambda: options.apply_groups(layer, seen)))
     return _outcome(options, "apply", layer, once(kind, lambda: options.apply(layer, seen[0] if seen else UNSEEN)))

@@ -37,8 +37,9 @@ class Member:
     def per_position(self, values: Tensor, count: int) -> Tensor:
         """Sums of values (the parameter's shape) over all that goes with each position: float32 (count,)."""
         along = values.float().movedim(self.axis, 0).reshape(len(self.position), -1).sum(1)
-        taken = self.position >= 0
-        return torch.zeros(count, device=values.device).index_add_(0, self.position[taken], along[taken])
+        position = self.position.to(values.device)
+        taken = position >= 0
+        return torch.zeros(count, device=values.device).index_add_(0, position[taken], along[taken])
 
 
 @dataclass(frozen=True, eq=False)

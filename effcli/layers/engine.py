@@ -92,8 +92,10 @@ class LayerEngine:
             return
         layers = tuple(self.network.read(self._site(name)) for name in chosen)
         group = Group(layers, options, readers.columns if explicit else readers.channel)
-        kind = f"scale {options!r} {[tuple(layer.weight.shape) for layer in layers]}"
-        found = once(kind, lambda: passes[first].scale(group, seen[first][0]))
+        found = once(
+            lambda: f"scale {options!r} {[tuple(layer.weight.shape) for layer in layers]}",
+            lambda: passes[first].scale(group, seen[first][0]),
+        )
         asked = Asked(passes[first], "scale", ", ".join(chosen))
         factor, notes = asked.check_factor(found, layers[0].weight.shape[1])
         if bool((factor == 1).all()):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from effcli.errors import NumericsError
 from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.layers.coupling import Cut, staying
 from effcli.layers.cutting import Offered, columns_of
@@ -59,7 +60,7 @@ class Restoring(LayerPass):
         weight, gram = layer.weight.double(), seen.matrix.double() / seen.tokens
         mean = seen.mean.double() if layer.biased else torch.zeros_like(seen.mean).double()
         gram -= torch.outer(mean, mean)
-        fitted = restored(weight, gram, kept, removal.damping)
+        fitted, damping = restored(weight, gram, kept, removal.damping, layer.name)
         if layer.mask is not None:
             fitted *= layer.mask.kept
         # Rounding, or a mask, may leave a row worse off than without.
@@ -71,29 +72,35 @@ class Restoring(LayerPass):
         whole = (_errors(weight, gram) + (weight @ mean).square()).sum()
         return Outcome(
             fitted.float(),
-            {"unrestored_error": ratio(float(lost), float(whole))},
+            {"unrestored_error": ratio(float(lost), float(whole)), "damping": damping},
             shift=((weight - fitted) @ mean).float() if layer.biased else None,
         )
 
 
-def restored(weight: Tensor, gram: Tensor, kept: Tensor, damping: float) -> Tensor:
-    """The weight (out, in), 0 in the columns that go, and elsewhere what makes up for them.
+def restored(weight: Tensor, gram: Tensor, kept: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
+    """The weight (out, in), 0 in the columns that go, and elsewhere what makes up for them; and the damping it took.
 
     gram: float64 (in, in), a mean over tokens; kept: bool (in,); damping: λ as a share of the mean diagonal of what
-    stays, raised tenfold where the matrix has no Cholesky factor.
+    stays, raised tenfold where the matrix has no Cholesky factor. Raises `NumericsError` that names the layer where no
+    damping up to one is enough.
     """
     made = weight * kept
     own = gram[kept][:, kept]
     size = own.diagonal().mean() if len(own) else gram.new_zeros(())
-    if not float(size) > 0:
-        return made
-    missed = weight[:, ~kept] @ gram[~kept][:, kept]
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(own + damping * size * torch.eye(len(own)).to(own))
+    if float(size) == 0:
+        return made, damping
+    missed, diagonal = weight[:, ~kept] @ gram[~kept][:, kept], own.diagonal().clone()
+    while damping <= 1:
+        own.diagonal().copy_(diagonal + damping * size)
+        lower, failed = torch.linalg.cholesky_ex(own)
         if not int(failed):
             made[:, kept] += torch.cholesky_solve(missed.T, lower).T
-            return made
+            return made, damping
         damping = max(10 * damping, _LEAST_DAMPING)
+    raise NumericsError(
+        f"the Gram matrix of the inputs of {name} has no Cholesky factor",
+        "give more calibration data, or restore=false",
+    )
 
 
 def _errors(difference: Tensor, gram: Tensor) -> Tensor:

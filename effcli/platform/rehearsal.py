@@ -138,10 +138,10 @@ def counted(name: str) -> Iterator[None]:
         yield
 
 
-def once(kind: str, make: Callable[[], Made]) -> Made:
+def once(kind: Callable[[], str], make: Callable[[], Made]) -> Made:
     """What `make` returns; in a rehearsal a copy of what it returned before for the same `kind` of work."""
     rehearsal = _CURRENT.get()
-    return make() if rehearsal is None else rehearsal.once(kind, make)
+    return make() if rehearsal is None else rehearsal.once(kind(), make)
 
 
 def skip(seconds: float) -> None:

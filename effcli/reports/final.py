@@ -11,6 +11,9 @@ from effcli.reports import units
 if TYPE_CHECKING:
     from effcli.reports.report import LedgerRow, Stage
 
+# How the format of a layer begins of which a mask keeps some weights.
+_SPARSE = "sparse"
+
 
 def final_rows(stages: Sequence[Stage]) -> dict[str, LedgerRow]:
     """How each layer is stored at the end. A layer that the last pass left alone keeps an earlier pass's error."""
@@ -18,9 +21,9 @@ def final_rows(stages: Sequence[Stage]) -> dict[str, LedgerRow]:
     for stage in stages:
         for row in stage.ledger:
             before = found.get(row.name)
-            if row.status == "kept" and before is not None and before.status == "compressed":
+            if row.status == "kept" and before is not None and before.status in ("compressed", "changed"):
                 errors = {"output_error": before.output_error, "weight_error": before.weight_error}
-                row = row.model_copy(update={**errors, "status": "compressed"})
+                row = row.model_copy(update={**errors, "status": before.status})
             found[row.name] = row
     return found
 
@@ -32,13 +35,13 @@ def bits_line(stages: Sequence[Stage]) -> str:
     compressed)'.
     """
     rows = final_rows(stages).values()
-    compressed = [row for row in rows if row.status == "compressed"]
+    compressed = [row for row in rows if row.status == "compressed" or row.format.startswith(_SPARSE)]
     if not compressed:
         return ""
     formats = list(dict.fromkeys(row.format for row in compressed))
     layers = f"{units.count(len(compressed), 'layer')} at {units.bits(_mean(compressed))}"
     parts = [f"{layers} ({formats[0] if len(formats) == 1 else 'several formats'}, {_beside(formats)})"]
-    kept = sorted((row for row in rows if row.status != "compressed" and row.nbytes), key=lambda row: -row.nbytes)
+    kept = sorted((row for row in rows if row not in compressed and row.nbytes), key=lambda row: -row.nbytes)
     if kept:
         more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
         parts.append(f"{kept[0].name}{more} at {units.bits(_mean(kept))} (not compressed)")
@@ -48,9 +51,12 @@ def bits_line(stages: Sequence[Stage]) -> str:
 def _beside(formats: Sequence[str]) -> str:
     """What is stored beside the codes."""
     words = {word for format in formats for word in format.split()}
+    parts = []
     if words & {"sym", "asym"}:
-        return "with scales and zero points" if "asym" in words else "with scales"
-    return "with all that is stored beside the codes"
+        parts.append("scales and zero points" if "asym" in words else "scales")
+    if _SPARSE in words:
+        parts.append("the places of what is kept")
+    return f"with {' and '.join(parts) or 'all that is stored beside the codes'}"
 
 
 def _mean(rows: Sequence[LedgerRow]) -> float:

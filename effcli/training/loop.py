@@ -190,13 +190,14 @@ class _Run:
         # What was killed after its last step has no epoch left, even if that one was not whole.
         for _ in few(range(begun, epochs) if self.step < self.total else ()):
             self._epoch()
-        if self.options.keep_best:
+        chosen = self.options.keep_best and bool(self.best)
+        if chosen:
             self._restore(self.best)
         return Training(
             steps=self.total,
             curve=tuple(self.curve),
             errors=tuple(self.errors),
-            kept=self.kept if self.options.keep_best else self.total,
+            kept=self.kept if chosen else self.total,
             measured=self.objective.measured,
         )
 

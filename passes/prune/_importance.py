@@ -28,9 +28,9 @@ _DAMPING = 0.01
 
 
 def magnitude(group: Coupled, seen: Members) -> Tensor:
-    """Σ w² over everything that goes with a position, as a share of the group's mean (arXiv:1608.08710).
+    """Σ w² over everything that goes with a position, as a share of the group's mean (arXiv:2301.12900, section 3.4).
 
-    The shares of groups of different widths can be compared.
+    The shares of groups of different widths can be compared. arXiv:1608.08710 takes Σ |w| of the filter alone.
     """
     sums = seen.sums(group)
     return sums / sums.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -109,7 +109,8 @@ def path(energies: Tensor, width: int) -> Tensor:
 def _energies(reader: Reader, count: int) -> Tensor:
     """A of one reader as a share of the energy of its outputs, float64 (count, count)."""
     taken = (reader.position >= 0).nonzero().flatten()
-    weight, gram = reader.weight[:, taken].double(), reader.seen.matrix[taken][:, taken].double()
+    gram = reader.seen.matrix[taken][:, taken].double()
+    weight = reader.weight[:, taken].to(gram)
     place = torch.zeros(count, len(taken), dtype=torch.float64, device=weight.device)
     place[reader.position[taken], torch.arange(len(taken))] = 1
     found = place @ ((weight.T @ weight) * gram) @ place.T
@@ -153,7 +154,7 @@ class Elimination:
         gram = reader.seen.matrix.double() / reader.seen.tokens
         if centred:
             gram -= torch.outer(reader.seen.mean.double(), reader.seen.mean.double())
-        self.weight = reader.weight.double().clone()
+        self.weight = reader.weight.to(gram, copy=True)
         self.energy = float(((self.weight @ gram) * self.weight).sum()) or 1.0
         mean = float(gram.diagonal().mean()) or 1.0
         gram.diagonal().add_(_DAMPING * mean)

@@ -6,10 +6,10 @@ The influence of a block is 1 - cos of the hidden states before and behind it, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from effcli.errors import SelectionError
 from effcli.layers.contract import CutPass, Members, Needs
@@ -23,6 +23,12 @@ class Blocks(CutPass):
 
     ratio: float = Field(0.1, ge=0, lt=1, description="Share of the blocks that are removed, rounded to a number.")
     count: int | None = Field(None, ge=1, description="Blocks that are removed, in place of a share.")
+
+    @model_validator(mode="after")
+    def _chosen_together(self) -> Self:
+        if self.layers:
+            raise ValueError("blocks are chosen together and have no options of their own; `ignore` keeps some")
+        return self
 
     @property
     def needs(self) -> Needs:

@@ -97,7 +97,13 @@ class Channels(CutPass):
                     f"{group.name} has a ratio of its own, and one ranking for the network has one ratio",
                     "leave `ratio` out of `layers`, or set ranking=group",
                 )
-            if self.ranking == "network" and chosen[group.name].criterion in _SELECTIONS:
+            own = chosen[group.name]
+            if own.ranking != self.ranking or (self.ranking == "network" and own.criterion != self.criterion):
+                raise SelectionError(
+                    f"{group.name} has a ranking or a criterion of its own, and all groups are ranked together",
+                    "leave `ranking` out of `layers`, and with ranking=network `criterion`, too",
+                )
+            if self.ranking == "network" and own.criterion in _SELECTIONS:
                 raise SelectionError(
                     f"{chosen[group.name].criterion} compares the channels of one group, not those of a network",
                     "set ranking=group, or choose another `criterion`",

@@ -41,8 +41,8 @@ class Gradual(Tuning):
         None,
         gt=0,
         lt=1,
-        description="Share of the first round after which weights are remembered: every later round begins with those. "
-        "Without it training goes on where it is.",
+        description="When the weights are remembered, as a share of the first round. Every later round begins with "
+        "them. Without it, training goes on from where it is.",
     )
 
     @model_validator(mode="after")
@@ -79,8 +79,7 @@ class Gradual(Tuning):
             shares = [module.sparsity * rise for _, module in layers]
             masks = [_least_removed(score, share) for score, share in zip(scores, shares, strict=True)]
         else:
-            units = [own.weight[module.kept].square().mean().sqrt().clamp(min=1e-30) for own, module in layers]
-            every = torch.cat([(score / unit).flatten() for score, unit in zip(scores, units, strict=True)])
+            every = torch.cat([_in_own_units(score) for score in scores])
             flat = torch.split(_least_removed(every, self.sparsity * rise), [score.numel() for score in scores])
             masks = [part.view_as(score) for part, score in zip(flat, scores, strict=True)]
         for (own, module), mask in zip(layers, masks, strict=True):
@@ -106,6 +105,16 @@ def _least_removed(scores: Tensor, share: float) -> Tensor:
     return largest(flat, removals(share, flat)).view(scores.shape)
 
 
+def _in_own_units(scores: Tensor) -> Tensor:
+    """Scores of one layer over their root mean square, flat; the largest is infinite, so that no layer is emptied."""
+    flat = scores.flatten()
+    left = flat[flat >= 0]
+    if not left.numel():
+        return flat
+    made = flat / left.square().mean().sqrt().clamp(min=torch.finfo(flat.dtype).tiny)
+    return made.index_fill(0, flat.argmax(), torch.inf)
+
+
 class _Masked(nn.Module):
     """A weight (out, in) under a mask.
 
@@ -123,9 +132,8 @@ class _Masked(nn.Module):
         super().__init__()
         self.sparsity = sparsity
         weight = layer.weight
-        self.register_buffer(
-            "kept", torch.ones_like(weight, dtype=torch.bool) if layer.mask is None else layer.mask.kept
-        )
+        whole = torch.ones_like(weight, dtype=torch.bool)
+        self.register_buffer("kept", whole if layer.mask is None else layer.mask.kept.clone())
         self.register_buffer("done", torch.zeros((), dtype=torch.int64))
         self.register_buffer("known", torch.zeros((), dtype=torch.bool))
         self.register_buffer("early", weight.clone() if rewinds else weight.new_empty(0))

@@ -555,3 +555,14 @@ def test_what_passes_of_a_kind_are_not_given(config: Any, message: str) -> None:
 
     with pytest.raises(UnsupportedError, match=message):
         choose(small_graphs.separable(), PassStep(name="asking", config=config))
+
+
+def test_weights_that_never_count_are_the_last(tmp_path: Path) -> None:
+    class Never(Tune):
+        def counts(self, progress: float) -> bool:
+            return False
+
+    graph = small_graphs.separable()
+    made = carried_out(Never(epochs=2), tmp_path, labelled(graph), graph)
+    assert made.training is not None and made.training.kept == made.training.steps
+    assert {row.status for row in made.ledger} == {"changed"}

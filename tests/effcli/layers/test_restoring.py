@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import effcli
-from effcli.errors import UnsupportedError
+from effcli.errors import NumericsError, UnsupportedError
 from effcli.formats import Mask
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
@@ -46,10 +46,10 @@ def problem(seed: int, rows: int = 5, columns: int = 12, tokens: int = 60) -> tu
 def test_least_squares_as_lapack_solves_them() -> None:
     weight, inputs, kept = problem(0)
     gram = inputs @ inputs.T / inputs.shape[1]
-    found = restored(weight, gram, kept, 0.0)
+    found, damping = restored(weight, gram, kept, 0.0, "layer")
     expected = torch.linalg.lstsq(inputs[kept].T, (weight @ inputs).T).solution.T
     assert_close(found[:, kept], expected)
-    assert not bool(found[:, ~kept].any())
+    assert not bool(found[:, ~kept].any()) and damping == 0
     # The same as the formula of the whole Gram matrix.
     assert_close(found[:, kept], weight @ gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept]))
 
@@ -58,10 +58,20 @@ def test_by_hand() -> None:
     """The second channel is twice the first, so that the first with 1 + 2 · 3 does what both did."""
     weight, gram = torch.tensor([[1.0, 3.0]]).double(), torch.tensor([[1.0, 2.0], [2.0, 4.0]]).double()
     kept = torch.tensor([True, False])
-    assert_close(restored(weight, gram, kept, 0.0), torch.tensor([[7.0, 0.0]]).double())
+    assert_close(restored(weight, gram, kept, 0.0, "layer")[0], torch.tensor([[7.0, 0.0]]).double())
     # With λ = 1 of a mean diagonal of 1 half of that is made up for.
-    assert_close(restored(weight, gram, kept, 1.0), torch.tensor([[4.0, 0.0]]).double())
-    assert restored(weight, torch.zeros_like(gram), kept, 0.1).tolist() == [[1.0, 0.0]]
+    assert_close(restored(weight, gram, kept, 1.0, "layer")[0], torch.tensor([[4.0, 0.0]]).double())
+    assert restored(weight, torch.zeros_like(gram), kept, 0.1, "layer")[0].tolist() == [[1.0, 0.0]]
+
+
+def test_damping_is_raised_where_it_must_be_and_told() -> None:
+    weight = torch.ones(1, 3).double()
+    gram, kept = torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 1, 1]]).double(), torch.tensor([True, True, False])
+    found, damping = restored(weight, gram, kept, 0.0, "layer")
+    assert 0 < damping <= 1e-6
+    assert_close(found, torch.tensor([[1.5, 1.5, 0.0]]).double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(NumericsError, match="layer has no Cholesky factor"):
+        restored(weight, gram * torch.nan, kept, 0.1, "layer")
 
 
 def applied(layer: Layer, inputs: Tensor, kept: Tensor, damping: float) -> Outcome:

@@ -28,7 +28,7 @@ def test_outside_of_a_rehearsal_nothing_is_left_out() -> None:
     assert list(few(range(100))) == list(range(100))
     assert list(few(iter("abcdef"), 6, lasting=1.0)) == list("abcdef")
     made = [[1], [2]]
-    assert once("layer", lambda: made[0]) is made[0] and once("layer", lambda: made[1]) is made[1]
+    assert once(lambda: "layer", lambda: made[0]) is made[0] and once(lambda: "layer", lambda: made[1]) is made[1]
     before = now()
     with counted("blocks.1"):
         skip(1e9)
@@ -107,13 +107,13 @@ def test_work_of_one_kind_is_done_once(clock: Clock) -> None:
         return torch.full((2,), float(calls))
 
     with Rehearsal({"layers.0": 1, "layers.1": 3}, clock):
-        first = once("8 x 8", make)
+        first = once(lambda: "8 x 8", make)
         with counted("layers.1"):
-            second = once("8 x 8", make)
+            second = once(lambda: "8 x 8", make)
         assert calls == 1 and torch.equal(first, second)
         assert first.data_ptr() != second.data_ptr()
         assert now() == 7 + 4 + 3 * 4
-        assert float(once("8 x 4", make)[0]) == 2
+        assert float(once(lambda: "8 x 4", make)[0]) == 2
 
 
 def test_what_lasts_a_while_is_skipped(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,11 @@ FIRST, SECOND = layer("q", "int4 g64 asym", 4310), layer("k", "int4 g64 asym", 4
             "5.17 bits per weight: 2 layers at 4.41 (several formats, with scales and zero points), b and 1 more at "
             "0.00500 (not compressed)",
         ),
+        (
+            (layer("q", "sparse bitmask, bfloat16", 9000, "changed"), layer("b", "float32", 9, "kept")),
+            "5.17 bits per weight: 1 layer at 9.00 (sparse bitmask, bfloat16, with the places of what is kept), b at "
+            "0.00900 (not compressed)",
+        ),
         ((layer("q", "float32", 32_000, "changed"),), ""),
         ((), ""),
     ],

@@ -99,6 +99,11 @@ def test_training(graph: Path) -> None:
     same_phases(recipe_of(graph, "kmeans", {"centroids": {"epochs": 9}}, evaluate={"latency": False}))
 
 
+def test_training_whose_best_weights_are_those_of_its_end(graph: Path) -> None:
+    pruning = {"gradual": {"epochs": 9, "towards": "original"}}
+    same_phases(recipe_of(graph, pruning, evaluate={"latency": False}))
+
+
 def test_no_tracker_hears_of_a_rehearsal(graph: Path, tmp_path: Path) -> None:
     track = {"track": "tensorboard", "track_folder": str(tmp_path / "curves")}
     options = {"epochs": 1, **track}

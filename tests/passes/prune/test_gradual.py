@@ -183,3 +183,17 @@ def test_labels_and_one_layer() -> None:
     train(graph, "gradual", config, data, {"layer0": config}, batch_size=20)
     mask = graph.mask("layer0")
     assert mask is not None and sorted(mask.kept.any(0).nonzero().flatten().tolist()) == [3, 7]
+
+
+def test_a_small_layer_keeps_a_weight_where_all_compete() -> None:
+    config = Gradual(sparsity=0.8, rounds=1, until=1, compare="network")
+    layers = attached(config, torch.tensor([[1.0, 1.01, 1.02, 1.0]]), torch.arange(1.0, 17.0).view(4, 4) ** 4)
+    config.advance(layers, 1.0)
+    assert int(kept(layers).sum()) >= 1 and int(kept(layers).sum() + kept(layers, "1").sum()) == 4
+
+
+def test_a_mask_of_before_is_not_changed() -> None:
+    before = Mask(torch.ones(1, 4, dtype=torch.bool))
+    layers = attached(Gradual(sparsity=0.5, rounds=1, until=1), torch.tensor([[1.0, 2, 3, 4]]), masks=(before,))
+    Gradual(sparsity=0.5, rounds=1, until=1).advance(layers, 1.0)
+    assert bool(before.kept.all()) and int(kept(layers).sum()) == 2
