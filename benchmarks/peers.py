@@ -288,9 +288,9 @@ print(", ".join(f"{{n}} {{found[n]}}" for n in {names} if n in found))"""
     return run([python, "-I", "-c", code]).output.strip()
 
 
-def measure(name: str, column: str, options: argparse.Namespace, protocol: Protocol) -> None:
+def measure(name: str, tool: Tool, column: str, options: argparse.Namespace, protocol: Protocol) -> None:
     """Measure one tool in one column and store what came of it."""
-    tool, file = TOOLS[name], result_file(options.results, name, column)
+    file = result_file(options.results, name, column)
     settings, before = protocol.settings(), read(file)
     known = before.get("perplexity") if options.timings and before.get("settings") == settings else None
     result: dict[str, Any] = {"tool": name, "column": column, "settings": settings, "machine": machine(options.threads)}
@@ -307,30 +307,33 @@ def measure(name: str, column: str, options: argparse.Namespace, protocol: Proto
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def row(result: Mapping[str, Any]) -> list[str]:
+def row(result: Mapping[str, Any], mark: str, column: str) -> list[str]:
+    """A line of the table. mark: what is said of the tool; column: what its format is called."""
+
     def cell(key: str, form: str = "{:.1f}") -> str:
         return form.format(result[key]) if key in result else ""
 
     name = result["tool"]
     sizes = [megabytes(result[key]) if key in result else "" for key in ("peak", "bytes")]
-    remarks = [TOOLS[name].mark, result.get("error", "")]
-    cells = [name, COLUMNS[result["column"]], cell("compression"), cell("process"), *sizes]
+    remarks = [mark, result.get("error", "")]
+    cells = [name, column, cell("compression"), cell("process"), *sizes]
     return [*cells, cell("perplexity", "{:.2f}"), "; ".join(text.replace("|", "/") for text in remarks if text)]
 
 
-def report(results: Path) -> str:
+def report(results: Path, tools: Mapping[str, Tool], columns: Mapping[str, str]) -> str:
     """The table of what is stored in `results`, and what is to be said with it."""
-    found = [read(result_file(results, name, column)) for column in COLUMNS for name in TOOLS]
+    found = [read(result_file(results, name, column)) for column in columns for name in tools]
     found = [result for result in found if result]
     header = ["", "format", "compression, s", "process, s", "peak memory", "weight files", "perplexity", "remarks"]
-    offered = {(tool.environment, column) for tool in TOOLS.values() for column in tool.columns}
+    offered = {(tool.environment, column) for tool in tools.values() for column in tool.columns}
     missing = [
-        f"{name} {COLUMNS[column]}"
-        for name in ENVIRONMENTS
-        for column in COLUMNS
+        f"{name} {columns[column]}"
+        for name in dict.fromkeys(tool.environment for tool in tools.values())
+        for column in columns
         if name and column != "dense" and (name, column) not in offered
     ]
-    parts = [table(header, [row(result) for result in found]), f"Not run: {', '.join(missing)}."]
+    rows = [row(result, tools[result["tool"]].mark, columns[result["column"]]) for result in found]
+    parts = [table(header, rows), *([f"Not run: {', '.join(missing)}."] if missing else [])]
     for title, key in (("Protocol", "settings"), ("Machine", "machine"), ("Installed", "packages")):
         # Results of several sittings may lie here: each different value is named.
         values = dict.fromkeys(str(result[key]) for result in found if result.get(key))
@@ -338,16 +341,17 @@ def report(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
+def main(tools: Mapping[str, Tool], columns: Mapping[str, str], about: str) -> None:
+    """The command line of a comparison. columns: what each format is called; about: the docstring of the script."""
     assets = os.environ.get("EFFCLI_ASSETS")
     texts = Path(assets) / "text_wikitext2" if assets else None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a folder; not needed with --table")
     parser.add_argument("--results", type=Path, required=True, help="where each run's JSON goes")
     parser.add_argument("--environments", type=Path, default=cache / "effcli-benchmarks", help="the peers' own")
-    parser.add_argument("--only", nargs="+", choices=TOOLS, metavar="NAME", help=f"of {', '.join(TOOLS)}")
-    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--only", nargs="+", choices=tools, metavar="NAME", help=f"of {', '.join(tools)}")
+    parser.add_argument("--columns", nargs="+", choices=columns, default=list(columns))
     parser.add_argument("--calibration", type=Path, default=texts and texts / "valid.txt", help="a text file")
     parser.add_argument("--evaluation", type=Path, default=texts and texts / "test.txt", help="a text file")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
@@ -361,7 +365,7 @@ def main() -> None:
     if not options.table:
         if options.checkpoint is None or options.calibration is None or options.evaluation is None:
             parser.error("give a checkpoint, --calibration and --evaluation (or set EFFCLI_ASSETS)")
-        wanted = options.only or [name for name, tool in TOOLS.items() if tool.unasked]
+        wanted = options.only or [name for name, tool in tools.items() if tool.unasked]
         with tempfile.TemporaryDirectory(prefix="effcli-peers-") as scratch:
             copy = Path(scratch) / options.checkpoint.name
             checked([sys.executable, CHILDREN / "cast.py", options.checkpoint, copy, options.dtype])
@@ -369,10 +373,10 @@ def main() -> None:
             protocol = Protocol(copy, options.calibration, options.evaluation, *sizes, options.dtype)
             for name in wanted:
                 for column in options.columns:
-                    if column in TOOLS[name].columns:
-                        measure(name, column, options, protocol)
-    print(report(options.results))
+                    if column in tools[name].columns:
+                        measure(name, tools[name], column, options, protocol)
+    print(report(options.results, tools, columns))
 
 
 if __name__ == "__main__":
-    main()
+    main(TOOLS, COLUMNS, __doc__ or "")

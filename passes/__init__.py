@@ -91,6 +91,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.prune.wanda:Wanda",
         "Remove weights by their magnitude and the norm of their input (arXiv:2306.11695).",
     ),
+    "taylor": Entry(
+        "effcli.passes.prune.taylor:Taylor",
+        "Remove the weights that change the loss least, to first order (arXiv:1906.10771).",
+    ),
     "sparsegpt": Entry(
         "effcli.passes.prune.sparsegpt:SparseGPT",
         "Remove weights in turn, the rest makes up for the error (arXiv:2301.00774).",

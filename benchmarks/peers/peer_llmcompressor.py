@@ -1,6 +1,7 @@
-"""llmcompressor in its own environment. options: method (awq, gptq, smoothquant), bits, group_size, pinning.
+"""llmcompressor in its own environment.
 
-awq and gptq store groups of asymmetric weights; smoothquant is SmoothQuant 0.8, then GPTQ with the preset W8A8. With
+options: method (awq, gptq, smoothquant, sparsegpt, wanda); bits, group_size and pinning, or sparsity and structure. awq
+and gptq store groups of asymmetric weights; smoothquant is SmoothQuant 0.8, then GPTQ with the preset W8A8. With
 pinning false `IntermediatesCache.pin_memory` does nothing: the released AWQ pins its cached activations for copies to
 an accelerator also where there is none, and torch refuses.
 """
@@ -20,6 +21,11 @@ def recipe(options: dict[str, Any]) -> list[Any]:
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+    if options["method"] in ("sparsegpt", "wanda"):
+        from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+        kind = SparseGPTModifier if options["method"] == "sparsegpt" else WandaPruningModifier
+        return [kind(sparsity=options["sparsity"], mask_structure=options["structure"], ignore=["lm_head"])]
     if options["method"] == "smoothquant":
         smooth = SmoothQuantModifier(smoothing_strength=0.8)
         return [smooth, GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]

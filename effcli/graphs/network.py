@@ -90,7 +90,15 @@ class GraphNetwork:
 
     def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
         recipe = self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)})
+        if _asks_for_labels(recipe):
+            # It refuses data without labels, as a run would.
+            self._inputs(recipe)
         return make(recipe, PlannedGraph(self.graph, recipe.calibration))
+
+    def _inputs(self, recipe: Recipe) -> Inputs:
+        labelled = _asks_for_labels(recipe)
+        classes = class_count(self.graph) if labelled else None
+        return calibration_inputs(recipe, self.source, self.graph.facts, classes=classes, labelled=labelled)
 
     def miniature(self, target: Path) -> tuple[str, dict[str, float]]:
         return self.recipe.model, {}
@@ -109,11 +117,7 @@ class GraphNetwork:
     def calibrate(self) -> tuple[str, ...]:
         if not any(step.needs for step in self.recipe.passes):
             return ()
-        labelled = any(Needs.LABELS in step.needs or step.needs.gradients for step in self.recipe.passes)
-        classes = class_count(self.graph) if labelled else None
-        self._calibration = calibration_inputs(
-            self.recipe, self.source, self.graph.facts, classes=classes, labelled=labelled
-        )
+        self._calibration = self._inputs(self.recipe)
         return self._calibration.remarks
 
     def priced(self, checkpoint: Path) -> PricedGraph:
@@ -335,6 +339,10 @@ def calibration_inputs(
             f"{recipe.model} brings no calibration inputs", "give them: --calib DATA (npz, folder, parquet)"
         )
     return open_inputs(data, facts.shape, facts.preprocess, classes=classes, samples=wanted.samples, labelled=labelled)
+
+
+def _asks_for_labels(recipe: Recipe) -> bool:
+    return any(Needs.LABELS in step.needs or step.needs.gradients for step in recipe.passes)
 
 
 def _beside(source: Path, name: str) -> Path | None:

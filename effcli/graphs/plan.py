@@ -133,8 +133,8 @@ class PlannedGraph:
         options, samples = step.config, self._calibration.samples
         forward = sum(self.macs.values())
         operations, numbers, disk = 0.0, 2 * self.weights, 0
-        if forwards(step):
-            operations = self._forwards(step) * forward + self._gram(step, choices)
+        if forwards(step, choices):
+            operations = self._forwards(step, choices) * forward + self._gram(step, choices)
             numbers = self._passing(step)
         if isinstance(options, TrainPass):
             numbers, disk = max(numbers, self._training(options)), self._snapshots(options, choices)
@@ -165,11 +165,11 @@ class PlannedGraph:
             total += patches * site.groups * site.columns**2
         return times * total
 
-    def _forwards(self, step: PassStep) -> float:
+    def _forwards(self, step: PassStep, choices: Mapping[str, Choice]) -> float:
         """How many forwards of all calibration inputs a pass comes to."""
         options = step.config
         if not isinstance(options, TrainPass):
-            return forwards(step)
+            return forwards(step, choices)
         batch = (options.batch_size or self._calibration.batch_size) * options.accumulation
         per_epoch = math.ceil(self._calibration.samples / batch)
         epochs = options.total(per_epoch) / per_epoch

@@ -32,6 +32,7 @@ from effcli.layers.result import PassResult, Progress, check_tensor, worst
 from effcli.layers.returned import Asked
 from effcli.layers.selection import Choice, choose, needs_of
 from effcli.layers.statistics import Gradients
+from effcli.layers.survey import Survey
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -97,16 +98,36 @@ def _compress(
     progress: Progress = lambda done, total: None,
 ) -> LayerEngine:
     """Hand every layer that is taken to its pass; returns the engine, which has the ledger."""
-    home = OpenGraph(graph, needs_of([choices]))
-    engine = LayerEngine(home, choices)
+    home, survey = OpenGraph(graph, needs_of([choices])), Survey(choices)
+    needs = home.needs | survey.needs
     found: dict[str, Gradients] = {}
-    if home.needs.gradients and batches is not None:
-        found = gradients(graph, (choices[name].site for name in engine.taken), labelled(), home.needs)
-    for number, (name, seen) in enumerate(_seen(home, engine, batches, inputs, found)):
+    if needs.gradients and batches is not None:
+        taken = (choice.site for choice in choices.values() if choice.config is not None)
+        found = gradients(graph, taken, labelled(), needs)
+    if survey:
+        choices = _surveyed(graph, choices, survey, batches, found)
+    engine = LayerEngine(home, choices)
+    for number, (name, seen) in enumerate(_seen(home, engine, batches if home.needs else None, inputs, found)):
         progress(number, len(engine.taken))
         engine.compress(name, seen)
     progress(len(engine.taken), len(engine.taken))
     return engine
+
+
+def _surveyed(
+    graph: Graph,
+    choices: Mapping[str, Choice],
+    survey: Survey,
+    batches: Batches | None,
+    gradients: Mapping[str, Gradients],
+) -> Mapping[str, Choice]:
+    """The choices of every layer after a look at all of them; gradients: of the weights, where they are asked for."""
+    home = OpenGraph(graph, survey.needs)
+    names = [name for name in choices if name in survey]
+    seen = home.observe(names, batches()) if survey.needs.observes and batches is not None else {}
+    for name in names:
+        survey.look(home.read(choices[name].site), with_gradients(seen.get(name, ()), gradients.get(name)))
+    return survey.chosen(survey.end())
 
 
 def _seen(

@@ -23,6 +23,7 @@ from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, needs_of
 from effcli.layers.statistics import Needs
+from effcli.layers.survey import Survey
 from effcli.reports.units import count, size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row, forwards
 from effcli.run.recipe import PassStep
@@ -150,8 +151,8 @@ class PlannedModel:
         blocks = [self._skeleton.block_layers(k) for k in range(len(self._skeleton.blocks))]
         if not any(blocks):
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
-        operations, memory, disk = 0.0, self._working(step, blocks), 0
-        if forwards(step):
+        operations, memory, disk = 0.0, self._working(step, choices, blocks), 0
+        if forwards(step, choices):
             operations, disk = self._operations(step, choices), 2 * self.states(self._skeleton.dtype)
         if isinstance(step.config, CutPass):
             disk += sum(site.columns**2 for site in self._readers if Needs.GRAM in step.needs) * FLOAT
@@ -186,7 +187,7 @@ class PlannedModel:
         numbers: int = sum(state[name].numel() for name in self._skeleton.outer_parameters())
         return numbers * (itemsize or self._skeleton.dtype.itemsize)
 
-    def _working(self, step: PassStep, blocks: Sequence[Sequence[LayerSite]]) -> int:
+    def _working(self, step: PassStep, choices: Mapping[str, Choice], blocks: Sequence[Sequence[LayerSite]]) -> int:
         """The parts outside the blocks, the largest block, its float32 working set, Gram matrices and one batch.
 
         Of a Gram matrix there are two, for the inputs before and after their scales, and what the pass makes of it.
@@ -195,7 +196,7 @@ class PlannedModel:
         itemsize = self._skeleton.dtype.itemsize
         widest = max(site.rows * site.columns for site in largest)
         total = self.outer() + _numbers(largest) * itemsize + 5 * widest * FLOAT
-        if forwards(step):
+        if forwards(step, choices):
             squares = {site.columns: site.columns**2 for site in largest}
             total += _numbers(largest) * FLOAT
             total += (2 * sum(squares.values()) + step.config.workspace * max(squares.values())) * FLOAT
@@ -206,7 +207,7 @@ class PlannedModel:
     def _operations(self, step: PassStep, choices: Mapping[str, Choice]) -> float:
         """Floating-point operations of the forwards over all tokens and of the Gram matrices."""
         sites = [choice.site for choice in choices.values()]
-        forward, times = 2.0 * self.tokens * _numbers(sites), forwards(step)
+        forward, times = 2.0 * self.tokens * _numbers(sites), forwards(step, choices)
         # Layers of one parent module with inputs of one width share their input, which is close enough for an estimate.
         widths = {(site.name.rpartition(".")[0], site.columns) for site in sites}
         if isinstance(step.config, CutPass):
@@ -216,7 +217,8 @@ class PlannedModel:
             gram = 2.0 * self.tokens * sum(site.columns**2 for site in self._readers)
             return forward * (times + again) + gram * grams
         gram = 2.0 * self.tokens * sum(columns**2 for _, columns in widths)
-        return forward * (2 if self._calibration.inputs == "compressed" else 1) + gram
+        again = self._calibration.inputs == "compressed" and bool(needs_of([choices]))
+        return forward * (times + again) + gram * (1 + (Needs.GRAM in Survey(choices).needs))
 
 
 class _Gradients:

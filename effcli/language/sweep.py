@@ -31,10 +31,12 @@ from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
 from effcli.language.weights import CPU, Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
-from effcli.layers.engine import LayerEngine, with_gradients
+from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_finite, check_tensor, worst
 from effcli.layers.selection import choose, needs_of
+from effcli.layers.survey import Survey
+from effcli.options import Record
 from effcli.platform import memory
 from effcli.platform.rehearsal import counted, few
 from effcli.reports.units import count
@@ -72,6 +74,16 @@ def sweep(
     return run.finish(target)
 
 
+# The record of what a survey found.
+_SURVEY = "survey"
+
+
+class _SurveyRecord(Record):
+    """The options of the layers that a survey gave others, by name."""
+
+    options: dict[str, dict[str, Any]]
+
+
 def _part_name(k: int) -> str:
     """The name of block k's part in the journal."""
     return f"block-{k:05d}"
@@ -104,22 +116,76 @@ class _Sweep:
         # Before any work: it may refuse.
         self.carried = weights.carried()
         self.choices = choose(self.skeleton, step)
+        self.survey = Survey(self.choices)
         self.needs = needs_of([self.choices])
         self.windows = windows if self.needs.observes else None
         self.journal = journal
         self.progress = progress
         self.shapes: list[tuple[int, ...]] = []
-        self.gradients = self._gradients()
+        self.gradients = self._gradients(windows)
+        if self.survey:
+            self._look(windows if self.survey.needs.observes else None)
 
-    def _gradients(self) -> StoredGradients | None:
+    def _gradients(self, windows: Windows | None) -> StoredGradients | None:
         """The gradients of the layers that are taken, made when they are first asked for; None where none are."""
-        if self.windows is None or not self.needs.gradients:
+        needs = (self.needs | self.survey.needs).gradients
+        if windows is None or not needs:
             return None
         blocks = [self._taken(self.skeleton.block_layers(k)) for k in range(len(self.skeleton.blocks))]
         head = next((site for site in self._taken(self.skeleton.outer_layers())), None)
         path, trust = self.weights.checkpoint.path, self.skeleton.trust_remote_code
         folder, device = self.journal.folder, self.weights.device
-        return StoredGradients(path, blocks, head, self.windows.batches, self.needs, folder, trust, device)
+        return StoredGradients(path, blocks, head, windows.batches, needs, folder, trust, device)
+
+    def _look(self, windows: Windows | None) -> None:
+        """Show every layer to the survey before the first is changed, once for a request, and choose anew.
+
+        windows: None where it asks for nothing but the weights.
+        """
+        if not self.journal.has(_SURVEY):
+            self.journal.begin()
+            count = len(self.skeleton.blocks)
+            if windows is None:
+                for k in range(count):
+                    self._look_at_block(k, None, None)
+            else:
+                with Stream(self.weights) as stream:
+                    flow = _Flow.start(stream, windows, self.journal)
+                    self.shapes = flow.shapes
+                    for k in range(count):
+                        self._look_at_block(k, stream, flow)
+            for site in self.skeleton.outer_layers():
+                if site.name in self.survey:
+                    with torch.inference_mode():
+                        seen = () if windows is None else (self._head_statistics(site, windows, self.survey.needs),)
+                        self._show(self._open_head(site, Part()), [site], count, {site.name: seen})
+            self._record_survey(self.survey.end())
+        self.choices = self.survey.chosen(self.journal.recall(_SurveyRecord, _SURVEY).options)
+
+    def _look_at_block(self, k: int, stream: Stream | None, flow: _Flow | None) -> None:
+        self.progress(0, len(self.skeleton.blocks))
+        name, block = self.skeleton.block_names[k], self.skeleton.blocks[k]
+        sites = [site for site in self.skeleton.block_layers(k) if site.name in self.survey]
+        parameters = self.skeleton.block_parameters(k)
+        with counted(name), self.weights.opened(block, f"{name}.", parameters), torch.inference_mode():
+            check_finite(block, name)
+            grams: dict[str, Statistics] = {}
+            if flow is not None and stream is not None:
+                leading = self._leaders(k, sites, self._shared_inputs(k, stream))
+                grams = flow.observe(stream, k, sites, leading, self.survey.needs, True)
+            home = OpenBlock(self.weights, block, f"{name}.", Part())
+            self._show(home, sites, k, {own: (gram,) for own, gram in grams.items()})
+        memory.trim()
+
+    def _show(self, home: OpenBlock, sites: Sequence[LayerSite], k: int, seen: Mapping[str, Seen]) -> None:
+        """Show layers of block k, or the head behind the last; seen: of their inputs, by name."""
+        gradients = {} if self.gradients is None else self.gradients.of(k)
+        for site in sites:
+            own = with_gradients(seen.get(site.name, ()), gradients.get(site.name))
+            self.survey.look(home.read(site), own)
+
+    def _record_survey(self, options: dict[str, dict[str, Any]]) -> None:
+        self.journal.record(_SURVEY, {"options": options})
 
     def _taken(self, sites: Sequence[LayerSite]) -> list[LayerSite]:
         return [site for site in sites if self.choices[site.name].config is not None]
@@ -128,7 +194,7 @@ class _Sweep:
         """Every block from the last finished one on."""
         count = len(self.skeleton.blocks)
         if not all(self.journal.holds(_part_name(k)) for k in range(self.journal.done)):
-            self.journal.begin()
+            self._begin_anew()
         if self.windows is None:
             for k in range(self.journal.done, count):
                 with counted(self.skeleton.block_names[k]):
@@ -138,12 +204,19 @@ class _Sweep:
             check_finite(self.skeleton.model, "")
             flow = _Flow.start(stream, self.windows, self.journal)
             if self.journal.done and not flow.spool(self.journal.done).whole():
-                self.journal.begin()
+                self._begin_anew()
                 flow = _Flow.start(stream, self.windows, self.journal)
             self.shapes = flow.shapes
             for k in range(self.journal.done, count):
                 with counted(self.skeleton.block_names[k]):
                     self._block(k, stream, flow)
+
+    def _begin_anew(self) -> None:
+        """Throw away the blocks that are done; what the survey found stays."""
+        found = self.journal.recall(_SurveyRecord, _SURVEY).options if self.survey else {}
+        self.journal.begin()
+        if self.survey:
+            self._record_survey(found)
 
     def _block(self, k: int, stream: Stream | None, flow: _Flow | None) -> None:
         self.progress(k, len(self.skeleton.blocks))
@@ -196,7 +269,7 @@ class _Sweep:
         outside = LayerEngine(OpenBlock(self.weights, nn.Module(), "", part), self.choices)
         with torch.inference_mode():
             if taken and head is not None and self.windows is not None:
-                gram = self._head_statistics(sites[head])
+                gram = self._head_statistics(sites[head], self.windows, self.needs)
             left_out = self.weights.left_out(apart=taken)
             for key in self.skeleton.outer_parameters():
                 if key in left_out or (taken and key == f"{head}.weight"):
@@ -207,32 +280,35 @@ class _Sweep:
             if head is not None and self.skeleton.tied and not taken:
                 part.ledger.append(tied_row(sites[head], self.skeleton.dtype, self.choices[head].reason))
             if taken and head is not None:
-                tied = self.skeleton.tied
-                embedding = self.weights.parameter(self.skeleton.embedding if tied else sites[head].parameter)
-                check_tensor(embedding, f"{head}.weight")
-                engine = LayerEngine(open_head(self.weights, sites[head], embedding, part), self.choices)
+                engine = LayerEngine(self._open_head(sites[head], part), self.choices)
                 if isinstance(self.step.config, ScalingPass):
                     engine.explain([head], "unscaled: it stands outside the blocks")
                 engine.compress(head, () if gram is None else with_gradients((gram,), gradients.get(head)))
                 part.ledger.append(engine.row(head))
                 part.histograms += engine.histograms
-                if tied:
+                if self.skeleton.tied:
                     part.remarks.append(
                         f"{head} was tied to the input embedding; it is stored on its own now, the embedding stays"
                     )
         self._write("outside", part)
 
-    def _head_statistics(self, site: LayerSite) -> Statistics:
+    def _open_head(self, site: LayerSite, part: Part) -> OpenBlock:
+        """The output head by itself, with the embedding's weight where they are tied."""
+        key = self.skeleton.embedding if self.skeleton.tied else site.parameter
+        weight = self.weights.parameter(key)
+        check_tensor(weight, f"{site.name}.weight")
+        return open_head(self.weights, site, weight, part)
+
+    def _head_statistics(self, site: LayerSite, windows: Windows, needs: Needs) -> Statistics:
         """The statistics of the output head's inputs, from the hidden states behind the last block."""
-        assert self.windows is not None
-        gram = Statistics(site.columns, self.needs, self.weights.device)
+        gram = Statistics(site.columns, needs, self.weights.device)
         with Stream(self.weights, with_head=True) as stream:
             file = self.journal.spool(len(self.skeleton.blocks))
             spool = Spool(file, self.shapes, self.skeleton.dtype, self.weights.device)
             watch = WatchLayers(self.skeleton.model, "", [site], lambda name, inputs, output: gram.add(inputs))
             for number in few(range(len(spool))):
                 with watch:
-                    stream.leave(self.windows.batches[number], spool.read(number))
+                    stream.leave(windows.batches[number], spool.read(number))
         gram.check_finite(site.name)
         return gram
 

@@ -81,6 +81,11 @@ class Pass(Options, ABC):
         return Needs.NOTHING
 
     @property
+    def gathers(self) -> Needs:
+        """All that must be gathered for a step with these options."""
+        return self.needs
+
+    @property
     def format(self) -> Packing | None:
         """The format of the weights that these options lead to; None of a pass that leaves them floating."""
         return None
@@ -100,7 +105,30 @@ class Pass(Options, ABC):
 
 
 class LayerPass(Pass):
-    """A pass that takes one layer at a time."""
+    """A pass that takes one layer at a time. It may look at all of them first, to divide among them what it does."""
+
+    @property
+    def surveys(self) -> Needs | None:
+        """What `summarize` must be given of a layer's inputs; None where the pass looks at no layer beforehand."""
+        return None
+
+    @property
+    def gathers(self) -> Needs:
+        return self.needs | (self.surveys or Needs.NOTHING)
+
+    def summarize(self, layer: Layer, seen: Sequence[Statistics]) -> Any:
+        """What `survey` is to know of a layer as it is before the step, small, for that of all layers is kept.
+
+        seen: of the inputs of each of its groups in the network before the step; empty where nothing is gathered.
+        """
+        raise NotImplementedError
+
+    def survey(self, layers: Sequence[Surveyed]) -> Mapping[str, Self]:
+        """The options that layers have from then on, by name; one that is not named keeps its own.
+
+        layers: those whose options survey, in the network's order; called on the options of the first.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def apply(self, layer: Layer, seen: Statistics) -> Outcome:
@@ -339,6 +367,15 @@ class Layer:
     mask: Mask | None = None
     biased: bool = False
     kernel: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """A layer as a survey finds it. options: its pass, with the options of that layer; summary: from `summarize`."""
+
+    name: str
+    options: Any
+    summary: Any
 
 
 @dataclass(frozen=True)
@@ -619,6 +656,7 @@ __all__ = [
     "SearchPass",
     "Statistics",
     "Step",
+    "Surveyed",
     "TrainPass",
     "Transformed",
     "carry_out",

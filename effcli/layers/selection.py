@@ -115,7 +115,7 @@ def _check_needs(name: str, choices: Iterable[Choice]) -> None:
     """Raise `UnsupportedError` when a pass asks for what passes of its kind are not given."""
     training = Needs.ORIGINAL | Needs.LABELS
     for config in (choice.config for choice in choices if choice.config is not None):
-        if isinstance(config, LayerPass) and config.needs & (Needs.INPUTS | Needs.INFLUENCE | Needs.DENSE | training):
+        if isinstance(config, LayerPass) and config.gathers & (Needs.INPUTS | Needs.INFLUENCE | Needs.DENSE | training):
             raise UnsupportedError(
                 f"{name} takes one layer at a time and asks for the whole network",
                 "ask in `needs` for statistics of a layer's inputs, or make it a NetworkPass",

@@ -11,6 +11,7 @@ from pydantic import Field
 from effcli.layers.contract import Change, CutPass, Needs, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, choose, needs_of
+from effcli.layers.survey import Survey
 from effcli.options import Options
 from effcli.reports.report import LedgerRow
 from effcli.reports.units import size
@@ -199,6 +200,8 @@ def make(recipe: Recipe, network: Planned) -> Plan:
         remarks += _kept(label, choices.values()) + network.remarks(step, label)
         if step.config.changes & (Change.MASK | Change.SHAPE):
             remarks.append(f"{label}: the bytes are an upper bound, for what it removes is decided on the weights")
+        if Survey(choices):
+            remarks.append(f"{label}: looks at every layer before it changes the first")
         efforts.append(network.effort(step, choices))
         backward |= isinstance(step.config, TrainPass) or bool(needs_of([choices]).gradients)
     after, operations = network.nbytes, sum(effort.operations for effort in efforts)
@@ -229,13 +232,15 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     )
 
 
-def forwards(step: PassStep) -> int:
+def forwards(step: PassStep, choices: Mapping[str, Choice]) -> int:
     """How often the calibration data run through the network for a step that looks at layers, besides its gradients.
 
-    A pass that cuts looks at them to decide, and once more to restore what reads the removed channels.
+    A pass that cuts looks at them to decide, and once more to restore what reads the removed channels; a pass over
+    layers may look at all of them before the first.
     """
     if not isinstance(step.config, CutPass):
-        return int(bool(step.needs))
+        surveys = Survey(choices).needs.observes
+        return surveys + bool(needs_of([choices]) if surveys else step.needs)
     decides = bool(step.needs.statistics) or Needs.INFLUENCE in step.needs
     return decides + (step.config.restoring is not None)
 

@@ -186,9 +186,9 @@ class PassStep(RecipeStep):
 
         Of a search also what the steps need among which it chooses, for one of them is carried out.
         """
-        needs = self.config.needs
+        needs = self.config.gathers
         for overrides in self.config.layers.values():
-            needs |= self.for_layer(overrides).needs
+            needs |= self.for_layer(overrides).gathers
         for step in self.candidates:
             needs |= step.needs
         return needs

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from effcli.formats import Blocks, Dense, Mask, Sparse
-from effcli.layers.contract import UNSEEN, Change, Layer, LayerPass, Outcome, Statistics
+from effcli.layers.contract import UNSEEN, Change, Layer, LayerPass, Needs, Outcome, Statistics, Surveyed
 from effcli.passes._feedback import row_errors
+from effcli.passes.prune._allocation import Allocation, Summary, allotted
 
 # The share that is removed where neither a share nor a pattern is given.
 _HALF = 0.5
@@ -32,6 +33,15 @@ class Pruning(LayerPass):
         None, description="N:M, such as `2:4`: of every M neighbours of a row N are kept. In place of `sparsity`."
     )
 
+    allocation: Allocation = Field(
+        "uniform",
+        description="How the share is divided among the layers: the same for all; by one threshold on the scores of "
+        "all weights; to the least sum of relative output errors; or less where there are more outliers (OWL).",
+    )
+    spread: float = Field(
+        0.08, ge=0, le=0.5, description="How far layers may be from the share, with allocation `error` and `outliers`."
+    )
+
     @field_validator("pattern")
     @classmethod
     def _can_be_kept(cls, value: str | None) -> str | None:
@@ -45,6 +55,8 @@ class Pruning(LayerPass):
             raise ValueError(
                 f"sparsity {self.sparsity:g} and pattern {self.pattern} exclude each other; set one to null"
             )
+        if self.pattern is not None and self.allocation != "uniform":
+            raise ValueError(f"pattern {self.pattern} leaves nothing to divide; leave allocation {self.allocation} out")
         return self
 
     @property
@@ -62,6 +74,23 @@ class Pruning(LayerPass):
     @property
     def format(self) -> Sparse | None:
         return None if self.blocks is None else Sparse(self.blocks, Dense(torch.float32))
+
+    @property
+    def surveys(self) -> Needs | None:
+        return None if self.allocation == "uniform" else Needs.NORMS
+
+    def summarize(self, layer: Layer, seen: Sequence[Statistics]) -> Summary:
+        """The scores of a layer by size, those of `by_inputs`."""
+        return Summary.of(by_inputs(layer, seen))
+
+    def survey(self, layers: Sequence[Surveyed]) -> Mapping[str, Self]:
+        """The sparsity of every layer."""
+        summaries, shares = [each.summary for each in layers], [each.options.share for each in layers]
+        removed = allotted(self.allocation, summaries, shares, self.spread)
+        return {
+            each.name: each.options.model_copy(update={"sparsity": count / max(each.summary.size, 1)})
+            for each, count in zip(layers, removed, strict=True)
+        }
 
     def masked(self, kept: Tensor) -> Mask:
         """What is kept of a layer, bool (out, in), in the pattern that was asked for."""
@@ -81,9 +110,12 @@ class Pruning(LayerPass):
 
     def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
         """Prune a grouped convolution: each group is a layer, and what goes of all is the share of all."""
-        removed = removals(self.share, layer.weight.reshape(len(seen), -1)).tolist()
+        groups = parts(layer, len(seen))
+        sizes = torch.tensor([part.weight.numel() for part in groups])
+        gone = torch.tensor([0 if part.mask is None else int((~part.mask.kept).sum()) for part in groups])
+        removed = (gone + divided(self.share, layer.weight.numel(), sizes - gone)).tolist()
         outcomes = []
-        for part, own, count in zip(parts(layer, len(seen)), seen, removed, strict=True):
+        for part, own, count in zip(groups, seen, removed, strict=True):
             update = {} if self.blocks is not None else {"sparsity": count / max(part.weight.numel(), 1)}
             outcomes.append(self.model_copy(update=update).apply(part, own))
         return Outcome.joined(outcomes)
@@ -97,9 +129,28 @@ class ScoringPass(Pruning):
         """Whether weights compete with those of their row alone."""
         return True
 
+    @property
+    def surveys(self) -> Needs | None:
+        return self.needs if self.allocation == "global" else super().surveys
+
     @abstractmethod
     def scores(self, layer: Layer, seen: Statistics) -> Tensor:
         """The score of each weight, float32 (out, in); seen: of inputs that reached it."""
+
+    def summarize(self, layer: Layer, seen: Sequence[Statistics]) -> Summary:
+        """The scores of a layer by size: for one threshold on all of them its own, else those of `by_inputs`."""
+        if self.allocation == "global":
+            return Summary.of(self._scores(layer, seen or (UNSEEN,)))
+        return super().summarize(layer, seen)
+
+    def _scores(self, layer: Layer, seen: Sequence[Statistics]) -> Tensor:
+        """The scores of all groups, one below the other; magnitudes where inputs are asked for and none came."""
+        if self._unreached(seen):
+            return layer.weight.abs()
+        return torch.cat([self.scores(part, own) for part, own in zip(parts(layer, len(seen)), seen, strict=True)])
+
+    def _unreached(self, seen: Sequence[Statistics]) -> bool:
+        return bool(self.needs) and not all(own.tokens for own in seen)
 
     def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
         """Prune one weight (out, in), by magnitude where its inputs are asked for and none reached it."""
@@ -107,10 +158,20 @@ class ScoringPass(Pruning):
 
     def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
         """Prune a grouped convolution: weights compete across its groups as across its rows."""
-        if self.needs and not all(own.tokens for own in seen):
-            return pruned(layer.weight, self.chosen(layer.weight.abs(), layer, self.by_row), layer, **UNREACHED)
-        scores = torch.cat([self.scores(part, own) for part, own in zip(parts(layer, len(seen)), seen, strict=True)])
-        return pruned(layer.weight, self.chosen(scores, layer, self.by_row), layer)
+        notes = UNREACHED if self._unreached(seen) else {}
+        return pruned(layer.weight, self.chosen(self._scores(layer, seen), layer, self.by_row), layer, **notes)
+
+
+class ComparingPass(ScoringPass):
+    """A pass whose options say which weights compete."""
+
+    compare: Literal["layer", "row"] = Field(
+        "layer", description="Which weights compete: all of a layer, or those of one output."
+    )
+
+    @property
+    def by_row(self) -> bool:
+        return self.compare == "row"
 
 
 # What the ledger says of a layer that no input reached.
@@ -141,6 +202,15 @@ def better(layer: Layer, seen: Statistics, first: Candidate, second: Candidate) 
     return chosen, round(min(errors[1] / errors[0], 1.0), 4) if errors[0] > 0 else 1.0
 
 
+def by_inputs(layer: Layer, seen: Sequence[Statistics]) -> Tensor:
+    """|w_ij| · ‖x_j‖ of each weight, the norm over all tokens, float32 (out, in); |w_ij| where none came."""
+    if not all(own.tokens for own in seen):
+        return layer.weight.abs()
+    return torch.cat(
+        [part.weight.abs() * own.squares.sqrt() for part, own in zip(parts(layer, len(seen)), seen, strict=True)]
+    )
+
+
 def parts(layer: Layer, groups: int) -> list[Layer]:
     """The groups of a convolution as layers; a layer of one group as it is."""
     masks = [None] * groups if layer.mask is None else layer.mask.chunk(groups)
@@ -155,6 +225,17 @@ def removals(share: float, scores: Tensor) -> Tensor:
     """
     ends = torch.arange(len(scores) + 1, dtype=torch.float64) * scores.shape[1] * share
     return ends.round().diff().long().to(scores.device)
+
+
+def divided(share: float, size: int, free: Tensor) -> Tensor:
+    """How many weights go of each part of a layer of those that are free to: int64 (parts,), like `free`.
+
+    With those of all `size` that are gone already they are the share, rounded; of each part goes as large a share.
+    """
+    total = int(free.sum())
+    goes = max(round(share * size) - size + total, 0)
+    ends = (free.cumsum(0).double() * (goes / max(total, 1))).round().long()
+    return ends.diff(prepend=ends.new_zeros(1))
 
 
 def largest(scores: Tensor, removed: Tensor) -> Tensor:

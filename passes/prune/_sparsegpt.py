@@ -8,12 +8,11 @@ contiguous.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from effcli.layers.contract import Layer
 from effcli.layers.statistics import Statistics
 from effcli.passes._feedback import Feedback, factorize
-from effcli.passes.prune._pruning import Candidate, Pruning, better, largest, largest_of
+from effcli.passes.prune._pruning import Candidate, Pruning, better, divided, largest, largest_of
 
 # Columns whose errors are fed forward by one product; where there is no pattern their weights compete, too.
 _BLOCK = 128
@@ -41,7 +40,8 @@ def compensated(options: Pruning, layer: Layer, feedback: Feedback) -> Candidate
     # Columns that are chosen from together.
     stretch = _BLOCK if blocks is None else blocks.of
     block = max(_BLOCK // stretch, 1) * stretch
-    removed = _removals(options.share, free, stretch)
+    there = torch.stack([part.sum() for part in torch.split(free, stretch)])
+    removed = divided(options.share, free.numel(), there).unsqueeze(1)
     kept, left, errors = torch.empty_like(free), torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, len(weight), block):
         stop = min(start + block, len(weight))
@@ -67,16 +67,3 @@ def compensated(options: Pruning, layer: Layer, feedback: Feedback) -> Candidate
                 torch.mul(value, stay, out=after)
                 torch.sub(before, after, out=error)
     return left.t().contiguous(), options.masked(kept.t().contiguous())
-
-
-def _removals(share: float, free: Tensor, stretch: int) -> Tensor:
-    """How many weights go of each stretch of columns of those that may, bool (in, out): int64 (stretches, 1).
-
-    With those that may not stay, they are the share of all, rounded; each stretch loses the same share of its own.
-    """
-    there = free.sum(1)
-    total = int(there.sum())
-    goes = max(round(share * free.numel()) - free.numel() + total, 0)
-    ends = torch.cat([part.sum().view(1) for part in torch.split(there, stretch)]).cumsum(0)
-    counts = (ends.double() * (goes / max(total, 1))).round().long()
-    return counts.diff(prepend=counts.new_zeros(1)).unsqueeze(1)

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from effcli.formats import Mask
 from effcli.layers.contract import Layer, Statistics
-from effcli.passes.prune._pruning import ScoringPass, largest, removals
+from effcli.passes.prune._pruning import ComparingPass, largest, removals
 
 
-class Magnitude(ScoringPass):
+class Magnitude(ComparingPass):
     """A `magnitude` step."""
 
-    compare: Literal["layer", "row"] = Field(
-        "layer", description="Which weights compete: all of a layer, or those of one output."
-    )
     grain: Literal["weight", "vector", "kernel", "filter"] = Field(
         "weight",
         description="What goes as a whole: single weights; rows of kernels or kernels of convolutions; outputs.",
@@ -35,10 +32,6 @@ class Magnitude(ScoringPass):
         if self.grain == "filter" and self.compare == "row":
             raise ValueError("compare=row has the weights of one output compete, and grain=filter takes all of them")
         return self
-
-    @property
-    def by_row(self) -> bool:
-        return self.compare == "row"
 
     def scores(self, layer: Layer, seen: Statistics) -> Tensor:
         """|w|, float32 (out, in); needs no inputs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from effcli.layers.contract import Layer, Needs, Statistics
-from effcli.passes.prune._pruning import ScoringPass
+from effcli.passes.prune._pruning import ScoringPass, by_inputs
 
 
 class Wanda(ScoringPass):
@@ -17,4 +17,4 @@ class Wanda(ScoringPass):
 
     def scores(self, layer: Layer, seen: Statistics) -> Tensor:
         """|w_ij| · ‖x_j‖, the norm over all tokens, float32 (out, in)."""
-        return layer.weight.abs() * seen.squares.sqrt()
+        return by_inputs(layer, (seen,))

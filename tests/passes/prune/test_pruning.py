@@ -25,11 +25,11 @@ from effcli.language.verify import verify
 from effcli.language.weights import open_weights
 from effcli.layers.contract import Change, Layer, Outcome, carry_out
 from effcli.layers.selection import choose
-from effcli.layers.statistics import Statistics
+from effcli.layers.statistics import Gradients, Statistics
 from effcli.passes.prune._pruning import Pruning, largest, removals
 from effcli.run.recipe import PassStep
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
+METHODS = ("magnitude", "wanda", "taylor", "sparsegpt", "alps")
 
 
 def made(name: str, **options: Any) -> Pruning:
@@ -37,10 +37,11 @@ def made(name: str, **options: Any) -> Pruning:
     return config
 
 
-def seen(config: Pruning, inputs: Tensor) -> Statistics:
+def seen(config: Pruning, inputs: Tensor, rows: int) -> Statistics:
     found = Statistics(inputs.shape[-1], config.needs)
     found.add(inputs)
-    return found
+    slopes = matrix(rows, inputs.shape[-1], 5).square()
+    return found.with_gradients(Gradients.of(dict.fromkeys(config.needs.gradients, slopes), len(inputs)))
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -50,7 +51,7 @@ def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
 def applied(config: Pruning, weight: Tensor, inputs: Tensor, mask: Mask | None = None, **layer: Any) -> Tensor:
     """The weight that is left, as the engine leaves it."""
     found = Layer("layer", "linear", weight.clone(), layer.get("dtype", torch.float32), mask=mask)
-    outcome = carry_out(config, found, (seen(config, inputs),))
+    outcome = carry_out(config, found, (seen(config, inputs, len(weight)),))
     kept = outcome.kept(found)
     assert isinstance(outcome.weight, Tensor) and kept is not None
     return outcome.weight.masked_fill(~kept.kept, 0)
@@ -74,7 +75,7 @@ def test_a_pattern_is_exact(name: str, pattern: str) -> None:
     kept, of = map(int, pattern.split(":"))
     config = made(name, pattern=pattern)
     layer = Layer("layer", "linear", matrix(5, 24), torch.float32)
-    outcome = carry_out(config, layer, (seen(config, matrix(30, 24, 1)),))
+    outcome = carry_out(config, layer, (seen(config, matrix(30, 24, 1), 5),))
     assert outcome.mask is not None and outcome.mask.pattern == Blocks(kept, of)
     assert (outcome.mask.kept.view(-1, of).sum(1) == kept).all()
     assert outcome.notes["sparsity"] == pytest.approx(1 - kept / of, abs=1e-6)
@@ -181,7 +182,10 @@ def pruned_graph(graph: Graph, folder: Path, name: str, **options: Any) -> Graph
         (folder / part).mkdir()
     graph.save(folder / "source")
     step = PassStep.model_validate({name: options}).for_graph()
-    graph_sweep(folder / "source", folder / "target", step, small_graphs.batches(graph))
+    labels = torch.arange(12) % 4
+    labelled = [(inputs, labels[: len(inputs)]) for inputs in small_graphs.batches(graph)()]
+    given = (lambda: iter(labelled)) if step.needs.gradients else None
+    graph_sweep(folder / "source", folder / "target", step, small_graphs.batches(graph), labelled=given)
     return Graph.read(folder / "target")
 
 
