@@ -92,7 +92,7 @@ def _run(
 
 
 def _watched(
-    recipe: recipes.Recipe, listener: Listener | None, forecast: Forecast | None
+    recipe: recipes.Recipe, listener: Listener | None, forecast: Forecast | None = None
 ) -> AbstractContextManager[Listener | None]:
     """Who listens to a run."""
     if listener is None and Console(stderr=True).is_jupyter:
