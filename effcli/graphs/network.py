@@ -46,7 +46,7 @@ EVALUATION = "evaluation.npz"
 
 _BATCH = 64
 # Seconds for which a rehearsal measures.
-_REHEARSED = 0.2
+_REHEARSED = 0.5
 
 
 class GraphNetwork:
