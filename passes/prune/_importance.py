@@ -172,11 +172,15 @@ class Elimination:
 
     def costs(self) -> Tensor:
         """What removing each position would add to the error, float64 (count,); 0 for those that are gone."""
-        own = self.inverse[self.columns.unsqueeze(2), self.columns.unsqueeze(1)].clone()
-        own[self.gone] = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
-        blocks = self.weight[:, self.columns].permute(1, 2, 0)
-        found: Tensor = (torch.linalg.solve(own, blocks) * blocks).sum((1, 2)) / self.energy
-        return found.masked_fill(self.gone.to(found.device), 0).cpu()
+        if self.columns.shape[1] == 1:
+            order = self.columns.flatten()
+            found = self.weight.square().sum(0)[order] / self.inverse.diagonal()[order]
+        else:
+            own = self.inverse[self.columns.unsqueeze(2), self.columns.unsqueeze(1)]
+            own[self.gone] = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
+            blocks = self.weight[:, self.columns].permute(1, 2, 0)
+            found = (torch.linalg.solve(own, blocks) * blocks).sum((1, 2))
+        return (found / self.energy).masked_fill(self.gone.to(found.device), 0).cpu()
 
     def remove(self, positions: Tensor) -> None:
         """Let positions go, int64 (n,)."""
