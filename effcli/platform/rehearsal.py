@@ -102,10 +102,10 @@ def now() -> float:
 
 
 def few(items: Iterable[Item], count: int | None = None, *, lasting: float = 0.0) -> Iterator[Item]:
-    """The items, in a rehearsal the first three, or, at least two, as many as take `lasting` seconds.
+    """The items; in a rehearsal the first three, or with `lasting` at least two, until that many seconds have passed.
 
-    All but the first of these stand for the rest. What each takes is the time until the next one is asked
-    for. count: how many there are, if `items` does not know.
+    The time of all but the first stands for the rest. What an item takes is the time until the next one is asked for.
+    count: how many there are, if `items` does not know.
     """
     rehearsal = _CURRENT.get()
     if count is None:

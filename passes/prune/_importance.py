@@ -152,12 +152,13 @@ class Elimination:
     def __init__(self, reader: Reader, count: int, centred: bool) -> None:
         """centred: whether a bias makes up for the means of the inputs."""
         gram = reader.seen.matrix.double() / reader.seen.tokens
+        # Of inputs that never change nothing but rounding is left once they are centred.
+        mean = float(gram.diagonal().mean()) or 1.0
         if centred:
             gram -= torch.outer(reader.seen.mean.double(), reader.seen.mean.double())
+        gram.diagonal().clamp_(min=0).add_(_DAMPING * mean)
         self.weight = reader.weight.to(gram, copy=True)
         self.energy = float(((self.weight @ gram) * self.weight).sum()) or 1.0
-        mean = float(gram.diagonal().mean()) or 1.0
-        gram.diagonal().add_(_DAMPING * mean)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         # The columns behind each position, (count, columns), where every position has as many.
         taken = (reader.position >= 0).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""What passes share that remove single weights: how many, in which pattern, and those of the least score."""
+"""What passes that remove single weights share: how many go, in which pattern, and which."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ contiguous.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from effcli.layers.contract import Layer
@@ -23,9 +25,15 @@ def sparsegpt(options: Pruning, layer: Layer, seen: Statistics, damping: float) 
 
     Raises `NumericsError` when the Gram matrix cannot be factored with any damping up to one.
     """
-    feedback = seen.remember(("sparsegpt", damping), lambda: factorize(seen.matrix, damping, False, layer.name))
-    largest = layer.weight, options.chosen(layer.weight.abs(), layer)
-    chosen, ratio = better(layer, seen, largest, compensated(options, layer, feedback))
+
+    def factored() -> Feedback:
+        found = factorize(seen.matrix, damping, False, layer.name)
+        # The weights of a channel that no token used cost nothing, and go first.
+        return dataclasses.replace(found, remaining=found.remaining.masked_fill(seen.matrix.diagonal() == 0, 0))
+
+    feedback = seen.remember(("sparsegpt", damping), factored)
+    plain = layer.weight, options.chosen(layer.weight.abs(), layer)
+    chosen, ratio = better(layer, seen, plain, compensated(options, layer, feedback))
     return chosen, {"damping": feedback.damping, "error_over_magnitude": ratio}
 
 

@@ -180,3 +180,11 @@ def test_what_it_asks_for() -> None:
     assert SparseGPT().needs == Needs.GRAM
     with pytest.raises(ValueError, match="damping"):
         SparseGPT(damping=-1)
+
+
+def test_channels_that_no_token_used_go_first() -> None:
+    inputs = related(400, 64, 5)
+    inputs[:, ::4] = 0
+    weight, gram = matrix(16, 64, 6), seen(inputs)
+    outcome = SparseGPT(sparsity=0.5).apply(layer(weight), gram)
+    assert outcome.mask is not None and not bool(outcome.mask.kept[:, ::4].any())
