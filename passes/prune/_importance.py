@@ -25,6 +25,8 @@ _STEPS = 60
 _ROUNDS = 128
 # Added to the diagonal of a Gram matrix, as a share of its mean, before it is inverted.
 _DAMPING = 0.01
+# How much of the mean diagonal of a Gram matrix may be rounding of its float32 sums.
+_ROUNDING = 1e-3
 
 
 def magnitude(group: Coupled, seen: Members) -> Tensor:
@@ -153,12 +155,13 @@ class Elimination:
         """centred: whether a bias makes up for the means of the inputs."""
         gram = reader.seen.matrix.double() / reader.seen.tokens
         # Of inputs that never change nothing but rounding is left once they are centred.
-        mean = float(gram.diagonal().mean()) or 1.0
+        least = _ROUNDING * float(gram.diagonal().mean())
         if centred:
             gram -= torch.outer(reader.seen.mean.double(), reader.seen.mean.double())
-        gram.diagonal().clamp_(min=0).add_(_DAMPING * mean)
         self.weight = reader.weight.to(gram, copy=True)
-        self.energy = float(((self.weight @ gram) * self.weight).sum()) or 1.0
+        self.energy = max(float(((self.weight @ gram) * self.weight).sum()), least) or 1.0
+        mean = max(float(gram.diagonal().mean()), least) or 1.0
+        gram.diagonal().clamp_(min=0).add_(_DAMPING * mean)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         # The columns behind each position, (count, columns), where every position has as many.
         taken = (reader.position >= 0).nonzero().flatten()

@@ -151,3 +151,10 @@ def test_several_readers_are_weighed_by_their_outputs() -> None:
     group, seen = members(readers, 3)
     assert _importance.reconstruction(group, seen, 2).argmin() == 2
     assert_close(sum(_importance._energies(own, 3).sum() for own in readers), torch.tensor(2.0).double())
+
+
+def test_inputs_that_never_change_tell_nothing_and_break_nothing() -> None:
+    made = Elimination(reader(torch.randn(5, 6), torch.full((6, 40), 0.3)), 6, True)
+    assert bool(made.costs().isfinite().all())
+    made.remove(torch.tensor([0, 3]))
+    assert bool(made.costs().isfinite().all()) and bool(made.weight.isfinite().all())
