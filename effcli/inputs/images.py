@@ -80,7 +80,8 @@ def open_inputs(
     if labelled and found.labels is None:
         raise DataError(
             f"{found.name} has no labels",
-            "give one folder per class, or an array or a column of class numbers: labels under preprocess:",
+            "give one folder per class, or an array or a column of class numbers (preprocess.labels is its name), or "
+            "set towards=original where a pass has that",
         )
     if classes is not None:
         _check_classes(found, classes)

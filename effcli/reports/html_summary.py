@@ -8,7 +8,8 @@ from pathlib import PurePath
 from effcli.reports import units
 from effcli.reports.columns import SLOWER
 from effcli.reports.html_quality import data_names
-from effcli.reports.report import Latency, Quality, Report
+from effcli.reports.latencies import speedup
+from effcli.reports.report import Quality, Report
 
 _LOADED = {
     "standard": "it loads with transformers",
@@ -72,15 +73,12 @@ def _where(report: Report) -> list[str]:
         prefill = last.speed.prefill_tokens_per_second / (first.speed.prefill_tokens_per_second or math.inf)
         found.append(text + (f" and reads prompts {units.ratio(prefill)} as fast" if 0 < prefill < SLOWER else ""))
     elif last is not first and first.latencies and last.latencies:
-        old, new = _fastest(first.latencies), _fastest(last.latencies)
-        if new.milliseconds:
-            ratio = old.milliseconds / new.milliseconds
-            found.append(f"on {new.device} one input takes {units.significant(new.milliseconds)} ms, {_as_fast(ratio)}")
+        new = min(last.latencies, key=lambda latency: latency.milliseconds)
+        faster = speedup(new, first)
+        if faster is not None:
+            taken = f"one input takes {units.significant(new.milliseconds)} ms in {new.runtime}"
+            found.append(f"on {new.device} {taken}, {_as_fast(faster)}")
     return found
-
-
-def _fastest(latencies: tuple[Latency, ...]) -> Latency:
-    return min(latencies, key=lambda latency: latency.milliseconds)
 
 
 def _as_fast(ratio: float) -> str:

@@ -190,7 +190,7 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     rows: list[Row] = []
     remarks: list[str] = []
     efforts: list[Effort] = []
-    backward = False
+    backward = bounded = False
     for number, step in enumerate(recipe.passes, start=1):
         name = f"{number}. {step.name}" if len(recipe.passes) > 1 else ""
         choices = choose(network, step)
@@ -199,7 +199,8 @@ def make(recipe: Recipe, network: Planned) -> Plan:
         label = name or step.name
         remarks += _kept(label, choices.values()) + network.remarks(step, label)
         if step.config.changes & (Change.MASK | Change.SHAPE):
-            remarks.append(f"{label}: the bytes are an upper bound, for what it removes is decided on the weights")
+            bounded = True
+            remarks.append(f"{label}: the bytes are an upper bound: what goes is decided on the weights")
         if Survey(choices):
             remarks.append(f"{label}: looks at every layer before it changes the first")
         efforts.append(network.effort(step, choices))
@@ -207,8 +208,13 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     after, operations = network.nbytes, sum(effort.operations for effort in efforts)
     memory = BASE_MEMORY + max(effort.memory for effort in efforts)
     disk = max(effort.disk for effort in efforts)
-    smaller = f"{before / max(after, 1):.2f} times smaller"
-    first = [f"weights: {size(before)} before, {size(after)} after ({smaller})"]
+    if bounded:
+        first = [f"weights: {size(before)} before, at most {size(after)} after"]
+    else:
+        times = (
+            f"{before / max(after, 1):.2f} times smaller" if after <= before else f"{after / before:.2f} times larger"
+        )
+        first = [f"weights: {size(before)} before, {size(after)} after ({times})"]
     first.append(f"memory: about {size(memory)} at the peak{network.at_a_time}")
     if operations:
         unit, many = network.counted

@@ -352,7 +352,7 @@ def test_parquet_of_hugging_face(tmp_path: Path) -> None:
     rows = spread(11, 3)
     assert whole(few)[0].equal(values[rows])
     assert few.labels is not None and few.labels.tolist() == [labels[row] for row in rows]
-    assert "3 of the 11 inputs" in few.remarks[0]
+    assert "3 of 11 inputs" in few.remarks[0]
 
 
 def test_parquet_of_bytes_in_one_large_group(tmp_path: Path) -> None:

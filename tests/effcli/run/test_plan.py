@@ -84,9 +84,7 @@ def test_a_backward_is_told(step: PassStep) -> None:
 
 def test_bytes_of_what_is_pruned_are_an_upper_bound() -> None:
     found = plan_of(Notebook(Effort(0, 0), Effort(0, 0)), PRUNE, HALVE)
-    assert found.remarks[-3] == (
-        "1. prune: the bytes are an upper bound, for what it removes is decided on the weights"
-    )
+    assert found.remarks[-3] == ("1. prune: the bytes are an upper bound: what goes is decided on the weights")
     assert not any("2. halve: the bytes" in remark for remark in found.remarks)
 
 
