@@ -11,9 +11,9 @@
 Every run is a process group of its own that gets SIGKILL. The first kill of a moment is uniform over the duration of a
 whole run, or over its changes of the file system; some moments kill the resumed run as well. Then the same command runs
 until it ends by itself. Of its output everything counts except times and memory: `seconds` and `peak_memory` of the
-stages in report.json, their figures in README.md and report.html, and the `seconds` of a search. Exit 1 where a run was
-refused, where its output was different, where anything else was left beside it, or where a kill left neither the former
-output nor the new one.
+stages and the `phases` in report.json, their figures in README.md and report.html, and the `seconds` of a search. Exit
+1 where a run was refused, where its output was different, where anything else was left beside it, or where a kill left
+neither the former output nor the new one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -214,6 +215,10 @@ def _inside(path: Any, folder: Path) -> bool:
     return not os.path.isabs(text) or text.startswith(str(folder))
 
 
+# The table of `phases` in report.html.
+_PHASES = re.compile(r"<details[^>]*><summary>Time of each phase.*?</details>", re.S)
+
+
 def contents(out: Path) -> dict[str, bytes]:
     """Every file of an output by its name, times and memory taken out; folders as well."""
     found: dict[str, bytes] = {}
@@ -221,6 +226,7 @@ def contents(out: Path) -> dict[str, bytes]:
         found[str(path.relative_to(out))] = b"" if path.is_dir() else path.read_bytes()
     report = json.loads(found["report.json"])
     shown = dict(_shown(report))
+    report["phases"] = None
     for stage in report["stages"]:
         stage["seconds"] = stage["peak_memory"] = None
         if stage["search"] is not None:
@@ -231,7 +237,7 @@ def contents(out: Path) -> dict[str, bytes]:
         search["sensitivity"]["seconds"] = None
         found["search.json"] = json.dumps(search).encode()
     for name in ("README.md", "report.html"):
-        text = found[name].decode()
+        text = _PHASES.sub("", found[name].decode())
         # The longest first: one figure may be the beginning of another.
         for figure in sorted(shown, key=len, reverse=True):
             text = text.replace(figure, shown[figure])

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from effcli.reports import latencies, units
-from effcli.reports.final import bits_line
+from effcli.reports.final import bits_line, zeros_line
 
 if TYPE_CHECKING:
     from effcli.reports.report import Classification, Exported, Latency, Report, Speed, Stage, Training
@@ -123,7 +123,7 @@ def training_text(training: Training) -> str:
 
 def conditions(stages: Sequence[Stage]) -> list[str]:
     """What the bits per weight are made of, and how the figures were taken: on how many tokens, on what."""
-    found = [line for line in [bits_line(stages)] if line]
+    found = [line for line in (bits_line(stages), zeros_line(stages)) if line]
     for stage in stages:
         quality, speed = stage.quality, stage.speed
         classified = quality.classification if quality else None

@@ -39,7 +39,8 @@ def refuses(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert main(["compress", str(model), *steps, "-o", str(out), *SMALL, *arguments]) == 1
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err.startswith("error: ")
+        stages, _, error = captured.err.partition("error: ")
+        assert error and all(line.startswith("input: ") for line in stages.splitlines())
         assert "Traceback" not in captured.err
         assert digest(model) == before
         left = {path.name for path in set(tmp_path.iterdir()) - others}

@@ -185,8 +185,9 @@ def refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     def run(*arguments: str, model: str = "sample:cnn") -> str:
         out = tmp_path / "out"
         assert main(["compress", model, "-o", str(out), "--quiet", *arguments]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and "Traceback" not in error and error.count("\n") <= 2
+        stages, _, error = capsys.readouterr().err.partition("error: ")
+        assert error and "Traceback" not in error and error.count("\n") <= 2
+        assert all(line.startswith(("input: ", "fold: ")) for line in stages.splitlines())
         assert not out.exists() and not (tmp_path / ".out.effcli").exists()
         return error
 
@@ -202,7 +203,10 @@ def test_bad_requests(refuses: Callable[..., str], tmp_path: Path) -> None:
     assert "put a `fold` step before it" in refuses("--pass=equalize")
     assert "put it after the step that compresses the weights" in refuses("--pass=fold", "--pass=bias_correction")
     assert "is a language model" in refuses("--pass=linear", "--set=evaluate.images=x.npz", model="sample:lm")
-    known = "take linear, awq, smoothquant, kmeans, nf4, binary, ternary, gptq, adaround or auto"
+    known = (
+        "take linear, awq, smoothquant, kmeans, nf4, binary, ternary, gptq, adaround, channels, blocks, auto, "
+        "magnitude, wanda, taylor, sparsegpt or alps"
+    )
     assert known in refuses("--pass=linear", "--pass=fold", model="sample:lm")
 
 

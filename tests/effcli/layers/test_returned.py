@@ -352,7 +352,8 @@ def test_the_package_is_named(
     code = main(["compress", model, "--pass", "own", "--no-eval", "--quiet", "-o", str(tmp_path / "out")])
     said = capsys.readouterr().err
     assert code == 2 and "internal error" not in said and "Traceback" not in said
-    first, second = said.splitlines()
+    *stages, first, second = said.splitlines()
+    assert len(stages) == 1 and stages[0].startswith("input: ")
     assert first.startswith("error: the pass 'own' of the package effcli-wrong returned a tensor (")
     assert " from `apply` for " in first and first.endswith("; it must return an `Outcome`")
     assert second == "  report it to those who make effcli-wrong"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from effcli.reports.columns import conditions
-from effcli.reports.final import bits_line
+from effcli.reports.final import bits_line, zeros_line
 from effcli.reports.report import LedgerRow, Stage
 
 
@@ -56,3 +56,15 @@ def test_what_bits_per_weight_are_made_of(rows: tuple[LedgerRow, ...], line: str
 def test_a_pass_that_compressed_nothing_leaves_what_the_one_before_stored() -> None:
     later = stage(layer("q", "int4 g64 asym", 4310, "kept"), layer("k", "int4 g64 asym", 4310, "kept"), bits=4.5)
     assert bits_line([stage(FIRST, SECOND), later]).startswith("4.50 bits per weight: 2 layers at 4.31 (int4")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [(100, 50, "zeros: 50.0% of 100 weights"), (60, 58, ""), (None, 50, ""), (100, 100, "")],
+)
+def test_zeros_are_told_where_they_were_made(before: int | None, after: int, line: str) -> None:
+    stages = [
+        Stage(name="a", nbytes=1, weights=100, bits_per_weight=1, nonzeros=nonzeros) for nonzeros in (before, after)
+    ]
+    assert zeros_line(stages) == line
+    assert (line in conditions(stages)) == bool(line)

@@ -155,7 +155,7 @@ def test_one_stage_or_none_measured_draws_nothing() -> None:
     st.lists(
         st.builds(
             Mark,
-            nbytes=st.floats(0, 1e12),
+            nbytes=st.integers(0, 10**12),
             value=st.one_of(st.floats(allow_nan=True), st.floats(0.1, 100)),
             name=st.text(max_size=40),
             shown=st.text(max_size=9),

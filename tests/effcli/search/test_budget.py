@@ -200,7 +200,7 @@ def test_flash_is_that_of_the_c_code(net: Path, tmp_path: Path) -> None:
     assert found is not None and found.chosen.limited is not None
     footprint = C().footprint(tmp_path / "out")
     assert footprint.flash == found.chosen.limited <= 3900
-    assert f"flash about {footprint.flash} bytes" in report.exports[0].remarks[1]
+    assert f"flash about {footprint.flash:,} bytes" in report.exports[0].remarks[1]
     tried = [point for point in found.front if point.limited is not None]
     assert any(point.limited > 3900 for point in tried if point.limited is not None)
     assert len(set(found.bits.values())) > 1
