@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 # How the format of a layer begins of which a mask keeps some weights.
 _SPARSE = "sparse"
-# The share of zeros that a run must add before they are told of.
-_NOTICEABLE = 0.05
 
 
 def final_rows(stages: Sequence[Stage]) -> dict[str, LedgerRow]:
@@ -51,17 +49,12 @@ def bits_line(stages: Sequence[Stage]) -> str:
 
 
 def zeros_line(stages: Sequence[Stage]) -> str:
-    """How many of the weights are 0 at the end; empty unless they are noticeably more than at the beginning.
-
-    'zeros: 50.0% of 107,000 weights'.
-    """
-    first, last = stages[0], stages[-1]
-    if first.nonzeros is None or last.nonzeros is None or not (first.weights and last.weights):
+    """How many weights are 0 at the end: 'zeros: 50.0% of 107,000 weights'; empty where no layer is sparse."""
+    last = stages[-1]
+    sparse = any(row.format.startswith(_SPARSE) for row in final_rows(stages).values())
+    if not sparse or last.nonzeros is None or not last.weights:
         return ""
-    before, after = 1 - first.nonzeros / first.weights, 1 - last.nonzeros / last.weights
-    if after - before < _NOTICEABLE:
-        return ""
-    return f"zeros: {units.fraction(after)} of {last.weights:,} weights"
+    return f"zeros: {units.fraction(1 - last.nonzeros / last.weights)} of {last.weights:,} weights"
 
 
 def _beside(formats: Sequence[str]) -> str:
