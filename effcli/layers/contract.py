@@ -139,11 +139,11 @@ class LayerPass(Pass):
 
         The rows of `layer.weight` fall into as many equal parts as there are groups.
         """
-        masks = [None] * len(seen) if layer.mask is None else layer.mask.chunk(len(seen))
-        weights = layer.weight.chunk(len(seen))
-        parts = [dataclasses.replace(layer, weight=part, mask=mask) for part, mask in zip(weights, masks, strict=True)]
         return Outcome.joined(
-            [_outcome(self, "apply", part, self.apply(part, own)) for part, own in zip(parts, seen, strict=True)]
+            [
+                _outcome(self, "apply", part, self.apply(part, own))
+                for part, own in zip(layer.parts(len(seen)), seen, strict=True)
+            ]
         )
 
 
@@ -367,6 +367,14 @@ class Layer:
     mask: Mask | None = None
     biased: bool = False
     kernel: tuple[int, int] = (1, 1)
+
+    def parts(self, groups: int) -> list[Layer]:
+        """The groups of a convolution as layers, each with its equal part of the rows."""
+        masks = [None] * groups if self.mask is None else self.mask.chunk(groups)
+        weights = self.weight.chunk(groups)
+        return [
+            dataclasses.replace(self, weight=weight, mask=mask) for weight, mask in zip(weights, masks, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -110,7 +109,7 @@ class Pruning(LayerPass):
 
     def apply_groups(self, layer: Layer, seen: Sequence[Statistics]) -> Outcome:
         """Prune a grouped convolution: each group is a layer, and what goes of all is the share of all."""
-        groups = parts(layer, len(seen))
+        groups = layer.parts(len(seen))
         sizes = torch.tensor([part.weight.numel() for part in groups])
         gone = torch.tensor([0 if part.mask is None else int((~part.mask.kept).sum()) for part in groups])
         removed = (gone + divided(self.share, layer.weight.numel(), sizes - gone)).tolist()
@@ -147,7 +146,7 @@ class ScoringPass(Pruning):
         """The scores of all groups, one below the other; magnitudes where inputs are asked for and none came."""
         if self._unreached(seen):
             return layer.weight.abs()
-        return torch.cat([self.scores(part, own) for part, own in zip(parts(layer, len(seen)), seen, strict=True)])
+        return torch.cat([self.scores(part, own) for part, own in zip(layer.parts(len(seen)), seen, strict=True)])
 
     def _unreached(self, seen: Sequence[Statistics]) -> bool:
         return bool(self.needs) and not all(own.tokens for own in seen)
@@ -207,15 +206,8 @@ def by_inputs(layer: Layer, seen: Sequence[Statistics]) -> Tensor:
     if not all(own.tokens for own in seen):
         return layer.weight.abs()
     return torch.cat(
-        [part.weight.abs() * own.squares.sqrt() for part, own in zip(parts(layer, len(seen)), seen, strict=True)]
+        [part.weight.abs() * own.squares.sqrt() for part, own in zip(layer.parts(len(seen)), seen, strict=True)]
     )
-
-
-def parts(layer: Layer, groups: int) -> list[Layer]:
-    """The groups of a convolution as layers; a layer of one group as it is."""
-    masks = [None] * groups if layer.mask is None else layer.mask.chunk(groups)
-    weights = layer.weight.chunk(groups)
-    return [dataclasses.replace(layer, weight=weight, mask=mask) for weight, mask in zip(weights, masks, strict=True)]
 
 
 def removals(share: float, scores: Tensor) -> Tensor:
