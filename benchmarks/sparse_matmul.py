@@ -21,7 +21,7 @@ from affine_matmul import SHAPES as GPU_SHAPES
 from int8_matmul import in_turns, ratios
 from torch import Tensor
 
-from effcli.formats import Affine, AffineWeight, Bitmask, Blocks, Dense, DenseWeight, Sparse, SparseWeight
+from effcli.formats import Affine, AffineWeight, Bitmask, Dense, DenseWeight, NOfM, Sparse, SparseWeight
 from effcli.kernels.sparse_matmul import Pairs, Rows, matmul
 
 SHAPES = [(300, 784), (576, 1536), (1536, 576), (4096, 4096)]
@@ -57,7 +57,7 @@ def gpu() -> None:
             "int4": AffineWeight(affine, codes, scale, zero),
         }
         for name, values in numbers.items():
-            weight = SparseWeight(Sparse(Blocks(2, 4), values.format), values, two_of_four(shape))
+            weight = SparseWeight(Sparse(NOfM(2, 4), values.format), values, two_of_four(shape))
             first = Pairs.build(weight, torch.device("cuda"))
             packed = [first] + [Pairs.build(weight, torch.device("cuda")) for _ in range(ROTATED_BYTES // first.nbytes)]
             for count in GPU_ROWS:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from effcli.formats import AffineWeight, Blocks, DenseWeight, Quantized, Sparse, SparseWeight
+from effcli.formats import AffineWeight, DenseWeight, NOfM, Quantized, Sparse, SparseWeight
 from effcli.formats.base import Numbers
 from effcli.kernels._packed import Packed, matmul, reference, route_name
 
@@ -147,7 +147,7 @@ class Pairs(Packed):
     def serves(weight: SparseWeight) -> bool:
         """Whether the weight has this form: a scale must serve whole blocks of four."""
         values = weight.values
-        if weight.format.pattern != Blocks(2, 4) or not values.codes.numel():
+        if weight.format.pattern != NOfM(2, 4) or not values.codes.numel():
             return False
         return weight.format.floating or (
             isinstance(values, AffineWeight)

@@ -19,7 +19,7 @@ from effcli.formats.base import Activations, Described, Entries, Integers, Packi
 from effcli.formats.bits import pack_bits, unpack_bits
 from effcli.formats.codebook import Codebook, CodebookWeight, DoubleQuantized, Kind
 from effcli.formats.dense import Dense, DenseWeight
-from effcli.formats.patterns import Bitmask, Blocks, Gaps, Pattern
+from effcli.formats.patterns import Bitmask, Gaps, NOfM, Pattern
 from effcli.formats.sparse import VALUES, Mask, Sparse, SparseWeight
 from effcli.platform import registry
 from effcli.platform.registry import Registry
@@ -74,7 +74,6 @@ __all__ = [
     "Affine",
     "AffineWeight",
     "Bitmask",
-    "Blocks",
     "Codebook",
     "CodebookWeight",
     "Dense",
@@ -86,6 +85,7 @@ __all__ = [
     "Integers",
     "Kind",
     "Mask",
+    "NOfM",
     "Packing",
     "Pattern",
     "Quantized",

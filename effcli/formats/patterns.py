@@ -43,8 +43,8 @@ class DescribedBlocks(_Described):
     kept: Annotated[int, Field(strict=True, ge=1, le=MOST)]
     of: Annotated[int, Field(strict=True, ge=1, le=MOST)]
 
-    def made(self) -> Blocks:
-        return Blocks(self.kept, self.of)
+    def made(self) -> NOfM:
+        return NOfM(self.kept, self.of)
 
 
 class DescribedGaps(_Described):
@@ -120,7 +120,7 @@ class Bitmask(Pattern):
 
 
 @dataclass(frozen=True)
-class Blocks(Pattern):
+class NOfM(Pattern):
     """n:m sparsity: of every `of` neighbours of a row exactly `kept` stay, such as 2:4. Their places are stored."""
 
     kept: int

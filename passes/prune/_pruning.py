@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from effcli.formats import Blocks, Dense, Mask, Sparse
+from effcli.formats import Dense, Mask, NOfM, Sparse
 from effcli.layers.contract import UNSEEN, Change, Layer, LayerPass, Needs, Outcome, Statistics, Surveyed
 from effcli.passes._feedback import row_errors
 from effcli.passes.prune._allocation import Allocation, Summary, allotted
@@ -45,7 +45,7 @@ class Pruning(LayerPass):
     @classmethod
     def _can_be_kept(cls, value: str | None) -> str | None:
         if value is not None:
-            _blocks(value)
+            _n_of_m(value)
         return value
 
     @model_validator(mode="after")
@@ -59,20 +59,20 @@ class Pruning(LayerPass):
         return self
 
     @property
-    def blocks(self) -> Blocks | None:
+    def n_of_m(self) -> NOfM | None:
         """The pattern of what is kept; None where any weight may go."""
-        return None if self.pattern is None else _blocks(self.pattern)
+        return None if self.pattern is None else _n_of_m(self.pattern)
 
     @property
     def share(self) -> float:
         """The share of the weights that is removed."""
-        if self.blocks is not None:
-            return 1 - self.blocks.kept / self.blocks.of
+        if self.n_of_m is not None:
+            return 1 - self.n_of_m.kept / self.n_of_m.of
         return _HALF if self.sparsity is None else self.sparsity
 
     @property
     def format(self) -> Sparse | None:
-        return None if self.blocks is None else Sparse(self.blocks, Dense(torch.float32))
+        return None if self.n_of_m is None else Sparse(self.n_of_m, Dense(torch.float32))
 
     @property
     def surveys(self) -> Needs | None:
@@ -93,7 +93,7 @@ class Pruning(LayerPass):
 
     def masked(self, kept: Tensor) -> Mask:
         """What is kept of a layer, bool (out, in), in the pattern that was asked for."""
-        return Mask(kept) if self.blocks is None else Mask(kept, self.blocks)
+        return Mask(kept) if self.n_of_m is None else Mask(kept, self.n_of_m)
 
     def chosen(self, scores: Tensor, layer: Layer, by_row: bool = False) -> Mask:
         """Keep the weights of a layer with the highest scores, float32 (out, in).
@@ -102,8 +102,8 @@ class Pruning(LayerPass):
         """
         if layer.mask is not None:
             scores = scores.masked_fill(~layer.mask.kept, -torch.inf)
-        if self.blocks is not None:
-            return self.masked(largest_of(scores, self.blocks))
+        if self.n_of_m is not None:
+            return self.masked(largest_of(scores, self.n_of_m))
         groups = scores if by_row else scores.reshape(1, -1)
         return self.masked(largest(groups, removals(self.share, groups)).view_as(scores))
 
@@ -115,7 +115,7 @@ class Pruning(LayerPass):
         removed = (gone + divided(self.share, layer.weight.numel(), sizes - gone)).tolist()
         outcomes = []
         for part, own, count in zip(groups, seen, removed, strict=True):
-            update = {} if self.blocks is not None else {"sparsity": count / max(part.weight.numel(), 1)}
+            update = {} if self.n_of_m is not None else {"sparsity": count / max(part.weight.numel(), 1)}
             outcomes.append(self.model_copy(update=update).apply(part, own))
         return Outcome.joined(outcomes)
 
@@ -249,16 +249,16 @@ def largest(scores: Tensor, removed: Tensor) -> Tensor:
     return kept
 
 
-def largest_of(scores: Tensor, blocks: Blocks) -> Tensor:
+def largest_of(scores: Tensor, pattern: NOfM) -> Tensor:
     """Keep the largest of all neighbours of scores (out, in) that belong together, bool (out, in)."""
-    groups = scores.reshape(-1, blocks.of)
-    removed = torch.full((len(groups),), blocks.of - blocks.kept, device=scores.device)
+    groups = scores.reshape(-1, pattern.of)
+    removed = torch.full((len(groups),), pattern.of - pattern.kept, device=scores.device)
     return largest(groups, removed).view(scores.shape)
 
 
-def _blocks(pattern: str) -> Blocks:
+def _n_of_m(pattern: str) -> NOfM:
     """The pattern N:M; `ValueError` for what is none."""
     found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
     if found is None:
         raise ValueError(f"{pattern!r} is no pattern N:M, such as 2:4")
-    return Blocks(int(found[1]), int(found[2]))
+    return NOfM(int(found[1]), int(found[2]))

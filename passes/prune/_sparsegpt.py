@@ -42,11 +42,11 @@ def compensated(options: Pruning, layer: Layer, feedback: Feedback) -> Candidate
 
     feedback: of the columns in their own order. What an earlier pass removed goes without being made up for.
     """
-    factors, remaining, blocks = feedback.factors, feedback.remaining.unsqueeze(1), options.blocks
+    factors, remaining, pattern = feedback.factors, feedback.remaining.unsqueeze(1), options.n_of_m
     weight = layer.weight.t().contiguous()
     free = torch.ones_like(weight, dtype=torch.bool) if layer.mask is None else layer.mask.kept.t()
     # Columns that are chosen from together.
-    stretch = _BLOCK if blocks is None else blocks.of
+    stretch = _BLOCK if pattern is None else pattern.of
     block = max(_BLOCK // stretch, 1) * stretch
     there = torch.stack([part.sum() for part in torch.split(free, stretch)])
     removed = divided(options.share, free.numel(), there).unsqueeze(1)
@@ -63,11 +63,11 @@ def compensated(options: Pruning, layer: Layer, feedback: Feedback) -> Candidate
                 factors[part, part].t(), here - weight[part], upper=False, unitriangular=True
             )
             costs = moves.add_(weight[part]).square_().mul_(remaining[part])
-            if blocks is None:
+            if pattern is None:
                 costs = costs.masked_fill_(~free[part], torch.inf).reshape(1, -1)
                 kept[part] = largest(costs, removed[first // stretch]).view_as(here)
             else:
-                kept[part] = largest_of(costs.masked_fill_(~free[part], -1).t(), blocks).t()
+                kept[part] = largest_of(costs.masked_fill_(~free[part], -1).t(), pattern).t()
             stays, made, pulls = kept[part] & free[part], errors[part].t(), factors[part, part].t()
             rows = (each.unbind() for each in (here, stays, pulls, weight[part], left[part], errors[part]))
             for k, (value, stay, pull, before, after, error) in enumerate(zip(*rows, strict=True)):

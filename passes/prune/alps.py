@@ -61,9 +61,9 @@ class ALPS(Pruning):
         """About what `chosen` keeps, without the time that exactness takes."""
         if layer.mask is not None:
             magnitudes = magnitudes.masked_fill(~layer.mask.kept, 0)
-        if self.blocks is not None:
-            groups = magnitudes.view(-1, self.blocks.of)
-            least = groups.kthvalue(self.blocks.of - self.blocks.kept + 1, dim=1, keepdim=True).values
+        if self.n_of_m is not None:
+            groups = magnitudes.view(-1, self.n_of_m.of)
+            least = groups.kthvalue(self.n_of_m.of - self.n_of_m.kept + 1, dim=1, keepdim=True).values
             kept = (groups >= least).view_as(magnitudes)
         else:
             # A stride that meets every column.

@@ -22,12 +22,12 @@ from effcli.formats import (
     Affine,
     AffineWeight,
     Bitmask,
-    Blocks,
     Codebook,
     CodebookWeight,
     Dense,
     DenseWeight,
     Gaps,
+    NOfM,
     Quantized,
     Sparse,
     SparseWeight,
@@ -52,7 +52,7 @@ def two_of_four_in_four_bits(weight: Tensor) -> SparseWeight:
     format = Affine(4, "channel", symmetric=True)
     scale = (weight.float().abs().amax(1, keepdim=True) / 7).to(weight.dtype)
     codes = quantize_codes(weight.float(), scale.float(), float(format.fixed_zero), format)
-    return SparseWeight(Sparse(Blocks(2, 4), format), AffineWeight(format, codes, scale), mask)
+    return SparseWeight(Sparse(NOfM(2, 4), format), AffineWeight(format, codes, scale), mask)
 
 
 def gaps_of_signs(weight: Tensor) -> SparseWeight:

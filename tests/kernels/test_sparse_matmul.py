@@ -15,11 +15,11 @@ from effcli.formats import (
     Affine,
     AffineWeight,
     Bitmask,
-    Blocks,
     Codebook,
     Dense,
     DenseWeight,
     Gaps,
+    NOfM,
     Sparse,
     SparseWeight,
 )
@@ -34,7 +34,7 @@ TRITON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def sparse(values: Values, shape: tuple[int, int], density: float = 0.4, pattern: Blocks | None = None) -> SparseWeight:
+def sparse(values: Values, shape: tuple[int, int], density: float = 0.4, pattern: NOfM | None = None) -> SparseWeight:
     format = Sparse(pattern or Bitmask(), values)
     numbers = weight_in(values, shape)
     assert isinstance(numbers, AffineWeight | DenseWeight)
@@ -59,7 +59,7 @@ def test_pairs_by_hand() -> None:
     """Two blocks in a byte of places, two 4-bit codes in a byte."""
     mask = torch.tensor([[True, False, False, True, False, True, True, False]])
     codes = torch.tensor([[1, 9, 9, 2, 9, 3, 4, 9]], dtype=torch.uint8)
-    format = Sparse(Blocks(2, 4), Affine(4, "channel"))
+    format = Sparse(NOfM(2, 4), Affine(4, "channel"))
     numbers = AffineWeight(Affine(4, "channel"), codes, torch.tensor([[0.5]]), torch.tensor([[2]], dtype=torch.uint8))
     weight = SparseWeight(format, numbers, mask)
     packed = Pairs.build(weight, TRITON)
@@ -76,7 +76,7 @@ PAIRED = [Dense(torch.float32), Dense(torch.bfloat16), Affine(4, "channel"), Aff
 @pytest.mark.parametrize("values", PAIRED, ids=str)
 @pytest.mark.parametrize("rows, out, columns", [(1, 5, 8), (3, 70, 200), (33, 17, 88)])
 def test_pairs(values: Values, rows: int, out: int, columns: int) -> None:
-    weight = sparse(values, (out, columns), pattern=Blocks(2, 4))
+    weight = sparse(values, (out, columns), pattern=NOfM(2, 4))
     assert Pairs.serves(weight)
     packed = Pairs.build(weight, TRITON)
     same(weight, packed.restore())
@@ -89,16 +89,16 @@ def test_pairs(values: Values, rows: int, out: int, columns: int) -> None:
 
 def test_pairs_are_smaller_than_dense_ones() -> None:
     shape = 64, 256
-    bf16 = sparse(Dense(torch.bfloat16), shape, pattern=Blocks(2, 4))
+    bf16 = sparse(Dense(torch.bfloat16), shape, pattern=NOfM(2, 4))
     assert Pairs.build(bf16, TRITON).nbytes == 2 * 64 * 256 * 9 // 16
-    int4 = sparse(Affine(4, "channel", 0, True), shape, pattern=Blocks(2, 4))
+    int4 = sparse(Affine(4, "channel", 0, True), shape, pattern=NOfM(2, 4))
     assert Pairs.build(int4, TRITON).nbytes - 64 * int4.dtype.itemsize == 64 * 256 * 3 // 8
 
 
 def test_parts_of_the_columns_are_summed() -> None:
     from effcli.kernels import _sparse_matmul_triton as kernels
 
-    weight = sparse(Dense(torch.float32), (9, 2080), pattern=Blocks(2, 4))
+    weight = sparse(Dense(torch.float32), (9, 2080), pattern=NOfM(2, 4))
     packed = Pairs.build(weight, TRITON)
     x = torch.randn(2, 2080, generator=torch.Generator().manual_seed(2))
     chosen = kernels.plan(2, (9, 2080), processors=64)
@@ -110,7 +110,7 @@ def test_parts_of_the_columns_are_summed() -> None:
     "values", [Affine(4, "group", 2), Affine(8, "channel"), Affine(8, "channel", 0, True, "token")], ids=str
 )
 def test_pairs_serve_only_what_a_block_has_one_scale_for(values: Values) -> None:
-    assert not Pairs.serves(sparse(values, (4, 8), pattern=Blocks(2, 4)))
+    assert not Pairs.serves(sparse(values, (4, 8), pattern=NOfM(2, 4)))
     assert not Pairs.serves(sparse(Dense(torch.float32), (4, 8)))
 
 
@@ -144,7 +144,7 @@ def test_rows_that_keep_nothing_and_gradients() -> None:
 def test_other_weights_are_multiplied_with_their_zeros() -> None:
     """A dense product is faster than one that skips every other weight."""
     for values in (Dense(torch.float32), Affine(4, "channel"), Codebook("nf4", 4, "group", 64, dtype=torch.float32)):
-        for pattern in (Bitmask(), Blocks(2, 4), Gaps(3)):
+        for pattern in (Bitmask(), NOfM(2, 4), Gaps(3)):
             weight = SparseWeight(Sparse(pattern, values), weight_in(values, (6, 64)), mask_of(pattern, (6, 64)))  # type: ignore[arg-type]
             packed = prepare(weight)
             assert isinstance(packed, Filled) and "zeros filled in" in route_name(packed, 1, torch.float32)

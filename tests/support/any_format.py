@@ -8,12 +8,12 @@ from torch import Tensor
 from effcli.formats import (
     Affine,
     AffineWeight,
-    Blocks,
     Codebook,
     CodebookWeight,
     Dense,
     DenseWeight,
     DoubleQuantized,
+    NOfM,
     Packing,
     Pattern,
     Quantized,
@@ -27,7 +27,7 @@ from effcli.formats.codebook import DOUBLE_BLOCK, fixed_table
 def mask_of(pattern: Pattern, shape: tuple[int, int], seed: int = 0, density: float = 0.4) -> Tensor:
     """A mask bool of this `shape` and, unless the pattern says how many weights it keeps, about this density."""
     numbers = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    if not isinstance(pattern, Blocks):
+    if not isinstance(pattern, NOfM):
         return numbers < density
     parts = numbers.view(-1, pattern.of) if numbers.numel() else numbers.new_zeros(0, pattern.of)
     places = parts.topk(pattern.kept).indices

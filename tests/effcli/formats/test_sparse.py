@@ -17,13 +17,13 @@ from effcli.formats import (
     Affine,
     AffineWeight,
     Bitmask,
-    Blocks,
     Codebook,
     Dense,
     DenseWeight,
     Gaps,
     Integers,
     Mask,
+    NOfM,
     Packing,
     Pattern,
     Sparse,
@@ -36,7 +36,7 @@ from effcli.formats.patterns import smallest
 from effcli.kernels.quantized_matmul import matmul, prepare, route_name
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-PATTERNS: list[Pattern] = [Bitmask(), Blocks(2, 4), Gaps(3), Gaps(4, huffman=True)]
+PATTERNS: list[Pattern] = [Bitmask(), NOfM(2, 4), Gaps(3), Gaps(4, huffman=True)]
 
 
 def dense(numbers: list[list[float]], pattern: Pattern, dtype: torch.dtype = torch.float32) -> SparseWeight:
@@ -59,14 +59,14 @@ def test_a_bitmask_by_hand() -> None:
 
 
 def test_two_of_four_by_hand() -> None:
-    packed = dense([[0, 1, 2, 0, 3, 0, 0, 4]], Blocks(2, 4)).pack()
+    packed = dense([[0, 1, 2, 0, 3, 0, 0, 4]], NOfM(2, 4)).pack()
     # Places 1, 2 and 0, 3, two bits each, the first one lowest.
     assert packed["weight_indices"].tolist() == [[0b11_00_10_01]]
     assert packed["weight"].tolist() == [[1, 2, 3, 4]]
     with pytest.raises(ValueError, match="do not keep 2"):
-        dense([[0, 1, 2, 3, 4, 0, 0, 5]], Blocks(2, 4))
+        dense([[0, 1, 2, 3, 4, 0, 0, 5]], NOfM(2, 4))
     with pytest.raises(ValueError, match="do not divide"):
-        dense([[0, 1, 2]], Blocks(2, 4))
+        dense([[0, 1, 2]], NOfM(2, 4))
 
 
 def test_gaps_by_hand() -> None:
@@ -101,7 +101,7 @@ def test_kept_codes_follow_one_another() -> None:
     pattern=st.one_of(
         st.just(Bitmask()),
         st.builds(Gaps, st.integers(1, 8), st.booleans()),
-        st.integers(1, 9).flatmap(lambda of: st.builds(Blocks, st.integers(1, of), st.just(of))),
+        st.integers(1, 9).flatmap(lambda of: st.builds(NOfM, st.integers(1, of), st.just(of))),
     ),
     rows=st.integers(0, 9),
     columns=st.integers(0, 40),
@@ -159,7 +159,7 @@ def test_a_file_holds_the_weight_and_nbytes_its_size(
     stored = getattr(inner, "scale", None)
     itemsize = stored.dtype.itemsize if isinstance(stored, Tensor) else inner.dtype.itemsize
     promised = weight.format.nbytes(shape, itemsize)
-    exact = isinstance(pattern, Blocks) and not getattr(values, "huffman", False)
+    exact = isinstance(pattern, NOfM) and not getattr(values, "huffman", False)
     assert held(packed) == promised if exact else held(packed) <= promised
 
 
@@ -220,13 +220,13 @@ def test_what_does_not_go_together() -> None:
             SparseWeight(**({"format": weight.format, "values": weight.values, "mask": weight.mask} | change))
     with pytest.raises(ValueError, match="no explicit scale"):
         weight_in(Sparse(Bitmask(), Affine(8, "channel", 0, True, "token")), (2, 4)).with_input_scale(torch.ones(4))
-    for made in (lambda: Blocks(3, 2), lambda: Blocks(1, 300), lambda: Gaps(0), lambda: Gaps(9)):
+    for made in (lambda: NOfM(3, 2), lambda: NOfM(1, 300), lambda: Gaps(0), lambda: Gaps(9)):
         with pytest.raises(ValueError):
             made()
 
 
 def test_damaged_descriptions() -> None:
-    described = Sparse(Blocks(2, 4), Affine(4, "channel")).to_json()
+    described = Sparse(NOfM(2, 4), Affine(4, "channel")).to_json()
     wrong: list[dict[str, Any]] = [
         {**described, "values": described},
         {**described, "values": {**described["values"], "bits": 9}},

@@ -13,7 +13,7 @@ from plain_passes import Tune
 from torch import Tensor
 from torch.testing import assert_close
 
-from effcli.formats import Affine, Bitmask, Blocks, Mask, SparseWeight, unpack
+from effcli.formats import Affine, Bitmask, Mask, NOfM, SparseWeight, unpack
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.network import outputs_of
@@ -41,7 +41,7 @@ class Prune(LayerPass):
         blocks = weight.abs().view(len(weight), -1, 4)
         places = blocks.topk(2, dim=2).indices
         kept = torch.zeros_like(blocks, dtype=torch.bool).scatter_(2, places, True)
-        return Outcome(weight, mask=Mask(kept.view_as(weight), Blocks(2, 4)))
+        return Outcome(weight, mask=Mask(kept.view_as(weight), NOfM(2, 4)))
 
 
 class Fill(LayerPass):
@@ -160,7 +160,7 @@ def test_a_language_model_keeps_its_zeros_and_its_pattern(pattern: bool, llama: 
     result = swept(llama, folder, PassStep(name="prune", config=Prune(pattern=pattern)))
     assert {row.status for row in result.ledger if row.kind == "linear"} == {"changed", "kept"}
     before = open_weights(llama)
-    expected: Any = Blocks(2, 4) if pattern else Bitmask()
+    expected: Any = NOfM(2, 4) if pattern else Bitmask()
     steps: list[Any] = [{"smoothquant": {}}, {"awq": {"bits": 4}}, PassStep(name="fill", config=Fill())]
     names = sorted(open_weights(folder).stored)
     assert len(names) == 14
@@ -187,14 +187,14 @@ def test_a_language_model_keeps_its_zeros_and_its_pattern(pattern: bool, llama: 
 
 def test_masks_by_hand() -> None:
     first = torch.tensor([[True, True, False, False], [False, True, False, True]])
-    mask = Mask(first, Blocks(2, 4))
+    mask = Mask(first, NOfM(2, 4))
     assert mask & None is mask
     both = mask & Mask(torch.tensor([[True, False, True, True]]).expand(2, 4))
     assert both.pattern == Bitmask() and both.kept.tolist() == [
         [True, False, False, False],
         [False, False, False, True],
     ]
-    assert (mask & Mask(torch.ones(2, 4, dtype=torch.bool))).pattern == Blocks(2, 4)
+    assert (mask & Mask(torch.ones(2, 4, dtype=torch.bool))).pattern == NOfM(2, 4)
     weight = torch.arange(1.0, 9.0).view(2, 4)
     assert mask.over(weight).dequantize().tolist() == [[1, 2, 0, 0], [0, 6, 0, 8]]
     low, high = extremes(weight, Affine(4, "channel"))
@@ -205,7 +205,7 @@ def test_masks_by_hand() -> None:
     with pytest.raises(ValueError, match="a mask"):
         mask.over(torch.ones(3, 4))
     with pytest.raises(ValueError, match="do not keep 2"):
-        Mask(torch.ones(2, 4, dtype=torch.bool), Blocks(2, 4)).over(weight)
+        Mask(torch.ones(2, 4, dtype=torch.bool), NOfM(2, 4)).over(weight)
 
 
 def test_a_mask_that_is_a_view() -> None:
@@ -213,7 +213,7 @@ def test_a_mask_that_is_a_view() -> None:
     kept = torch.tensor([[True, False], [True, False], [False, True], [False, True]]).t()
     assert not kept.is_contiguous()
     weight = torch.arange(1.0, 9.0).view(2, 4)
-    sparse = Mask(kept, Blocks(2, 4)).over(weight)
+    sparse = Mask(kept, NOfM(2, 4)).over(weight)
     assert sparse.dequantize().tolist() == [[1, 2, 0, 0], [0, 0, 7, 8]]
     assert torch.equal(unpack(sparse.format, sparse.pack(), (2, 4)).dequantize(), sparse.dequantize())
 
@@ -222,7 +222,7 @@ def test_groups_of_a_convolution_join_their_masks() -> None:
     weight = torch.ones(2, 4)
     half = torch.tensor([[True, False, True, False]] * 2)
     assert Outcome.joined([Outcome(weight), Outcome(weight)]).mask is None
-    joined = Outcome.joined([Outcome(weight, mask=Mask(half, Blocks(2, 4)))] * 2).mask
-    assert joined is not None and joined.pattern == Blocks(2, 4) and torch.equal(joined.kept, half.repeat(2, 1))
-    joined = Outcome.joined([Outcome(weight, mask=Mask(half, Blocks(2, 4))), Outcome(weight)]).mask
+    joined = Outcome.joined([Outcome(weight, mask=Mask(half, NOfM(2, 4)))] * 2).mask
+    assert joined is not None and joined.pattern == NOfM(2, 4) and torch.equal(joined.kept, half.repeat(2, 1))
+    joined = Outcome.joined([Outcome(weight, mask=Mask(half, NOfM(2, 4))), Outcome(weight)]).mask
     assert joined is not None and joined.pattern == Bitmask() and joined.kept[2:].all()

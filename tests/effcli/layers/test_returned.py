@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from effcli.cli import main
 from effcli.errors import PluginError
-from effcli.formats import Affine, Blocks, Mask
+from effcli.formats import Affine, Mask, NOfM
 from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.training import train
 from effcli.layers.contract import (
@@ -88,7 +88,7 @@ WRONG: dict[str, tuple[Callable[[Layer], Any], str, str]] = {
         "a mask whose pattern is a `Pattern`",
     ),
     "a mask of another pattern": (
-        lambda layer: Outcome(layer.weight, {}, Mask(torch.ones(4, 6, dtype=torch.bool), Blocks(1, 2))),
+        lambda layer: Outcome(layer.weight, {}, Mask(torch.ones(4, 6, dtype=torch.bool), NOfM(1, 2))),
         "a mask that is not of its pattern",
         "one that is",
     ),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effcli import passes
 from effcli.errors import RecipeError, SelectionError
-from effcli.formats import Bitmask, Blocks, Mask, SparseWeight
+from effcli.formats import Bitmask, Mask, NOfM, SparseWeight
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
@@ -76,7 +76,7 @@ def test_a_pattern_is_exact(name: str, pattern: str) -> None:
     config = made(name, pattern=pattern)
     layer = Layer("layer", "linear", matrix(5, 24), torch.float32)
     outcome = carry_out(config, layer, (seen(config, matrix(30, 24, 1), 5),))
-    assert outcome.mask is not None and outcome.mask.pattern == Blocks(kept, of)
+    assert outcome.mask is not None and outcome.mask.pattern == NOfM(kept, of)
     assert (outcome.mask.kept.view(-1, of).sum(1) == kept).all()
     assert outcome.notes["sparsity"] == pytest.approx(1 - kept / of, abs=1e-6)
 
@@ -156,7 +156,7 @@ def test_a_layer_may_have_the_other_of_the_two() -> None:
     assert caught.value.remedy == "set one to null"
     step = PassStep.model_validate({"magnitude": options | {"layers": {"x": {"sparsity": 0.3, "pattern": None}}}})
     other: Any = step.for_layer(step.config.layers["x"])
-    assert other.share == 0.3 and other.blocks is None
+    assert other.share == 0.3 and other.n_of_m is None
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -218,7 +218,7 @@ def test_every_architecture(architecture: str, name: str, tmp_path: Path) -> Non
     assert {row.name for row in changed} == weights.stored.keys() and len(changed) > 7
     for row in changed:
         weight = weights.packed(row.name)
-        assert isinstance(weight, SparseWeight) and weight.format.pattern == Blocks(2, 4)
+        assert isinstance(weight, SparseWeight) and weight.format.pattern == NOfM(2, 4)
     assert verify(target).passed
 
 
