@@ -38,9 +38,9 @@ def main() -> None:
 
     from effcli.run import pipeline
     from effcli.run.recipe import PassStep, Recipe, from_arguments
-    from effcli.search.bits import Widths
     from effcli.search.inspect import inspect
-    from effcli.search.stage import with_bits
+    from effcli.search.stage import with_values
+    from effcli.search.values import Assignments
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -66,16 +66,16 @@ def main() -> None:
         started = time.perf_counter()
         found = inspect(list(recipes.values()))
         print(f"{using}: costs by {found.way} in {time.perf_counter() - started:.0f} s", flush=True)
-        widths = Widths(found)
-        uniform = widths.uniform
+        assignments = Assignments(found)
+        uniform = assignments.uniform
         for average in options.average:
-            budget = widths.nbytes(average)
+            budget = assignments.nbytes(average)
             if budget is None:
                 raise SystemExit(f"--average {average:g}: outside of {min(recipes)} to {max(recipes)}")
-            chosen = widths.frontier.at(budget)
-            bits = widths.bits(chosen)
+            chosen = assignments.frontier.at(budget)
+            bits = assignments.values(chosen)
             counts = ", ".join(f"{count} of {width}" for width, count in sorted(Counter(bits.values()).items()))
-            step = with_bits(base.passes[0], bits)
+            step = with_values(base.passes[0], "bits", bits)
             carried_out(base, step, [using, f"{average:g}", f"auto: {counts}"], f"{chosen.cost:.4f}")
             if average in uniform:
                 width = int(average)

@@ -344,8 +344,8 @@ class Evaluator(Protocol):
     def original(self) -> float:
         """The quality of the network that came in; `DataError` where it was not measured."""
 
-    def measure(self, figure: Figure, bits: Mapping[str, int]) -> float:
-        """The figure of a choice that is really carried out; bits: of every layer by name."""
+    def measure(self, figure: Figure, values: Mapping[str, float]) -> float:
+        """The figure of a choice that is really carried out; values: of the option, for every layer by name."""
 
 
 @dataclass(frozen=True)

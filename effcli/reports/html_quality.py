@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from effcli.reports import units
 from effcli.reports.report import Quality, Report, Stage
+from effcli.reports.sensitivity import valued
 from effcli.reports.svg_quality import Mark, quality_plot
 
 # From which loss on a figure is marked, and from which more: relative for perplexity, else in points.
@@ -156,7 +157,8 @@ def _marks(stages: Sequence[Stage], key: str, of: _Figure, scale: float) -> Iter
             for point in {point.nbytes: point for point in (*found.front, *found.uniform)}.values():
                 if point.measured is not None and point.nbytes != found.chosen.nbytes:
                     shown = f"{units.size(point.nbytes + rest)}, {_figure(scale * point.measured, None)}"
-                    name = point.name or f"{point.average_bits:.2f} bits on average"
+                    average = valued(found.sensitivity.option, f"{point.average:.2f}")
+                    name = point.name or f"{average} on average"
                     yield Mark(point.nbytes + rest, scale * point.measured, name, f"{shown} (tried)", tried=True)
         if value is not None:
             error = None if stderr is None else scale * stderr

@@ -1,4 +1,4 @@
-"""Sensitivities, and what a search for bits found, as one HTML file or as JSON."""
+"""Sensitivities, and what a search found, as one HTML file or as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from effcli.reports.html_tables import Field, Folded, Table, headings, missing, 
 from effcli.reports.html_templates import drawn
 from effcli.reports.html_templates import render as rendered
 from effcli.reports.report import LedgerRow
-from effcli.reports.sensitivity import LayerCosts, Point, Search, Sensitivity
+from effcli.reports.sensitivity import LayerCosts, Point, Search, Sensitivity, Value, valued
 
 _WIDTH, _HEIGHT = 960, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 14, 44
@@ -40,11 +40,16 @@ def write_all(found: Sequence[Search], folder: Path) -> None:
 def render(found: Sensitivity | Search) -> str:
     """The whole page."""
     layers = found.sensitivity if isinstance(found, Search) else found
-    what = f"bits per layer for {layers.step}" if isinstance(found, Search) else f"each layer alone with {layers.step}"
-    widths = sorted({option.bits for layer in layers.layers for option in layer.options})
+    what = (
+        f"{layers.option} per layer for {layers.step}"
+        if isinstance(found, Search)
+        else f"each layer alone with {layers.step}"
+    )
+    values = sorted({option.value for layer in layers.layers for option in layer.options})
     axis = svg.layer_axis([_row(layer, 0) for layer in layers.layers])
-    heads = headings(("layer", "shape", *(f"{bits} bits" for bits in widths)), [f"{bits} bits" for bits in widths])
-    table = Table("All layers", heads, [_line(layer, widths) for layer in layers.layers])
+    titles = [valued(layers.option, value) for value in values]
+    heads = headings(("layer", "shape", *titles), titles)
+    table = Table("All layers", heads, [_line(layer, values) for layer in layers.layers])
     return rendered(
         "sensitivity.html.j2",
         title=f"{layers.model} \N{MIDDLE DOT} {what}",
@@ -55,7 +60,7 @@ def render(found: Sensitivity | Search) -> str:
         inputs=f"{layers.inputs:,}",
         unit=layers.unit,
         roles=axis.legend,
-        plots=[(bits, _plot(layers, bits)) for bits in widths],
+        plots=[(title, _plot(layers, value)) for title, value in zip(titles, values, strict=True)],
         layers=Folded("All layers", f"{len(layers.layers)}", table, closed=False),
         remarks=layers.remarks,
     )
@@ -73,13 +78,13 @@ def choices(found: Search) -> Markup:
             [
                 Field(name or "front", row=True),
                 number(point.nbytes, units.size(point.nbytes)),
-                number(point.average_bits, f"{point.average_bits:.2f}"),
+                number(point.average, f"{point.average:.2f}"),
                 number(point.cost, units.significant(point.cost)),
                 *(missing() if value is None else number(value, units.significant(value, 4)) for value in figures),
             ]
         )
     more = (found.limited,) if found.limited else ()
-    titles = ("choice", "layers", "bits", f"cost, {unit}", found.measure or "measured", *more)
+    titles = ("choice", "layers", found.sensitivity.option, f"cost, {unit}", found.measure or "measured", *more)
     return rendered(
         "search.html.j2",
         budget=found.budget,
@@ -129,25 +134,25 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
     return "".join(parts) + "</svg>"
 
 
-def _plot(found: Sensitivity, bits: int) -> Markup:
-    """The costs of all layers with one number of bits."""
+def _plot(found: Sensitivity, value: Value) -> Markup:
+    """The costs of all layers with one value of the option."""
     places = {
         layer.name: at
         for layer in found.layers
         for at, option in enumerate(layer.options)
-        if option.bits == bits and math.isfinite(option.cost)
+        if option.value == value and math.isfinite(option.cost)
     }
     costs = {layer.name: layer.options[places[layer.name]].cost for layer in found.layers if layer.name in places}
     rows = [_row(layer, places[layer.name]) for layer in found.layers if layer.name in places]
     axis = svg.layer_axis([_row(layer, 0) for layer in found.layers], costs)
-    label = f"Cost of each layer with {bits} bits"
+    label = f"Cost of each layer with {valued(found.option, value)}"
     picture = svg.figure_plot(axis, rows, lambda row: costs[row.name], units.significant, label, log=True, height=240)
     return drawn(picture)
 
 
-def _line(layer: LayerCosts, widths: Sequence[int]) -> list[Field]:
-    costs = {option.bits: option.cost for option in layer.options}
-    cells = (number(costs[bits], units.significant(costs[bits])) if bits in costs else missing() for bits in widths)
+def _line(layer: LayerCosts, values: Sequence[Value]) -> list[Field]:
+    costs = {option.value: option.cost for option in layer.options}
+    cells = (number(costs[each], units.significant(costs[each])) if each in costs else missing() for each in values)
     return [Field(layer.name, row=True), Field(units.shape(layer.shape)), *cells]
 
 

@@ -16,7 +16,7 @@ from effcli.files.documents import check_model, read_object
 from effcli.options import Record
 from effcli.reports.sensitivity import Search
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "report.json"
 # How a finished checkpoint is loaded: by transformers, by `effcli.load` alone, or as a graph by `effcli.load`.
 Layout = Literal["standard", "effcli", "graph"]

@@ -1,4 +1,4 @@
-"""What quantizing each layer alone costs, and the choices of bits that follow, as records."""
+"""What each layer alone costs with one option of a pass, and the choices that follow, as records."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from pydantic import Field
 
 from effcli.options import Record
 
+# The option of a pass that is chosen for every layer.
+Varied = Literal["bits", "sparsity", "ratio"]
+# Bits stay whole numbers, in JSON too.
+Value = int | float
 Way = Literal["gram", "fisher", "loss"]
 Unit = Literal["relative output error", "nats", "relative squared error"]
 
 
 class Option(Record):
-    """One layer with one number of bits, all others as they were."""
+    """One layer with one value of the option, all others as they were."""
 
-    bits: int
+    value: Value
     format: str
     nbytes: int = Field(description="of the layer's weight on disk, scales and zero points included")
     output_error: float = Field(description="mean ‖(W - Ŵ) x‖² / mean ‖W x‖² on the calibration inputs")
@@ -23,7 +27,7 @@ class Option(Record):
 
 
 class LayerCosts(Record):
-    """One layer with every number of bits, fewest first."""
+    """One layer with every value of the option, the least first."""
 
     name: str
     kind: str
@@ -32,11 +36,12 @@ class LayerCosts(Record):
 
 
 class Sensitivity(Record):
-    """What quantizing each layer alone costs with one pass."""
+    """What each layer alone costs with one pass."""
 
     model: str
     step: str = Field(description="the pass")
-    settings: dict[str, Any] = Field(default_factory=dict, description="its options, but for the bits")
+    settings: dict[str, Any] = Field(default_factory=dict, description="its options, but for the one that varies")
+    option: Varied = Field(description="the one that varies")
     way: Way = Field(description="gram and fisher predict, loss measures")
     unit: Unit
     inputs: int = Field(description="calibration tokens, or inputs of a network that reads no text")
@@ -58,18 +63,18 @@ _WAYS: dict[Way, str] = {
 
 
 class Point(Record):
-    """One choice of bits for all layers."""
+    """One choice of the option for all layers."""
 
     name: str = Field(description="'3 bits' where all layers have the same, else how it was chosen")
     nbytes: int = Field(description="of the layers' weights")
-    average_bits: float = Field(description="over the weights of the layers, scales and zero points left out")
+    average: float = Field(description="of the option over the weights of the layers, scales and zero points left out")
     cost: float = Field(description="sum of the layers' costs")
     measured: float | None = Field(default=None, description="perplexity, or accuracy, where it was measured")
     limited: float | None = Field(default=None, description="the figure that the budget limits, where it was measured")
 
 
 class Search(Record):
-    """What a search for bits under a budget found."""
+    """What a search under a budget found."""
 
     name: str = Field(default="", description="the pass that searched, as the recipe names it")
     fixed_bytes: int | None = Field(
@@ -78,13 +83,19 @@ class Search(Record):
     sensitivity: Sensitivity
     budget: str = Field(description="as it was asked for")
     front: tuple[Point, ...] = Field(description="the cheapest choices, fewest bytes first")
-    uniform: tuple[Point, ...] = Field(description="every layer with the same bits")
+    uniform: tuple[Point, ...] = Field(description="every layer with the same value")
     chosen: Point
-    bits: dict[str, int] = Field(description="of every layer")
+    values: dict[str, Value] = Field(description="of the option, for every layer")
     measure: str = Field(default="", description="what was measured of the points, empty when nothing was")
     limited: str = Field(
         default="", description="the measured figure that the budget limits besides quality, with its unit"
     )
 
 
-__all__ = ["LayerCosts", "Option", "Point", "Search", "Sensitivity", "Unit", "Way"]
+def valued(option: Varied, text: float | str) -> str:
+    """A value of an option in words: `3 bits`, `sparsity 0.5`."""
+    shown = text if isinstance(text, str) else f"{text:g}"
+    return f"{shown} bits" if option == "bits" else f"{option} {shown}"
+
+
+__all__ = ["LayerCosts", "Option", "Point", "Search", "Sensitivity", "Unit", "Value", "Varied", "Way", "valued"]

@@ -1,13 +1,15 @@
-"""What quantizing each layer alone costs, and what a search found, as tables in a terminal."""
+"""What each layer alone costs, and what a search found, as tables in a terminal."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from effcli.reports import units
-from effcli.reports.sensitivity import Search, Sensitivity
+from effcli.reports.sensitivity import Search, Sensitivity, valued
 from effcli.reports.text import Name, Text
 
 # Points of a front that a terminal shows.
@@ -15,22 +17,23 @@ _SHOWN = 12
 
 
 def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableType:
-    """Every layer with its cost at each number of bits, the dearest first (at most `most`; None: all)."""
-    widths = sorted({option.bits for layer in found.layers for option in layer.options})
+    """Every layer with its cost at each value of the option, the dearest first (at most `most`; None: all)."""
+    values = sorted({option.value for layer in found.layers for option in layer.options})
+    titles = {value: valued(found.option, value) for value in values}
     ranked = sorted(found.layers, key=lambda layer: -layer.options[0].cost)
     shown = ranked if most is None else ranked[:most]
     narrowest = max((Name(layer.name).narrowest for layer in shown), default=None)
-    result = _table("layer", "shape", *(f"{bits} bits" for bits in widths), "", narrowest=narrowest)
+    result = _table("layer", "shape", *titles.values(), "", narrowest=narrowest)
     top = max((layer.options[0].cost for layer in ranked), default=0.0)
     for layer in shown:
-        costs = {option.bits: units.significant(option.cost) for option in layer.options}
+        costs = {option.value: units.significant(option.cost) for option in layer.options}
         bar = "\N{FULL BLOCK}" * round(12 * layer.options[0].cost / top) if top > 0 else ""
-        cells = (costs.get(bits, "") for bits in widths)
+        cells = (costs.get(value, "") for value in values)
         result.add_row(Name(layer.name), units.shape(layer.shape), *cells, Text(bar, style="cyan"))
     which = f"{len(shown)} of {units.count(len(ranked), 'layer')}, dearest first" if len(shown) < len(ranked) else ""
     lines = [found.explained, *([which] if which else [])]
-    sums = {bits: sum(o.cost for layer in ranked for o in layer.options if o.bits == bits) for bits in widths}
-    total = ", ".join(f"{bits} bits {units.significant(value)}" for bits, value in sums.items())
+    sums = {value: sum(o.cost for layer in ranked for o in layer.options if o.value == value) for value in values}
+    total = ", ".join(f"{titles[value]} {units.significant(cost)}" for value, cost in sums.items())
     lines += [f"sum over the layers: {total}"]
     return Group(
         Text(f"{found.model}: each layer alone with {found.step}", style="bold"),
@@ -60,12 +63,13 @@ def search_table(found: Search) -> RenderableType:
         measured = ("" if value is None else units.significant(value, 4) for value in figures)
         style = "bold" if point.name == "chosen" else ""
         sizes = (point.nbytes, *((point.nbytes + fixed,) if fixed is not None else ()))
-        cells = (*map(units.size, sizes), f"{point.average_bits:.2f}", units.significant(point.cost), *measured)
+        cells = (*map(units.size, sizes), f"{point.average:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
-    counts = {bits: list(found.bits.values()).count(bits) for bits in sorted(set(found.bits.values()))}
-    taken = ", ".join(f"{units.count(count, 'layer')} of {bits} bits" for bits, count in counts.items())
+    option = found.sensitivity.option
+    counts = sorted(Counter(found.values.values()).items())
+    taken = ", ".join(f"{units.count(count, 'layer')} of {valued(option, value)}" for value, count in counts)
     beside = f"files: these layers and at most {units.size(fixed)} for all else" if fixed is not None else ""
-    title = f"bits per layer for {found.sensitivity.step}: {found.budget}"
+    title = f"{option} per layer for {found.sensitivity.step}: {found.budget}"
     return Group(
         Text(f"{found.name}: {title}" if found.name else title, style="bold"),
         result,

@@ -1,4 +1,4 @@
-"""What other numbers of bits cost each layer of a checkpoint, of either kind of network."""
+"""What other values of an option cost each layer of a checkpoint, of either kind of network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from effcli.formats import Packing
 from effcli.layers.result import Progress
 from effcli.layers.selection import needs_of
-from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Way
+from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Value, Way
 from effcli.search.journal import SearchJournal
 
 if TYPE_CHECKING:
@@ -47,18 +47,18 @@ def sensitivity(
     for name, first in variants[0].items():
         if first.config is None:
             continue
-        options: dict[int, Option] = {}
+        options: dict[Value, Option] = {}
         for choices, costs in zip(variants, found, strict=True):
             config: Any = choices[name].config
             format: Packing = config.format
             options[config.bits] = Option(
-                bits=config.bits,
+                value=config.bits,
                 format=str(format),
                 nbytes=format.nbytes(first.site.shape, priced.itemsize(choices[name])),
                 output_error=costs[name].output_error,
                 cost=costs[name].cost,
             )
-        ordered = tuple(options[bits] for bits in sorted(options))
+        ordered = tuple(options[value] for value in sorted(options))
         layers.append(LayerCosts(name=name, kind=first.site.kind, shape=first.site.shape, options=ordered))
     remarks = list(priced.remarks)
     if way != "gram" and priced.samples > 1 and needs_of(variants):
@@ -68,6 +68,7 @@ def sensitivity(
         model=network.recipe.model,
         step=steps[0].name,
         settings=settings,
+        option="bits",
         way=way,
         unit="relative output error" if way == "gram" else priced.unit,
         inputs=priced.inputs,

@@ -24,15 +24,15 @@ from effcli.layers.selection import matches
 from effcli.options import Record
 from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.report import Quality, Stage
-from effcli.reports.sensitivity import Search, Sensitivity
+from effcli.reports.sensitivity import Search, Sensitivity, Varied
 from effcli.reports.units import size
 from effcli.run.listener import phases, told
 from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep
-from effcli.search.bits import check_average, check_size
 from effcli.search.budget import Figure
 from effcli.search.journal import SearchJournal
 from effcli.search.sensitivity import sensitivity
+from effcli.search.values import check_average, check_size
 
 if TYPE_CHECKING:
     from effcli.layers.result import Phases, Progress
@@ -214,7 +214,7 @@ class _Running:
             Asked(self.options, "choose").expect(found, Search, "a `Search`")
             found = found.model_copy(update={"name": self.name, "fixed_bytes": self.fixed_bytes})
             self.journal.record("found", found)
-        return with_bits(self.steps[0], found.bits), found
+        return with_values(self.steps[0], found.sensitivity.option, found.values), found
 
     @property
     def costs(self) -> Sensitivity:
@@ -247,17 +247,17 @@ class _Running:
     def original(self) -> float:
         return _quality(self.name, self.network, self.position.original.quality)
 
-    def measure(self, figure: Figure, bits: Mapping[str, int]) -> float:
-        key = hashlib.sha256(json.dumps([figure, dict(bits)], sort_keys=True).encode()).hexdigest()[:16]
+    def measure(self, figure: Figure, values: Mapping[str, float]) -> float:
+        key = hashlib.sha256(json.dumps([figure, dict(values)], sort_keys=True).encode()).hexdigest()[:16]
         known = self.journal.recall(_Found, f"{figure}-{key}")
         if known is None:
-            target = self._sweep(with_bits(self.steps[0], bits), self.position.source, "trial")
+            target = self._sweep(with_values(self.steps[0], self.costs.option, values), self.position.source, "trial")
             known = _Found(value=self._measured(figure, target))
             self.journal.record(f"{figure}-{key}", known)
         return known.value
 
     def _measured(self, figure: Figure, checkpoint: Path) -> float:
-        """A figure of the network whose layers have the bits of a choice."""
+        """A figure of the network whose layers have the values of a choice."""
         tell = _as_often_as_found(phases(self.listener, self.name))
         if figure == "latency":
             found = self.network.measure(checkpoint, False, quality=False, phases=tell).milliseconds
@@ -327,20 +327,20 @@ def _integer(key: str, passes: Sequence[PassStep]) -> Sequence[PassStep]:
     raise RecipeError(f"{key}: no later pass makes the network integer, as C code needs", "let int8 be the last pass")
 
 
-def with_bits(step: PassStep, bits: Mapping[str, int]) -> PassStep:
-    """The step with these bits for these layers: the most frequent for all, the others under `layers` by name."""
+def with_values(step: PassStep, option: Varied, values: Mapping[str, float]) -> PassStep:
+    """The step with these values of an option: the most frequent for all, the others under `layers` by name."""
     config: Any = step.config
-    (usual, _), *_ = Counter(bits.values()).most_common()
+    (usual, _), *_ = Counter(values.values()).most_common()
     layers = dict(config.layers)
-    for name, own in bits.items():
+    for name, own in values.items():
         matching = [options for pattern, options in config.layers.items() if matches(name, pattern)]
         given = matching[-1] if matching else {}
-        if given.get("bits", usual) != own:
+        if given.get(option, usual) != own:
             # Of several patterns that match the last one counts: an entry that stood before another one moves.
             key = glob.escape(name)
             layers.pop(key, None)
-            layers[key] = {**given, "bits": own}
-    return PassStep(name=step.name, config=config.model_copy(update={"bits": usual, "layers": layers}))
+            layers[key] = {**given, option: own}
+    return PassStep(name=step.name, config=config.model_copy(update={option: usual, "layers": layers}))
 
 
-__all__ = ["Position", "carry_out", "check", "check_measured", "plan", "with_bits"]
+__all__ = ["Position", "carry_out", "check", "check_measured", "plan", "with_values"]

@@ -14,8 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from effcli.layers.contract import Evaluator, Needs, SearchPass
 from effcli.reports.sensitivity import Search, Sensitivity, Way
-from effcli.search.bits import choose_bits
 from effcli.search.budget import Budgeted
+from effcli.search.values import choose_values
 
 # What every pass can be told belongs to the pass whose bits are chosen.
 _PASSED_ON = ("ignore", "layers", "lm_head")
@@ -83,4 +83,4 @@ class Auto(Budgeted, SearchPass):
         return self.measured > 0 or self.budget.of_quality
 
     def choose(self, costs: Sensitivity, evaluator: Evaluator) -> Search:
-        return choose_bits(costs, self.budget, evaluator, self.measured)
+        return choose_values(costs, self.budget, evaluator, self.measured)

@@ -106,14 +106,13 @@ def test_recipes_that_name_no_data(recipe: dict[str, object]) -> None:
 
 def searched(measure: str, *measured: float | None) -> Search:
     points = tuple(
-        Point(name="", nbytes=10 * (k + 1), average_bits=k + 2, cost=1.0, measured=value)
-        for k, value in enumerate(measured)
+        Point(name="", nbytes=10 * (k + 1), average=k + 2, cost=1.0, measured=value) for k, value in enumerate(measured)
     )
     costs = Sensitivity(
-        model="m", step="awq", way="gram", unit="relative output error", inputs=1, layers=(), seconds=1.0
+        model="m", step="awq", option="bits", way="gram", unit="relative output error", inputs=1, layers=(), seconds=1.0
     )
     return Search(
-        sensitivity=costs, budget="3 bits", front=points, uniform=(), chosen=points[1], bits={}, measure=measure
+        sensitivity=costs, budget="3 bits", front=points, uniform=(), chosen=points[1], values={}, measure=measure
     )
 
 

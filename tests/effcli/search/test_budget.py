@@ -21,8 +21,8 @@ from effcli.run import recipe as recipes
 from effcli.run.network import Measured
 from effcli.run.recipe import PassStep
 from effcli.search import stage as stages
-from effcli.search.bits import choose_bits
 from effcli.search.budget import QUANTITIES, Budget, Figure, Quantity
+from effcli.search.values import choose_values
 
 BITS = (2, 3, 4, 8)
 COSTS = {2: 16.0, 3: 4.0, 4: 1.0, 8: 0.01}
@@ -33,13 +33,15 @@ def sensitivity(layers: int = 3) -> Sensitivity:
 
     def costs(k: int) -> LayerCosts:
         options = tuple(
-            Option(bits=bits, format=f"int{bits}", nbytes=100 * (k + 1) * bits, output_error=0.1, cost=(k + 1) * cost)
+            Option(value=bits, format=f"int{bits}", nbytes=100 * (k + 1) * bits, output_error=0.1, cost=(k + 1) * cost)
             for bits, cost in COSTS.items()
         )
         return LayerCosts(name=f"layer{k}", kind="linear", shape=(10, 10 * (k + 1)), options=options)
 
     found = tuple(costs(k) for k in range(layers))
-    return Sensitivity(model="m", step="linear", way="gram", unit="nats", inputs=1, layers=found, seconds=0)
+    return Sensitivity(
+        model="m", step="linear", option="bits", way="gram", unit="nats", inputs=1, layers=found, seconds=0
+    )
 
 
 class Network:
@@ -52,18 +54,18 @@ class Network:
     def __init__(self, figure: Callable[[int], float], original: float = 100.0) -> None:
         self.figure = figure
         self.begin = original
-        self.measured: list[dict[str, int]] = []
+        self.measured: list[dict[str, float]] = []
 
     def original(self) -> float:
         return self.begin
 
-    def measure(self, figure: Figure, bits: Mapping[str, int]) -> float:
-        self.measured.append(dict(bits))
-        return self.figure(nbytes(bits))
+    def measure(self, figure: Figure, values: Mapping[str, float]) -> float:
+        self.measured.append(dict(values))
+        return self.figure(nbytes(values))
 
 
-def nbytes(bits: Mapping[str, int]) -> int:
-    return sum(100 * (int(name[-1]) + 1) * own for name, own in bits.items())
+def nbytes(values: Mapping[str, float]) -> int:
+    return sum(100 * (int(name[-1]) + 1) * int(own) for name, own in values.items())
 
 
 def cheapest(keeps: Callable[[int], bool]) -> float:
@@ -77,8 +79,8 @@ def cheapest(keeps: Callable[[int], bool]) -> float:
 @pytest.mark.parametrize("limit", [2200, 2900, 3600, 5799, 5800])
 def test_a_size_is_kept_at_the_least_cost(limit: int) -> None:
     network = Network(lambda nbytes: 0.0)
-    found = choose_bits(sensitivity(), Budget(quantity="size", limit=limit), network)
-    assert nbytes(found.bits) == found.chosen.nbytes <= limit - 1000
+    found = choose_values(sensitivity(), Budget(quantity="size", limit=limit), network)
+    assert nbytes(found.values) == found.chosen.nbytes <= limit - 1000
     assert found.chosen.cost == pytest.approx(cheapest(lambda nbytes: nbytes <= limit - 1000))
     assert network.measured == [] and found.limited == ""
 
@@ -87,9 +89,9 @@ def test_a_size_is_kept_at_the_least_cost(limit: int) -> None:
 @pytest.mark.parametrize("limit", [130.0, 200.0, 333.0, 480.0, 1000.0])
 def test_a_measured_figure_is_kept_at_the_least_cost_on_the_front(quantity: Quantity, limit: float) -> None:
     network = Network(lambda nbytes: nbytes / 10)
-    found = choose_bits(sensitivity(), Budget(quantity=quantity, limit=limit), network)
+    found = choose_values(sensitivity(), Budget(quantity=quantity, limit=limit), network)
     assert found.chosen.limited is not None and found.chosen.limited <= limit
-    assert found.chosen.limited == nbytes(found.bits) / 10
+    assert found.chosen.limited == nbytes(found.values) / 10
     larger = [point for point in found.front if point.nbytes > found.chosen.nbytes]
     assert all(point.nbytes / 10 > limit for point in larger)
     # Both ends, and the bisection between them; each choice once.
@@ -102,7 +104,7 @@ def test_a_measured_figure_is_kept_at_the_least_cost_on_the_front(quantity: Quan
 @pytest.mark.parametrize("limit", [0.12, 0.2, 0.5])
 def test_the_smallest_choice_that_keeps_the_quality(limit: float) -> None:
     network = Network(lambda nbytes: 100 + 50_000 / nbytes)
-    found = choose_bits(sensitivity(), Budget(quantity="perplexity_increase", limit=limit), network)
+    found = choose_values(sensitivity(), Budget(quantity="perplexity_increase", limit=limit), network)
     assert found.chosen.measured is not None and found.chosen.measured <= 100 * (1 + limit)
     smaller = [point for point in found.front if point.nbytes < found.chosen.nbytes]
     assert all(100 + 50_000 / point.nbytes > 100 * (1 + limit) for point in smaller)
@@ -111,17 +113,17 @@ def test_the_smallest_choice_that_keeps_the_quality(limit: float) -> None:
 
 def test_quality_is_measured_beside_another_budget() -> None:
     network = Network(lambda nbytes: nbytes / 10)
-    found = choose_bits(sensitivity(), Budget(quantity="flash", limit=300), network, measured=2)
+    found = choose_values(sensitivity(), Budget(quantity="flash", limit=300), network, measured=2)
     assert found.measure == "perplexity" and found.chosen.measured == found.chosen.limited
 
 
 def test_a_figure_that_falls_with_the_bytes() -> None:
     """Fewer bits can take more memory, for weights that are unpacked before they are used."""
     network = Network(lambda nbytes: 700 - nbytes / 100)
-    found = choose_bits(sensitivity(), Budget(quantity="ram", limit=660), network)
-    assert set(found.bits.values()) == {8}
+    found = choose_values(sensitivity(), Budget(quantity="ram", limit=660), network)
+    assert set(found.values.values()) == {8}
     with pytest.raises(SelectionError, match="it is 688 B with the fewest and 652 B with the most bits"):
-        choose_bits(sensitivity(), Budget(quantity="ram", limit=600), network)
+        choose_values(sensitivity(), Budget(quantity="ram", limit=600), network)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_a_figure_that_falls_with_the_bytes() -> None:
 )
 def test_what_no_choice_keeps(quantity: Quantity, figure: Callable[[int], float], message: str) -> None:
     with pytest.raises((SelectionError, RecipeError), match=message):
-        choose_bits(sensitivity(), Budget(quantity=quantity, limit=900), Network(figure))
+        choose_values(sensitivity(), Budget(quantity=quantity, limit=900), Network(figure))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_flash_is_that_of_the_c_code(net: Path, tmp_path: Path) -> None:
     assert f"flash about {footprint.flash:,} bytes" in report.exports[0].remarks[1]
     tried = [point for point in found.front if point.limited is not None]
     assert any(point.limited > 3900 for point in tried if point.limited is not None)
-    assert len(set(found.bits.values())) > 1
+    assert len(set(found.values.values())) > 1
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_the_plan_and_the_search_refuse_the_same_sizes(
     def check(name: str, limit: int, smallest: int, largest: int) -> None:
         ends.append((smallest, largest))
 
-    for place in ("effcli.search.stage.check_size", "effcli.search.bits.check_size"):
+    for place in ("effcli.search.stage.check_size", "effcli.search.values.check_size"):
         monkeypatch.setattr(place, check)
     graph_run(net, tmp_path / "out", "auto:using=linear,by=gram,size=4600", no_eval=True)
     assert len(ends) == 2 and ends[0] == ends[1]

@@ -27,7 +27,7 @@ from effcli.run import pipeline
 from effcli.run import recipe as recipes
 from effcli.run.recipe import PassStep
 from effcli.search.budget import Budget
-from effcli.search.stage import with_bits
+from effcli.search.stage import with_values
 
 
 class Alike(SearchPass):
@@ -58,7 +58,7 @@ class Alike(SearchPass):
             points[width] = Point(
                 name=f"{width} bits",
                 nbytes=sum(layer.options[at].nbytes for layer in costs.layers),
-                average_bits=width,
+                average=width,
                 cost=sum(layer.options[at].cost for layer in costs.layers),
                 measured=evaluator.measure(evaluator.quality, bits),
             )
@@ -70,7 +70,7 @@ class Alike(SearchPass):
             front=shown,
             uniform=shown,
             chosen=points[best],
-            bits={layer.name: best for layer in costs.layers},
+            values={layer.name: best for layer in costs.layers},
             measure=evaluator.quality,
         )
 
@@ -139,7 +139,7 @@ def test_another_search_is_carried_out_like_auto(net: Path, tmp_path: Path, caps
     assert main(["compress", *arguments, *small, "-o", str(tmp_path / "out")]) == 0
     stage = Report.read(tmp_path / "out").stages[-1]
     assert stage.name == "linear" and stage.search is not None
-    assert set(stage.search.bits.values()) == {8}
+    assert set(stage.search.values.values()) == {8}
     assert {row.format.split()[0] for row in stage.ledger} == {"int8"}
     assert recipes.load(tmp_path / "out" / "recipe.yaml").passes[1].config.model_dump()["bits"] == 8
     assert "accuracy" in capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_chosen_bits_outlive_a_wider_pattern_behind_them() -> None:
     step = PassStep.model_validate({"linear": {"bits": 4, "layers": layers}})
     graph = small_graphs.separable()
     bits = {site.name: 4 for site in graph.sites()} | {"layer0": 8}
-    found = {name: choice.config for name, choice in choose(graph, with_bits(step, bits)).items()}
+    found = {name: choice.config for name, choice in choose(graph, with_values(step, "bits", bits)).items()}
     assert {name: own.bits for name, own in found.items()} == bits  # type: ignore[union-attr]
     assert found["layer0"].granularity == "tensor"  # type: ignore[union-attr]
 
@@ -211,6 +211,6 @@ def test_the_order_of_alternatives_does_not_matter(net: Path, tmp_path: Path) ->
         recipe = recipes.from_arguments(str(net), passes=[step], output=str(tmp_path / name), overrides=small)
         stage = pipeline.run(recipe).stages[-1]
         assert stage.search is not None and stage.nbytes <= 4600
-        found[name] = stage.search.bits
+        found[name] = stage.search.values
     assert found["auto"] == found["backwards"]
     assert len(set(found["auto"].values())) > 1

@@ -134,7 +134,7 @@ def test_the_report_holds_what_the_search_found(net: Path, tmp_path: Path, capsy
     assert found.chosen.measured is not None and len(found.front) > 2 and len(found.uniform) == 4
     assert report.recipe["passes"] == [{"linear": report.stages[-1].options}]
     assert {row.name: row.format.split()[0] for row in report.stages[-1].ledger} == {
-        name: f"int{bits}" for name, bits in found.bits.items()
+        name: f"int{bits}" for name, bits in found.values.items()
     }
     page = (tmp_path / "out" / "report.html").read_text()
     label = 'aria-label="Cost of the cheapest choices over their size, logarithmic axis"'

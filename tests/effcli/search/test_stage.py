@@ -68,7 +68,7 @@ def test_a_recipe_without_a_search_stays_as_it_is(llama: Path, resolve: Resolve)
 @pytest.mark.parametrize("bits", [2.5, 3, 3.7, 4, 8])
 def test_average_bits(llama: Path, bits: float, resolve: Resolve) -> None:
     resolved, (found,) = resolve(recipe(llama, auto(average_bits=bits)))
-    uniform = {round(point.average_bits): point for point in found.uniform}
+    uniform = {round(point.average): point for point in found.uniform}
 
     assert list(uniform) == [2, 3, 4, 8]
     below, above = max(b for b in uniform if b <= bits), min(b for b in uniform if b >= bits)
@@ -77,10 +77,10 @@ def test_average_bits(llama: Path, bits: float, resolve: Resolve) -> None:
     assert found.chosen.nbytes <= budget
     if below == above:
         assert found.chosen.cost <= uniform[below].cost
-    assert set(found.bits.values()) <= {2, 3, 4, 8}
+    assert set(found.values.values()) <= {2, 3, 4, 8}
     assert resolved.passes[0].name == "linear"
     assert resolved.passes[0].candidates == ()
-    assert [layer.name for layer in found.sensitivity.layers] == list(found.bits)
+    assert [layer.name for layer in found.sensitivity.layers] == list(found.values)
 
 
 def test_what_is_written_gives_the_same_bytes_again(llama: Path, tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_what_is_written_gives_the_same_bytes_again(llama: Path, tmp_path: Path)
 
     found = Search.model_validate_json((tmp_path / "a" / "search.json").read_text())
     ledger = {row.name: row for row in pipeline.Report.read(tmp_path / "a").stages[-1].ledger}
-    assert sum(ledger[name].nbytes for name in found.bits) == found.chosen.nbytes
-    for name, bits in found.bits.items():
+    assert sum(ledger[name].nbytes for name in found.values) == found.chosen.nbytes
+    for name, bits in found.values.items():
         assert ledger[name].format.startswith(f"int{bits} ")
     assert "<svg" in (tmp_path / "a" / "search.html").read_text()
 
@@ -110,7 +110,7 @@ def test_a_size_in_bytes_is_kept(llama: Path, tmp_path: Path, resolve: Resolve) 
     report = pipeline.run(resolved, overwrite=True)
 
     assert report.stages[-1].nbytes <= limit
-    assert found.chosen.average_bits > 3
+    assert found.chosen.average > 3
 
 
 @pytest.mark.parametrize(
@@ -154,19 +154,19 @@ def test_bits_of_its_own_stay_with_a_layer(llama: Path, resolve: Resolve) -> Non
     layers = {"*.down_proj": {"bits": 8}, "*.q_proj": {"group_size": 16}}
     resolved, (found,) = resolve(recipe(llama, auto(average_bits=3.5, layers=layers, bits=[2, 3, 4])))
 
-    assert all((bits == 8) == name.endswith("down_proj") for name, bits in found.bits.items())
+    assert all((bits == 8) == name.endswith("down_proj") for name, bits in found.values.items())
     config: Any = resolved.passes[0].config
     for choice in choose(open_weights(llama).skeleton, resolved.passes[0]).values():
         if choice.config is not None:
             own: Any = choice.config
-            assert own.bits == found.bits[choice.site.name]
+            assert own.bits == found.values[choice.site.name]
             assert own.group_size == (16 if choice.site.name.endswith("q_proj") else 32)
     assert list(config.layers)[:2] == list(layers)
 
 
 def test_layers_with_brackets_in_their_names() -> None:
     step = PassStep.model_validate({"linear": {"bits": 2, "group_size": 16}})
-    config: Any = stages.with_bits(step, {"a[0].b": 4, "c": 3, "d": 3}).config
+    config: Any = stages.with_values(step, "bits", {"a[0].b": 4, "c": 3, "d": 3}).config
     assert config.bits == 3
     assert config.layers == {"a[[]0].b": {"bits": 4}}
 
@@ -184,12 +184,12 @@ def test_a_graph_behind_another_step(tmp_path: Path, resolve: Resolve) -> None:
     assert [step.name for step in resolved.passes] == ["fold", "linear"]
     assert found.sensitivity.way == "loss"
     assert found.sensitivity.unit == "nats"
-    uniform = next(point for point in found.uniform if point.average_bits == 4)
+    uniform = next(point for point in found.uniform if point.average == 4)
     assert found.chosen.nbytes <= uniform.nbytes
     assert found.chosen.cost < uniform.cost
     report = pipeline.run(resolved, overwrite=True)
     ledger = {row.name: row for row in report.stages[-1].ledger}
-    assert sum(ledger[name].nbytes for name in found.bits) == found.chosen.nbytes
+    assert sum(ledger[name].nbytes for name in found.values) == found.chosen.nbytes
 
 
 def test_accuracy_of_a_graph(resolve: Resolve) -> None:
@@ -285,7 +285,7 @@ def test_inspect(llama: Path, model: str, way: str, tmp_path: Path, capsys: pyte
     assert stored.layers == found.layers
     for layer in found.layers:
         few, many = layer.options
-        assert (few.bits, many.bits) == (3, 8)
+        assert (few.value, many.value) == (3, 8)
         assert few.nbytes < many.nbytes
         assert few.cost >= 0
 

@@ -1,4 +1,4 @@
-"""The bits of every layer under a budget, from what each number of bits costs each layer.
+"""The value of an option in every layer under a budget, from what each value costs each layer.
 
 A budget of bytes follows from the formats alone: the cheapest choice of so many bytes. Any other figure is measured of
 choices along the front, the cheapest for each number of bytes, by bisection. What is chosen was measured and keeps the
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 
 from effcli.errors import RecipeError, SelectionError
 from effcli.layers.contract import Evaluator
-from effcli.reports.sensitivity import Point, Search, Sensitivity
+from effcli.reports.sensitivity import Point, Search, Sensitivity, Value, valued
 from effcli.reports.units import significant, size
 from effcli.search.budget import Budget, Figure, figure_title
 from effcli.search.knapsack import Assignment, Frontier
@@ -21,8 +21,8 @@ _POINTS = 33
 _NOISE = 0.05
 
 
-def choose_bits(costs: Sensitivity, budget: Budget, evaluator: Evaluator, measured: int = 0) -> Search:
-    """The bits of every layer that keep `budget` at the least cost, with the front and the uniform choices beside them.
+def choose_values(costs: Sensitivity, budget: Budget, evaluator: Evaluator, measured: int = 0) -> Search:
+    """The values that keep `budget` at the least cost, with the front and the uniform choices beside them.
 
     measured: the quality of so many points along the front is measured, and that of the choice. Raises
     `SelectionError` for a budget that no choice keeps, and for one that every choice keeps or misses alike.
@@ -44,11 +44,11 @@ def check_size(name: str, limit: int, smallest: int, largest: int) -> None:
         )
 
 
-def check_average(name: str, bits: float, widths: Collection[int]) -> None:
+def check_average(name: str, bits: float, widths: Collection[float]) -> None:
     """Raise `SelectionError` for an average of bits outside of `widths`, those that the search `name` chooses from."""
     if not min(widths) <= bits <= max(widths):
         raise SelectionError(
-            f"{name}.average_bits: {bits:g} is outside of the bits to choose from, {min(widths)} to {max(widths)}",
+            f"{name}.average_bits: {bits:g} is outside of the bits to choose from, {min(widths):g} to {max(widths):g}",
             "choose a number between them, or offer other `bits`",
         )
 
@@ -58,8 +58,8 @@ class _Chooser:
         self.costs = costs
         self.budget = budget
         self.evaluator = evaluator
-        self.widths = Widths(costs)
-        self.frontier = self.widths.frontier
+        self.assignments = Assignments(costs)
+        self.frontier = self.assignments.frontier
         self.front = self.frontier.points(_POINTS)
         # What was measured of each choice.
         self.found: dict[Figure, dict[tuple[int, ...], float]] = {}
@@ -76,9 +76,12 @@ class _Chooser:
             sensitivity=self.costs,
             budget=str(self.budget),
             front=tuple(self._point(choice, "") for choice in sorted(shown.values(), key=lambda c: c.nbytes)),
-            uniform=tuple(self._point(choice, f"{width} bits") for width, choice in self.widths.uniform.items()),
+            uniform=tuple(
+                self._point(choice, valued(self.costs.option, value))
+                for value, choice in self.assignments.uniform.items()
+            ),
             chosen=self._point(chosen, "chosen"),
-            bits=self.widths.bits(chosen),
+            values=self.assignments.values(chosen),
             measure=quality if quality in self.found else "",
             limited="" if figure in (None, quality) else figure_title(figure),
         )
@@ -108,8 +111,8 @@ class _Chooser:
         return self.frontier.at(nbytes)
 
     def _average(self, bits: float) -> int:
-        check_average(self.evaluator.name, bits, self.widths.uniform)
-        return self.widths.nbytes(bits)
+        check_average(self.evaluator.name, bits, self.assignments.uniform)
+        return self.assignments.nbytes(bits)
 
     def _smallest(self, figure: Figure) -> Assignment:
         """The smallest choice on the front whose measured quality keeps the budget."""
@@ -147,25 +150,25 @@ class _Chooser:
         """The figure of a choice, really carried out."""
         found = self.found.setdefault(figure, {})
         if choice.options not in found:
-            found[choice.options] = self.evaluator.measure(figure, self.widths.bits(choice))
+            found[choice.options] = self.evaluator.measure(figure, self.assignments.values(choice))
         return found[choice.options]
 
     def _point(self, choice: Assignment, name: str) -> Point:
-        bits = self.widths.bits(choice)
+        values = self.assignments.values(choice)
         weights = {layer.name: layer.shape[0] * layer.shape[1] for layer in self.costs.layers}
         quality, figure = self.evaluator.quality, self.budget.figure
         return Point(
             name=name,
             nbytes=choice.nbytes,
-            average_bits=sum(weights[layer] * own for layer, own in bits.items()) / max(sum(weights.values()), 1),
+            average=sum(weights[layer] * own for layer, own in values.items()) / max(sum(weights.values()), 1),
             cost=choice.cost,
             measured=self.found.get(quality, {}).get(choice.options),
             limited=None if figure in (None, quality) else self.found.get(figure, {}).get(choice.options),
         )
 
 
-class Widths:
-    """The choices of bits that layers leave, by what they cost. frontier: the cheapest ones for every budget."""
+class Assignments:
+    """The choices that layers leave, by what they cost. frontier: the cheapest ones for every budget."""
 
     def __init__(self, found: Sensitivity) -> None:
         self._layers = found.layers
@@ -175,26 +178,26 @@ class Widths:
         )
 
     @property
-    def uniform(self) -> dict[int, Assignment]:
-        """Every layer with the same bits; a layer that has bits of its own keeps them."""
+    def uniform(self) -> dict[Value, Assignment]:
+        """Every layer with the same value; a layer that has one of its own keeps it."""
         found = {}
-        places = [[option.bits for option in layer.options] for layer in self._layers]
-        for bits in sorted({width for own in places for width in own}):
-            if all(bits in own or len(own) == 1 for own in places):
-                found[bits] = self.frontier.choice([own.index(bits) if bits in own else 0 for own in places])
+        places = [[option.value for option in layer.options] for layer in self._layers]
+        for value in sorted({each for own in places for each in own}):
+            if all(value in own or len(own) == 1 for own in places):
+                found[value] = self.frontier.choice([own.index(value) if value in own else 0 for own in places])
         return found
 
-    def nbytes(self, bits: float) -> int:
-        """The bytes of `bits` for every layer, between two whole numbers interpolated; `ValueError` outside of them."""
+    def nbytes(self, average: float) -> int:
+        """The bytes of a value for every layer, between two that were priced interpolated; `ValueError` outside."""
         uniform = self.uniform
-        below = max(each for each in uniform if each <= bits)
-        above = min(each for each in uniform if each >= bits)
-        share = (bits - below) / (above - below) if above > below else 0.0
+        below = max(each for each in uniform if each <= average)
+        above = min(each for each in uniform if each >= average)
+        share = (average - below) / (above - below) if above > below else 0.0
         return int(uniform[below].nbytes + share * (uniform[above].nbytes - uniform[below].nbytes))
 
-    def bits(self, choice: Assignment) -> dict[str, int]:
-        """The bits of every layer by name."""
-        return {layer.name: layer.options[at].bits for layer, at in zip(self._layers, choice.options, strict=True)}
+    def values(self, choice: Assignment) -> dict[str, Value]:
+        """The value in every layer by name."""
+        return {layer.name: layer.options[at].value for layer, at in zip(self._layers, choice.options, strict=True)}
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
@@ -210,4 +213,4 @@ def _figure(figure: Figure, value: float) -> str:
     return size(int(value)) if figure in ("ram", "flash") else f"{significant(value)} ms"
 
 
-__all__ = ["Widths", "check_average", "check_size", "choose_bits"]
+__all__ = ["Assignments", "check_average", "check_size", "choose_values"]
