@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -187,14 +188,24 @@ def _divergences(graph: Graph, trials: Mapping[str, Trial], batches: Batches) ->
         original = graph.run(batch)
         whole += len(batch) if classifier else float(original.double().square().sum())
         for name, trial in trials.items():
-            weight: Tensor = graph.layer(name).weight  # type: ignore[assignment]
-            before = weight.detach().clone()
-            assert trial.weight is not None
-            with torch.no_grad():
-                weight.copy_(trial.weight.reshape(weight.shape))
+            with _with_trial(graph.layer(name), trial):
                 sums[name] += _divergence(original, graph.run(batch), classifier)
-                weight.copy_(before)
     return {name: max(0.0, total / whole) if whole > 0 else 0.0 for name, total in sums.items()}
+
+
+@contextmanager
+@torch.no_grad()
+def _with_trial(layer: nn.Module, trial: Trial) -> Iterator[None]:
+    """A layer that has the weight and the bias of a trial in between."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor) and trial.weight is not None
+    before = weight.detach().clone()
+    weight.copy_(trial.weight.reshape(weight.shape))
+    if trial.shift is not None:
+        layer.bias = nn.Parameter(bias + trial.shift if isinstance(bias, Tensor) else trial.shift)
+    yield
+    weight.copy_(before)
+    layer.bias = bias
 
 
 def _divergence(original: Tensor, other: Tensor, classifier: bool) -> float:
@@ -268,6 +279,8 @@ def _error(graph: Graph, name: str, trial: Trial) -> nn.Module:
     for parameter in moved.parameters():
         parameter.zero_()
     weight.copy_(error)
+    if trial.shift is not None:
+        moved.bias = nn.Parameter(trial.shift, requires_grad=False)
     return moved
 
 

@@ -7,7 +7,7 @@ inputs are seen batch by batch, as sums.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from effcli.errors import DataError
 from effcli.graphs.backward import gradients
 from effcli.graphs.coupling import coupled, cut
+from effcli.graphs.cutting import look_at
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import GraphCosts, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
@@ -172,17 +173,8 @@ def _cut(
     name, options = step.name, step.config
     assert isinstance(options, CutPass)
     progress(0, 1)
-    tensors = graph.module.state_dict()
     offered = offer(name, options, coupled(graph), choices)
-
-    def slopes(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
-        return gradients(graph, sites, labelled() if labelled is not None else (), offered.needs)
-
-    def statistics(sites: Sequence[LayerSite]) -> Mapping[str, Seen]:
-        assert batches is not None
-        return OpenGraph(graph, offered.needs.statistics).observe((site.name for site in sites), batches())
-
-    decided = decide(name, options, offered, tensors.__getitem__, slopes, statistics, lambda site: True)
+    decided = decide(options, offered, look_at(graph, offered, batches or (lambda: ()), labelled or (lambda: ())))
     before, restored, cuts = graph.sites(), [], list(decided.cuts)
     restore = restoring(step, before, offered, decided.cuts)
     if restore is not None:

@@ -22,16 +22,16 @@ from effcli.language.journal import Journal
 from effcli.language.ledger import other_rows
 from effcli.language.observing import StoredStatistics
 from effcli.language.sweep import fingerprint, sweep
-from effcli.language.weights import Weights, open_weights
-from effcli.layers.contract import CutPass, Needs
+from effcli.language.weights import CPU, Weights, open_weights
+from effcli.layers.contract import CutPass, Members, Needs
 from effcli.layers.coupling import Coupled, Cut
-from effcli.layers.cutting import GradientsOf, Offered, SeenOf, decide, offer, rows
+from effcli.layers.cutting import Offered, decide, look, offer, rows
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.restoring import restoring
 from effcli.layers.result import PassResult, Progress
 from effcli.layers.selection import Choice, choose
-from effcli.layers.statistics import Gradients, Statistics
+from effcli.layers.statistics import Gradients
 from effcli.options import Options
 from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.report import LedgerRow
@@ -64,6 +64,41 @@ def cut_model(
         raise UnfinishedError(journal.damage)
     run = _Cutting(source, weights, step, windows, journal, device or weights.device, progress)
     return run.carry_out(target)
+
+
+def look_at(
+    source: Path,
+    weights: Weights,
+    offered: Offered,
+    batches: Sequence[Tensor],
+    folder: Path,
+    device: torch.device = CPU,
+) -> Members:
+    """What a pass asks for of the groups of a language model that it is offered.
+
+    batches: token ids int64 (windows, length); folder: for what is kept as long as that is looked at; device: where
+    blocks run.
+    """
+    skeleton = weights.skeleton
+    trust, biases = skeleton.trust_remote_code, skeleton.model.state_dict().keys()
+
+    def gradients(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
+        names = {site.name for site in sites}
+        inside = [skeleton.block_layers(k) for k in range(len(skeleton.blocks))]
+        blocks = [[site for site in block if site.name in names] for block in inside]
+        stored = StoredGradients(source, blocks, None, batches, offered.needs, folder, trust, device)
+        return _BlockGradients(stored, blocks)
+
+    def statistics(sites: Sequence[LayerSite], needs: Needs = offered.needs.statistics) -> StoredStatistics:
+        return StoredStatistics(source, sites, batches, needs, folder, trust, device)
+
+    def influence() -> Tensor:
+        return statistics([], Needs.NOTHING).influence
+
+    def biased(site: LayerSite) -> bool:
+        return f"{site.name}.bias" in biases
+
+    return look(offered, weights.parameter, gradients, statistics, biased, influence)
 
 
 class _Decision(Options):
@@ -109,17 +144,8 @@ class _Cutting:
         groups = [depth(weights, choices)] if step.config.depth else coupled(weights)
         offered = offer(step.name, step.config, groups, choices)
         if not self.journal.done:
-            biases = weights.skeleton.model.state_dict().keys()
-            decided = decide(
-                step.name,
-                step.config,
-                offered,
-                weights.parameter,
-                self._gradients(offered),
-                self._statistics(offered),
-                lambda site: f"{site.name}.bias" in biases,
-                self._influence,
-            )
+            batches = () if self.windows is None else self.windows.batches
+            decided = decide(step.config, offered, look_at(self.source, weights, offered, batches, work, self.device))
             removed = {one.coupled.name: tuple((~one.kept).nonzero().flatten().tolist()) for one in decided.cuts}
             scores = {one.coupled.name: one.scores.tolist() for one in decided.cuts if one.scores is not None}
             self.journal.record("decided", {"removed": removed, "scores": scores, "remarks": decided.remarks})
@@ -148,43 +174,6 @@ class _Cutting:
             self.journal.remove()
         self.progress(2, 2)
         return result
-
-    def _gradients(self, offered: Offered) -> GradientsOf:
-        def gradients(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
-            skeleton, names = self.weights.skeleton, {site.name for site in sites}
-            inside = [skeleton.block_layers(k) for k in range(len(skeleton.blocks))]
-            blocks = [[site for site in block if site.name in names] for block in inside]
-            stored = StoredGradients(
-                self.source,
-                blocks,
-                None,
-                self._batches,
-                offered.needs,
-                self.journal.folder,
-                skeleton.trust_remote_code,
-                self.device,
-            )
-            return _BlockGradients(stored, blocks)
-
-        return gradients
-
-    def _statistics(self, offered: Offered) -> SeenOf:
-        def statistics(sites: Sequence[LayerSite]) -> Mapping[str, Sequence[Statistics]]:
-            trust = self.weights.skeleton.trust_remote_code
-            needs = offered.needs.statistics
-            return StoredStatistics(self.source, sites, self._batches, needs, self.journal.folder, trust, self.device)
-
-        return statistics
-
-    def _influence(self) -> Tensor:
-        trust = self.weights.skeleton.trust_remote_code
-        nothing, folder = Needs.NOTHING, self.journal.folder
-        return StoredStatistics(self.source, [], self._batches, nothing, folder, trust, self.device).influence
-
-    @property
-    def _batches(self) -> Sequence[Tensor]:
-        assert self.windows is not None
-        return self.windows.batches
 
     def _restored(self, offered: Offered, cuts: Sequence[Cut]) -> PassResult | None:
         """Write the network with its readers restored, and zeros for what goes, into the journal's folder.

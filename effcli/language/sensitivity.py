@@ -12,6 +12,7 @@ measure that.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,14 +193,11 @@ class _Loss(Trials):
         with self.opened(k), torch.inference_mode():
             weights = self.block_weights(k)
             for number, (_, name, trial) in enumerate(entries):
-                weight = weights[name]
-                original = weight.clone()
-                assert trial.weight is not None
-                weight.copy_(trial.weight)
-                for at, batch in enumerate(self.measured):
-                    hidden = incoming.read(batch)
-                    spool.write(number * size + at, self.stream.through(k, hidden, self.call(k, batch)))
-                weight.copy_(original)
+                bias = None if trial.shift is None else self.bias(k, name)
+                with _with_trial(weights[name], bias, trial):
+                    for at, batch in enumerate(self.measured):
+                        hidden = incoming.read(batch)
+                        spool.write(number * size + at, self.stream.through(k, hidden, self.call(k, batch)))
         self.tick()
         for j in range(k + 1, self.count):
             with self.opened(j), torch.inference_mode():
@@ -222,10 +220,24 @@ class _Loss(Trials):
             costs[name] = Cost(trial.output_error, max(0.0, total / self.tokens))
 
 
-def _error(trial: Trial, weight: Tensor) -> Tensor:
-    """How far the trial moves the weight; takes the place of the trial's own, for a block's are many."""
+@contextmanager
+def _with_trial(weight: Tensor, bias: Tensor | None, trial: Trial) -> Iterator[None]:
+    """A layer that has the weight of a trial in between; bias: of the layer, where the trial shifts it."""
+    changed = [weight] if bias is None else [weight, bias]
+    before = [own.clone() for own in changed]
     assert trial.weight is not None
-    return trial.weight.sub_(weight)
+    weight.copy_(trial.weight)
+    if bias is not None and trial.shift is not None:
+        bias.add_(trial.shift)
+    yield
+    for own, value in zip(changed, before, strict=True):
+        own.copy_(value)
+
+
+def _error(trial: Trial, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """How far the trial moves the weight and the bias; takes the place of the trial's own, for a block's are many."""
+    assert trial.weight is not None
+    return trial.weight.sub_(weight), trial.shift
 
 
 _WAYS: dict[Way, type[Trials]] = {"gram": _OutputError, "fisher": _Fisher, "loss": _Loss}

@@ -269,6 +269,11 @@ class Trials(ABC):
         sites = self._taken(self.skeleton.block_layers(k))
         return {site.name: site.view(block.get_parameter(site.parameter.removeprefix(prefix))) for site in sites}
 
+    def bias(self, k: int, name: str) -> Tensor:
+        """The bias of a layer of block k that has one; the block is open."""
+        own = name.removeprefix(self.skeleton.block_names[k] + ".")
+        return self.skeleton.blocks[k].get_parameter(f"{own}.bias")
+
     @property
     def tokens(self) -> int:
         """How many tokens the cost is measured on."""

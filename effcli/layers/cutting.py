@@ -95,23 +95,20 @@ def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mappi
     return Offered(tuple(offered), chosen, sites, tuple(remarks))
 
 
-def decide(
-    name: str,
-    options: CutPass,
+def look(
     offered: Offered,
     read: Callable[[str], Tensor],
     gradients: GradientsOf = lambda sites: {},
     statistics: SeenOf = lambda sites: {},
     biased: Callable[[LayerSite], bool] = lambda site: False,
     influence: Callable[[], Tensor] | None = None,
-) -> Decided:
-    """Let the pass called `name` say what stays of the groups that it is offered.
+) -> Members:
+    """What the options of the groups that a pass is offered ask for.
 
     read: a parameter by its state-dict key; gradients: of layers, statistics: of the inputs of each of their groups,
-    where the pass asks for them; biased: whether a layer has a bias or may be given one; influence: of blocks. Raises
-    `PluginError` for a cut of a group that the pass was not given.
+    where they are asked for; biased: whether a layer has a bias or may be given one; influence: of blocks.
     """
-    groups, remarks, needs = offered.groups, list(offered.remarks), offered.needs
+    groups, needs = offered.groups, offered.needs
     found: Mapping[str, Sequence[Statistics]] = {}
     if needs.statistics:
         found = statistics(_distinct(site for group in groups for _, site in offered.readers(group)))
@@ -135,8 +132,19 @@ def decide(
             return _placed(offered.sites.get(parameter, ()), made, read(parameter))
 
         seen = dataclasses.replace(seen, gradients=placed, samples=samples)
+    return seen
+
+
+def decide(options: CutPass, offered: Offered, seen: Members) -> Decided:
+    """Let a pass say what stays of the groups that it is offered.
+
+    seen: of these groups, with any options of theirs. Raises `PluginError` for a cut of a group that the pass was not
+    given.
+    """
+    groups, remarks = offered.groups, list(offered.remarks)
     asked = Asked(options, "cut")
-    made_cuts = asked.expect(options.cut(groups, seen), Sequence, "a list of `Cut`")
+    made = options.cut(groups, dataclasses.replace(seen, chosen=offered.chosen))
+    made_cuts = asked.expect(made, Sequence, "a list of `Cut`")
     cuts = tuple(one for one in made_cuts if asked.expect(one, Cut, "a list of `Cut`").changes)
     strange = next((one for one in cuts if not any(one.coupled is group for group in groups)), None)
     if strange is not None:
@@ -232,4 +240,4 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-__all__ = ["Decided", "GradientsOf", "Offered", "SeenOf", "columns_of", "decide", "offer", "rows", "spans"]
+__all__ = ["Decided", "GradientsOf", "Offered", "SeenOf", "columns_of", "decide", "look", "offer", "rows", "spans"]

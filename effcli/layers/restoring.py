@@ -21,7 +21,7 @@ from torch import Tensor
 
 from effcli.errors import NumericsError
 from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
-from effcli.layers.coupling import Cut, staying
+from effcli.layers.coupling import Coupled, Cut, staying
 from effcli.layers.cutting import Offered, columns_of
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import ratio
@@ -35,14 +35,14 @@ _LEAST_DAMPING = 1e-8
 
 
 class Removal(Options):
-    """The columns that a layer loses, ascending, and how much its least squares are damped."""
+    """The columns that a layer loses, ascending, and how much its least squares are damped; None fits nothing."""
 
     columns: tuple[int, ...]
-    damping: float
+    damping: float | None
 
 
 class Restoring(LayerPass):
-    """What an engine carries out after a pass has decided what it cuts. removed: by layer; others stay as they are."""
+    """What is left of layers once columns are removed from them. removed: by layer."""
 
     removed: dict[str, Removal]
 
@@ -55,7 +55,7 @@ class Restoring(LayerPass):
         kept = torch.ones(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
         kept[list(removal.columns)] = False
         plain = layer.weight * kept
-        if not seen.tokens:
+        if removal.damping is None or not removal.columns or not seen.tokens:
             return Outcome(plain)
         weight, gram = layer.weight.double(), seen.matrix.double() / seen.tokens
         mean = seen.mean.double() if layer.biased else torch.zeros_like(seen.mean).double()
@@ -114,17 +114,27 @@ def restoring(step: PassStep, sites: Iterable[LayerSite], offered: Offered, cuts
     sites: all layers of the network.
     """
     cuts = [one for one in cuts if offered.chosen[one.coupled.name].restoring is not None]
+    groups = [one.coupled for one in cuts]
+    return removing(step, sites, offered, cuts, groups) if any(map(offered.readers, groups)) else None
+
+
+def removing(
+    step: PassStep, sites: Iterable[LayerSite], offered: Offered, cuts: Iterable[Cut], groups: Iterable[Coupled]
+) -> PassStep:
+    """The step that leaves zeros where `cuts` take columns of the layers that read `groups`.
+
+    What is left of these layers is restored where the pass wants that. sites: all layers of the network.
+    """
     stay = staying(cuts)
     removed: dict[str, Removal] = {}
-    for one in cuts:
-        damping = offered.chosen[one.coupled.name].restoring
-        for _, site in offered.readers(one.coupled):
-            gone = columns_of(site, ~stay[site.parameter, site.column_axis])
-            removed[site.name] = Removal(columns=tuple(gone.nonzero().flatten().tolist()), damping=damping or 0.0)
-    if not removed:
-        return None
+    for group in groups:
+        damping = offered.chosen[group.name].restoring
+        for _, site in offered.readers(group):
+            own = stay.get((site.parameter, site.column_axis))
+            gone = () if own is None else tuple(columns_of(site, ~own).nonzero().flatten().tolist())
+            removed[site.name] = Removal(columns=gone, damping=damping)
     others = tuple(glob.escape(site.name) for site in sites if site.name not in removed)
     return step.model_copy(update={"config": Restoring(removed=removed, ignore=others)})
 
 
-__all__ = ["Removal", "Restoring", "restored", "restoring"]
+__all__ = ["Removal", "Restoring", "removing", "restored", "restoring"]

@@ -25,10 +25,11 @@ _ROWS = 1024
 class Slopes:
     """Sum of the squared slopes of a loss along errors D of one layer's weight, one sample after the other.
 
-    errors: float32 (out, in) each; squares: Σ ⟨∇_W, D⟩² over the samples, one number for each error.
+    errors: float32 (out, in) each, with an error s of the bias (out,) or None; squares: Σ (⟨∇_W, D⟩ + ⟨∇_b, s⟩)² over
+    the samples, one number for each error.
     """
 
-    def __init__(self, errors: Sequence[Tensor]) -> None:
+    def __init__(self, errors: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         self.squares = [0.0] * len(errors)
         self._errors = errors
         self._sample = [0.0] * len(errors)
@@ -37,8 +38,10 @@ class Slopes:
         """Take in inputs (..., in) and gradients at the outputs (..., out) of the sample at hand."""
         rows = gradients.reshape(-1, gradients.shape[-1]).float()
         slope = rows.t() @ inputs.reshape(-1, inputs.shape[-1]).float()
-        for at, error in enumerate(self._errors):
+        for at, (error, shift) in enumerate(self._errors):
             self._sample[at] += float(torch.dot(slope.flatten(), error.flatten()))
+            if shift is not None:
+                self._sample[at] += float(rows.sum(0) @ shift)
 
     def end_sample(self) -> None:
         """The next inputs are those of another sample."""
@@ -53,12 +56,13 @@ class Trial:
 
     energy, whole: mean squared norm of each output's error and of the output itself, float32 (out,), None where no
     inputs were seen; weight: what the layer then multiplies its unscaled inputs with, float32 (out, in), None unless
-    it was to be kept.
+    it was to be kept; shift: what is added to its bias, float32 (out,), None for nothing.
     """
 
     energy: Tensor | None
     whole: Tensor | None
     weight: Tensor | None
+    shift: Tensor | None = None
 
     @property
     def output_error(self) -> float:
@@ -128,26 +132,35 @@ class Probe:
         made = outcome.weight
         restored = made.dequantize(torch.float32) if isinstance(made, Quantized) else made.float()
         Asked(options, "apply", layer.name).check_finite(restored)
-        energy, whole = (energies(of, seen) if seen else None for of in (restored - layer.weight, layer.weight))
-        self._trials[layer.name] = Trial(energy, whole, restored if self._keep_weights else None)
+        energy = energies(restored - layer.weight, seen, outcome.shift) if seen else None
+        whole = energies(layer.weight, seen) if seen else None
+        self._trials[layer.name] = Trial(energy, whole, restored if self._keep_weights else None, outcome.shift)
         return outcome
 
     def _as_it_was(self, name: str, trial: Trial) -> Trial:
         rows, columns = self.factors(name)
-        energy, whole, weight = trial.energy, trial.whole, trial.weight
+        energy, whole, weight, shift = trial.energy, trial.whole, trial.weight, trial.shift
         if rows is not None:
+            shift = None if shift is None else shift * rows
             energy, whole = (None if of is None else of * rows.square() for of in (energy, whole))
             weight = None if weight is None else weight * rows.unsqueeze(1)
         if columns is not None:
             weight = None if weight is None else weight / columns
-        return Trial(energy, whole, weight)
+        return Trial(energy, whole, weight, shift)
 
 
-def energies(weight: Tensor, seen: Sequence[Statistics]) -> Tensor:
-    """Mean squared output of each row of weight (out, in), float32 (out,); `seen`: of each group of rows in turn."""
+def energies(weight: Tensor, seen: Sequence[Statistics], shift: Tensor | None = None) -> Tensor:
+    """Mean squared output of each row of weight (out, in), float32 (out,); `seen`: of each group of rows in turn.
+
+    shift: what is added to each output, (out,), for which `seen` must have means; None for zeros.
+    """
     parts = []
     for gram, part in zip(seen, weight.chunk(len(seen)), strict=True):
         for start in range(0, part.shape[0], _ROWS):
             rows = part[start : start + _ROWS].float()
             parts.append((rows @ gram.matrix).mul_(rows).sum(1) / max(gram.tokens, 1))
-    return torch.cat(parts) if parts else weight.new_zeros(0)
+    found = torch.cat(parts) if parts else weight.new_zeros(0)
+    if shift is None:
+        return found
+    means = torch.cat([part.float() @ own.mean for own, part in zip(seen, weight.chunk(len(seen)), strict=True)])
+    return (found + shift * (2 * means + shift)).clamp_(min=0)

@@ -14,6 +14,7 @@ from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph, class_count
 from effcli.graphs.sensitivity import layer_costs
 from effcli.layers.contract import Layer, Statistics, carry_out
+from effcli.layers.restoring import Removal, Restoring
 from effcli.layers.selection import choose
 from effcli.reports.sensitivity import Way
 from effcli.run.recipe import PassStep
@@ -119,6 +120,23 @@ def test_every_pass_with_bits(name: str, way: Way, tmp_path: Path) -> None:
     for layer, cost in many.items():
         assert 0 <= cost.cost <= few[layer].cost
         assert 0 <= cost.output_error < 0.1 * few[layer].output_error
+
+
+@pytest.mark.parametrize("way", ["fisher", "loss"])
+def test_what_a_bias_takes_counts(way: Way, tmp_path: Path) -> None:
+    """A convolution without a bias is given one, and the weight that it loses is made up for but for a rest."""
+    inputs = torch.cat([torch.randn(64, 1, 4, generator=torch.Generator().manual_seed(1)), torch.ones(64, 1, 4)], 1)
+    graph = small_graphs.chain((2, 4), nn.Conv1d(2, 3, 1, bias=False), "relu.default", ("mean.dim", [2]))
+    graph.save(tmp_path)
+    found = {}
+    for damping in (None, 0.0):
+        config = Restoring(removed={"layer0": Removal(columns=(1,), damping=damping)})
+        variants = [choose(graph, PassStep(name="cut", config=config))]
+        (costs,) = layer_costs(tmp_path, variants, lambda: iter(inputs.split(16)), way)
+        found[damping] = costs["layer0"]
+    assert found[None].cost > 1e-3 and found[None].output_error > 0.01
+    assert found[0.0].cost < 1e-9 and found[0.0].output_error < 1e-9
+    assert graph.layer("layer0").bias is None
 
 
 def test_the_network_is_left_as_it_was(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import architectures
 import pytest
@@ -16,12 +17,26 @@ from effcli.formats import Affine
 from effcli.inputs.text import Windows
 from effcli.language.sensitivity import layer_costs
 from effcli.language.weights import open_weights
+from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.layers.selection import choose
 from effcli.reports.sensitivity import Way
 from effcli.run.recipe import PassStep
 from effcli.search.costs import Cost
 
 LENGTH = 24
+
+
+class Raise(LayerPass):
+    """Adds a little to every bias."""
+
+    step: ClassVar[float] = 1e-3
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.MEANS
+
+    def apply(self, layer: Layer, seen: Statistics) -> Outcome:
+        return Outcome(layer.weight, shift=self.step * torch.arange(len(layer.weight)) if layer.biased else None)
 
 
 def windows(count: int = 4, batch: int = 3) -> Windows:
@@ -118,6 +133,25 @@ def test_what_is_fitted_to_inputs_is_measured_on_others(llama: Path, tmp_path: P
             for loss in drawn_losses(model, others)
         ]
         expected = 0.5 * float(torch.stack(slopes).square().sum()) / others.numel() / (len(slopes) / len(others))
+    assert found[name].cost == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("way", ["fisher", "loss"])
+def test_what_is_added_to_a_bias_counts(way: Way, tmp_path: Path) -> None:
+    source, name = architectures.make("opt", tmp_path / "opt"), "model.decoder.layers.0.fc1"
+    (found,) = costs(source, tmp_path / "work", way, [PassStep(name="raise", config=Raise())], windows(4, 2))
+    model = AutoModelForCausalLM.from_pretrained(source).eval().requires_grad_(False)
+    bias, ids = model.get_submodule(name).bias, windows(4, 2).batches[1]
+    shift = Raise.step * torch.arange(len(bias))
+    if way == "loss":
+        before = model(input_ids=ids).logits.double().log_softmax(-1)
+        bias.add_(shift)
+        after = model(input_ids=ids).logits.double().log_softmax(-1)
+        expected = float((before.exp() * (before - after)).sum(-1).mean())
+    else:
+        bias.requires_grad_()
+        slopes = [torch.autograd.grad(loss, bias, retain_graph=True)[0] @ shift for loss in drawn_losses(model, ids)]
+        expected = 0.5 * float(torch.stack(slopes).square().mean()) / LENGTH
     assert found[name].cost == pytest.approx(expected, rel=2e-3)
 
 

@@ -41,7 +41,8 @@ def layer(weight: Tensor, name: str = "a") -> Layer:
 
 
 def test_slopes_by_hand() -> None:
-    found = Slopes([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])])
+    biased = torch.zeros(1, 2), torch.tensor([3.0])
+    found = Slopes([(torch.tensor([[1.0, 0.0]]), None), (torch.tensor([[0.0, 2.0]]), None), biased])
     # The gradient of the weight is 1·(1, 2) + 3·(3, 0) = (10, 2), and then 2·(0, 5) = (0, 10).
     found.add(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]), torch.tensor([[[1.0], [3.0]]]))
     found.end_sample()
@@ -51,7 +52,8 @@ def test_slopes_by_hand() -> None:
     found.end_sample()
     found.end_sample()
 
-    assert found.squares == [100.0, 16.0 + 400.0]
+    # That of the bias is 1 + 3, and then 2 + 2.
+    assert found.squares == [100.0, 16.0 + 400.0, 144.0 + 144.0]
 
 
 def test_costs_by_hand() -> None:
@@ -68,15 +70,16 @@ def test_costs_by_hand() -> None:
     assert trial.weight.tolist() == [[1.0, 0.0], [0.0, 2.0]]
 
 
-def test_energies_are_the_mean_squares_of_the_outputs() -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_energies_are_the_mean_squares_of_the_outputs(shifted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    shift = torch.randn(7, generator=generator) if shifted else None
+    seen = Statistics(5, Needs.GRAM | Needs.MEANS)
+    seen.add(inputs)
+    outputs = inputs.double() @ weight.double().t() + (0 if shift is None else shift)
     torch.testing.assert_close(
-        energies(weight, [gram(inputs)]),
-        (inputs.double() @ weight.double().t()).square().mean(0),
-        check_dtype=False,
-        rtol=1e-5,
-        atol=1e-5,
+        energies(weight, [seen], shift), outputs.square().mean(0), check_dtype=False, rtol=1e-5, atol=1e-5
     )
     two = [gram(inputs), gram(2 * inputs)]
     expected = torch.cat([energies(weight[:4], two[:1]), 4 * energies(weight[4:], two[:1])])
