@@ -391,7 +391,11 @@ class Graph:
                 ) from error
         for key, value in self.module.state_dict(keep_vars=True).items():
             owner, _, own = key.rpartition(".")
-            if (own == "weight" and owner in layers) or own == "num_batches_tracked":
+            if own == "weight" and owner in layers:
+                continue
+            if own == "num_batches_tracked":
+                # No file has it, and nothing reads it where batch norms do not train.
+                value.zero_()
                 continue
             if key not in checkpoint.entries:
                 raise CheckpointError(f"{checkpoint.path} lacks the tensor {key}", _DAMAGED)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.errors import SelectionError
+from effcli.errors import SelectionError, UnsupportedError
 from effcli.layers.contract import CutPass, Members, Needs
 from effcli.layers.coupling import Coupled, Cut, GroupKind
 from effcli.passes.prune import _importance
@@ -51,9 +51,10 @@ class Channels(CutPass):
     ratio: float = Field(
         0.25, ge=0, lt=1, description="Share of the channels that are removed: of each group, or of all together."
     )
-    criterion: Criterion = Field(
-        "magnitude",
-        description="By what the channels that matter least are found; see the page of the pass.",
+    criterion: Criterion | None = Field(
+        None,
+        description="By what the channels that matter least are found; null: reconstruction where `restore` reads "
+        "inputs and `ranking` is group, else magnitude.",
     )
     what: GroupKind | Literal["all"] = Field(
         "all", description="What is removed: heads go with all queries of their key; graphs have channels alone."
@@ -80,11 +81,20 @@ class Channels(CutPass):
 
     @property
     def needs(self) -> Needs:
-        return super().needs | _NEEDS.get(self.criterion, Needs.NOTHING)
+        return super().needs | _NEEDS.get(self.criterion or self._usual, Needs.NOTHING)
 
     @property
     def restoring(self) -> float | None:
         return self.damping if self.restore else None
+
+    @property
+    def _usual(self) -> Criterion:
+        """The criterion where none is asked for."""
+        return "reconstruction" if self.restore and self.ranking == "group" else "magnitude"
+
+    def _criterion(self, group: Coupled) -> Criterion:
+        """What tells the channels of a group apart; no layer reads experts one by one."""
+        return self.criterion or ("magnitude" if group.kind == "experts" else self._usual)
 
     def takes(self, group: Coupled) -> bool:
         return self.what in ("all", group.kind)
@@ -163,9 +173,16 @@ class Channels(CutPass):
 
     def _scores(self, group: Coupled, seen: Members, width: int) -> Tensor:
         """What each position matters, (count,), where `width` of them are to stay."""
-        if self.criterion in _SELECTIONS:
-            return _SELECTIONS[self.criterion](group, seen, width).cpu()
-        return _SCORES[self.criterion](group, seen).cpu()
+        criterion = self._criterion(group)
+        try:
+            if criterion in _SELECTIONS:
+                return _SELECTIONS[criterion](group, seen, width).cpu()
+        except UnsupportedError:
+            # Nobody asked for it where the layers that read the group do not allow it.
+            if self.criterion is not None:
+                raise
+            criterion = "magnitude"
+        return _SCORES[criterion](group, seen).cpu()
 
 
 def _keeping(group: Coupled, scores: Tensor, width: int) -> Cut:

@@ -225,6 +225,24 @@ def test_bad_input_is_refused_in_the_plan(graph: Any, options: dict[str, Any], s
     assert error.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"restore": True}, {"restore": True, "criterion": "reconstruction"}),
+        ({"restore": True, "ranking": "network"}, {"restore": True, "ranking": "network", "criterion": "magnitude"}),
+        ({}, {"criterion": "magnitude"}),
+    ],
+)
+def test_the_criterion_where_none_is_asked_for(options: dict[str, Any], same: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for name, own in (("a", options), ("b", same)):
+        (tmp_path / name).mkdir()
+        found.append(cut_graph(small_graphs.residual(), tmp_path / name, ratio=0.4, **own)[0].module.state_dict())
+    for mine, theirs in zip(*(each.values() for each in found), strict=True):
+        assert torch.equal(mine, theirs)
+    assert step(**options).needs == step(**same).needs
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
 def test_ratios_are_shares(ratio: float) -> None:
     with pytest.raises(ValueError, match="ratio"):
