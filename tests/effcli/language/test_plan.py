@@ -217,8 +217,8 @@ def test_what_is_cut_and_restored_is_planned(tmp_path: Path) -> None:
         calibrated(source, step, 8)
         for step in (
             {"channels": {"restore": False}},
+            {"channels": {"criterion": "magnitude"}},
             {"channels": {}},
-            {"channels": {"criterion": "reconstruction"}},
             {"blocks": {"count": 1}},
         )
     )
