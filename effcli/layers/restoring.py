@@ -81,25 +81,35 @@ def restored(weight: Tensor, gram: Tensor, kept: Tensor, damping: float, name: s
     """The weight (out, in), 0 in the columns that go, and elsewhere what makes up for them; and the damping it took.
 
     gram: float64 (in, in), a mean over tokens; kept: bool (in,); damping: λ as a share of the mean diagonal of what
-    stays, raised tenfold where the matrix has no Cholesky factor. Raises `NumericsError` that names the layer where no
-    damping up to one is enough.
+    stays. Raises what `damped_factor` raises.
     """
     made = weight * kept
     own = gram[kept][:, kept]
     size = own.diagonal().mean() if len(own) else gram.new_zeros(())
     if float(size) == 0:
         return made, damping
-    missed, diagonal = weight[:, ~kept] @ gram[~kept][:, kept], own.diagonal().clone()
+    missed = weight[:, ~kept] @ gram[~kept][:, kept]
+    lower, damping = damped_factor(own, damping, float(size), name)
+    made[:, kept] += torch.cholesky_solve(missed.T, lower).T
+    return made, damping
+
+
+def damped_factor(gram: Tensor, damping: float, size: float, name: str) -> tuple[Tensor, float]:
+    """The Cholesky factor of G + λ·size·I, and the λ it took; gram: G, float64 (in, in), whose diagonal is overwritten.
+
+    damping: λ, raised tenfold where the matrix has no factor. Raises `NumericsError` that names the layer where no
+    damping up to one is enough.
+    """
+    diagonal = gram.diagonal().clone()
     while damping <= 1:
-        own.diagonal().copy_(diagonal + damping * size)
-        lower, failed = torch.linalg.cholesky_ex(own)
+        gram.diagonal().copy_(diagonal + damping * size)
+        lower, failed = torch.linalg.cholesky_ex(gram)
         if not int(failed):
-            made[:, kept] += torch.cholesky_solve(missed.T, lower).T
-            return made, damping
+            return lower, damping
         damping = max(10 * damping, _LEAST_DAMPING)
     raise NumericsError(
         f"the Gram matrix of the inputs of {name} has no Cholesky factor",
-        "give more calibration data, or restore=false",
+        "give more calibration data, or neither restore nor rank by inputs: restore=false, criterion=magnitude",
     )
 
 
@@ -137,4 +147,4 @@ def removing(
     return step.model_copy(update={"config": Restoring(removed=removed, ignore=others)})
 
 
-__all__ = ["Removal", "Restoring", "removing", "restored", "restoring"]
+__all__ = ["Removal", "Restoring", "damped_factor", "removing", "restored", "restoring"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from effcli.errors import UnsupportedError
 from effcli.layers.contract import Members, Needs, Reader
 from effcli.layers.coupling import Coupled
+from effcli.layers.restoring import damped_factor
 
 # How far a penalty is raised, step by step, and how often each is minimized over.
 _PENALTIES = 40
@@ -161,8 +162,9 @@ class Elimination:
         self.weight = reader.weight.to(gram, copy=True)
         self.energy = max(float(((self.weight @ gram) * self.weight).sum()), least) or 1.0
         mean = max(float(gram.diagonal().mean()), least) or 1.0
-        gram.diagonal().clamp_(min=0).add_(_DAMPING * mean)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        gram.diagonal().clamp_(min=0)
+        lower, _ = damped_factor(gram, _DAMPING, mean, reader.name)
+        self.inverse = torch.cholesky_inverse(lower)
         # The columns behind each position, (count, columns), where every position has as many.
         taken = (reader.position >= 0).nonzero().flatten()
         order = taken[reader.position[taken].argsort(stable=True)]
