@@ -306,7 +306,7 @@ def _smaller(weights: Weights, kind: _Kind) -> tuple[Skeleton, int, str]:
         try:
             smaller = Skeleton(weights.checkpoint.path, config, skeleton.trust_remote_code, widths)
         except EffcliError as error:
-            reason = reason or f"its config cannot say less: {error.cause}"
+            reason = reason or f"transformers takes no config with fewer: {first_line(error.__cause__ or error)}"
             continue
         _check_outside(skeleton, smaller, kind)
         return smaller, less, reason
