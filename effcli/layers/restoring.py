@@ -52,8 +52,9 @@ class Restoring(LayerPass):
 
     def apply(self, layer: Layer, seen: Statistics) -> Outcome:
         removal = self.removed[layer.name]
-        kept = torch.ones(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
+        kept = torch.ones(layer.weight.shape[1], dtype=torch.bool)
         kept[list(removal.columns)] = False
+        kept = kept.to(layer.weight.device)
         plain = layer.weight * kept
         if removal.damping is None or not removal.columns or not seen.tokens:
             return Outcome(plain)

@@ -111,11 +111,12 @@ def path(energies: Tensor, width: int) -> Tensor:
 
 def _energies(reader: Reader, count: int) -> Tensor:
     """A of one reader as a share of the energy of its outputs, float64 (count, count)."""
-    taken = (reader.position >= 0).nonzero().flatten()
-    gram = reader.seen.matrix[taken][:, taken].double()
-    weight = reader.weight[:, taken].to(gram)
-    place = torch.zeros(count, len(taken), dtype=torch.float64, device=weight.device)
-    place[reader.position[taken], torch.arange(len(taken))] = 1
+    gram = reader.seen.matrix.double()
+    position = reader.position.to(gram.device)
+    taken = (position >= 0).nonzero().flatten()
+    gram, weight = gram[taken][:, taken], reader.weight.to(gram.device, gram.dtype)[:, taken]
+    # Which column stands behind each position, as a matrix of ones (count, columns).
+    place = (torch.arange(count, device=gram.device).unsqueeze(1) == position[taken]).double()
     found = place @ ((weight.T @ weight) * gram) @ place.T
     return (found / found.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
 
@@ -159,22 +160,23 @@ class Elimination:
         least = _ROUNDING * float(gram.diagonal().mean())
         if centred:
             gram -= torch.outer(reader.seen.mean.double(), reader.seen.mean.double())
-        self.weight = reader.weight.to(gram, copy=True)
+        self.weight = reader.weight.to(gram.device, gram.dtype, copy=True)
         self.energy = max(float(((self.weight @ gram) * self.weight).sum()), least) or 1.0
         mean = max(float(gram.diagonal().mean()), least) or 1.0
         gram.diagonal().clamp_(min=0)
         lower, _ = damped_factor(gram, _DAMPING, mean, reader.name)
         self.inverse = torch.cholesky_inverse(lower)
         # The columns behind each position, (count, columns), where every position has as many.
-        taken = (reader.position >= 0).nonzero().flatten()
-        order = taken[reader.position[taken].argsort(stable=True)]
-        if len(order) % count or not bool((reader.position[order].view(count, -1).diff(dim=1) == 0).all()):
+        position = reader.position.to(gram.device)
+        taken = (position >= 0).nonzero().flatten()
+        order = taken[position[taken].argsort(stable=True)]
+        if len(order) % count or not bool((position[order].view(count, -1).diff(dim=1) == 0).all()):
             raise UnsupportedError(
                 f"{reader.name} reads the positions of a group unequally often",
                 "choose another `criterion`, for this group alone under `layers`",
             )
         self.columns = order.view(count, -1)
-        self.gone = torch.zeros(count, dtype=torch.bool)
+        self.gone = torch.zeros(count, dtype=torch.bool, device=gram.device)
 
     def costs(self) -> Tensor:
         """What removing each position would add to the error, float64 (count,); 0 for those that are gone."""
@@ -186,10 +188,11 @@ class Elimination:
             own[self.gone] = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
             blocks = self.weight[:, self.columns].permute(1, 2, 0)
             found = (torch.linalg.solve(own, blocks) * blocks).sum((1, 2))
-        return (found / self.energy).masked_fill(self.gone.to(found.device), 0).cpu()
+        return (found / self.energy).masked_fill(self.gone, 0).cpu()
 
     def remove(self, positions: Tensor) -> None:
         """Let positions go, int64 (n,)."""
+        positions = positions.to(self.gone.device)
         self.gone[positions] = True
         columns = self.columns[positions].flatten()
         solved = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])

@@ -19,6 +19,7 @@ from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.options import Evaluate
 from effcli.inputs.text import Windows
+from effcli.language.cutting import cut_model
 from effcli.language.evaluate import Evaluation
 from effcli.language.sweep import sweep
 from effcli.layers.contract import Layer, LayerPass, Needs, Outcome, Statistics
@@ -63,6 +64,10 @@ def assert_alike(found: PassResult, expected: PassResult) -> None:
         ("llama", {"awq": {"bits": 3, "group_size": 32, "without_pair": "explicit"}}, "compressed"),
         ("llama", {"gptq": {"bits": 3, "group_size": 32, "lm_head": True}}, "original"),
         ("mixtral", {"awq": {"bits": 4, "group_size": 32}}, "original"),
+        ("llama", {"wanda": {"sparsity": 0.5, "allocation": "error"}}, "original"),
+        ("llama", {"sparsegpt": {"pattern": "2:4"}}, "original"),
+        ("llama", {"alps": {"sparsity": 0.5}}, "compressed"),
+        ("llama", {"taylor": {"sparsity": 0.5}}, "original"),
     ],
 )
 def test_a_language_model(family: str, step: Any, inputs: str, tmp_path: Path) -> None:
@@ -91,6 +96,12 @@ def test_a_language_model(family: str, step: Any, inputs: str, tmp_path: Path) -
         ({"gptq": {"bits": 3}}, "original"),
         ({"kmeans": {"bits": 3, "init": "kmeans++"}}, "original"),
         ("smoothquant", "compressed"),
+        ({"magnitude": {"sparsity": 0.4, "allocation": "global"}}, "original"),
+        ({"sparsegpt": {"sparsity": 0.4}}, "original"),
+        ({"alps": {"sparsity": 0.4}}, "compressed"),
+        ({"channels": {"ratio": 0.3}}, "original"),
+        ({"channels": {"ratio": 0.3, "criterion": "lasso"}}, "compressed"),
+        ({"channels": {"ratio": 0.3, "ranking": "network"}}, "original"),
     ],
 )
 def test_a_graph(step: Any, inputs: Any, tmp_path: Path) -> None:
@@ -113,6 +124,29 @@ def test_a_graph(step: Any, inputs: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(there.run(x), here.run(x), rtol=1e-2, atol=1e-2)
     with present(True) as device:
         torch.testing.assert_close(Graph.read(tmp_path / "target-True").to(device).run(x), there.run(x))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"channels": {"ratio": 0.5}},
+        {"channels": {"ratio": 0.5, "criterion": "taylor"}},
+        {"channels": {"ratio": 0.5, "criterion": "lasso", "what": "feed_forward"}},
+        {"blocks": {"count": 1}},
+    ],
+)
+def test_a_language_model_is_cut(step: Any, tmp_path: Path) -> None:
+    source, checked = architectures.make("llama", tmp_path / "model"), PassStep.model_validate(step)
+    windows = Windows(list(torch.randint(100, (2, 2, 8), generator=torch.Generator().manual_seed(0))), "original")
+    made = []
+    for elsewhere in (True, False):
+        target = tmp_path / f"target-{elsewhere}"
+        target.mkdir()
+        with present(elsewhere) as device:
+            made.append(cut_model(source, target, checked, windows, tmp_path / f"work-{elsewhere}", device=device))
+    assert_alike(*made)
+    there, here = (tensors(tmp_path / f"target-{elsewhere}") for elsewhere in (True, False))
+    torch.testing.assert_close(there, here, rtol=1e-2, atol=1e-2)
 
 
 def test_evaluation(tmp_path: Path) -> None:
