@@ -121,8 +121,7 @@ class GraphNetwork:
         return self._calibration.remarks
 
     def priced(self, checkpoint: Path) -> PricedGraph:
-        data = calibration_inputs(self.recipe, self.source, self.graph.facts)
-        return PricedGraph(checkpoint, data, self.recipe.calibration.batch_size)
+        return PricedGraph(checkpoint, self._inputs(self.recipe), self.recipe.calibration.batch_size)
 
     def open(self, work: Path) -> None:
         self._work = work

@@ -23,10 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effcli.graphs.graph import Graph, class_count
+from effcli.graphs.coupling import coupled
+from effcli.graphs.cutting import look_at
+from effcli.graphs.graph import Graph, class_count, macs
 from effcli.graphs.open_graph import OpenGraph
 from effcli.inputs.images import Inputs
-from effcli.layers.contract import Needs
+from effcli.layers.contract import Members, Needs
+from effcli.layers.coupling import Coupled
+from effcli.layers.cutting import Offered
 from effcli.layers.engine import LayerEngine
 from effcli.layers.result import Progress, check_tensor
 from effcli.layers.selection import Choice, choose, needs_of
@@ -123,12 +127,30 @@ class PricedGraph:
         self._source = source
         self._data = data
         self._batch_size = batch_size
+        self.macs: Mapping[str, int] = macs(self._graph)
 
     def choose(self, step: PassStep) -> dict[str, Choice]:
         return choose(self._graph, step)
 
     def itemsize(self, choice: Choice) -> int:
         return 4
+
+    def coupled(self) -> Sequence[Coupled]:
+        return coupled(self._graph)
+
+    def look_at(self, offered: Offered, folder: Path) -> Members:
+        return look_at(self._graph, offered, self._batches, self._labelled)
+
+    def extent(self, parameter: str) -> tuple[int, int]:
+        found = self._graph.module.state_dict()[parameter]
+        return found.numel(), found.nbytes
+
+    def _labelled(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        count = -(-len(self._data) // self._batch_size)
+        return few(self._data.batches(self._batch_size), count)
+
+    def _batches(self) -> Iterator[Tensor]:
+        return (inputs for inputs, _ in self._labelled())
 
     def costs(
         self,
@@ -138,11 +160,7 @@ class PricedGraph:
         progress: Progress,
         journal: SearchJournal | None,
     ) -> list[dict[str, Cost]]:
-        def batches() -> Iterator[Tensor]:
-            count = -(-len(self._data) // self._batch_size)
-            return (inputs for inputs, _ in few(self._data.batches(self._batch_size), count))
-
-        return layer_costs(self._source, variants, batches, way, progress, journal)
+        return layer_costs(self._source, variants, self._batches, way, progress, journal)
 
 
 def _costs(trials: Mapping[str, Trial], costs: Mapping[str, float]) -> dict[str, Cost]:

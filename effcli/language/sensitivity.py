@@ -22,11 +22,16 @@ from torch import Tensor
 from effcli.errors import UnfinishedError
 from effcli.inputs.text import Windows
 from effcli.language.backward import Backward, GradientStream
+from effcli.language.coupling import coupled
+from effcli.language.cutting import look_at
 from effcli.language.evaluate import kl
 from effcli.language.forward import logits
 from effcli.language.spool import Spool
 from effcli.language.trials import Trials, log_probabilities
 from effcli.language.weights import open_weights
+from effcli.layers.contract import Members
+from effcli.layers.coupling import Coupled
+from effcli.layers.cutting import Offered
 from effcli.layers.result import Progress, check_finite
 from effcli.layers.selection import Choice, choose
 from effcli.platform.rehearsal import cannot_tell
@@ -82,13 +87,24 @@ class PricedLanguageModel:
         self._source = source
         self._windows = windows
         self._trust = trust_remote_code
-        self._skeleton, self._dtype_of = opened.skeleton, opened.dtype_of
+        self._opened, self._skeleton = opened, opened.skeleton
+        self.macs: Mapping[str, int] = {site.name: site.rows * site.columns for site in opened.skeleton.sites()}
 
     def choose(self, step: PassStep) -> dict[str, Choice]:
         return choose(self._skeleton, step)
 
     def itemsize(self, choice: Choice) -> int:
-        return self._dtype_of(choice.site.parameter).itemsize
+        return self._opened.dtype_of(choice.site.parameter).itemsize
+
+    def coupled(self) -> Sequence[Coupled]:
+        return coupled(self._opened)
+
+    def look_at(self, offered: Offered, folder: Path) -> Members:
+        return look_at(self._source, self._opened, offered, self._windows.batches, folder)
+
+    def extent(self, parameter: str) -> tuple[int, int]:
+        count = self._skeleton.model.state_dict()[parameter].numel()
+        return count, count * self._opened.dtype_of(parameter).itemsize
 
     def costs(
         self,

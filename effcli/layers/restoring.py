@@ -48,7 +48,8 @@ class Restoring(LayerPass):
 
     @property
     def needs(self) -> Needs:
-        return Needs.GRAM | Needs.MEANS
+        fits = any(removal.damping is not None for removal in self.removed.values())
+        return Needs.GRAM | Needs.MEANS if fits else Needs.NOTHING
 
     def apply(self, layer: Layer, seen: Statistics) -> Outcome:
         removal = self.removed[layer.name]

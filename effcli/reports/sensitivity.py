@@ -22,6 +22,7 @@ class Option(Record):
     value: Value
     format: str
     nbytes: int = Field(description="of the layer's weight on disk, scales and zero points included")
+    macs: int | None = Field(default=None, description="multiplications, where the option decides how many are left")
     output_error: float = Field(description="mean ‖(W - Ŵ) x‖² / mean ‖W x‖² on the calibration inputs")
     cost: float = Field(description="in the unit of the whole, 0 or more")
 

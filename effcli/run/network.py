@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from effcli.files.exporter import Exporter, Footprint
     from effcli.inputs.options import Evaluate
     from effcli.inputs.preprocess import Preprocess
+    from effcli.layers.contract import Members
+    from effcli.layers.coupling import Coupled
+    from effcli.layers.cutting import Offered
     from effcli.layers.result import PassResult, Phases, Progress
     from effcli.layers.selection import Choice
     from effcli.options import Options
@@ -146,7 +149,8 @@ class Priced(Protocol):
     """A checkpoint whose layers are priced one by one, on calibration data.
 
     unit: of what they cost the network; weights: its parameters; samples: of the calibration data; inputs: how many
-    tokens those are in a language model; remarks: what the user should know of them.
+    tokens those are in a language model; remarks: what the user should know of them; macs: multiplications of each
+    layer for one input, or for one token.
     """
 
     unit: Unit
@@ -154,12 +158,22 @@ class Priced(Protocol):
     samples: int
     inputs: int
     remarks: tuple[str, ...]
+    macs: Mapping[str, int]
 
     def choose(self, step: PassStep) -> dict[str, Choice]:
         """Every layer by name, with the options that `step` has for it."""
 
     def itemsize(self, choice: Choice) -> int:
         """Bytes of a number of a layer's dense weight."""
+
+    def coupled(self) -> Sequence[Coupled]:
+        """What can be cut together."""
+
+    def look_at(self, offered: Offered, folder: Path) -> Members:
+        """What a pass asks for of the groups that it is offered; folder: for what is kept as long as that is read."""
+
+    def extent(self, parameter: str) -> tuple[int, int]:
+        """How many numbers a parameter or buffer has, and their bytes."""
 
     def costs(
         self,
