@@ -71,6 +71,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.quantize.bias_correction:BiasCorrection",
         "Undo the mean error of every channel in the biases (arXiv:1906.04721).",
     ),
+    "merge": Entry(
+        "effcli.passes.adapt.merge:Merge",
+        "Merge a LoRA adapter, or one of its kin, into the weights (arXiv:2106.09685).",
+    ),
     "channels": Entry(
         "effcli.passes.prune.channels:Channels",
         "Remove whole channels, heads, feed-forward widths and experts (arXiv:2301.12900).",
@@ -116,7 +120,7 @@ PASSES: dict[str, Entry] = {
 REGISTRY: Registry[Pass] = Registry(
     "pass",
     registry.PASSES,
-    tuple(f"effcli.layers.contract:{kind}Pass" for kind in ("Layer", "Network", "Cut", "Train", "Search")),
+    tuple(f"effcli.layers.contract:{kind}Pass" for kind in ("Layer", "Network", "Cut", "Train", "Search", "Parameter")),
     PASSES,
 )
 

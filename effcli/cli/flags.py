@@ -31,6 +31,10 @@ Steps = Annotated[
         autocompletion=lambda: list(passes.REGISTRY.known()),
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="DIR", help="First merge a PEFT adapter: `--pass merge`.", show_default=False),
+]
 Bits = Annotated[int | None, typer.Option("--bits", help="Bits per weight of the one pass.", show_default=False)]
 GroupSize = Annotated[
     int | None, typer.Option("--group-size", help="Weights that share a scale, in the one pass.", show_default=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from effcli.cli.flags import (
+    Adapter,
     Bits,
     Calib,
     Debug,
@@ -44,6 +45,7 @@ def compress(
     model: Model,
     output: Output = None,
     passes: Steps = None,
+    adapter: Adapter = None,
     bits: Bits = None,
     group_size: GroupSize = None,
     calib: Calib = None,
@@ -70,6 +72,7 @@ def compress(
         model,
         output=output,
         passes=passes or (),
+        adapter=adapter,
         bits=bits,
         group_size=group_size,
         calib=calib,
@@ -105,6 +108,7 @@ def run(
 def plan(
     model: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a model with --pass.")],
     passes: Steps = None,
+    adapter: Adapter = None,
     bits: Bits = None,
     group_size: GroupSize = None,
     calib: Calib = None,
@@ -125,13 +129,23 @@ def plan(
     from effcli.run import recipe
 
     if model.endswith((".yaml", ".yml")):
-        if passes or bits is not None or group_size is not None or calib or weights or revision or trust_remote_code:
+        if (
+            passes
+            or adapter
+            or bits is not None
+            or group_size is not None
+            or calib
+            or weights
+            or revision
+            or trust_remote_code
+        ):
             raise RecipeError(f"{model} is a recipe and names its passes itself", "change keys of it with --set")
         made = _load(Path(model), None, overrides, False)
     else:
         made = recipe.from_arguments(
             model,
             passes=passes or (),
+            adapter=adapter,
             bits=bits,
             group_size=group_size,
             calib=calib,

@@ -109,6 +109,15 @@ def check_model(
     raise error(f"{source} is damaged: {where}{messages[0]}{more}", remedy)
 
 
+def says(value: Any) -> bool:
+    """Whether a value says anything: null, false and what holds nothing else do not."""
+    if isinstance(value, Mapping):
+        return any(says(below) for below in value.values())
+    if isinstance(value, list | tuple):
+        return any(says(below) for below in value)
+    return value is not None and value is not False and value != ""
+
+
 class _Refused(ValueError):
     """JSON that could be read and is not taken."""
 

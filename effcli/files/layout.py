@@ -29,7 +29,7 @@ from effcli.files.checkpoint import (
     read_config,
     write_text,
 )
-from effcli.files.documents import check_model
+from effcli.files.documents import check_model, says
 from effcli.formats import FORMATS, Activations, Affine, Described, Packing, Scheme, Strategy, find, format_from_json
 from effcli.formats.base import Bits, ByFormat, GroupSize
 from effcli.layers.layer import Kind
@@ -125,20 +125,11 @@ _TOP = (
 )
 
 
-def _says(value: Any) -> bool:
-    """Whether a value says anything: null, false and what holds nothing else do not."""
-    if isinstance(value, Mapping):
-        return any(_says(below) for below in value.values())
-    if isinstance(value, list | tuple):
-        return any(_says(below) for below in value)
-    return value is not None and value is not False and value != ""
-
-
 def _check_understood(found: Mapping[str, Any], known: _Known, place: str) -> None:
     """Refuse what one part of a `quantization_config` says and effcli does not understand."""
     for key, value in found.items():
         values = known.get(key, ())
-        if _says(value) and values is not None and value not in values:
+        if says(value) and values is not None and value not in values:
             said = str(value) if isinstance(value, str | int | float) else "set"
             raise UnsupportedError(
                 f"quantization_config in config.json: {place}{key} is {said}, which effcli does not read",

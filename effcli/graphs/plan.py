@@ -22,7 +22,7 @@ from effcli.inputs.options import Calibration
 from effcli.layers.contract import CutPass, Needs, NetworkPass, TrainPass
 from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
-from effcli.layers.selection import Choice, needs_of
+from effcli.layers.selection import Choice, Layered, needs_of
 from effcli.reports.units import count, size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row, forwards
 from effcli.run.recipe import PassStep
@@ -60,11 +60,8 @@ class PlannedGraph:
     def weights(self) -> int:
         return self._graph.weights()
 
-    def sites(self) -> list[LayerSite]:
-        return self._graph.sites()
-
-    def left_alone(self, step: str, lm_head: bool) -> Mapping[str, str]:
-        return self._graph.left_alone(step, lm_head)
+    def layered(self, step: PassStep) -> Layered:
+        return self._graph
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         if isinstance(step.config, CutPass):
@@ -90,7 +87,7 @@ class PlannedGraph:
         """Of all tensors that a checkpoint holds; what is no layer's weight stays as it is."""
         if self._integer is not None:
             return self._integer[1]
-        sites = {site.parameter: site for site in self.sites()}
+        sites = {site.parameter: site for site in self._graph.sites()}
         others: int = sum(
             tensor.nbytes
             for name, tensor in self._graph.module.state_dict().items()

@@ -16,13 +16,14 @@ from effcli.inputs.text import Windows
 from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, miniature, verify
 from effcli.language.cutting import cut_model
+from effcli.language.editing import edit_model
 from effcli.language.evaluate import Evaluation
 from effcli.language.plan import PlannedModel
 from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
 from effcli.language.verify import Verification
 from effcli.language.weights import open_weights
-from effcli.layers.contract import CutPass
+from effcli.layers.contract import CutPass, ParameterPass
 from effcli.layers.result import PassResult, Phases, Progress, unseen
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
@@ -175,6 +176,8 @@ class LanguageModel:
         if isinstance(step.config, CutPass):
             trust = self.recipe.trust_remote_code
             return cut_model(source, target, step, windows, work, progress, trust, self._device)
+        if isinstance(step.config, ParameterPass):
+            return edit_model(source, target, step, work, progress, self.recipe.trust_remote_code)
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> Verification:

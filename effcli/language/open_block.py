@@ -68,6 +68,25 @@ class Part:
             dense = weights.dense_matrix(site) if partly else site.view(weights.parameter(site.parameter))
             self.tensors[f"{site.name}.weight"] = dense.contiguous()
 
+    def put(self, weights: Weights, site: LayerSite, weight: Quantized | Tensor) -> Held:
+        """Store a new weight (out, in) of a layer: compressed, as it is, or dense, in the dtype of the old one."""
+        if isinstance(weight, Quantized):
+            self.stored[site.name] = Stored(weight.format, site.kind, weight.input_scale is not None)
+            tensors = {f"{site.name}.{suffix}": tensor.cpu() for suffix, tensor in weight.pack().items()}
+            format = str(weight.format)
+        else:
+            dense = weight.to("cpu", weights.dtype_of(site.parameter))
+            tensors = {f"{site.name}.weight": dense.t().contiguous() if site.kind == "conv1d" else dense}
+            format = str(Dense(dense.dtype))
+        self.tensors.update(tensors)
+        return Held(format, sum(tensor.nbytes for tensor in tensors.values()))
+
+    def join(self, sites: Sequence[LayerSite]) -> None:
+        """Make one tensor again of a stack of experts none of which is packed."""
+        if sites[0].index is not None and not any(site.name in self.stored for site in sites):
+            matrices = [self.tensors.pop(f"{site.name}.weight") for site in sites]
+            self.tensors[sites[0].parameter] = torch.stack([m.t() if sites[0].transposed else m for m in matrices])
+
     def to_json(self) -> dict[str, Any]:
         return {
             "stored": {name: item.to_json() for name, item in self.stored.items()},
@@ -75,6 +94,14 @@ class Part:
             "histograms": [item.model_dump(mode="json") for item in self.histograms],
             "remarks": self.remarks,
         }
+
+
+def held(weights: Weights, site: LayerSite) -> Held:
+    """How a layer is stored in the checkpoint that a pass begins with."""
+    if site.name in weights.stored:
+        return Held(str(weights.stored[site.name].format), weights.packed_bytes(site.name))
+    dtype = weights.dtype_of(site.parameter)
+    return Held(str(Dense(dtype)), site.rows * site.columns * dtype.itemsize)
 
 
 class PartRecord(Record):
@@ -175,24 +202,13 @@ class OpenBlock:
         self.factors.columns[site.name] = factor
 
     def write(self, site: LayerSite, weight: Quantized | Tensor, effective: Tensor) -> Held:
-        if isinstance(weight, Quantized):
-            self.part.stored[site.name] = Stored(weight.format, site.kind, weight.input_scale is not None)
-            tensors = {f"{site.name}.{suffix}": tensor.cpu() for suffix, tensor in weight.pack().items()}
-            format = str(weight.format)
-        else:
-            dense = weight.to("cpu", self._weights.dtype_of(site.parameter))
-            tensors = {f"{site.name}.weight": dense.t().contiguous() if site.kind == "conv1d" else dense}
-            format = str(Dense(dense.dtype))
-        self.part.tensors.update(tensors)
+        written = self.part.put(self._weights, site, weight)
         # What later blocks see: a folded factor is undone by the producer, an explicit one by the layer itself.
         site.view(self._parameter(site)).copy_(effective)
-        return Held(format, sum(tensor.nbytes for tensor in tensors.values()))
+        return written
 
     def held(self, site: LayerSite) -> Held:
-        if site.name in self._weights.stored:
-            return Held(str(self._weights.stored[site.name].format), self._weights.packed_bytes(site.name))
-        dtype = self._weights.dtype_of(site.parameter)
-        return Held(str(Dense(dtype)), site.rows * site.columns * dtype.itemsize)
+        return held(self._weights, site)
 
     def compress(self, engine: LayerEngine, seen: Mapping[str, Seen]) -> None:
         """Fold what `engine` folds, compress every layer that it takes and keep the rest of the block.
@@ -213,14 +229,8 @@ class OpenBlock:
                 else:
                     engine.compress(site.name, scaled.get(site.name, ()))
                 self.part.ledger.append(engine.row(site.name))
-            self._join(sites)
+            self.part.join(sites)
         self.part.histograms += engine.histograms
-
-    def _join(self, sites: Sequence[LayerSite]) -> None:
-        """Make one tensor again of a stack of experts none of which is packed."""
-        if sites[0].index is not None and not any(site.name in self.part.stored for site in sites):
-            matrices = [self.part.tensors.pop(f"{site.name}.weight") for site in sites]
-            self.part.tensors[sites[0].parameter] = torch.stack([m.t() if sites[0].transposed else m for m in matrices])
 
 
 def open_head(weights: Weights, site: LayerSite, weight: Tensor, part: Part) -> OpenBlock:

@@ -16,12 +16,13 @@ from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
 from effcli.language.coupling import coupled
 from effcli.language.depth import depth
+from effcli.language.editing import Edited
 from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
-from effcli.layers.contract import CutPass
+from effcli.layers.contract import CutPass, ParameterPass
 from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
-from effcli.layers.selection import Choice, needs_of
+from effcli.layers.selection import Choice, Layered, needs_of
 from effcli.layers.statistics import Needs
 from effcli.layers.survey import Survey
 from effcli.reports.units import count, size
@@ -41,10 +42,12 @@ class PlannedModel:
         self._calibration = calibration
         self._formats: dict[str, Packing] = {
             site.name: weights.stored[site.name].format if site.name in weights.stored else self._dense(site)
-            for site in self.sites()
+            for site in self._skeleton.sites()
         }
         # The layers that a step wrote anew.
         self._taken: set[str] = set()
+        # Whether a step gives a head that is tied a weight of its own.
+        self._apart = False
         # Those whose columns the last step that cuts may remove.
         self._readers: list[LayerSite] = []
 
@@ -52,11 +55,10 @@ class PlannedModel:
     def weights(self) -> int:
         return self._skeleton.weights()
 
-    def sites(self) -> list[LayerSite]:
-        return self._skeleton.sites()
-
-    def left_alone(self, step: str, lm_head: bool) -> Mapping[str, str]:
-        return self._skeleton.left_alone(step, lm_head)
+    def layered(self, step: PassStep) -> Layered:
+        if isinstance(step.config, ParameterPass):
+            return Edited(self._weights, step)
+        return self._skeleton
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         if isinstance(step.config, CutPass):
@@ -68,6 +70,8 @@ class PlannedModel:
             groups = [depth(self._weights, choices)] if step.config.depth else coupled(self._weights)
             offered = offer(step.name, step.config, groups, choices)
             self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
+        if isinstance(step.config, ParameterPass):
+            self._apart |= Edited(self._weights, step).unties
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))
             if choice.config is not None:
@@ -79,7 +83,7 @@ class PlannedModel:
     @property
     def nbytes(self) -> int:
         skeleton, weights = self._skeleton, self._weights
-        apart = skeleton.head in self._taken
+        apart = self._apart or skeleton.head in self._taken
         left_out = weights.left_out(apart)
         names = [name for name in skeleton.parameters() if name not in left_out]
         if skeleton.tied and apart:
@@ -98,7 +102,7 @@ class PlannedModel:
         if site.name not in self._taken:
             if site.name in self._weights.stored:
                 return self._weights.packed_bytes(site.name)
-            if self._skeleton.tied and site.name == self._skeleton.head:
+            if self._skeleton.tied and not self._apart and site.name == self._skeleton.head:
                 return 0
         return self._formats[site.name].nbytes(site.shape, self._dense(site).dtype.itemsize)
 
@@ -142,7 +146,7 @@ class PlannedModel:
 
     def _obstacles(self) -> dict[str, str]:
         """The layers that the standard format has no place for as things stand, and why."""
-        kinds = {site.name: site.kind for site in self.sites()}
+        kinds = {site.name: site.kind for site in self._skeleton.sites()}
         packed = {name: format for name, format in self._formats.items() if not isinstance(format, Dense)}
         layers = {name: Stored(format, kinds[name]) for name, format in packed.items()}
         return self._weights.obstacles({**layers, **self._weights.foreign})

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from effcli.errors import DataError, UnfinishedError
-from effcli.files.checkpoint import Checkpoint, write_shard
-from effcli.files.layout import Stored, own_config, standard_config, untied, write_checkpoint
+from effcli.files.checkpoint import Checkpoint
 from effcli.inputs.text import Windows
 from effcli.language.backward import StoredGradients
 from effcli.language.calls import kind_of
 from effcli.language.journal import Journal
-from effcli.language.ledger import carried_rows, tied_row
-from effcli.language.open_block import OpenBlock, Part, PartRecord, open_head
+from effcli.language.ledger import tied_row
+from effcli.language.open_block import OpenBlock, Part, open_head
 from effcli.language.pairs import SharedInput, SharedInputs, leaders, probe_pairs
+from effcli.language.parts import OUTSIDE, join, part_name, write_part
 from effcli.language.skeleton import Skeleton
 from effcli.language.spool import Spool
 from effcli.language.stream import Stream, WatchLayers
@@ -33,13 +33,12 @@ from effcli.language.weights import CPU, Weights, open_weights
 from effcli.layers.contract import Needs, ScalingPass, Statistics
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
 from effcli.layers.layer import LayerSite
-from effcli.layers.result import PassResult, Progress, check_finite, check_tensor, worst
+from effcli.layers.result import PassResult, Progress, check_finite, check_tensor
 from effcli.layers.selection import choose, needs_of
 from effcli.layers.survey import Survey
 from effcli.options import Record
 from effcli.platform import memory
 from effcli.platform.rehearsal import counted, few
-from effcli.reports.units import count
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -82,11 +81,6 @@ class _SurveyRecord(Record):
     """The options of the layers that a survey gave others, by name."""
 
     options: dict[str, dict[str, Any]]
-
-
-def _part_name(k: int) -> str:
-    """The name of block k's part in the journal."""
-    return f"block-{k:05d}"
 
 
 def fingerprint(checkpoint: Checkpoint, step: PassStep, windows: Windows | None) -> str:
@@ -193,7 +187,7 @@ class _Sweep:
     def blocks(self) -> None:
         """Every block from the last finished one on."""
         count = len(self.skeleton.blocks)
-        if not all(self.journal.holds(_part_name(k)) for k in range(self.journal.done)):
+        if not all(self.journal.holds(part_name(k)) for k in range(self.journal.done)):
             self._begin_anew()
         if self.windows is None:
             for k in range(self.journal.done, count):
@@ -239,7 +233,7 @@ class _Sweep:
             del grams, gradients, seen, home
             if flow is not None and stream is not None and not flow.original:
                 flow.propagate(stream, k)
-        self._write(_part_name(k), part)
+        write_part(self.journal, part_name(k), part)
         self.journal.advance(k + 1)
         del part
         memory.trim()
@@ -290,7 +284,7 @@ class _Sweep:
                     part.remarks.append(
                         f"{head} was tied to the input embedding; it is stored on its own now, the embedding stays"
                     )
-        self._write("outside", part)
+        write_part(self.journal, OUTSIDE, part)
 
     def _open_head(self, site: LayerSite, part: Part) -> OpenBlock:
         """The output head by itself, with the embedding's weight where they are tied."""
@@ -312,55 +306,10 @@ class _Sweep:
         gram.check_finite(site.name)
         return gram
 
-    def _write(self, name: str, part: Part) -> None:
-        """Put a part on the disk, its record after its tensors."""
-        write_shard(self.journal.part(name), part.tensors)
-        self.journal.record(name, part.to_json())
-
     def finish(self, target: Path) -> PassResult:
         """Join the parts into the target's shards and describe them in its config."""
-        names = [_part_name(k) for k in range(len(self.skeleton.blocks))] + ["outside"]
-        result, stored = PassResult(), {}
-        for name in names:
-            part = self.journal.recall(PartRecord, name).read()
-            result.ledger += part.ledger
-            result.histograms += part.histograms
-            result.remarks += [text for text in part.remarks if text not in result.remarks]
-            stored.update(part.stored)
-        result.histograms = worst(result)
-        if self.weights.head_note:
-            result.remarks.append(self.weights.head_note)
-        if self.carried:
-            result.ledger += carried_rows(self.carried)
-            result.remarks.append(
-                f"carried over as stored, unused by this network: {count(len(self.carried), 'tensor')}, such as "
-                f"{next(iter(self.carried))}"
-            )
-            stored.update(self.weights.foreign)
-        obstacles = self.weights.obstacles(stored)
-        config = self.weights.network_config()
-        if self.skeleton.tied and self.skeleton.head in stored:
-            config = untied(config)
-        if obstacles:
-            first, reason = next(iter(obstacles.items()))
-            result.remarks.append(
-                f"written in effcli's own layout, which effcli.load reads and stock loaders refuse: "
-                f"no place in the standard format for {count(len(obstacles), 'layer')}, such as {first} ({reason})"
-            )
-        own = bool(obstacles or self.skeleton.widths)
-        described = own_config(config, stored, self.skeleton.widths) if own else self._standard(config, stored)
-        parts = [self.journal.part(name) for name in names]
-        source, files = self.weights.checkpoint.path, self.weights.file_names()
-        write_checkpoint(source, target, parts, described, self.carried, files)
-        self.journal.remove()
-        return result
-
-    def _standard(self, config: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
-        path = self.skeleton.text_path
-        return standard_config(config, stored, self._linears(), (self.skeleton.block_path, path) if path else None)
-
-    def _linears(self) -> list[str]:
-        return [choice.site.name for choice in self.choices.values() if choice.site.kind == "linear"]
+        names = [part_name(k) for k in range(len(self.skeleton.blocks))] + [OUTSIDE]
+        return join(self.weights, self.journal, names, target, self.carried)
 
 
 @dataclass

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from effcli.files.layout import (
 from effcli.formats import SUFFIXES, Mask, Quantized, Sparse, unpack
 from effcli.language.experts import zeros_like
 from effcli.language.skeleton import Skeleton, find_layers
+from effcli.layers.edits import Place
 from effcli.layers.input_rounding import round_inputs
 from effcli.layers.layer import LayerSite
 from effcli.platform.huggingface import replaced_class
@@ -301,8 +302,33 @@ class Weights:
     def packed_bytes(self, layer: str) -> int:
         return sum(self.checkpoint.entries[key].nbytes for key in self._packed[layer].values())
 
-    def parameter(self, name: str) -> Tensor:
-        """One parameter in the network's own shape; compressed layers are dequantized."""
+    def places(self) -> dict[str, Place]:
+        """All that may get a new value: layers, other parameters, tensors of the files that a parameter is made of."""
+        skeleton, state = self.skeleton, self.skeleton.model.state_dict()
+        head = f"{skeleton.head}.weight"
+        found = {}
+        for name in [*skeleton.parameters(), *([head] if skeleton.tied else [])]:
+            for site in self.sites(name):
+                own = site.name == skeleton.head
+                tied = skeleton.embedding if own and skeleton.tied else ""
+                found[site.name] = Place(site.shape, site.kind, head=own, tied=tied)
+            if not self.sites(name):
+                kind: Literal["embedding", "other"] = "embedding" if name == skeleton.embedding else "other"
+                found[name] = Place(tuple(state[name].shape), kind)
+        for key in {key for name in self._converters for _, key in self._sources[name]}:
+            found.setdefault(key.removesuffix(".weight"), Place(self.checkpoint.entries[key].shape, "part"))
+        return found
+
+    def parts_of(self, name: str) -> list[str]:
+        """The places of the tensors of the files that a parameter is made of; none where it is one by itself."""
+        keys = self._sources[name] if name in self._converters else ()
+        return [key.removesuffix(".weight") for _, key in keys]
+
+    def parameter(self, name: str, edit: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
+        """One parameter in the network's own shape; compressed layers are dequantized.
+
+        edit: makes another one of each tensor of the files that the parameter is made of, given its place.
+        """
         sites = self._sites.get(name, [])
         if any(site.name in self._packed for site in sites):
             return self._restore(name, sites)
@@ -310,7 +336,9 @@ class Weights:
             raise CheckpointError(
                 f"{self.checkpoint.path} has no weights for {name}", "download or copy the checkpoint again"
             )
-        return self._convert(name) if name in self._converters else self.checkpoint.read(self._sources[name][0][1])
+        if name in self._converters:
+            return self._convert(name, edit)
+        return self.checkpoint.read(self._sources[name][0][1])
 
     def _restore(self, name: str, sites: list[LayerSite]) -> Tensor:
         shape = self.skeleton.model.get_parameter(name).shape
@@ -328,10 +356,15 @@ class Weights:
         """One matrix (out, in) of a stack that stayed dense among packed ones."""
         return self.checkpoint.read(self._sources[f"{site.name}.weight"][0][1])
 
-    def _convert(self, name: str) -> Tensor:
+    def _convert(self, name: str, edit: Callable[[str, Tensor], Tensor] | None) -> Tensor:
         converter = copy.deepcopy(self._converters[name])
+
+        def read(key: str) -> Tensor:
+            value = self.checkpoint.read(key)
+            return value if edit is None else edit(key.removesuffix(".weight"), value)
+
         for pattern, key in self._sources[name]:
-            converter.add_tensor(name, key, pattern, lambda key=key: self.checkpoint.read(key))
+            converter.add_tensor(name, key, pattern, lambda key=key: read(key))
         # Of several parameters that one tensor is split into, the first stands for all.
         first = _made_of(name, converter.target_patterns)[0]
         result = converter.convert(first, model=self.skeleton.model, config=self.skeleton.config)

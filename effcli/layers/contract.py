@@ -7,7 +7,8 @@ A pass is one class with its options and its mathematics:
 - a `NetworkPass` takes a network read as a graph as a whole;
 - a `CutPass` removes channels, heads or experts, with everything that goes with them;
 - a `TrainPass` trains the layers of a network read as a graph, step by step, towards less of a loss;
-- a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass.
+- a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass;
+- a `ParameterPass` gives parameters new values, whatever they belong to: layers, embeddings, norms, biases.
 
 `needs` names what the engine gathers for it, `changes` what plan and recipe must expect of the result.
 
@@ -21,6 +22,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -31,6 +33,7 @@ from torch.optim import Adam, Optimizer
 from effcli.errors import UserError
 from effcli.formats import Mask, Packing, Quantized
 from effcli.layers.coupling import Coupled, Cut, Member
+from effcli.layers.edits import Edit, Place
 from effcli.layers.layer import Kind
 from effcli.layers.returned import Asked
 from effcli.layers.statistics import Needs, Statistics
@@ -94,6 +97,11 @@ class Pass(Options, ABC):
     def result(self) -> Packing | None:
         """The format of the weights that a step with these options leaves; None where they stay floating."""
         return self.format
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files and folders that a step with these options reads, besides the model and the data."""
+        return ()
 
     def require(self) -> None:
         """Raise `UnsupportedError` where a package that these options need is not installed; asked before any work."""
@@ -324,6 +332,40 @@ class SearchPass(Pass):
         costs: of each layer with each alternative, in bytes and in lost quality. Raises `SelectionError` for a budget
         that no choice keeps.
         """
+
+
+class ParameterPass(Pass):
+    """A pass that gives parameters of a network new values, whatever they belong to.
+
+    It is given no inputs. `layers` and `lm_head` mean nothing to it: it takes what it names.
+    """
+
+    # Why it leaves a layer alone that it does not name.
+    untouched: ClassVar[str] = "it is given no new value"
+
+    @abstractmethod
+    def edits(self, places: Mapping[str, Place]) -> Mapping[str, Edit]:
+        """What becomes of the parameters that change, by the names of `places`; nothing is written before.
+
+        places: all of the network. Raises `UserError` for what does not fit them.
+        """
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether weights that earlier passes removed stay 0."""
+        return False
+
+    @property
+    def keeps_format(self) -> bool:
+        """Whether the new weight of a layer that is compressed is compressed, too."""
+        return False
+
+    def store(self, weight: Tensor, before: Quantized, dtype: torch.dtype) -> Quantized | Tensor:
+        """How the new weight of a layer that was stored as `before` is stored; dense unless `keeps_format`.
+
+        weight: float32 (out, in); dtype: the network's.
+        """
+        return weight
 
 
 class Evaluator(Protocol):
@@ -658,6 +700,7 @@ __all__ = [
     "NetworkPass",
     "Observed",
     "Outcome",
+    "ParameterPass",
     "Pass",
     "Reader",
     "ScalingPass",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from effcli.errors import SelectionError, UnsupportedError, did_you_mean
 from effcli.formats import Bitmask, Dense, Packing, Sparse
 from effcli.formats.base import Values
-from effcli.layers.contract import Change, CutPass, LayerPass, Needs, NetworkPass, Pass, TrainPass
+from effcli.layers.contract import Change, CutPass, LayerPass, Needs, NetworkPass, ParameterPass, Pass, TrainPass
 from effcli.layers.layer import LayerSite
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Choice:
         """
         if self.config is None:
             return before
+        if isinstance(self.config, ParameterPass):
+            return before if self.config.keeps_format else dense
         result = self.config.result
         if result is None:
             result = dense if isinstance(self.config, LayerPass) else before
@@ -93,10 +95,12 @@ def choose(network: Layered, step: PassStep) -> dict[str, Choice]:
             _must_match(pattern, names, f"{step.name}.{key}")
     choices = {}
     for site in sites:
-        reason = _ignored(site, config) or site.obstacle or left_alone.get(site.name, "")
+        # A new value is stored as the old one, which nothing keeps from it.
+        obstacle = "" if isinstance(config, ParameterPass) else site.obstacle
+        reason = _ignored(site, config) or obstacle or left_alone.get(site.name, "")
         choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
     taken = [name for name, choice in choices.items() if choice.config is not None]
-    if not taken:
+    if not taken and not isinstance(config, ParameterPass):
         remedy = "make `ignore` narrower" if choices else "the network has no convolution and no linear layer"
         raise SelectionError(f"{step.name} would take no layer at all", remedy)
     for pattern in config.layers:

@@ -146,7 +146,7 @@ class Effort:
     disk: int = 0
 
 
-class Planned(Layered, Protocol):
+class Planned(Protocol):
     """A network of either kind as the steps planned so far leave it."""
 
     # By what operations are counted, for a person; what is in memory at the peak, where that is not all.
@@ -160,6 +160,9 @@ class Planned(Layered, Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in the weight files."""
+
+    def layered(self, step: PassStep) -> Layered:
+        """The layers that a step chooses from."""
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         """Note what a step leaves."""
@@ -193,7 +196,7 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     backward = bounded = False
     for number, step in enumerate(recipe.passes, start=1):
         name = f"{number}. {step.name}" if len(recipe.passes) > 1 else ""
-        choices = choose(network, step)
+        choices = choose(network.layered(step), step)
         network.take(step, choices)
         rows += [row.model_copy(update={"step": name}) for row in network.rows(choices.values())]
         label = name or step.name

@@ -23,7 +23,7 @@ from effcli.files.exporter import Exporter
 from effcli.inputs import jsonl, tables
 from effcli.inputs.options import Calibration, Evaluate
 from effcli.inputs.preprocess import Preprocess
-from effcli.layers.contract import Change, LayerPass, Needs, NetworkPass, Pass, SearchPass, TrainPass
+from effcli.layers.contract import Change, LayerPass, Needs, NetworkPass, ParameterPass, Pass, SearchPass, TrainPass
 from effcli.options import Options
 from effcli.platform.registry import Registry
 from effcli.run import yaml_files as yamls
@@ -36,7 +36,9 @@ NOT_PER_LAYER = frozenset({"ignore", "layers", "lm_head"})
 
 
 def not_per_layer(kind: type[Options]) -> frozenset[str]:
-    """The options of `kind` that `layers` may not override: there is one training of all layers together."""
+    """The options of `kind` that `layers` may not override: there is one training, and one adapter, of all together."""
+    if issubclass(kind, ParameterPass):
+        return frozenset(kind.model_fields)
     return NOT_PER_LAYER | (TrainingOptions.model_fields.keys() if issubclass(kind, TrainPass) else frozenset())
 
 
@@ -245,7 +247,7 @@ class Recipe(Options):
 
     @property
     def data(self) -> dict[str, Path]:
-        """The files and folders of calibration and evaluation data, by the names that the recipe gives them."""
+        """The files and folders of data, and those that passes read, by the names that the recipe gives them."""
         wanted = self.evaluate
         named = (self.calibration.data, wanted.perplexity, wanted.images, *wanted.questions)
         found = {}
@@ -254,7 +256,7 @@ class Recipe(Options):
                 path = Path(name).expanduser()
                 # `DIR#split` names a part of a folder.
                 found[name] = path if path.exists() or "#" not in name else Path(str(path).rpartition("#")[0])
-        return found
+        return found | {str(path): path for step in self.passes for path in step.config.files}
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -276,6 +278,12 @@ class Recipe(Options):
             raise RecipeError(
                 f"evaluate.perplexity: {self.model} reads no text", "give labelled images: evaluate.images or --eval"
             )
+        for number, step in enumerate(self.passes):
+            if isinstance(step.config, ParameterPass):
+                raise RecipeError(
+                    f"passes.{number}: {step.name} takes language models; {self.model} is read as a graph",
+                    "leave the step out",
+                )
         return self.model_copy(
             update={
                 "calibration": _filled(self.calibration, samples=_GRAPH_SAMPLES, batch_size=_GRAPH_BATCH),
@@ -424,6 +432,7 @@ def from_arguments(
     *,
     output: str | None = None,
     passes: Any = (),
+    adapter: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
     calib: str | None = None,
@@ -435,7 +444,8 @@ def from_arguments(
 ) -> Recipe:
     """A recipe from the arguments of `effcli compress` or `effcli.compress`.
 
-    passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass. evals: text
+    passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass; adapter: of a first step
+    that merges it. evals: text
     files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys of the recipe; None
     is left out.
     """
@@ -445,6 +455,8 @@ def from_arguments(
     for option, flag, value in (("bits", "--bits", bits), ("group_size", "--group-size", group_size)):
         if value is not None:
             set_on_only_step(steps, option, flag, value)
+    if adapter is not None:
+        steps = [{"merge": {"adapter": adapter}}, *steps]
     data: dict[str, Any] = {"model": model, "passes": steps}
     data |= {key: value for key, value in keys.items() if value is not None}
     if output is not None:

@@ -25,7 +25,7 @@ from effcli.files import layout
 from effcli.files.checkpoint import Checkpoint, read_config
 from effcli.files.layout import is_own, network_config
 from effcli.inputs.text import Windows
-from effcli.language import sweep, verify
+from effcli.language import parts, sweep, verify
 from effcli.language.journal import Journal
 from effcli.language.weights import open_weights
 from effcli.layers.contract import Group, Layer, Outcome
@@ -95,7 +95,7 @@ class Crash(BaseException):
 
 def crash_at(where: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop when block k has begun, when its part is written but not recorded, or when its record is but not it."""
-    sound_write, sound_advance = sweep.write_shard, Journal.advance
+    sound_write, sound_advance = parts.write_shard, Journal.advance
 
     def write(file: Path, tensors: dict[str, Tensor]) -> None:
         if where == "part" and file.name == f"block-{k:05d}.safetensors":
@@ -110,7 +110,7 @@ def crash_at(where: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def assemble(*_: Any) -> None:
         raise Crash
 
-    monkeypatch.setattr(sweep, "write_shard", write)
+    monkeypatch.setattr(parts, "write_shard", write)
     monkeypatch.setattr(Journal, "advance", advance)
     if where == "assemble":
         monkeypatch.setattr(layout, "assemble", assemble)

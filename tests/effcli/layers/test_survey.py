@@ -160,7 +160,7 @@ def planned_model(llama: Path) -> Callable[[LayerPass], float]:
     def operations(config: LayerPass) -> float:
         network = PlannedModel(open_weights(llama), Calibration(samples=4, length=16))
         step = PassStep(name="step", config=config)
-        return network.effort(step, choose(network, step)).operations
+        return network.effort(step, choose(network.layered(step), step)).operations
 
     return operations
 
@@ -169,7 +169,7 @@ def planned_graph(_: Path) -> Callable[[LayerPass], float]:
     def operations(config: LayerPass) -> float:
         network = PlannedGraph(small_graphs.separable(), Calibration(samples=4))
         step = PassStep(name="step", config=config)
-        return network.effort(step, choose(network, step)).operations
+        return network.effort(step, choose(network.layered(step), step)).operations
 
     return operations
 

@@ -1,0 +1,1 @@
+"""Passes that take in what was trained beside a network."""

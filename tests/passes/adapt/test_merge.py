@@ -1,0 +1,308 @@
+"""`merge`: equal to PEFT's `merge_and_unload` for each kind of adapter; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import adapters
+import architectures
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
+from safetensors.torch import load_file, save_file
+
+import effcli
+from effcli.errors import CheckpointError, EffcliError, NumericsError, SelectionError, UnsupportedError
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Small networks by architecture, each made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
+        key = f"{name} {dtype} {more}"
+        if key not in made:
+            made[key] = architectures.make(name, tmp_path_factory.mktemp(name) / "model", dtype, **more)
+        return made[key]
+
+    return make
+
+
+ALL = "all-linear"
+_LORA = {
+    "lora": ("llama", dict(target_modules=ALL)),
+    "rslora": ("qwen2", dict(target_modules=["q_proj", "down_proj"], use_rslora=True, lora_alpha=3)),
+    "dora": ("qwen3", dict(target_modules=ALL, use_dora=True)),
+    "bias": ("qwen2", dict(target_modules=["q_proj"], lora_bias=True, bias="all")),
+    "norms": ("opt", dict(target_modules=["fc1"], modules_to_save=["final_layer_norm", "fc2"])),
+    "head": ("mistral", dict(target_modules=["v_proj", "lm_head"], use_dora=True)),
+    "head whole": ("llama", dict(target_modules=["v_proj"], modules_to_save=["lm_head", "embed_tokens"])),
+    "embedding": ("llama", dict(target_modules=["embed_tokens", "o_proj"])),
+    "embedding dora": ("llama", dict(target_modules=["embed_tokens", "o_proj"], use_dora=True)),
+    "tokens": ("llama", dict(target_modules=["o_proj"], trainable_token_indices=[1, 1000])),
+    "conv1d": ("gpt2", dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "conv1d dora": ("gpt2", dict(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=True)),
+    "fused qkv": ("phi3", dict(target_modules=["qkv_proj", "gate_up_proj"])),
+    "fused neox": ("gpt_neox", dict(target_modules=["query_key_value", "embed_out"])),
+    "fused falcon": ("falcon_new", dict(target_modules=["query_key_value", "dense"])),
+    "patterns": (
+        "llama",
+        dict(
+            target_modules=["q_proj", "k_proj"],
+            rank_pattern={"layers.1.self_attn.k_proj": 2, "q_proj": 4},
+            alpha_pattern={r"layers\.0.*k_proj": 5},
+        ),
+    ),
+    "regular expression": ("llama", dict(target_modules=r".*layers\.1\.mlp\.(up|down)_proj")),
+    "one block": ("llama", dict(target_modules=["up_proj"], layers_to_transform=[1])),
+    "experts": (
+        "mixtral",
+        dict(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    ),
+    "one stack": ("mixtral", dict(target_modules=[], target_parameters=["mlp.experts.down_proj"], use_rslora=True)),
+}
+_OTHERS = {
+    "ia3": ("llama", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3 bias": ("qwen2", IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"])),
+    "ia3 conv1d": (
+        "gpt2",
+        IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+    ),
+    "loha": ("llama", LoHaConfig(target_modules=["q_proj", "down_proj"], r=3, alpha=5)),
+    "lokr": ("llama", LoKrConfig(target_modules=["q_proj", "down_proj"], r=3, alpha=5)),
+    "lokr both": ("llama", LoKrConfig(target_modules=["up_proj"], r=2, decompose_both=True, decompose_factor=8)),
+}
+KINDS: dict[str, tuple[str, Any]] = {
+    **{kind: (name, LoraConfig(r=4, **options)) for kind, (name, options) in _LORA.items()},
+    **_OTHERS,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_peft_merges(kind: str, network: Make, tmp_path: Path) -> None:
+    name, config = KINDS[kind]
+    model = adapters.make(network(name), tmp_path / "adapter", config)
+    beside = adapters.logits(model)
+    result = adapters.merged(network(name), tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    made = adapters.loaded(tmp_path / "out")
+    torch.testing.assert_close(adapters.logits(made), beside, rtol=1e-4, atol=1e-4)
+    expected = adapters.reference(model)
+    found = made.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    changed = [row for row in result.ledger if row.status == "changed"]
+    before = adapters.loaded(network(name)).state_dict()
+    assert any(not torch.equal(before[key], value) for key, value in found.items())
+    assert changed and all(row.notes["adapter"] and row.weight_error > 0 for row in changed)
+
+
+TIED = {
+    "the embedding": (dict(target_modules=["embed_tokens"]), True),
+    "the head": (dict(target_modules=["lm_head"]), True),
+    "both alike": (dict(target_modules=["embed_tokens"], ensure_weight_tying=True), False),
+    "the embedding whole": (dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), True),
+    "both whole": (dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True), False),
+    "tokens": (dict(target_modules=["q_proj"], trainable_token_indices=[7, 3], ensure_weight_tying=True), False),
+    "neither": (dict(target_modules=["q_proj"]), False),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_head_is_untied_where_it_must_be(kind: str, network: Make, tmp_path: Path) -> None:
+    """PEFT adds what it learned of one of the two to both; the model that was trained had it in one."""
+    options, unties = TIED[kind]
+    source = network("llama", tie_word_embeddings=True)
+    beside = adapters.logits(adapters.make(source, tmp_path / "adapter", LoraConfig(r=4, **options)))
+    result = adapters.merged(source, tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    made = adapters.loaded(tmp_path / "out")
+    torch.testing.assert_close(adapters.logits(made), beside, rtol=1e-4, atol=1e-4)
+    assert (made.lm_head.weight is not made.model.embed_tokens.weight) == unties
+    assert made.config.tie_word_embeddings == (not unties)
+    assert any("was tied" in remark for remark in result.remarks) == unties
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == unties
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_rounds_once(dora: bool, network: Make, tmp_path: Path) -> None:
+    """A bf16 weight is the one nearest to the float64 product, but for ties that float32 sees elsewhere."""
+    source = network("llama", torch.bfloat16)
+    adapters.make(source, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"], use_dora=dora))
+    adapters.merged(source, tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for block in range(2):
+        name = f"model.layers.{block}.self_attn.q_proj"
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        exact = before[f"{name}.weight"].double() + 2 * b @ a
+        if dora:
+            magnitude = tensors[f"base_model.model.{name}.lora_magnitude_vector"].double()
+            exact *= (magnitude / exact.norm(dim=1)).unsqueeze(1)
+        found = after[f"{name}.weight"].double()
+        half = torch.finfo(torch.bfloat16).eps / 2
+        assert bool(((found - exact).abs() <= half * found.abs() * (1 + 1e-4)).all())
+    others = [name for name in after if "q_proj" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_experts_by_their_old_names(network: Make, tmp_path: Path) -> None:
+    """An adapter of single experts, as they stand in the files, is merged into the stack that they make up."""
+    source, name = network("mixtral"), "model.layers.1.block_sparse_moe.experts.2.w3"
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 64, generator=generator), torch.randn(128, 4, generator=generator)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    keys = {f"base_model.model.{name}.lora_{part}.weight": value for part, value in (("A", a), ("B", b))}
+    save_file(keys, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": ["w3"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    before = adapters.loaded(source).state_dict()
+    adapters.merged(source, tmp_path / "out", adapter=str(folder))
+    after = adapters.loaded(tmp_path / "out").state_dict()
+    stack = "model.layers.1.mlp.experts.gate_up_proj"
+    expected = before[stack].clone()
+    expected[2, 128:] += 0.5 * b @ a
+    torch.testing.assert_close(after[stack], expected)
+    assert all(torch.equal(before[key], after[key]) for key in before if key != stack)
+
+
+def _spoiled(folder: Path, spoil: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    """Change the config and the tensors of an adapter."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    spoil(config, tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+_Q = "base_model.model.model.layers.1.self_attn.q_proj"
+BAD: dict[str, tuple[Any, type[EffcliError], str]] = {
+    "unknown keys": (
+        lambda config, tensors: config.update(peft_version="9.9", use_spin=True, spins=[1], quiet=None),
+        UnsupportedError,
+        "PEFT 9.9: unknown keys spins, use_spin",
+    ),
+    "another product": (
+        lambda config, tensors: config.update(use_qalora=True),
+        UnsupportedError,
+        "sets use_qalora",
+    ),
+    "another kind": (lambda config, tensors: config.update(peft_type="VERA"), UnsupportedError, "of the kind VERA"),
+    "changed base": (
+        lambda config, tensors: config.update(init_lora_weights="pissa_niter_4"),
+        UnsupportedError,
+        "init_lora_weights is pissa_niter_4",
+    ),
+    "rank": (lambda config, tensors: config.update(r=8), SelectionError, "have rank 4, its config says 8"),
+    "rank of a pattern": (
+        lambda config, tensors: config.update(rank_pattern={"layers.1.self_attn.q_proj": 3}),
+        SelectionError,
+        "model.layers.1.self_attn.q_proj: its tensors have rank 4, its config says 3",
+    ),
+    "missing target": (
+        lambda config, tensors: [tensors.pop(f"{_Q}.lora_{part}.weight") for part in "AB"],
+        SelectionError,
+        "names model.layers.1.self_attn.q_proj as its target",
+    ),
+    "half of a target": (
+        lambda config, tensors: tensors.pop(f"{_Q}.lora_A.weight"),
+        SelectionError,
+        "no lora_A for model.layers.1.self_attn.q_proj",
+    ),
+    "surplus target": (
+        lambda config, tensors: tensors.update(
+            {
+                f"{_Q.replace('1', '7')}.lora_A.weight": torch.ones(4, 64),
+                f"{_Q.replace('1', '7')}.lora_B.weight": torch.ones(64, 4),
+            }
+        ),
+        SelectionError,
+        "tensors for model.layers.7.self_attn.q_proj, which the network does not have",
+    ),
+    "shape": (
+        lambda config, tensors: tensors.update({f"{_Q}.lora_B.weight": torch.ones(65, 4)}),
+        SelectionError,
+        r"it is made for \(65, 64\), and the network has \(64, 64\)",
+    ),
+    "ranks of the factors": (
+        lambda config, tensors: tensors.update({f"{_Q}.lora_B.weight": torch.ones(64, 5)}),
+        SelectionError,
+        r"lora_A \(4, 64\) and lora_B \(64, 5\)",
+    ),
+    "something else": (
+        lambda config, tensors: tensors.update({f"{_Q}.lora_magnitude_vector": torch.ones(64)}),
+        SelectionError,
+        "holds lora_magnitude_vector",
+    ),
+    "pattern": (lambda config, tensors: config.update(target_modules="(q_proj"), CheckpointError, "no pattern"),
+    "not a number": (
+        lambda config, tensors: tensors[f"{_Q}.lora_A.weight"].fill_(float("nan")),
+        NumericsError,
+        f"{_Q}.lora_A.weight holds NaN",
+    ),
+    "type": (lambda config, tensors: config.update(r="many"), CheckpointError, "r: "),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_refuses_by_name(what: str, network: Make, tmp_path: Path) -> None:
+    spoil, kind, text = BAD[what]
+    source, folder, out = network("llama"), tmp_path / "adapter", tmp_path / "out"
+    adapters.make(source, folder, LoraConfig(r=4, target_modules=["q_proj"]))
+    _spoiled(folder, spoil)
+    with pytest.raises(kind, match=text):
+        effcli.compress(source, {"merge": {"adapter": str(folder)}}, out, evaluate=False)
+    assert not out.exists() and list(tmp_path.iterdir()) == [folder]
+
+
+def test_adapter_of_another_model(network: Make, tmp_path: Path) -> None:
+    adapters.make(network("gpt2"), tmp_path / "adapter", LoraConfig(r=4, target_modules=["c_attn"]))
+    with pytest.raises(SelectionError, match=r"transformer\.h\.0\.attn\.c_attn and for 1 further place") as caught:
+        adapters.merged(network("llama"), tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    assert str(network("gpt2")) in caught.value.remedy
+
+
+def test_reads_a_bin_without_running_it(network: Make, tmp_path: Path) -> None:
+    source, folder = network("llama"), tmp_path / "adapter"
+    adapters.make(source, folder, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapters.merged(source, tmp_path / "first", adapter=str(folder))
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
+    adapters.merged(source, tmp_path / "second", adapter=str(folder))
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    torch.save({"ran": _Bomb(tmp_path / "ran")}, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        adapters.merged(source, tmp_path / "third", adapter=str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+class _Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_from_the_command_line(network: Make, tmp_path: Path) -> None:
+    """`--adapter` is a first step; the report tells of each layer, and the adapter's files are part of the request."""
+    from effcli.run import recipe
+
+    source, folder = network("llama"), tmp_path / "adapter"
+    adapters.make(source, folder, LoraConfig(r=4, target_modules=["q_proj"]))
+    made = recipe.from_arguments(str(source), passes=["linear:bits=8"], adapter=str(folder), no_eval=True)
+    assert [step.name for step in made.passes] == ["merge", "linear"]
+    assert folder in made.inputs
+    report = effcli.compress(source, [], tmp_path / "out", adapter=str(folder), evaluate=False)
+    rows = {row.name: row for row in report.stages[-1].ledger}
+    assert rows["model.layers.0.self_attn.q_proj"].notes == {"adapter": "LoRA", "rank": 4, "scaling": 2.0}
+    assert rows["model.layers.0.self_attn.k_proj"].reason == "the adapter has nothing for it"
+    assert str(folder) in report.data
