@@ -5,6 +5,7 @@ Nothing runs through the network. In memory are the new tensors of one block and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from effcli.layers.selection import Choice, choose
 from effcli.platform import memory
 from effcli.platform.rehearsal import counted
 from effcli.reports.report import LedgerRow
+from effcli.reports.units import count
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -99,7 +101,9 @@ class _Changed:
     lost: float = 0.0
 
     def notes(self) -> dict[str, Any]:
-        return {"lost": round(ratio(self.lost, self.moved + self.lost), 6)} if self.lost else {}
+        """The square of the change as a share of that of the weight, and what share of the change is lost."""
+        lost = {"lost": round(ratio(self.lost, self.moved + self.lost), 6)} if self.lost else {}
+        return {"change": float(f"{ratio(self.moved, self.before):.4g}"), **lost}
 
 
 class _Editing:
@@ -119,22 +123,24 @@ class _Editing:
         self.progress = progress
 
     def carry_out(self, journal: Journal, target: Path) -> PassResult:
-        count = len(self.skeleton.blocks)
-        names = [part_name(k) for k in range(count)]
+        blocks = len(self.skeleton.blocks)
+        names = [part_name(k) for k in range(blocks)]
         if not all(journal.holds(name) for name in names[: journal.done]):
             journal.begin()
-        for k in range(journal.done, count):
-            self.progress(k, count)
+        for k in range(journal.done, blocks):
+            self.progress(k, blocks)
             with counted(self.skeleton.block_names[k]):
                 write_part(journal, names[k], self._part(self.skeleton.block_parameters(k)))
             journal.advance(k + 1)
             memory.trim()
-        self.progress(count, count)
+        self.progress(blocks, blocks)
         part = self._outside()
         apart = self.skeleton.tied and f"{self.skeleton.head}.weight" in part.tensors
         write_part(journal, OUTSIDE, part)
         del part
-        return join(self.weights, journal, [*names, OUTSIDE], target, self.carried, apart)
+        result = join(self.weights, journal, [*names, OUTSIDE], target, self.carried, apart)
+        result.remarks += _told(result.ledger)
+        return result
 
     def _part(self, keys: Iterable[str]) -> Part:
         part = Part()
@@ -158,7 +164,7 @@ class _Editing:
         if apart:
             own, row = self._dense(embedding), self._kept_row(head)
             if head in edits:
-                row = self._row(site, own, self._changed(head, own, None))
+                row = self._row(site, own, self._changed(head, own))
             if not torch.equal(own, part.tensors[embedding]):
                 part.tensors[f"{head}.weight"] = own
                 part.ledger.append(row)
@@ -193,69 +199,69 @@ class _Editing:
                 value = packed.effective(torch.float32)
             else:
                 value = weights.dense_matrix(site) if whole is None else site.view(whole)
-            mask = None if packed is None else Mask.of(packed)
-            found = self._changed(site.name, value, mask)
+            mask = Mask.of(packed)
+            found = self._changed(site.name, value, packed)
             new = self._stored(site, value, packed, mask)
             part.put(weights, site, new)
-            filled = 0 if mask is None or self.config.keeps_zeros else int((~mask.kept).sum())
-            part.ledger.append(self._row(site, new, found, {"filled": filled} if filled else {}))
+            row, more = self._row(site, new, found), {}
+            if isinstance(new, Quantized) and not new.format.floating:
+                rounding = float((new.effective(torch.float32) - value).square().sum())
+                more["rounding_to_change"] = round(ratio(rounding, found.moved), 4)
+                row = row.model_copy(update={"weight_error": ratio(rounding, float(value.square().sum()))})
+            if mask is not None and not self.config.keeps_zeros:
+                more["filled"] = int((~mask.kept).sum())
+            part.ledger.append(row.model_copy(update={"notes": {**row.notes, **more}}))
         part.join(sites)
 
     def _stored(
         self, site: LayerSite, value: Tensor, packed: Quantized | None, mask: Mask | None
     ) -> Quantized | Tensor:
         """The new weight of a layer, as it is to be stored; packed, mask: how the old one was, and what it kept."""
-        dtype = self.weights.dtype_of(site.parameter)
-        new: Quantized | Tensor = value if packed is None else self.config.store(value, packed, dtype)
+        new = value if packed is None else self.config.store(value, packed)
         if isinstance(new, Tensor):
-            new = new.to(dtype)
-            return mask.over(new) if mask is not None and self.config.keeps_zeros else new
-        return new
+            new = new.to(self.weights.dtype_of(site.parameter))
+        return mask.over(new) if mask is not None and self.config.keeps_zeros else new
 
-    def _row(
-        self, site: LayerSite, new: Quantized | Tensor, found: _Changed, notes: Mapping[str, Any] | None = None
-    ) -> LedgerRow:
+    def _row(self, site: LayerSite, new: Quantized | Tensor, found: _Changed) -> LedgerRow:
         """The ledger's line for a layer with a new weight."""
-        return Held.of(new).row(
-            site,
-            "changed" if isinstance(new, Tensor) or new.format.floating else "compressed",
-            weight_error=ratio(found.moved, found.before),
-            notes={**self.edits[site.name].notes, **found.notes(), **(notes or {})},
-        )
+        floating = isinstance(new, Tensor) or new.format.floating
+        notes = {**self.edits[site.name].notes, **found.notes()}
+        return Held.of(new).row(site, "changed" if floating else "compressed", notes=notes)
 
     def _carry_other(self, part: Part, key: str) -> None:
         """A parameter that is no layer."""
         value = self._dense(key)
-        found = self._changed(key, value, None)
+        found = self._changed(key, value)
         part.tensors[key] = value
         if value.ndim > 1:
             row = dense_row(key, "embedding", tuple(value.shape), value.dtype, "")
-            error, notes = ratio(found.moved, found.before), {**self.edits[key].notes, **found.notes()}
-            part.ledger.append(row.model_copy(update={"status": "changed", "weight_error": error, "notes": notes}))
+            notes = {**self.edits[key].notes, **found.notes()}
+            part.ledger.append(row.model_copy(update={"status": "changed", "notes": notes}))
 
     def _edit_part(self, place: str, value: Tensor) -> Tensor:
         if place in self.edits:
-            self._changed(place, value, None)
+            self._changed(place, value)
         return value
 
-    def _changed(self, name: str, value: Tensor, mask: Mask | None) -> _Changed:
-        """Give a parameter its new value, in place; mask: what earlier passes kept of it.
+    def _changed(self, name: str, value: Tensor, packed: Quantized | None = None) -> _Changed:
+        """Give a parameter its new value, in place; packed: as it is stored, None of a dense one.
 
-        Where zeros are kept, those of a matrix that is stored dense are what earlier passes removed.
+        Where zeros are kept, those of a dense matrix are what was removed; the codes of others may stand for 0 as well.
         """
-        new, found = self.edits[name].open(value), _Changed()
+        new, found, mask = self.edits[name].open(value), _Changed(), Mask.of(packed)
+        keeps = self.config.keeps_zeros and value.ndim > 1 and (packed is None or mask is not None)
         for rows in slices(value.shape):
             before = value[rows].float()
             after = new(before.clone(), rows)
             moved = after - before
-            if self.config.keeps_zeros and value.ndim > 1:
+            if keeps:
                 gone = before == 0 if mask is None else ~mask.kept[rows]
                 found.lost += float(moved[gone].square().sum())
                 after, moved = after.masked_fill_(gone, 0), moved.masked_fill_(gone, 0)
             found.before += float(before.square().sum())
             found.moved += float(moved.square().sum())
             value[rows] = after.to(value.dtype)
-        if not torch.isfinite(torch.tensor(found.moved)):
+        if not math.isfinite(found.moved):
             raise NumericsError(f"{name} would hold NaN or infinity", "the adapter is broken: train it again")
         return found
 
@@ -266,6 +272,28 @@ class _Editing:
     def _kept_row(self, name: str) -> LedgerRow:
         choice = self.choices[name]
         return held(self.weights, choice.site).row(choice.site, "kept", reason=choice.reason)
+
+
+def _told(ledger: Iterable[LedgerRow]) -> list[str]:
+    """What became of the zeros of a pruned network, and what rounding again did to the changes."""
+    rows = [row for row in ledger if "change" in row.notes]
+    told = []
+    lost = [row.notes["lost"] for row in rows if "lost" in row.notes]
+    if lost:
+        told.append(
+            f"zeros stay zeros: {sum(lost) / len(lost):.1%} of the changes is lost, by their squares, a mean over "
+            f"{count(len(lost), 'layer')}"
+        )
+    filled = sum(row.notes.get("filled", 0) for row in rows)
+    if filled:
+        told.append(f"{count(filled, 'weight')} that were removed are no longer 0: keep_zeros=true leaves them at 0")
+    again = [row.notes["rounding_to_change"] for row in rows if "rounding_to_change" in row.notes]
+    if again:
+        told.append(
+            f"rounded again, {count(len(again), 'layer')} err by {sum(again) / len(again):.1%} of the squares of the "
+            "changes, in the mean"
+        )
+    return told
 
 
 __all__ = ["Edited", "edit_model"]

@@ -360,10 +360,10 @@ class ParameterPass(Pass):
         """Whether the new weight of a layer that is compressed is compressed, too."""
         return False
 
-    def store(self, weight: Tensor, before: Quantized, dtype: torch.dtype) -> Quantized | Tensor:
+    def store(self, weight: Tensor, before: Quantized) -> Quantized | Tensor:
         """How the new weight of a layer that was stored as `before` is stored; dense unless `keeps_format`.
 
-        weight: float32 (out, in); dtype: the network's.
+        weight: float32 (out, in). A pattern of zeros is the engine's affair.
         """
         return weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import adapters
 import architectures
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import effcli
-from effcli.errors import CheckpointError, EffcliError, NumericsError, SelectionError, UnsupportedError
+from effcli.errors import CheckpointError, EffcliError, NumericsError, RecipeError, SelectionError, UnsupportedError
+from effcli.formats import Mask
+from effcli.language.weights import open_weights
+from effcli.reports.report import Report
+from effcli.run import recipe
 
 Make = Callable[..., Path]
 
@@ -100,7 +105,7 @@ def test_as_peft_merges(kind: str, network: Make, tmp_path: Path) -> None:
     changed = [row for row in result.ledger if row.status == "changed"]
     before = adapters.loaded(network(name)).state_dict()
     assert any(not torch.equal(before[key], value) for key, value in found.items())
-    assert changed and all(row.notes["adapter"] and row.weight_error > 0 for row in changed)
+    assert changed and all(row.notes["adapter"] and row.notes["change"] > 0 for row in changed)
 
 
 TIED = {
@@ -294,8 +299,6 @@ class _Bomb:
 
 def test_from_the_command_line(network: Make, tmp_path: Path) -> None:
     """`--adapter` is a first step; the report tells of each layer, and the adapter's files are part of the request."""
-    from effcli.run import recipe
-
     source, folder = network("llama"), tmp_path / "adapter"
     adapters.make(source, folder, LoraConfig(r=4, target_modules=["q_proj"]))
     made = recipe.from_arguments(str(source), passes=["linear:bits=8"], adapter=str(folder), no_eval=True)
@@ -303,6 +306,161 @@ def test_from_the_command_line(network: Make, tmp_path: Path) -> None:
     assert folder in made.inputs
     report = effcli.compress(source, [], tmp_path / "out", adapter=str(folder), evaluate=False)
     rows = {row.name: row for row in report.stages[-1].ledger}
-    assert rows["model.layers.0.self_attn.q_proj"].notes == {"adapter": "LoRA", "rank": 4, "scaling": 2.0}
+    notes = rows["model.layers.0.self_attn.q_proj"].notes
+    assert notes == {"adapter": "LoRA", "rank": 4, "scaling": 2.0, "change": notes["change"]}
     assert rows["model.layers.0.self_attn.k_proj"].reason == "the adapter has nothing for it"
     assert str(folder) in report.data
+
+
+def test_several_are_summed_with_their_weights(network: Make, tmp_path: Path) -> None:
+    """As PEFT's `add_weighted_adapter` does with the combination `cat`, which is the exact sum."""
+    source = network("llama")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    for number in (0, 1):
+        adapters.make(source, tmp_path / f"{number}", config, seed=number)
+    model = PeftModel.from_pretrained(adapters.loaded(source), tmp_path / "0", adapter_name="0")
+    model.load_adapter(tmp_path / "1", adapter_name="1")
+    model.add_weighted_adapter(["0", "1"], [0.75, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    expected = adapters.reference(model)
+    each = [{"path": str(tmp_path / "0"), "weight": 0.75}, {"path": str(tmp_path / "1"), "weight": 0.5}]
+    result = adapters.merged(source, tmp_path / "out", adapters=each)
+    found = adapters.loaded(tmp_path / "out").state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+    changed = [row for row in result.ledger if row.status == "changed"]
+    assert len(changed) == 4 and all(len(row.notes["adapters"]) == 2 for row in changed)
+
+
+@pytest.mark.parametrize("combination", ["ties", "dare_ties"])
+def test_combinations_give_the_same_twice(combination: str, network: Make, tmp_path: Path) -> None:
+    source = network("llama", torch.bfloat16)
+    for number, target in enumerate(("q_proj", "v_proj")):
+        config = LoraConfig(r=4, target_modules=["k_proj", target])
+        adapters.make(source, tmp_path / f"{number}", config, seed=number)
+    each = [str(tmp_path / "0"), str(tmp_path / "1")]
+    for out in ("first", "second"):
+        adapters.merged(source, tmp_path / out, adapters=each, combination=combination, density=0.5)
+    first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("first", "second"))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    changed = (
+        first["model.layers.0.self_attn.k_proj.weight"]
+        != load_file(source / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"]
+    )
+    # Of two halves about three quarters of the places get anything.
+    assert 0.6 < float(changed.float().mean()) < 0.85
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "name one adapter, or several"),
+        ({"adapter": "a", "adapters": ["b"]}, "name one adapter, or several"),
+        ({"adapter": "a", "density": 0.5}, "are of several adapters"),
+        ({"adapters": [{"path": "a", "wieght": 2}]}, "wieght"),
+        ({"adapter": "a", "layers": {"*": {"adapter": "b"}}}, "belongs to the whole pass"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        recipe.from_arguments("model", passes={"merge": options})
+
+
+@pytest.fixture
+def small_adapter(network: Make, tmp_path: Path) -> Path:
+    """On two projections, with changes as training makes them."""
+    folder = tmp_path / "adapter"
+    config = LoraConfig(r=4, lora_alpha=1, target_modules=["q_proj", "down_proj"])
+    adapters.make(network("llama", torch.bfloat16), folder, config)
+    return folder
+
+
+def test_a_pruned_base_keeps_its_zeros(network: Make, small_adapter: Path, tmp_path: Path) -> None:
+    source = network("llama", torch.bfloat16)
+    steps = {"magnitude": {"sparsity": 0.5}}
+    effcli.compress(source, steps, tmp_path / "pruned", evaluate=False)
+    given = {"adapter": str(small_adapter)}
+    kept = adapters.merged(tmp_path / "pruned", tmp_path / "kept", **given, keep_zeros=True)
+    filled = adapters.merged(tmp_path / "pruned", tmp_path / "filled", **given)
+    before = open_weights(tmp_path / "pruned")
+    after, other = open_weights(tmp_path / "kept"), open_weights(tmp_path / "filled")
+    name = "model.layers.0.mlp.down_proj"
+    zeros = before.parameter(f"{name}.weight") == 0
+    assert zeros.float().mean() == pytest.approx(0.5, abs=1e-3)
+    assert torch.equal(after.parameter(f"{name}.weight") == 0, zeros)
+    tensors = load_file(small_adapter / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    delta = 0.25 * b @ a
+    for found, masked in ((after, delta.masked_fill(zeros, 0)), (other, delta)):
+        expected = (before.parameter(f"{name}.weight").float() + masked).to(torch.bfloat16)
+        torch.testing.assert_close(found.parameter(f"{name}.weight"), expected)
+    rows = {row.name: row for row in kept.ledger}
+    share = float(delta[zeros].square().sum() / delta.square().sum())
+    assert rows[name].notes["lost"] == pytest.approx(share, rel=1e-4)
+    assert "sparse" in rows[name].format and rows["model.layers.0.mlp.up_proj"].status == "kept"
+    assert any("of the changes is lost" in remark for remark in kept.remarks)
+    assert {row.name: row for row in filled.ledger}[name].notes["filled"] == int(zeros.sum())
+    assert any("no longer 0" in remark and "keep_zeros" in remark for remark in filled.remarks)
+
+
+def test_zeros_of_a_dense_base_stay(network: Make, small_adapter: Path, tmp_path: Path) -> None:
+    """As of a model that another tool pruned."""
+    source = tmp_path / "source"
+    shutil.copytree(network("llama", torch.bfloat16), source)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name][:, ::2] = 0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    adapters.merged(source, tmp_path / "out", adapter=str(small_adapter), keep_zeros=True)
+    made = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert int(made[:, ::2].count_nonzero()) == 0 and bool((made[:, 1::2] != tensors[name][:, 1::2]).any())
+
+
+BASES: dict[str, Any] = {
+    "affine": {"linear": {"bits": 4, "group_size": 32}},
+    "symmetric": {"linear": {"bits": 8, "symmetric": True}},
+    "int8 inputs": {"linear": {"activations": "int8"}},
+    "nf4": "nf4",
+    "double": {"nf4": {"double": True}},
+    "tables": {"kmeans": {"bits": 4}},
+    "2:4 of nf4": [{"magnitude": {"pattern": "2:4"}}, "nf4"],
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_compressed_base(base: str, network: Make, small_adapter: Path, tmp_path: Path) -> None:
+    """The adapter is added to what the codes stand for; the sum is dense, or rounded to the same format again."""
+    source = network("llama", torch.bfloat16)
+    effcli.compress(source, BASES[base], tmp_path / "base", evaluate=False)
+    given = {"adapter": str(small_adapter), "keep_zeros": True}
+    dense = adapters.merged(tmp_path / "base", tmp_path / "dense", **given)
+    again = adapters.merged(tmp_path / "base", tmp_path / "again", **given, requantize="same")
+    before, after, rounded = (open_weights(tmp_path / name) for name in ("base", "dense", "again"))
+    tensors = load_file(small_adapter / "adapter_model.safetensors")
+    rows = [{row.name: row for row in result.ledger} for result in (dense, again)]
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        packed = before.packed(name)
+        assert packed is not None
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        exact = packed.dequantize(torch.float32) + 0.25 * b @ a
+        mask = Mask.of(packed)
+        exact = exact if mask is None else exact.masked_fill(~mask.kept, 0)
+        torch.testing.assert_close(after.parameter(f"{name}.weight"), exact.to(torch.bfloat16))
+        made = rounded.packed(name)
+        assert made is not None and made.format == packed.format
+        assert rows[0][name].status == "changed" and rows[1][name].status == "compressed"
+        error = float((made.dequantize(torch.float32) - exact).square().sum())
+        assert rows[1][name].weight_error == pytest.approx(error / float(exact.square().sum()), rel=1e-3)
+        # As near as the format itself comes to a weight.
+        own = {row.name: row for row in Report.read(tmp_path / "base").stages[-1].ledger}[name].weight_error
+        assert rows[1][name].weight_error < 1.6 * own
+    untouched = "model.layers.0.mlp.up_proj"
+    for other in (after, rounded):
+        for suffix, tensor in before.raw(untouched).items():
+            assert torch.equal(other.raw(untouched)[suffix], tensor)
+
+
+def test_signs_are_not_rounded_again(network: Make, small_adapter: Path, tmp_path: Path) -> None:
+    effcli.compress(network("llama", torch.bfloat16), "binary", tmp_path / "base", evaluate=False)
+    with pytest.raises(UnsupportedError, match="not rounded to binary"):
+        adapters.merged(tmp_path / "base", tmp_path / "out", adapter=str(small_adapter), requantize="same")

@@ -17,7 +17,7 @@ from effcli.formats.codebook import NF4_LEVELS, dynamic_map
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.layers.contract import Layer, LayerPass, Needs
-from effcli.passes.quantize import nf4
+from effcli.passes.quantize import _nf4, nf4
 from effcli.run.overrides import parse_pass
 from effcli.run.recipe import PassStep
 
@@ -119,7 +119,7 @@ def test_the_tables_are_those_of_bitsandbytes() -> None:
 
 def test_double_quantization_by_hand() -> None:
     """Scales 1, 2, 3: the mean is 2, what remains -1, 0, 1 times 1. There is no -1 in the map, only -0.993."""
-    made = nf4.double_quantize(torch.tensor([1.0, 2.0, 3.0]))
+    made = _nf4.double_quantize(torch.tensor([1.0, 2.0, 3.0]))
     assert made.mean == 2 and made.absmax.tolist() == [1]
     # Zero falls between two of the 65536 numbers, and the code is that of the upper one, 1/65535.
     assert made.codes.tolist() == [0, 131, 255]
@@ -130,7 +130,7 @@ def test_double_quantization_by_hand() -> None:
 def test_double_quantization_is_nearest(count: int) -> None:
     """Each scale is within half a gap of the map around it, and what the 65536 numbers add, of its own."""
     scales = sample(count).abs() + 0.1
-    made = nf4.double_quantize(scales)
+    made = _nf4.double_quantize(scales)
     rest = scales.double() - made.mean.double()
     absmax = made.absmax.double().repeat_interleave(256)[:count]
     nearest = (rest.unsqueeze(1) - dynamic_map().double() * absmax.unsqueeze(1)).abs().amin(1)
@@ -176,9 +176,9 @@ def test_idempotence(seed: int) -> None:
 
 def test_determinism_and_the_size_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = sample(65, 129)
-    first = nf4.encode(weight, 64)
-    monkeypatch.setattr(nf4, "_STEP", 128)
-    for a, b in zip(first, nf4.encode(weight, 64), strict=True):
+    first = _nf4.encode(weight, 64)
+    monkeypatch.setattr(_nf4, "_STEP", 128)
+    for a, b in zip(first, _nf4.encode(weight, 64), strict=True):
         assert torch.equal(a, b)
 
 
