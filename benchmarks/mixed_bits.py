@@ -64,15 +64,14 @@ def main() -> None:
         recipes = {bits: recipe(using, bits) for bits in sorted(options.bits)}
         base = recipes[min(recipes)]
         started = time.perf_counter()
-        found = inspect(list(recipes.values()))
+        found = inspect(list(recipes.values()), "bits")
         print(f"{using}: costs by {found.way} in {time.perf_counter() - started:.0f} s", flush=True)
         assignments = Assignments(found)
         uniform = assignments.uniform
         for average in options.average:
-            budget = assignments.nbytes(average)
-            if budget is None:
+            if not min(recipes) <= average <= max(recipes):
                 raise SystemExit(f"--average {average:g}: outside of {min(recipes)} to {max(recipes)}")
-            chosen = assignments.frontier.at(budget)
+            chosen = assignments.frontier.at(assignments.nbytes(average))
             bits = assignments.values(chosen)
             counts = ", ".join(f"{count} of {width}" for width, count in sorted(Counter(bits.values()).items()))
             step = with_values(base.passes[0], "bits", bits)

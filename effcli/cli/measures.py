@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,18 +13,39 @@ from effcli.cli.flags import Calib, Debug, Device, Json, Model, Overrides, Threa
 from effcli.cli.printing import path_of, print_json, say, show
 from effcli.errors import RecipeError, did_you_mean
 
+if TYPE_CHECKING:
+    from effcli.reports.sensitivity import Value, Varied
+
 
 def inspect(
     model: Model,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Say what quantizing each layer alone costs, for each number of bits.")
+        bool, typer.Option("--sensitivity", help="Say what each layer alone costs, for each value of an option.")
     ] = False,
     step: Annotated[
         str | None,
-        typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="What quantizes the layers.", show_default="awq"),
+        typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="What changes the layers.", show_default="awq"),
     ] = None,
     bits: Annotated[
         str | None, typer.Option("--bits", metavar="N,N,...", help="The bits to try.", show_default="2,3,4,8")
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            "--sparsity",
+            metavar="SHARE,...",
+            help="The sparsities to try, of a pass that removes weights.",
+            show_default="0,0.2,0.3 to 0.8",
+        ),
+    ] = None,
+    ratio: Annotated[
+        str | None,
+        typer.Option(
+            "--ratio",
+            metavar="SHARE,...",
+            help="The ratios to try, of a pass that removes channels.",
+            show_default="0,0.125 to 0.75",
+        ),
     ] = None,
     by: Annotated[
         str | None,
@@ -45,12 +67,14 @@ def inspect(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what MODEL consists of, or which of its layers suffer from few bits."""
-    given = {"--pass": step, "--bits": bits, "--by": by, "--calib": calib, "--output": output}
+    """Say what MODEL consists of, or which of its layers suffer from few bits or from pruning."""
+    values: dict[Varied, str | None] = {"bits": bits, "sparsity": sparsity, "ratio": ratio}
     if sensitivity:
         keys = {"weights": weights, "trust_remote_code": trust_remote_code or None}
-        _sensitivity(model, step or "awq", bits or "2,3,4,8", by, calib, output, overrides or [], keys, json)
+        _sensitivity(model, step or "awq", values, by, calib, output, overrides or [], keys, json)
         return
+    given: dict[str, Any] = {"--pass": step, **{f"--{option}": text for option, text in values.items()}}
+    given |= {"--by": by, "--calib": calib, "--output": output}
     _refuse(given, "it belongs to --sensitivity", "add --sensitivity, or leave it out")
     from effcli.reports import screen
     from effcli.run import detect, recipe
@@ -70,7 +94,7 @@ def inspect(
 def _sensitivity(
     model: str,
     step: str,
-    bits: str,
+    given: Mapping[Varied, str | None],
     by: str | None,
     calib: str | None,
     output: Path | None,
@@ -79,18 +103,18 @@ def _sensitivity(
     json: bool,
 ) -> None:
     from effcli.run import recipe
+    from effcli.run.overrides import parse_pass, set_on_only_step
 
-    if not all(re.fullmatch("[0-9]{1,4}", part.strip()) for part in bits.split(",")):
-        raise RecipeError(f"--bits {bits}: not whole numbers", "write --bits 2,3,4")
+    option, values = _values(step, given)
     if by not in (None, "gram", "fisher", "loss"):
         raise RecipeError(f"--by {by}: there is no such way", did_you_mean(by, ("gram", "fisher", "loss")))
     if output is not None and output.suffix not in (".html", ".json"):
         raise RecipeError(f"--output {output}: neither .html nor .json", "name a file with one of these endings")
-    widths = sorted({int(part) for part in bits.split(",")})
-    recipes = [
-        recipe.from_arguments(model, passes=[step], bits=width, calib=calib, overrides=overrides, **keys)
-        for width in widths
-    ]
+    recipes = []
+    for value in values:
+        steps: list[Any] = [parse_pass(step)]
+        set_on_only_step(steps, option, f"--{option}", value)
+        recipes.append(recipe.from_arguments(model, passes=steps, calib=calib, overrides=overrides, **keys))
     from effcli.reports import screen
     from effcli.reports.html_sensitivity import write
     from effcli.reports.sensitivity import Way
@@ -98,7 +122,7 @@ def _sensitivity(
     from effcli.search.inspect import inspect as inspect_layers
 
     with screen.Screen(recipes[0], quiet=json) as shown:
-        found = inspect_layers(recipes, cast("Way | None", by), shown)
+        found = inspect_layers(recipes, option, cast("Way | None", by), shown)
     if output is not None:
         write(found, output)
     if json:
@@ -107,6 +131,30 @@ def _sensitivity(
         show(sensitivity_table(found))
         if output is not None:
             say(f"written to {output}")
+
+
+def _values(step: str, given: Mapping[Varied, str | None]) -> tuple[Varied, list[Value]]:
+    """The option that is tried and its values, in order: the one that was given, else that of the pass."""
+    from effcli.run import recipe
+    from effcli.run.overrides import parse_pass
+    from effcli.search.space import SPACES, option_of
+
+    named = [option for option, text in given.items() if text]
+    if len(named) > 1:
+        raise RecipeError(f"--{named[0]} and --{named[1]} exclude each other", "try one option of the pass at a time")
+    if not named:
+        (name,) = parse_pass(step)
+        option = option_of(name, recipe.PassStep.registry)
+        return option, list(SPACES[option].defaults)
+    option, text = named[0], given[named[0]] or ""
+    parts = [part.strip() for part in text.split(",")]
+    if option == "bits":
+        if not all(re.fullmatch("[0-9]{1,4}", part) for part in parts):
+            raise RecipeError(f"--bits {text}: not whole numbers", "write --bits 2,3,4")
+        return option, sorted({int(part) for part in parts})
+    if not all(re.fullmatch(r"0?\.[0-9]{1,9}|0", part) for part in parts):
+        raise RecipeError(f"--{option} {text}: not shares from 0 to less than 1", f"write --{option} 0.25,0.5")
+    return option, sorted({float(part) for part in parts})
 
 
 def evaluate(

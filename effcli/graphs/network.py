@@ -35,10 +35,12 @@ from effcli.platform.machine import pick_device
 from effcli.platform.rehearsal import few
 from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Layout, Quality, Stage
+from effcli.reports.sensitivity import Varied
 from effcli.run.network import Counts, Measured
 from effcli.run.plan import Plan, make
 from effcli.run.recipe import PassStep, Recipe
 from effcli.search.budget import Figure, Quantity
+from effcli.search.space import unchanging
 
 # Files beside a model that are its own data.
 CALIBRATION = "calibration.npz"
@@ -103,15 +105,17 @@ class GraphNetwork:
     def miniature(self, target: Path) -> tuple[str, dict[str, float]]:
         return self.recipe.model, {}
 
-    def unlimited(self, quantity: Quantity) -> str:
+    def unlimited(self, quantity: Quantity, option: Varied) -> str:
         match quantity:
             case "perplexity_increase":
                 return "accuracy is measured, not perplexity"
-            case "macs":
+            case "macs" if option != "ratio":
                 count = sum(macs(self.graph).values())
-                return f"bits do not change how many multiplications a network takes, {count:,} here"
-            case "latency":
-                return "its weights are multiplied as floating-point numbers, which takes as long whatever their bits"
+                return f"{unchanging(option)} how many multiplications a network takes, {count:,} here"
+            case "latency" if option != "ratio":
+                return (
+                    f"its weights are multiplied as floating-point numbers, which takes as long whatever their {option}"
+                )
         return ""
 
     def calibrate(self) -> tuple[str, ...]:

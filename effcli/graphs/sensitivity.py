@@ -1,9 +1,9 @@
-"""What quantizing each layer of a network read as a graph alone costs.
+"""What changing each layer of a network read as a graph alone costs.
 
 `gram` needs one forward of the calibration inputs, `fisher` two and a backward. The loss is that of
 classes drawn from the network's own predictions, and an input is one sample of its slope; of a network that is no
 classifier, whose outputs count as normally distributed, the gradient is normal noise of the outputs' own size. `loss`
-puts one quantized layer at a time into the network and compares its outputs with the original's: KL(original ‖ this) of
+puts one changed layer at a time into the network and compares its outputs with the original's: KL(original ‖ this) of
 a classifier, else the relative squared error.
 
 A pass that fits weights to inputs errs less on those inputs than on others. It is given every second input, and
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from effcli.graphs.backward import gradients
 from effcli.graphs.coupling import coupled
 from effcli.graphs.cutting import look_at
 from effcli.graphs.graph import Graph, class_count, macs
@@ -31,9 +32,10 @@ from effcli.inputs.images import Inputs
 from effcli.layers.contract import Members, Needs
 from effcli.layers.coupling import Coupled
 from effcli.layers.cutting import Offered
-from effcli.layers.engine import LayerEngine
+from effcli.layers.engine import LayerEngine, with_gradients
 from effcli.layers.result import Progress, check_tensor
 from effcli.layers.selection import Choice, choose, needs_of
+from effcli.layers.statistics import Gradients
 from effcli.platform.rehearsal import few
 from effcli.reports.sensitivity import Unit, Way
 from effcli.search.costs import Cost, Probe, Trial, steadied
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
 
 Batches = Callable[[], Iterator[Tensor]]
+Labelled = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
 _SEED = 0
 
 
@@ -53,18 +56,26 @@ def layer_costs(
     way: Way,
     progress: Progress = lambda done, total: None,
     journal: SearchJournal | None = None,
+    labelled: Labelled | None = None,
 ) -> list[dict[str, Cost]]:
     """The cost of each layer that `variants` choose, one mapping by name for each variant.
 
     variants: every layer with its options; batches: the calibration inputs, float32 (n, *shape), anew
-    on each call; journal: what an earlier try has found already, by variant, or of all at once where `way` is fisher.
+    on each call; journal: what an earlier try has found already, by variant, or of all at once where `way` is fisher;
+    labelled: the same batches with their labels, for passes that ask for gradients.
     """
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
     given = measured = batches
-    if way != "gram" and needs_of(variants) and _several(batches):
-        given, measured = (partial(_every_second, batches, first) for first in (0, 1))
+    needs, taught = needs_of(variants), labelled or partial(_unlabelled, batches)
+    if way != "gram" and needs and _several(batches):
+        given, measured = (partial(_inputs_of, partial(_every_second, taught, first)) for first in (0, 1))
+        taught = partial(_every_second, taught, 0)
+    slopes: dict[str, Gradients] = {}
+    if needs.gradients:
+        taken = (choice.site for choice in variants[0].values() if choice.config is not None)
+        slopes = gradients(graph, taken, taught(), needs)
 
     # A layer with the options of a variant is a step; what trials do to the outputs is measured in one.
     layers = sum(choice.config is not None for choice in variants[0].values())
@@ -78,12 +89,12 @@ def layer_costs(
 
     def tried(number: int) -> dict[str, Trial]:
         tick(0)
-        return _trials(Graph.read(source), variants[number], given, tick)
+        return _trials(Graph.read(source), variants[number], given, slopes, tick)
 
     def priced(number: int) -> list[dict[str, Cost]]:
         trials = tried(number)
         if way == "gram":
-            return [{name: Cost(trial.output_error, trial.output_error) for name, trial in trials.items()}]
+            return [{name: trial.costing(trial.output_error) for name, trial in trials.items()}]
         costs = [_costs(trials, _divergences(graph, trials, measured))]
         tick()
         return costs
@@ -160,41 +171,57 @@ class PricedGraph:
         progress: Progress,
         journal: SearchJournal | None,
     ) -> list[dict[str, Cost]]:
-        return layer_costs(self._source, variants, self._batches, way, progress, journal)
+        return layer_costs(self._source, variants, self._batches, way, progress, journal, self._labelled)
 
 
 def _costs(trials: Mapping[str, Trial], costs: Mapping[str, float]) -> dict[str, Cost]:
-    return {name: Cost(trial.output_error, costs[name]) for name, trial in trials.items()}
+    return {name: trial.costing(costs[name]) for name, trial in trials.items()}
 
 
 def _several(batches: Batches) -> bool:
     return sum(len(batch) for batch in islice(batches(), 2)) > 1
 
 
-def _every_second(batches: Batches, first: int) -> Iterator[Tensor]:
+def _unlabelled(batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
+    return ((inputs, None) for inputs in batches())
+
+
+def _inputs_of(labelled: Labelled) -> Iterator[Tensor]:
+    return (inputs for inputs, _ in labelled())
+
+
+def _every_second(labelled: Labelled, first: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Every second input from number `first` on, in batches as they come."""
     before = 0
-    for batch in batches():
-        part = batch[(first - before) % 2 :: 2]
-        before += len(batch)
-        if len(part):
-            yield part
+    for inputs, labels in labelled():
+        part = slice((first - before) % 2, None, 2)
+        before += len(inputs)
+        if len(inputs[part]):
+            yield inputs[part], None if labels is None else labels[part]
 
 
 def _trials(
-    graph: Graph, choices: Mapping[str, Choice], batches: Batches, tick: Callable[[], None] = lambda: None
+    graph: Graph,
+    choices: Mapping[str, Choice],
+    batches: Batches,
+    slopes: Mapping[str, Gradients],
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Trial]:
-    """What becomes of every layer, with the options of one variant; tick: called for each."""
+    """What becomes of every layer, with the options of one variant.
+
+    slopes: gradients of the weights, where they are asked for; tick: called for each layer.
+    """
     probe = Probe(keep_weights=True)
     home = OpenGraph(graph, needs_of([choices]) | Needs.GRAM)
     engine = LayerEngine(home, choices, probe.apply)
     probe.factors = home.factors.of
     with torch.no_grad():
-        seen = engine.scale(home.observe(engine.taken, batches()))
+        observed = home.observe(engine.taken, batches())
+        seen = engine.scale({name: with_gradients(own, slopes.get(name)) for name, own in observed.items()})
         for name in engine.taken:
             engine.compress(name, seen.pop(name))
             tick()
-    return probe.trials
+    return probe.stored(engine.row)
 
 
 def _divergences(graph: Graph, trials: Mapping[str, Trial], batches: Batches) -> dict[str, float]:

@@ -29,17 +29,18 @@ from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
 from effcli.reports import card
 from effcli.reports.report import Continuation, Exported, Layout, Stage
+from effcli.reports.sensitivity import Varied
 from effcli.run.network import Counts, Measured
 from effcli.run.plan import Plan, make
 from effcli.run.recipe import PassStep, Recipe
 from effcli.search.budget import Figure, Quantity
+from effcli.search.space import unchanging
 
 # What prepares images or sound beside the text.
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-# Why no choice of bits can keep a budget.
+# Why no choice can keep a budget.
 _UNLIMITED: dict[Quantity, str] = {
     "accuracy_drop": "perplexity is measured, not accuracy",
-    "macs": "bits do not change how many multiplications a network takes",
     "ram": "no C code is made of a language model",
     "flash": "no C code is made of a language model",
 }
@@ -98,7 +99,9 @@ class LanguageModel:
     def miniature(self, target: Path) -> tuple[str, dict[str, float]]:
         return str(target), miniature.write(self.source, target, self.recipe.trust_remote_code)
 
-    def unlimited(self, quantity: Quantity) -> str:
+    def unlimited(self, quantity: Quantity, option: Varied) -> str:
+        if quantity == "macs" and option != "ratio":
+            return f"{unchanging(option)} how many multiplications a network takes"
         return _UNLIMITED.get(quantity, "")
 
     def calibrate(self) -> tuple[str, ...]:

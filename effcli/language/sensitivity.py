@@ -1,10 +1,10 @@
-"""What quantizing each layer of a language model alone costs, by prediction or by measurement.
+"""What changing each layer of a language model alone costs, by prediction or by measurement.
 
 `gram` needs one forward of the calibration windows, `fisher` three and a backward: blocks are opened from the last to
 the first, each runs again on its spooled inputs, and the gradient of its outputs goes on to the block before. The loss
 is that of tokens drawn from the network's own predictions, so that the mean square of its slope along an error is the
 Fisher information in that direction, which is the second derivative of the divergence from the original too. A window
-with its tokens drawn once is one sample. `loss` puts one quantized layer at a time into the network and runs all
+with its tokens drawn once is one sample. `loss` puts one changed layer at a time into the network and runs all
 windows to the end: KL(original ‖ this) per token. Of the output head, which needs no network behind it, both ways
 measure that.
 """
@@ -124,7 +124,7 @@ class _OutputError(Trials):
 
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
         for costs, made in zip(self.costs, trials, strict=True):
-            costs.update({name: Cost(trial.output_error, trial.output_error) for name, trial in made.items()})
+            costs.update({name: trial.costing(trial.output_error) for name, trial in made.items()})
 
 
 class _Fisher(Trials):
@@ -169,7 +169,7 @@ class _Fisher(Trials):
             self._backward.behind(k - 1).sync()
         for name, each in slopes.items():
             for costs, made, total in zip(self.costs, trials, each.squares, strict=True):
-                costs[name] = Cost(made[name].output_error, 0.5 * total / (self.draws * self.tokens))
+                costs[name] = made[name].costing(0.5 * total / (self.draws * self.tokens))
 
 
 class _Drawn:
@@ -233,7 +233,7 @@ class _Loss(Trials):
         self.tick()
         spool.remove()
         for (costs, name, trial), total in zip(entries, sums, strict=True):
-            costs[name] = Cost(trial.output_error, max(0.0, total / self.tokens))
+            costs[name] = trial.costing(max(0.0, total / self.tokens))
 
 
 @contextmanager

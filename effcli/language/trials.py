@@ -1,4 +1,4 @@
-"""Every layer of a language model quantized by itself, with one block in memory at a time.
+"""Every layer of a language model changed by itself, with one block in memory at a time.
 
 Blocks are opened, what the pass needs of their inputs is summed up, and each layer is handed to the pass under every
 variant of its options. What a trial costs is for subclasses of `Trials` to say (sensitivity.py).
@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from effcli.errors import writing
 from effcli.inputs.text import Windows
-from effcli.language.backward import GradientStream, differentiable
+from effcli.language.backward import GradientStream, StoredGradients, differentiable
 from effcli.language.calls import Call, kind_of
 from effcli.language.evaluate import kl
 from effcli.language.forward import chunks, logits
@@ -31,7 +32,7 @@ from effcli.language.spool import Spool
 from effcli.language.stream import WatchLayers
 from effcli.language.weights import Weights
 from effcli.layers.contract import Needs, Statistics
-from effcli.layers.engine import LayerEngine
+from effcli.layers.engine import LayerEngine, with_gradients
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import Progress
 from effcli.layers.selection import Choice, needs_of
@@ -91,6 +92,7 @@ class Trials(ABC):
             middle = len(self.batches) // 2
             self.given, self.measured = self.given[:middle], self.given[middle:]
         self.work = work
+        self.gradients = self._gradients(needs)
         self.progress = progress
         self.journal = journal
         self.count = len(self.skeleton.blocks)
@@ -98,6 +100,19 @@ class Trials(ABC):
         self.shapes: list[tuple[int, ...]] = []
         self.pairs: dict[str, list[SharedInput]] = {}
         self._done = 0
+
+    def _gradients(self, needs: Needs) -> StoredGradients | None:
+        """The gradients of the layers that are taken, of the windows that the pass is given; None where none are."""
+        if not needs.gradients:
+            return None
+        blocks = [self._taken(self.skeleton.block_layers(k)) for k in range(len(self.skeleton.blocks))]
+        given = [self.batches[number] for number in self.given]
+        path, trust = self.weights.checkpoint.path, self.skeleton.trust_remote_code
+        # Apart from the hidden states and the gradients that costs are measured by.
+        folder = self.work / "slopes"
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        return StoredGradients(path, blocks, self._head_site(), given, needs, folder, trust)
 
     @abstractmethod
     def price(self, k: int, trials: Sequence[Mapping[str, Trial]]) -> None:
@@ -251,15 +266,17 @@ class Trials(ABC):
     def _tried(self, k: int, seen: _Seen) -> list[dict[str, Trial]]:
         """What becomes of the layers of block k, for each variant."""
         block, prefix = self.skeleton.blocks[k], self.skeleton.block_names[k] + "."
-        observed = {name: (gram,) for name, gram in seen.by_layer.items()}
+        slopes = {} if self.gradients is None else self.gradients.of(k)
+        observed = {name: with_gradients((gram,), slopes.get(name)) for name, gram in seen.by_layer.items()}
         trials = []
         for choices in self.variants:
             with self.opened(k), torch.inference_mode():
                 probe = Probe(keep_weights=self.measures)
                 home = OpenBlock(self.weights, block, prefix, Part(), seen.shared)
                 probe.factors = home.factors.of
-                home.compress(LayerEngine(home, choices, probe.apply), observed)
-            trials.append(probe.trials)
+                engine = LayerEngine(home, choices, probe.apply)
+                home.compress(engine, observed)
+            trials.append(probe.stored(engine.row))
             self.tick()
         return trials
 
@@ -301,15 +318,17 @@ class Trials(ABC):
                 with watch:
                     self.stream.leave(self.batches[number], incoming.read(number))
         gram.check_finite(site.name)
+        slopes = {} if self.gradients is None else self.gradients.of(self.count)
         parameter = self.weights.parameter(self.skeleton.embedding if self.skeleton.tied else site.parameter)
         for found, choices in zip(self.costs, self.variants, strict=True):
             probe = Probe(keep_weights=self.measures)
             with torch.inference_mode():
                 home = open_head(self.weights, site, parameter.clone(), Part())
-                LayerEngine(home, choices, probe.apply).compress(site.name, (gram,))
-            trial = probe.trials[site.name]
+                engine = LayerEngine(home, choices, probe.apply)
+                engine.compress(site.name, with_gradients((gram,), slopes.get(site.name)))
+            trial = probe.stored(engine.row)[site.name]
             cost = self._head_divergence(site, trial) if self.measures else trial.output_error
-            found[site.name] = Cost(trial.output_error, cost)
+            found[site.name] = trial.costing(cost)
 
     def _head_divergence(self, site: LayerSite, trial: Trial) -> float:
         """KL per token of the network with another head."""

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from effcli.graphs.graph import Graph
     from effcli.graphs.integer import IntegerNetwork
     from effcli.reports.report import ActivationRange, Training
-    from effcli.reports.sensitivity import Search, Sensitivity, Way
+    from effcli.reports.sensitivity import Search, Sensitivity, Varied, Way
     from effcli.search.budget import Budget, Figure
 
 
@@ -294,7 +294,9 @@ class TrainPass(TrainingOptions, Pass):
 
 
 class SearchPass(Pass):
-    """A pass that chooses the bits of another one for every layer. What is carried out is that other pass.
+    """A pass that chooses one option of another one for every layer: its bits, its sparsity, or its ratio.
+
+    What is carried out is that other pass; a ratio is chosen for every group of channels.
 
     The engine finds what each alternative of `space` costs each layer, `choose` decides, and may have whole choices
     carried out and measured on the way.
@@ -303,12 +305,22 @@ class SearchPass(Pass):
     @property
     @abstractmethod
     def base(self) -> tuple[str, Mapping[str, Any]]:
-        """The name of the pass whose bits are chosen, which must have the option `bits`, and its other options."""
+        """The name of the pass whose option is chosen, and its other options."""
 
     @property
     @abstractmethod
     def space(self) -> Sequence[Mapping[str, Any]]:
-        """What each layer may get: `{"bits": n}` for each alternative, in any order; no other option can be chosen."""
+        """What each layer may get, in any order: one value for each alternative, such as `{"bits": 4}`.
+
+        All alternatives are of one option: `bits`, `sparsity` or `ratio`.
+        """
+
+    @property
+    def option(self) -> Varied:
+        """The option that is chosen."""
+        option: Varied
+        (option,) = self.space[0]  # type: ignore[assignment]
+        return option
 
     @property
     @abstractmethod
@@ -327,7 +339,7 @@ class SearchPass(Pass):
 
     @abstractmethod
     def choose(self, costs: Sensitivity, evaluator: Evaluator) -> Search:
-        """The bits of every layer that keep the budget at the least cost, with what was tried on the way.
+        """The values that keep the budget at the least cost, with what was tried on the way.
 
         costs: of each layer with each alternative, in bytes and in lost quality. Raises `SelectionError` for a budget
         that no choice keeps.
@@ -381,7 +393,7 @@ class Evaluator(Protocol):
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of the weight files besides the weights of the layers that are chosen for, headers included."""
+        """Bytes of the weight files besides the weights of the layers that are chosen for, at most; with headers."""
 
     def original(self) -> float:
         """The quality of the network that came in; `DataError` where it was not measured."""
@@ -469,7 +481,8 @@ class Outcome:
 
     def kept(self, layer: Layer) -> Mask | None:
         """What this pass and those before it keep of `layer`; None where nothing was removed."""
-        return layer.mask if self.mask is None else self.mask & layer.mask
+        kept = layer.mask if self.mask is None else self.mask & layer.mask
+        return None if kept is None or bool(kept.kept.all()) else kept
 
     @staticmethod
     def joined(outcomes: Sequence[Outcome]) -> Outcome:

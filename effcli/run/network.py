@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from effcli.layers.result import PassResult, Phases, Progress
     from effcli.layers.selection import Choice
     from effcli.options import Options
-    from effcli.reports.sensitivity import Unit, Way
+    from effcli.reports.sensitivity import Unit, Varied, Way
     from effcli.run.plan import Inspection, Plan
     from effcli.run.recipe import PassStep, Recipe
     from effcli.search.budget import Figure, Quantity
@@ -95,8 +95,8 @@ class RunNetwork(Protocol):
         itself. Raises `UnsupportedError` where no part of the network serves.
         """
 
-    def unlimited(self, quantity: Quantity) -> str:
-        """Why bits of layers cannot keep a budget of `quantity` in this network, empty where they can."""
+    def unlimited(self, quantity: Quantity, option: Varied) -> str:
+        """Why no choice of `option` can keep a budget of `quantity` in this network, empty where one can."""
 
     def calibrate(self) -> tuple[str, ...]:
         """Read the calibration data, if a pass wants any; what the user should know of them."""

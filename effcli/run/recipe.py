@@ -26,9 +26,11 @@ from effcli.inputs.preprocess import Preprocess
 from effcli.layers.contract import Change, LayerPass, Needs, NetworkPass, ParameterPass, Pass, SearchPass, TrainPass
 from effcli.options import Options
 from effcli.platform.registry import Registry
+from effcli.reports.sensitivity import Varied
 from effcli.run import yaml_files as yamls
 from effcli.run.overrides import apply_overrides, parse_pass, plain, set_on_only_step
 from effcli.run.validation import Mistakes, join, shown, validated
+from effcli.search.space import SPACES, VARIED, varies
 from effcli.training.options import TrainingOptions
 
 # What a pass's `layers` may not override: these say which layers are taken, not how.
@@ -147,31 +149,38 @@ class PassStep(RecipeStep):
     def _candidates(cls, config: Pass, path: str, mistakes: Mistakes) -> tuple[PassStep, ...] | None:
         """For a step that searches, the pass that it searches for with each of its alternatives; None for any other.
 
-        Fewest bits first, in whichever order they were given. What cannot be carried out is noted, and then left out.
+        The least value first, in whichever order they were given. What cannot be carried out is noted, and then left
+        out.
         """
         if not isinstance(config, SearchPass):
             return None
         name, options = config.base
-        strange = next((own for own in config.space if set(own) != {"bits"}), None)
-        if strange is not None or not config.space:
+        option = next((option for option in VARIED if config.space and set(config.space[0]) == {option}), None)
+        strange = next((own for own in config.space if set(own) != {option}), None)
+        if strange is not None or option is None:
             found = "nothing" if strange is None else shown(dict(strange))
             mistakes.add(
-                path, f"a search chooses among bits, and it offers {found}; let each alternative be {{bits: n}}"
+                path,
+                f"a search chooses among values of bits, sparsity or ratio, and it offers {found}; "
+                "let all alternatives be of one of them, such as {bits: n}",
             )
             return ()
         if passes.REGISTRY.find(name) is not None:
-            searched = passes.load(name)
-            if "bits" not in searched.model_fields or not issubclass(searched, LayerPass):
-                mistakes.add(path, f"{name} has no bits to choose layer by layer; take awq or linear")
-                return ()
-            if "bits" in options:
-                mistakes.add(path, f"the bits are what is chosen; leave them out of the options of {name}")
+            reason = _unsearchable(name, passes.load(name), option, options)
+            if reason:
+                mistakes.add(path, reason)
                 return ()
         made = []
         for own in config.space:
             step = cls.check({name: {**options, **own}}, path, mistakes)
             made += [] if step is None else [step]
-        return tuple(sorted(made, key=_bits))
+        if any(isinstance(step.config, LayerPass) and step.config.surveys is not None for step in made):
+            mistakes.add(
+                path,
+                f"{name} is to divide its {option} among the layers itself, and so does the search; "
+                "leave `allocation` out",
+            )
+        return tuple(sorted(made, key=lambda step: getattr(step.config, option)))
 
     @property
     def candidates(self) -> tuple[PassStep, ...]:
@@ -497,11 +506,19 @@ def _check_values(value: Any, path: str, mistakes: Mistakes) -> None:
             _check_values(below, join(path, str(number)), mistakes)
 
 
-def _bits(step: PassStep) -> int:
-    """The bits of a pass that has such an option."""
-    config: Any = step.config
-    bits: int = config.bits
-    return bits
+def _unsearchable(name: str, kind: type[Pass], option: Varied, options: Mapping[str, Any]) -> str:
+    """Why no search can choose `option` of the pass `name`, whose other options are `options`; empty where one can."""
+    space = SPACES[option]
+    if not varies(kind, option):
+        return f"{name} has no {option} to choose layer by layer; take {space.passes}"
+    if option in options:
+        is_chosen, them = ("are", "them") if space.many else ("is", "it")
+        return f"the {option} {is_chosen} what is chosen; leave {them} out of the options of {name}"
+    layers = options.get("layers")
+    for pattern, own in layers.items() if isinstance(layers, Mapping) else ():
+        if isinstance(own, Mapping) and option in own and own[option] is None:
+            return f"{option} of {pattern!r} is null, which no search can price; give it a value, or `ignore` the layer"
+    return ""
 
 
 def _named(item: Any, path: str, what: str, mistakes: Mistakes) -> tuple[str, Mapping[str, Any]] | None:

@@ -12,19 +12,31 @@ from pydantic import Field, field_validator, model_validator
 from effcli.options import Options
 from effcli.reports.units import size
 
-Quantity = Literal["average_bits", "size", "perplexity_increase", "accuracy_drop", "macs", "latency", "ram", "flash"]
+Quantity = Literal[
+    "average_bits",
+    "average_sparsity",
+    "average_ratio",
+    "size",
+    "perplexity_increase",
+    "accuracy_drop",
+    "macs",
+    "latency",
+    "ram",
+    "flash",
+]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 # What carried-out choices are measured for.
-Figure = Literal["perplexity", "accuracy", "latency", "ram", "flash"]
+Figure = Literal["perplexity", "accuracy", "size", "macs", "latency", "ram", "flash"]
 
 _FIGURES: Mapping[Quantity, Figure] = {
     "perplexity_increase": "perplexity",
     "accuracy_drop": "accuracy",
+    "macs": "macs",
     "latency": "latency",
     "ram": "ram",
     "flash": "flash",
 }
-_FIGURE_UNITS: Mapping[Figure, str] = {"latency": "ms", "ram": "bytes", "flash": "bytes"}
+_FIGURE_UNITS: Mapping[Figure, str] = {"size": "bytes", "latency": "ms", "ram": "bytes", "flash": "bytes"}
 _BYTES = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 
 
@@ -36,7 +48,7 @@ class Budget(Options):
 
     @property
     def figure(self) -> Figure | None:
-        """The figure that must be measured of a choice that was carried out; None where the formats tell all."""
+        """The figure that must be measured of a carried-out choice; None where the costs of layers may tell it."""
         return _FIGURES.get(self.quantity)
 
     @property
@@ -56,6 +68,8 @@ class Budget(Options):
         match self.quantity:
             case "average_bits":
                 return f"{self.limit:g} bits on average"
+            case "average_sparsity" | "average_ratio":
+                return f"{self.quantity.removeprefix('average_')} {self.limit:g} on average"
             case "size":
                 return f"{size(int(self.limit))} of weight files"
             case "perplexity_increase":
@@ -83,6 +97,12 @@ class Budgeted(Options):
     average_bits: float | None = Field(
         None, gt=0, le=8, description="Budget: the size that so many bits for every layer would take, interpolated."
     )
+    average_sparsity: float | None = Field(
+        None, gt=0, lt=1, description="Budget: the share of all weights of the layers that is removed, 0.5 or 50%."
+    )
+    average_ratio: float | None = Field(
+        None, gt=0, lt=1, description="Budget: the share of all weights of the groups that is removed, 0.5 or 50%."
+    )
     size: int | None = Field(None, gt=0, description="Budget: bytes of the weight files, or 40MB.")
     perplexity_increase: float | None = Field(
         None,
@@ -93,7 +113,9 @@ class Budgeted(Options):
     accuracy_drop: float | None = Field(
         None, gt=0, lt=1, description="Budget of a classifier: how far its accuracy may fall, 0.01 or 1%."
     )
-    macs: int | None = Field(None, gt=0, description="Budget: multiplications for one input; bits do not change them.")
+    macs: int | None = Field(
+        None, gt=0, description="Budget: multiplications for one input; neither bits nor sparsity changes them."
+    )
     latency: float | None = Field(
         None,
         gt=0,
@@ -126,7 +148,14 @@ class Budgeted(Options):
         match = re.fullmatch(r"\s*([\d.]+)\s*ms\s*", value) if isinstance(value, str) else None
         return float(match[1]) if match is not None and match[1].count(".") <= 1 else value
 
-    @field_validator("perplexity_increase", "accuracy_drop", mode="before", json_schema_input_type=float | str | None)
+    @field_validator(
+        "perplexity_increase",
+        "accuracy_drop",
+        "average_sparsity",
+        "average_ratio",
+        mode="before",
+        json_schema_input_type=float | str | None,
+    )
     @classmethod
     def _percent(cls, value: Any) -> Any:
         match = re.fullmatch(r"\s*([\d.]+)\s*%\s*", value) if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""A pass that keeps account of itself: what each layer's quantization costs, beside what comes out.
+"""A pass that keeps account of itself: what changing each layer costs, beside what comes out.
 
 With D = Ŵ - W, and the loss -log p(y) of outputs y drawn from the network's own prediction, the divergence from the
 original grows by about ½ E⟨∇_W(-log p(y)), D⟩²: half the Fisher information along D, with no outputs or tokens taken
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from effcli.formats import Quantized
 from effcli.layers.contract import Layer, LayerPass, Outcome, Statistics, carry_out
 from effcli.layers.returned import Asked
+from effcli.reports.report import LedgerRow
 
 _ROWS = 1024
 
@@ -56,13 +57,16 @@ class Trial:
 
     energy, whole: mean squared norm of each output's error and of the output itself, float32 (out,), None where no
     inputs were seen; weight: what the layer then multiplies its unscaled inputs with, float32 (out, in), None unless
-    it was to be kept; shift: what is added to its bias, float32 (out,), None for nothing.
+    it was to be kept; shift: what is added to its bias, float32 (out,), None for nothing. nbytes, format: how it would
+    be stored.
     """
 
     energy: Tensor | None
     whole: Tensor | None
     weight: Tensor | None
     shift: Tensor | None = None
+    nbytes: int = 0
+    format: str = ""
 
     @property
     def output_error(self) -> float:
@@ -72,13 +76,22 @@ class Trial:
         whole = float(self.whole.sum(dtype=torch.float64))
         return float(self.energy.sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
 
+    def costing(self, cost: float) -> Cost:
+        """What it costs, which is `cost` in the unit of the measurement."""
+        return Cost(self.output_error, cost, self.nbytes, self.format)
+
 
 @dataclass(frozen=True)
 class Cost:
-    """What one layer's quantization costs. output_error: relative and squared; cost: in the unit of the measurement."""
+    """What changing one layer costs.
+
+    output_error: relative and squared; cost: in the unit of the measurement; nbytes, format: how it would be stored.
+    """
 
     output_error: float
     cost: float
+    nbytes: int = 0
+    format: str = ""
 
 
 def steadied(costs: Sequence[Mapping[str, Cost]], noise: float) -> list[dict[str, Cost]]:
@@ -89,23 +102,25 @@ def steadied(costs: Sequence[Mapping[str, Cost]], noise: float) -> list[dict[str
     sampling, how much of them the layers themselves cause; that share of each is kept (empirical Bayes, James and
     Stein's estimate). Without it a choice among many layers picks those that were luckily sampled.
 
-    noise: variance of log cost that sampling causes, 2 / n for n samples of a normally distributed slope. Layers
-    without a cost or an error in one of the variants are left as they are.
+    noise: variance of log cost that sampling causes, 2 / n for n samples of a normally distributed slope. A variant
+    that changes no layer says nothing of the others. Layers without a cost or an error in one of these are left as they
+    are.
     """
-    names = [name for name in costs[0] if all(of[name].cost > 0 and of[name].output_error > 0 for of in costs)]
-    if len(names) < 2 or len(costs) < 2:
-        return [dict(of) for of in costs]
+    found = [dict(of) for of in costs]
+    changing = [of for of in found if any(own.cost > 0 for own in of.values())]
+    names = [name for name in costs[0] if all(of[name].cost > 0 and of[name].output_error > 0 for of in changing)]
+    if len(names) < 2 or len(changing) < 2:
+        return found
     logs = torch.tensor(
-        [[math.log(of[name].cost / of[name].output_error) for of in costs] for name in names], dtype=torch.float64
+        [[math.log(of[name].cost / of[name].output_error) for of in changing] for name in names], dtype=torch.float64
     )
     rest = logs - logs.mean(0) - logs.mean(1, keepdim=True) + logs.mean()
-    variance = float(rest.square().sum()) / ((len(names) - 1) * (len(costs) - 1))
+    variance = float(rest.square().sum()) / ((len(names) - 1) * (len(changing) - 1))
     kept = max(0.0, 1 - noise / variance) if variance > 0 else 1.0
     factors = (logs - (1 - kept) * rest).exp()
-    found = [dict(of) for of in costs]
     for name, own in zip(names, factors.tolist(), strict=True):
-        for of, factor in zip(found, own, strict=True):
-            of[name] = Cost(of[name].output_error, of[name].output_error * factor)
+        for of, factor in zip(changing, own, strict=True):
+            of[name] = replace(of[name], cost=of[name].output_error * factor)
     return found
 
 
@@ -126,11 +141,21 @@ class Probe:
         """What became of every layer so far."""
         return {name: self._as_it_was(name, trial) for name, trial in self._trials.items()}
 
+    def stored(self, row: Callable[[str], LedgerRow]) -> dict[str, Trial]:
+        """What became of every layer so far, and how it would be stored; row: its line of the ledger."""
+        rows = {name: row(name) for name in self._trials}
+        return {
+            name: replace(trial, nbytes=rows[name].nbytes, format=rows[name].format)
+            for name, trial in self.trials.items()
+        }
+
     def apply(self, options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ()) -> Outcome:
         """As `carry_out`; inputs that the pass does not ask for are kept from it."""
         outcome = carry_out(options, layer, seen if options.needs else ())
-        made = outcome.weight
+        made, kept = outcome.weight, outcome.kept(layer)
         restored = made.dequantize(torch.float32) if isinstance(made, Quantized) else made.float()
+        if kept is not None:
+            restored = restored.masked_fill(~kept.kept, 0)
         Asked(options, "apply", layer.name).check_finite(restored)
         energy = energies(restored - layer.weight, seen, outcome.shift) if seen else None
         whole = energies(layer.weight, seen) if seen else None

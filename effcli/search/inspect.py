@@ -1,4 +1,4 @@
-"""Sensitivities without a run: what quantizing each layer of a network alone would cost."""
+"""Sensitivities without a run: what changing each layer of a network alone would cost."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effcli.inputs.options import Evaluate
-from effcli.reports.sensitivity import Sensitivity, Way
+from effcli.reports.sensitivity import Sensitivity, Varied, Way
 from effcli.run import detect
 from effcli.run.listener import Listener, Silent, told
 from effcli.run.recipe import Recipe
 from effcli.search.sensitivity import sensitivity
 
 
-def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listener | None = None) -> Sensitivity:
-    """What quantizing each layer alone costs with the only step of each recipe; they differ in its bits alone."""
+def inspect(
+    recipes: Sequence[Recipe], option: Varied, way: Way | None = None, listener: Listener | None = None
+) -> Sensitivity:
+    """What each layer alone costs with the only step of each recipe; they differ in its `option` alone."""
     with tempfile.TemporaryDirectory(prefix="effcli-") as folder:
         steps = tuple(recipe.passes[0] for recipe in recipes)
         unmeasured = {"passes": steps[:1], "evaluate": Evaluate.nothing(), "export": ()}
@@ -25,7 +27,7 @@ def inspect(recipes: Sequence[Recipe], way: Way | None = None, listener: Listene
             network.open(Path(folder))
         own = tuple(map(network.with_defaults, steps))
         with told(listener or Silent(), "sensitivity", "step") as progress:
-            return sensitivity(network, own, network.base, Path(folder), way, progress)
+            return sensitivity(network, own, option, network.base, Path(folder), way, progress)
 
 
 __all__ = ["inspect"]

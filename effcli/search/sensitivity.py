@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effcli.formats import Packing
 from effcli.layers.result import Progress
 from effcli.layers.selection import needs_of
-from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Value, Way
+from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Value, Varied, Way
 from effcli.search.journal import SearchJournal
 
 if TYPE_CHECKING:
@@ -24,13 +24,14 @@ SMALL = 20_000_000
 def sensitivity(
     network: RunNetwork,
     steps: Sequence[PassStep],
+    option: Varied,
     source: Path,
     work: Path,
     way: Way | None = None,
     progress: Progress = lambda done, total: None,
     journal: SearchJournal | None = None,
 ) -> Sensitivity:
-    """What quantizing each layer of the checkpoint `source` alone costs with each of `steps`, one pass with other bits.
+    """What each layer of the checkpoint `source` alone costs with each of `steps`, which differ in `option` alone.
 
     network: of the run; its recipe names the calibration data. work: a folder for hidden states. way: None takes `loss`
     for small networks and `fisher` for others. journal: what an earlier try with the same folder has found already.
@@ -49,26 +50,26 @@ def sensitivity(
             continue
         options: dict[Value, Option] = {}
         for choices, costs in zip(variants, found, strict=True):
-            config: Any = choices[name].config
-            format: Packing = config.format
-            options[config.bits] = Option(
-                value=config.bits,
-                format=str(format),
-                nbytes=format.nbytes(first.site.shape, priced.itemsize(choices[name])),
-                output_error=costs[name].output_error,
-                cost=costs[name].cost,
+            value, cost = getattr(choices[name].config, option), costs[name]
+            format, nbytes = cost.format, cost.nbytes
+            if option == "bits":
+                # Known before a weight is: what a run stores takes so many at most.
+                packing: Packing = choices[name].config.format  # type: ignore[union-attr, assignment]
+                format, nbytes = str(packing), packing.nbytes(first.site.shape, priced.itemsize(choices[name]))
+            options[value] = Option(
+                value=value, format=format, nbytes=nbytes, output_error=cost.output_error, cost=cost.cost
             )
         ordered = tuple(options[value] for value in sorted(options))
         layers.append(LayerCosts(name=name, kind=first.site.kind, shape=first.site.shape, options=ordered))
     remarks = list(priced.remarks)
     if way != "gram" and priced.samples > 1 and needs_of(variants):
         remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
-    settings = steps[0].config.model_dump(mode="json", exclude={"bits"}, exclude_defaults=True)
+    settings = steps[0].config.model_dump(mode="json", exclude={str(option)}, exclude_defaults=True)
     made = Sensitivity(
         model=network.recipe.model,
         step=steps[0].name,
         settings=settings,
-        option="bits",
+        option=option,
         way=way,
         unit="relative output error" if way == "gram" else priced.unit,
         inputs=priced.inputs,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effcli.errors import DataError, RecipeError, UnfinishedError, behind, writing
+from effcli.files.checkpoint import weight_files
 from effcli.layers.contract import Change, SearchPass
 from effcli.layers.returned import Asked
 from effcli.layers.selection import matches
@@ -70,10 +71,11 @@ def check(network: RunNetwork) -> None:
         if not isinstance(step.config, SearchPass):
             continue
         quantity = step.config.budget.quantity
-        key, why = f"{step.name}.{quantity}", network.unlimited(quantity)
+        option = step.config.option
+        key, why = f"{step.name}.{quantity}", network.unlimited(quantity, option)
         if why:
             raise RecipeError(
-                f"{key}: of {network.recipe.model} {why}", "give another budget, such as average_bits or size"
+                f"{key}: of {network.recipe.model} {why}", f"give another budget, such as average_{option} or size"
             )
         if quantity == "latency" and not network.recipe.evaluate.latency:
             raise DataError(f"{key}: latency is not measured", "leave evaluate.latency on")
@@ -91,8 +93,8 @@ def check_measured(network: RunNetwork, original: Stage) -> None:
 def plan(network: RunNetwork) -> Plan:
     """The plan of a recipe; what a search decides stands there from the first to the last of its alternatives.
 
-    Bytes are those of the larger end. Raises what `check` raises, and `SelectionError` for a size or an average of bits
-    that no choice keeps.
+    Bytes are those of the larger end. Raises what `check` raises, and `SelectionError` for a size or an average that no
+    choice keeps.
     """
     passes = network.recipe.passes
     searches = [step for step in passes if isinstance(step.config, SearchPass)]
@@ -107,7 +109,10 @@ def plan(network: RunNetwork) -> Plan:
         whole = number == len(passes)
         _check_limit(step, *((first, last) if whole else (network.plan(steps[:number]) for steps in ends)))
     low, high = sorted((first, last), key=lambda found: found.output_bytes)
-    weights = f"weights: {size(high.input_bytes)} before, {size(low.output_bytes)} to {size(high.output_bytes)} after"
+    weights = high.remarks[0]
+    if low.output_bytes < high.output_bytes:
+        sizes = f"{size(low.output_bytes)} to {size(high.output_bytes)}"
+        weights = f"weights: {size(high.input_bytes)} before, {sizes} after"
     chosen = [
         f"{step.name} measures the layers before it can say what it does to each; it chooses {_alternatives(step)}"
         for step in searches
@@ -121,9 +126,9 @@ def plan(network: RunNetwork) -> Plan:
 def _alternatives(step: PassStep) -> str:
     """What a search chooses among, and its budget, in words."""
     options: SearchPass = step.config  # type: ignore[assignment]
-    configs: list[Any] = [candidate.config for candidate in step.candidates]
-    known = ", ".join(str(config.bits) for config in configs)
-    return f"bits {known} of {step.candidates[0].name} for each layer; budget: {options.budget}"
+    known = ", ".join(f"{getattr(candidate.config, options.option):g}" for candidate in step.candidates)
+    each = "group of channels" if options.option == "ratio" else "layer"
+    return f"{options.option} {known} of {step.candidates[0].name} for each {each}; budget: {options.budget}"
 
 
 def _between(first: Row, last: Row, larger: Row) -> Row:
@@ -136,26 +141,28 @@ def _between(first: Row, last: Row, larger: Row) -> Row:
 
 
 def _check_limit(step: PassStep, first: Plan, last: Plan) -> None:
-    """Raise `SelectionError` for a size or an average of bits that the search `step` cannot keep.
+    """Raise `SelectionError` for a size or an average that the search `step` cannot keep.
 
     first, last: the plans of all steps up to it, with the first and the last of its alternatives.
     """
     options: SearchPass = step.config  # type: ignore[assignment]
     limit, own = options.budget.limit, [_rows(plan) for plan in (first, last)]
+    option = options.option
     match options.budget.quantity:
-        case "average_bits":
+        case "average_bits" | "average_sparsity" | "average_ratio":
             configs: list[Any] = [candidate.config for candidate in step.candidates]
-            widths = {config.bits for config in configs}
+            values = {getattr(config, option) for config in configs}
             if own[0] == own[1]:
-                # No layer is left to choose for: each may have bits of its own.
-                widths |= {given["bits"] for config in configs for given in config.layers.values() if "bits" in given}
-            check_average(step.name, limit, widths)
-        case "size":
+                # No layer may be left to choose for: each may have a value of its own.
+                values |= {given[option] for config in configs for given in config.layers.values() if option in given}
+            check_average(step.name, option, limit, values)
+        case "size" if option == "bits":
+            # What remains of other weights is known once it is found which go.
             found = [
                 plan.output_bytes + _headers(plan, (row.name for row in rows if row.status == "compress"))
                 for plan, rows in zip((first, last), own, strict=True)
             ]
-            check_size(step.name, int(limit), min(found), max(found))
+            check_size(step.name, option, int(limit), min(found), max(found))
 
 
 def _rows(plan: Plan) -> list[Row]:
@@ -225,7 +232,9 @@ class _Running:
                 states.mkdir(exist_ok=True)
             source, way = self.position.source, self.options.way
             with told(self.listener, f"{self.name}: sensitivity", "step") as progress:
-                self._costs = sensitivity(self.network, self.steps, source, states, way, progress, self.journal)
+                self._costs = sensitivity(
+                    self.network, self.steps, self.options.option, source, states, way, progress, self.journal
+                )
             shutil.rmtree(states)
         return self._costs
 
@@ -239,10 +248,10 @@ class _Running:
 
     @property
     def fixed_bytes(self) -> int:
-        # Of a plan with each layer's first option.
         plan = self.network.plan((*self.position.before, self.steps[0]))
-        layers = sum(layer.options[0].nbytes for layer in self.costs.layers)
-        return plan.output_bytes - layers + _headers(plan, (layer.name for layer in self.costs.layers))
+        names = {layer.name for layer in self.costs.layers}
+        layers = sum(row.nbytes for row in _rows(plan) if row.name in names)
+        return plan.output_bytes - layers + _headers(plan, names)
 
     def original(self) -> float:
         return _quality(self.name, self.network, self.position.original.quality)
@@ -251,13 +260,20 @@ class _Running:
         key = hashlib.sha256(json.dumps([figure, dict(values)], sort_keys=True).encode()).hexdigest()[:16]
         known = self.journal.recall(_Found, f"{figure}-{key}")
         if known is None:
-            target = self._sweep(with_values(self.steps[0], self.costs.option, values), self.position.source, "trial")
+            target = self._sweep(with_values(self.steps[0], self.options.option, values), self.position.source, "trial")
             known = _Found(value=self._measured(figure, target))
             self.journal.record(f"{figure}-{key}", known)
         return known.value
 
     def _measured(self, figure: Figure, checkpoint: Path) -> float:
         """A figure of the network whose layers have the values of a choice."""
+        if figure == "size":
+            return sum(file.stat().st_size for file in weight_files(checkpoint))
+        if figure == "macs":
+            macs = self.network.count(checkpoint).macs
+            if macs is None:
+                raise RecipeError(f"{self.name}.macs: those of experts are not counted", "give another budget")
+            return macs
         tell = _as_often_as_found(phases(self.listener, self.name))
         if figure == "latency":
             found = self.network.measure(checkpoint, False, quality=False, phases=tell).milliseconds

@@ -1,8 +1,10 @@
 """The value of an option in every layer under a budget, from what each value costs each layer.
 
-A budget of bytes follows from the formats alone: the cheapest choice of so many bytes. Any other figure is measured of
-choices along the front, the cheapest for each number of bytes, by bisection. What is chosen was measured and keeps the
-budget; where a figure does not rise with the bytes all the way, a better choice may have been passed over.
+A budget of bytes follows from the formats alone where these tell how many there are: the cheapest choice of so many.
+How a sparse weight is stored depends on where its zeros are, so that what the trials of single layers took is a guess
+which the carried-out choice corrects. Any other figure is measured of choices along the front, the cheapest for each
+number of bytes, by bisection. What is chosen was measured and keeps the budget; where a figure does not rise with the
+bytes all the way, a better choice may have been passed over.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from collections.abc import Callable, Collection
 
 from effcli.errors import RecipeError, SelectionError
 from effcli.layers.contract import Evaluator
-from effcli.reports.sensitivity import Point, Search, Sensitivity, Value, valued
+from effcli.reports.sensitivity import LayerCosts, Option, Point, Search, Sensitivity, Value, Varied, valued
 from effcli.reports.units import significant, size
 from effcli.search.budget import Budget, Figure, figure_title
 from effcli.search.knapsack import Assignment, Frontier
+from effcli.search.space import SPACES, unchanging
 
 _POINTS = 33
 # Repeated measurements of time differ by so much of it.
 _NOISE = 0.05
+_MILLION = 1_000_000
 
 
 def choose_values(costs: Sensitivity, budget: Budget, evaluator: Evaluator, measured: int = 0) -> Search:
@@ -30,27 +34,45 @@ def choose_values(costs: Sensitivity, budget: Budget, evaluator: Evaluator, meas
     return _Chooser(costs, budget, evaluator).choose(measured)
 
 
-def check_size(name: str, limit: int, smallest: int, largest: int) -> None:
+def check_size(name: str, option: Varied, limit: int, smallest: int, largest: int) -> None:
     """Raise `SelectionError` for a size in bytes that no choice or every choice of the search `name` keeps."""
     if limit < smallest:
         raise SelectionError(
-            f"{name}: the budget is {size(limit)}, and the fewest bits everywhere take {size(smallest)}",
-            "raise the budget, offer fewer `bits`, or take larger groups",
+            f"{name}: the budget is {size(limit)}, and {_end(option, True, ' everywhere')} {size(smallest)}",
+            _smaller(option),
         )
     if limit > largest:
         raise SelectionError(
-            f"{name}: the budget is {size(limit)}, and the most bits everywhere take only {size(largest)}",
-            "lower the budget or offer more `bits`",
+            f"{name}: the budget is {size(limit)}, and {_end(option, False, ' everywhere')} only {size(largest)}",
+            f"lower the budget or {_larger(option)}",
         )
 
 
-def check_average(name: str, bits: float, widths: Collection[float]) -> None:
-    """Raise `SelectionError` for an average of bits outside of `widths`, those that the search `name` chooses from."""
-    if not min(widths) <= bits <= max(widths):
+def check_average(name: str, option: Varied, average: float, values: Collection[float]) -> None:
+    """Raise `SelectionError` for an average outside of `values`, those that the search `name` chooses from."""
+    if not min(values) <= average <= max(values):
         raise SelectionError(
-            f"{name}.average_bits: {bits:g} is outside of the bits to choose from, {min(widths):g} to {max(widths):g}",
-            "choose a number between them, or offer other `bits`",
+            f"{name}.average_{option}: {average:g} is outside of the {option} to choose from, "
+            f"{min(values):g} to {max(values):g}",
+            f"choose a number between them, or offer other `{option}`",
         )
+
+
+def _end(option: Varied, least: bool, where: str = "") -> str:
+    """`the fewest bits take`, of the choice of the fewest or of the most bytes; where: stands before the verb."""
+    space = SPACES[option]
+    return f"the {space.least if least else space.most} {option}{where} {'take' if space.many else 'takes'}"
+
+
+def _smaller(option: Varied) -> str:
+    """What to do where every choice is too large."""
+    offer = "offer fewer `bits`, or take larger groups" if option == "bits" else f"or offer a higher `{option}`"
+    return f"raise the budget, {offer}"
+
+
+def _larger(option: Varied) -> str:
+    """How to have a choice that is larger, and so better."""
+    return "offer more `bits`" if option == "bits" else f"offer a lower `{option}`"
 
 
 class _Chooser:
@@ -58,6 +80,10 @@ class _Chooser:
         self.costs = costs
         self.budget = budget
         self.evaluator = evaluator
+        self.option = costs.option
+        self.figure = budget.figure
+        if budget.quantity == "size" and self.option != "bits":
+            self.figure = "size"
         self.assignments = Assignments(costs)
         self.frontier = self.assignments.frontier
         self.front = self.frontier.points(_POINTS)
@@ -66,7 +92,7 @@ class _Chooser:
 
     def choose(self, measured: int) -> Search:
         chosen = self._chosen()
-        quality, figure = self.evaluator.quality, self.budget.figure
+        quality, figure = self.evaluator.quality, self.figure
         for at in range(measured):
             self._measure(quality, self.front[round(at * (len(self.front) - 1) / max(measured - 1, 1))])
         if measured:
@@ -77,8 +103,7 @@ class _Chooser:
             budget=str(self.budget),
             front=tuple(self._point(choice, "") for choice in sorted(shown.values(), key=lambda c: c.nbytes)),
             uniform=tuple(
-                self._point(choice, valued(self.costs.option, value))
-                for value, choice in self.assignments.uniform.items()
+                self._point(choice, valued(self.option, value)) for value, choice in self.assignments.uniform.items()
             ),
             chosen=self._point(chosen, "chosen"),
             values=self.assignments.values(chosen),
@@ -88,58 +113,80 @@ class _Chooser:
 
     def _chosen(self) -> Assignment:
         """The choice that keeps the budget."""
-        figure, limit = self.budget.figure, self.budget.limit
-        match self.budget.quantity:
-            case "average_bits":
-                return self._at(self._average(limit))
-            case "size":
-                fixed = self.evaluator.fixed_bytes
-                return self._at(int(limit) - fixed, fixed)
-        if figure is None:
+        quantity, limit = self.budget.quantity, self.budget.limit
+        if quantity == f"average_{self.option}":
+            return self._average(limit)
+        if quantity == "size" and self.option != "ratio":
+            return self._sized(int(limit))
+        if self.figure is None or (self.figure == "macs" and self.option != "ratio"):
             raise RecipeError(
-                f"{self._key}: bits do not change the {self.budget.quantity}", "give another budget, such as size"
+                f"{self._key}: {unchanging(self.option)} the {quantity}",
+                "give another budget, such as size",
             )
-        return self._smallest(figure) if self.budget.of_quality else self._largest(figure)
+        return self._smallest(self.figure) if self.budget.of_quality else self._largest(self.figure)
 
     @property
     def _key(self) -> str:
         return f"{self.evaluator.name}.{self.budget.quantity}"
 
-    def _at(self, nbytes: int, fixed: int = 0) -> Assignment:
-        smallest, largest = self.frontier.smallest + fixed, self.frontier.largest + fixed
-        check_size(self.evaluator.name, nbytes + fixed, smallest, largest)
-        return self.frontier.at(nbytes)
+    @property
+    def _does(self) -> str:
+        return f"{self.option} {'do' if SPACES[self.option].many else 'does'}"
 
-    def _average(self, bits: float) -> int:
-        check_average(self.evaluator.name, bits, self.assignments.uniform)
-        return self.assignments.nbytes(bits)
+    def _sized(self, limit: int) -> Assignment:
+        """The cheapest choice whose weight files take `limit` bytes at most."""
+        name, fixed = self.evaluator.name, self.evaluator.fixed_bytes
+        smallest, largest = self.frontier.smallest + fixed, self.frontier.largest + fixed
+        check_size(name, self.option, limit, smallest, largest)
+        if self.figure is None:
+            return self.frontier.at(limit - fixed)
+        allowed = limit - fixed
+        while allowed >= self.frontier.smallest:
+            choice = self.frontier.at(allowed)
+            over = int(self._measure(self.figure, choice)) - limit
+            if over <= 0:
+                return choice
+            # What was guessed too low here is so by about as much of the choices beside it.
+            allowed = choice.nbytes - over
+        check_size(name, self.option, limit, int(self._measure(self.figure, self.front[0])), largest)
+        return self.front[0]
+
+    def _average(self, average: float) -> Assignment:
+        check_average(self.evaluator.name, self.option, average, self.assignments.uniform)
+        if self.option == "bits":
+            return self.frontier.at(self.assignments.nbytes(average))
+        kept = Assignments(self.costs, _kept)
+        return self.frontier.choice(kept.frontier.at(kept.nbytes(average)).options)
 
     def _smallest(self, figure: Figure) -> Assignment:
         """The smallest choice on the front whose measured quality keeps the budget."""
         original = self.evaluator.original()
         most = self._measure(figure, self.front[-1])
         if not self.budget.keeps(most, original):
+            best, change = _end(self.option, least=False), f"{significant(original, 4)} to {significant(most, 4)}"
             raise SelectionError(
-                f"{self.evaluator.name}: even the most bits take {figure} from {significant(original, 4)} to "
-                f"{significant(most, 4)}",
-                "raise the budget or offer more `bits`",
+                f"{self.evaluator.name}: even {best} {figure} from {change}",
+                f"raise the budget or {_larger(self.option)}",
             )
         return self.front[_first(len(self.front) - 1, lambda at: self._keeps(figure, at, original))]
 
     def _largest(self, figure: Figure) -> Assignment:
         """The largest choice on the front, whose quality is best, with a measured figure that keeps the budget."""
         fewest, most = (self._measure(figure, self.front[at]) for at in (0, -1))
-        shown = f"{_figure(figure, fewest)} with the fewest and {_figure(figure, most)} with the most"
+        space = SPACES[self.option]
+        ends = f"{_figure(figure, fewest)} with the {space.least} and {_figure(figure, most)} with the {space.most}"
+        shown = f"{ends} {self.option}"
         if abs(most - fewest) <= (_NOISE * max(fewest, most) if figure == "latency" else 0):
             raise SelectionError(
-                f"{self._key}: bits do not change it here: it is {shown} bits", "give another budget, such as size"
+                f"{self._key}: {unchanging(self.option)} it here: it is {shown}",
+                "give another budget, such as size",
             )
         if self.budget.keeps(most, most):
             return self.front[-1]
         if not self.budget.keeps(fewest, fewest):
             raise SelectionError(
-                f"{self.evaluator.name}: the budget is {self.budget}, and it is {shown} bits",
-                "raise the budget, offer fewer `bits`, or take larger groups",
+                f"{self.evaluator.name}: the budget is {self.budget}, and it is {shown}",
+                _smaller(self.option),
             )
         return self.front[_first(len(self.front) - 1, lambda at: not self._keeps(figure, at, fewest)) - 1]
 
@@ -155,8 +202,8 @@ class _Chooser:
 
     def _point(self, choice: Assignment, name: str) -> Point:
         values = self.assignments.values(choice)
-        weights = {layer.name: layer.shape[0] * layer.shape[1] for layer in self.costs.layers}
-        quality, figure = self.evaluator.quality, self.budget.figure
+        weights = {layer.name: _entries(layer) for layer in self.costs.layers}
+        quality, figure = self.evaluator.quality, self.figure
         return Point(
             name=name,
             nbytes=choice.nbytes,
@@ -167,13 +214,29 @@ class _Chooser:
         )
 
 
-class Assignments:
-    """The choices that layers leave, by what they cost. frontier: the cheapest ones for every budget."""
+def _entries(layer: LayerCosts) -> int:
+    return layer.shape[0] * layer.shape[1]
 
-    def __init__(self, found: Sensitivity) -> None:
+
+def _stored(layer: LayerCosts, option: Option) -> int:
+    return option.nbytes
+
+
+def _kept(layer: LayerCosts, option: Option) -> int:
+    """How many millionths of weights a share leaves: whole numbers with a large common divisor."""
+    return round((1 - option.value) * _MILLION) * _entries(layer)
+
+
+class Assignments:
+    """The choices that layers leave, by what they cost. frontier: the cheapest ones for every budget.
+
+    size: of a layer with an option, of which a budget limits the sum; bytes unless given.
+    """
+
+    def __init__(self, found: Sensitivity, size: Callable[[LayerCosts, Option], int] = _stored) -> None:
         self._layers = found.layers
         self.frontier = Frontier(
-            [[option.nbytes for option in layer.options] for layer in found.layers],
+            [[size(layer, option) for option in layer.options] for layer in found.layers],
             [[option.cost for option in layer.options] for layer in found.layers],
         )
 
@@ -188,7 +251,7 @@ class Assignments:
         return found
 
     def nbytes(self, average: float) -> int:
-        """The bytes of a value for every layer, between two that were priced interpolated; `ValueError` outside."""
+        """The size of a value for every layer, between two that were priced interpolated; `ValueError` outside."""
         uniform = self.uniform
         below = max(each for each in uniform if each <= average)
         above = min(each for each in uniform if each >= average)
@@ -210,7 +273,9 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
 
 
 def _figure(figure: Figure, value: float) -> str:
-    return size(int(value)) if figure in ("ram", "flash") else f"{significant(value)} ms"
+    if figure == "latency":
+        return f"{significant(value)} ms"
+    return f"{value:,.0f} multiplications" if figure == "macs" else size(int(value))
 
 
 __all__ = ["Assignments", "check_average", "check_size", "choose_values"]

@@ -1,41 +1,53 @@
-"""Bits per layer under a budget: the options that another pass is then carried out with.
+"""Bits or sparsity per layer, or the ratio of every group of channels, under a budget.
 
-What quantizing each layer alone costs is measured first, and the bits are chosen so that the sum of these costs is
-least among all choices that keep the budget. What is carried out and written into recipe.yaml is the other pass with
-the bits of every layer.
+What changing each layer alone costs is measured first, and the values are chosen so that the sum of these costs is
+least among all choices that keep the budget. What is carried out and written into recipe.yaml is another pass, `using`,
+with the value of every layer. Which option is chosen follows that pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from effcli import passes
 from effcli.layers.contract import Evaluator, Needs, SearchPass
 from effcli.reports.sensitivity import Search, Sensitivity, Way
 from effcli.search.budget import Budgeted
+from effcli.search.space import SPACES, VARIED, option_of
 from effcli.search.values import choose_values
 
-# What every pass can be told belongs to the pass whose bits are chosen.
+# What every pass can be told belongs to the pass whose option is chosen.
 _PASSED_ON = ("ignore", "layers", "lm_head")
+
+_Bits = Annotated[tuple[Literal[2, 3, 4, 5, 6, 8], ...], Field(min_length=1)]
+_Shares = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)]
 
 
 class Auto(Budgeted, SearchPass):
-    """An `auto` step; any other option is one of the pass that it chooses the bits for."""
+    """An `auto` step; any other option is one of the pass that it chooses for."""
 
     rare: ClassVar[tuple[str, ...]] = ("options", "by", "measured")
 
-    using: str = Field("awq", description="The pass that quantizes.")
+    using: str = Field(
+        "awq",
+        description="The pass that is carried out: one that quantizes, of which bits are chosen; that removes single "
+        "weights, of which the sparsity is; or `channels`, of which the ratio is.",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of that pass; they may also stand beside these."
     )
-    bits: tuple[Literal[2, 3, 4, 5, 6, 8], ...] = Field(
-        (2, 3, 4, 8),
-        min_length=1,
-        description="Bits to choose from; with bits of its own under `layers`, a layer keeps those. Around 4 bits, "
-        "3, 4, 5 and 6 leave more to gain than the default.",
+    bits: _Bits | None = Field(
+        None,
+        description="Bits to choose from, 2, 3, 4 and 8 unless given. Around 4 bits, 3, 4, 5 and 6 leave more to gain. "
+        "With a value of its own under `layers`, a layer keeps that.",
     )
+    sparsity: _Shares | None = Field(
+        None, description="Sparsities to choose from; 0 and 0.2 to 0.8 in steps of 0.1 unless given."
+    )
+    ratio: _Shares | None = Field(None, description="Ratios to choose from; 0 to 0.75 in steps of 0.125 unless given.")
     by: Literal["gram", "fisher", "loss"] | None = Field(
         None, description="How a layer's cost is found; null: loss for small networks, fisher for others."
     )
@@ -55,12 +67,28 @@ class Auto(Budgeted, SearchPass):
         twice = sorted(others.keys() & inner.keys())
         if twice:
             raise ValueError(f"{twice[0]} stands beside `options` and in it")
+        option = option_of(str(own.get("using", cls.model_fields["using"].default)), passes.REGISTRY)
+        if own.get(option) is None:
+            own[option] = SPACES[option].defaults
         return {**own, "options": {**inner, **others}}
 
-    @field_validator("bits")
+    @field_validator(*VARIED)
     @classmethod
-    def _in_order(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(set(value)))
+    def _in_order(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        return None if value is None else tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _of_the_pass(self) -> Self:
+        for other in VARIED:
+            if other == self.option:
+                continue
+            if getattr(self, other) is not None:
+                raise ValueError(f"{self.using} is searched for its {self.option}; leave `{other}` out")
+            if self.budget.quantity == f"average_{other}":
+                raise ValueError(
+                    f"{self.using} is searched for its {self.option}; give average_{self.option}, not average_{other}"
+                )
+        return self
 
     @property
     def needs(self) -> Needs:
@@ -72,7 +100,8 @@ class Auto(Budgeted, SearchPass):
 
     @property
     def space(self) -> Sequence[Mapping[str, Any]]:
-        return [{"bits": bits} for bits in self.bits]
+        option = option_of(self.using, passes.REGISTRY)
+        return [{option: value} for value in getattr(self, option)]
 
     @property
     def way(self) -> Way | None:

@@ -161,8 +161,11 @@ def test_units(quantity: Quantity, given: Any, limit: float, text: str) -> None:
 
 
 def test_every_quantity_is_an_option_of_its_own() -> None:
+    using = {"average_sparsity": "magnitude", "average_ratio": "channels"}
     for quantity in QUANTITIES:
-        config: Any = PassStep.model_validate({"auto": {quantity: 0.5 if quantity == "accuracy_drop" else 2}}).config
+        limit = 0.5 if quantity in ("accuracy_drop", *using) else 2
+        step = {"auto": {quantity: limit, "using": using.get(quantity, "linear")}}
+        config: Any = PassStep.model_validate(step).config
         assert config.budget.quantity == quantity
 
 
@@ -269,7 +272,7 @@ def test_the_plan_and_the_search_refuse_the_same_sizes(
 ) -> None:
     ends: list[tuple[int, int]] = []
 
-    def check(name: str, limit: int, smallest: int, largest: int) -> None:
+    def check(name: str, option: str, limit: int, smallest: int, largest: int) -> None:
         ends.append((smallest, largest))
 
     for place in ("effcli.search.stage.check_size", "effcli.search.values.check_size"):

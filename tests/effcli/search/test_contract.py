@@ -187,9 +187,12 @@ def test_chosen_bits_outlive_a_wider_pattern_behind_them() -> None:
     [
         ({"among": [{"granularity": "tensor"}, {"granularity": "channel"}]}, "offers {'granularity': 'tensor'}"),
         ({"among": [{"bits": 4}, {"bits": 8, "symmetric": True}]}, "offers {'bits': 8, 'symmetric': True}"),
-        ({"among": [{}]}, "a search chooses among bits, and it offers {}"),
-        ({"among": []}, "a search chooses among bits, and it offers nothing"),
-        ({"among": [{"sparsity": 0.25}], "of": "nowhere"}, "a search chooses among bits"),
+        ({"among": [{}]}, "a search chooses among values of bits, sparsity or ratio, and it offers {}"),
+        ({"among": []}, "a search chooses among values of bits, sparsity or ratio, and it offers nothing"),
+        (
+            {"among": [{"sparsity": 0.25}, {"bits": 4}]},
+            "a search chooses among values of bits, sparsity or ratio, and it offers {'bits': 4}",
+        ),
         ({"of": "nf4"}, "nf4 has no bits to choose layer by layer"),
         ({"of": "fold"}, "fold has no bits to choose layer by layer"),
         ({"fixed": {"bits": 4}}, "the bits are what is chosen\nleave them out of the options of linear"),

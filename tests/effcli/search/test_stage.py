@@ -209,7 +209,11 @@ def test_without_a_measurement_there_is_no_such_budget(llama: Path, resolve: Res
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ("auto", "give one budget of average_bits, size, perplexity_increase, accuracy_drop, macs, latency, ram, "),
+        (
+            "auto",
+            "give one budget of average_bits, average_sparsity, average_ratio, size, perplexity_increase, "
+            "accuracy_drop, macs, latency, ram, ",
+        ),
         ("auto", "flash, not none"),
         ("auto:average_bits=3,size=4MB", "not average_bits and size"),
         ("auto:average_bits=3,using=fold", "fold has no bits to choose"),
@@ -294,6 +298,11 @@ def test_inspect(llama: Path, model: str, way: str, tmp_path: Path, capsys: pyte
     ("arguments", "message"),
     [
         (["--bits", "3"], "--bits: it belongs to --sensitivity"),
+        (["--sparsity", "0.5"], "--sparsity: it belongs to --sensitivity"),
+        (["--sensitivity", "--bits", "3", "--sparsity", "0.5"], "--bits and --sparsity exclude each other"),
+        (["--sensitivity", "--sparsity", "0.5,x"], "--sparsity 0.5,x: not shares from 0 to less than 1"),
+        (["--sensitivity", "--sparsity", "1.5"], "--sparsity 1.5: not shares from 0 to less than 1"),
+        (["--sensitivity", "--sparsity", "0.5"], "awq has no option 'sparsity'"),
         (["--sensitivity", "--bits", "3,x"], "--bits 3,x: not whole numbers"),
         (["--sensitivity", "--bits", "7"], "not 7"),
         (["--sensitivity", "--by", "los"], "did you mean 'loss'?"),

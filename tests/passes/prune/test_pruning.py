@@ -53,8 +53,8 @@ def applied(config: Pruning, weight: Tensor, inputs: Tensor, mask: Mask | None =
     found = Layer("layer", "linear", weight.clone(), layer.get("dtype", torch.float32), mask=mask)
     outcome = carry_out(config, found, (seen(config, inputs, len(weight)),))
     kept = outcome.kept(found)
-    assert isinstance(outcome.weight, Tensor) and kept is not None
-    return outcome.weight.masked_fill(~kept.kept, 0)
+    assert isinstance(outcome.weight, Tensor)
+    return outcome.weight if kept is None else outcome.weight.masked_fill(~kept.kept, 0)
 
 
 @given(
