@@ -165,7 +165,7 @@ class _Editing:
             own, row = self._dense(embedding), self._kept_row(head)
             if head in edits:
                 row = self._row(site, own, self._changed(head, own))
-            if not torch.equal(own, part.tensors[embedding]):
+            if embedding not in part.tensors or not torch.equal(own, part.tensors[embedding]):
                 part.tensors[f"{head}.weight"] = own
                 part.ledger.append(row)
                 part.remarks.append(f"{head} was tied to the input embedding; each has a weight of its own now")
@@ -184,7 +184,7 @@ class _Editing:
         elif key in self.edits:
             self._carry_other(part, key)
         else:
-            part.keep(weights, key, self._kept_row)
+            part.copy(weights, key, self._kept_row)
 
     def _carry_layers(self, part: Part, key: str, sites: list[LayerSite]) -> None:
         weights = self.weights

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from effcli.files.layout import Stored, StoredLayer
@@ -31,9 +32,13 @@ from effcli.reports.report import Histogram, LedgerRow
 
 @dataclass
 class Part:
-    """What a block becomes on disk: its tensors, how its layers are stored, its share of the ledger."""
+    """What a block becomes on disk: its tensors, how its layers are stored, its share of the ledger.
+
+    copied: tensors that stay as they are in the files, by their names here: their names there.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Stored] = field(default_factory=dict)
     ledger: list[LedgerRow] = field(default_factory=list)
     histograms: list[Histogram] = field(default_factory=list)
@@ -57,6 +62,22 @@ class Part:
         if not sites and self.tensors[key].ndim > 1:
             shape = tuple(self.tensors[key].shape)
             self.ledger.append(dense_row(key, "embedding", shape, dtype, MATRIX))
+
+    def copy(self, weights: Weights, key: str, row: Callable[[str], LedgerRow]) -> None:
+        """Carry a parameter over without reading it, where the files hold it as it is; see `keep`."""
+        found = weights.verbatim(key)
+        if not found:
+            self.keep(weights, key, row)
+            return
+        self.copied |= found
+        sites = weights.sites(key)
+        for site in sites:
+            if site.name in weights.stored:
+                self.stored[site.name] = weights.stored[site.name]
+            self.ledger.append(row(site.name))
+        shape = weights.skeleton.model.state_dict()[key].shape
+        if not sites and len(shape) > 1:
+            self.ledger.append(dense_row(key, "embedding", tuple(shape), weights.dtype_of(key), MATRIX))
 
     def keep_site(self, weights: Weights, site: LayerSite) -> None:
         """Carry one layer over on its own, as where others of its parameter are packed."""
@@ -89,6 +110,7 @@ class Part:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "copied": self.copied,
             "stored": {name: item.to_json() for name, item in self.stored.items()},
             "ledger": [row.model_dump(mode="json") for row in self.ledger],
             "histograms": [item.model_dump(mode="json") for item in self.histograms],
@@ -107,6 +129,7 @@ def held(weights: Weights, site: LayerSite) -> Held:
 class PartRecord(Record):
     """A part without its tensors, as the journal keeps it."""
 
+    copied: dict[str, str] = Field(default_factory=dict)
     stored: dict[str, StoredLayer]
     ledger: tuple[LedgerRow, ...]
     histograms: tuple[Histogram, ...]
@@ -114,7 +137,7 @@ class PartRecord(Record):
 
     def read(self) -> Part:
         stored = {name: layer.stored() for name, layer in self.stored.items()}
-        return Part({}, stored, list(self.ledger), list(self.histograms), list(self.remarks))
+        return Part({}, self.copied, stored, list(self.ledger), list(self.histograms), list(self.remarks))
 
 
 class OpenBlock:

@@ -45,12 +45,14 @@ def join(
     """
     skeleton, result = weights.skeleton, PassResult()
     stored: dict[str, Stored] = {}
+    copied: dict[str, str] = {}
     for name in names:
         part = journal.recall(PartRecord, name).read()
         result.ledger += part.ledger
         result.histograms += part.histograms
         result.remarks += [text for text in part.remarks if text not in result.remarks]
         stored.update(part.stored)
+        copied.update(part.copied)
     result.histograms = worst(result)
     if weights.head_note:
         result.remarks.append(weights.head_note)
@@ -74,6 +76,9 @@ def join(
     own = bool(obstacles or skeleton.widths)
     described = own_config(config, stored, skeleton.widths) if own else _standard(weights, config, stored)
     parts = [journal.part(name) for name in names]
+    # In the stock layout a tensor has the name that it has in the files.
+    entries = weights.checkpoint.entries
+    carried = {**carried, **{name if own else key: entries[key] for name, key in copied.items()}}
     write_checkpoint(weights.checkpoint.path, target, parts, described, carried, weights.file_names())
     journal.remove()
     return result

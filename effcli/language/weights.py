@@ -277,6 +277,21 @@ class Weights:
             return name in self._sources
         return all(site.name in self._packed or f"{site.name}.weight" in self._sources for site in sites)
 
+    def verbatim(self, name: str) -> dict[str, str]:
+        """The tensors that a parameter is in the files, as it is, by the names that they have beside its module.
+
+        Empty for one that is made of several, or a part of one.
+        """
+        if name in self._converters:
+            return {}
+        whole = {name: self._sources[name][0][1]} if name in self._sources else {}
+        for site in () if whole else self.sites(name):
+            if site.name in self._packed:
+                whole |= {f"{site.name}.{suffix}": key for suffix, key in self._packed[site.name].items()}
+            else:
+                whole[f"{site.name}.weight"] = self._sources[f"{site.name}.weight"][0][1]
+        return whole
+
     def packed(self, layer: str) -> Quantized | None:
         """The quantized weight of `layer` as it stands in the file, None for a dense one."""
         if layer not in self._packed:
