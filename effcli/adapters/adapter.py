@@ -73,8 +73,10 @@ class _Reading:
         self.modules: dict[str, dict[int, dict[str, str]]] = {}
         # Parameters that were trained whole, or that the adapter brings with it.
         self.whole: dict[str, str] = {}
-        for key in adapter.tensors.shapes:
-            self._sort(key)
+        for key, shape in adapter.tensors.shapes.items():
+            # Counters of batch norms are no values.
+            if shape:
+                self._sort(key)
 
     def _sort(self, key: str) -> None:
         name = key.removeprefix(_PREFIX)

@@ -31,6 +31,7 @@ from effcli.files.layout import LAYOUT_VERSION, OWN_TYPE, Stored, holds, own_par
 from effcli.formats import Mask, Quantized, unpack
 from effcli.graphs.trial import largest
 from effcli.inputs.preprocess import Preprocess
+from effcli.layers.edits import Place
 from effcli.layers.input_rounding import round_inputs
 from effcli.layers.layer import LayerSite
 from effcli.options import Options
@@ -200,6 +201,17 @@ class Graph:
                 "leave lm_head out; the last layer is taken like any other, and `ignore` keeps it",
             )
         return {}
+
+    def places(self) -> dict[str, Place]:
+        """All that may get a new value: layers, and other parameters and buffers of floating-point numbers."""
+        layers = {site.parameter: site for site in self.sites()}
+        return {
+            layers[key].name if key in layers else key: Place(layers[key].shape, layers[key].kind)
+            if key in layers
+            else Place(tuple(value.shape), "other")
+            for key, value in self.module.state_dict().items()
+            if value.is_floating_point()
+        }
 
     def set_weight(self, name: str, weight: Quantized | Tensor, effective: Tensor | None = None) -> None:
         """Give layer `name` a weight (out, in): compressed, to be stored as it is, or dense.

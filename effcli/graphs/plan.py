@@ -14,12 +14,13 @@ from effcli import importers
 from effcli.formats import Dense, Packing, Quantized
 from effcli.graphs.backward import classes_for
 from effcli.graphs.coupling import coupled
+from effcli.graphs.editing import edited
 from effcli.graphs.graph import Facts, Graph, macs
 from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
 from effcli.inputs.options import Calibration
-from effcli.layers.contract import CutPass, Needs, NetworkPass, TrainPass
+from effcli.layers.contract import CutPass, Needs, NetworkPass, ParameterPass, TrainPass
 from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, needs_of
@@ -61,7 +62,7 @@ class PlannedGraph:
         return self._graph.weights()
 
     def layered(self, step: PassStep) -> Layered:
-        return self._graph
+        return edited(self._graph, step) if isinstance(step.config, ParameterPass) else self._graph
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         if isinstance(step.config, CutPass):

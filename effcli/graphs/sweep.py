@@ -18,11 +18,12 @@ from effcli.errors import DataError
 from effcli.graphs.backward import gradients
 from effcli.graphs.coupling import coupled, cut
 from effcli.graphs.cutting import look_at
+from effcli.graphs.editing import edit_graph
 from effcli.graphs.graph import Graph
 from effcli.graphs.integer import IntegerNetwork
 from effcli.graphs.ledger import GraphCosts, beside_batch_norm, dense, integer_rows, table_rows, whole_rows
 from effcli.graphs.open_graph import OpenGraph
-from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ScalingPass, Transformed
+from effcli.layers.contract import CutPass, Needs, NetworkPass, Observed, ParameterPass, ScalingPass, Transformed
 from effcli.layers.coupling import Cut
 from effcli.layers.cutting import decide, offer, rows
 from effcli.layers.engine import LayerEngine, Seen, with_gradients
@@ -68,6 +69,8 @@ def graph_sweep(
     graph = Graph.read(source)
     for name, tensor in graph.module.state_dict().items():
         check_tensor(tensor, name)
+    if isinstance(step.config, ParameterPass):
+        return edit_graph(graph, target, step)
     choices = choose(graph, step)
     if not step.needs:
         batches = None

@@ -5,17 +5,14 @@ Nothing runs through the network. In memory are the new tensors of one block and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from effcli.errors import NumericsError, UnfinishedError
-from effcli.formats import Mask, Quantized
+from effcli.errors import UnfinishedError
 from effcli.language.journal import Journal
 from effcli.language.ledger import tied_row
 from effcli.language.open_block import Part, held
@@ -23,15 +20,15 @@ from effcli.language.parts import OUTSIDE, join, part_name, write_part
 from effcli.language.sweep import fingerprint
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import ParameterPass
-from effcli.layers.edits import Edit, slices
+from effcli.layers.editing import Edited, change, renew, told
+from effcli.layers.edits import Edit
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
-from effcli.layers.result import PassResult, Progress, check_tensor, dense_row, ratio
+from effcli.layers.result import PassResult, Progress, check_tensor, dense_row
 from effcli.layers.selection import Choice, choose
 from effcli.platform import memory
 from effcli.platform.rehearsal import counted
 from effcli.reports.report import LedgerRow
-from effcli.reports.units import count
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -58,52 +55,16 @@ def edit_model(
     return run.carry_out(journal, target)
 
 
-class Edited:
-    """A language model whose parameters a pass gives new values. See `effcli.layers.selection.Layered`.
-
-    edits: by the names of the model's places.
-    """
-
-    def __init__(self, weights: Weights, step: PassStep) -> None:
-        assert isinstance(step.config, ParameterPass)
-        self.weights = weights
-        self._untouched = step.config.untouched
-        self.edits: Mapping[str, Edit] = step.config.edits(weights.places())
-
-    def sites(self) -> list[LayerSite]:
-        return self.weights.skeleton.sites()
-
-    def left_alone(self, step: str, lm_head: bool) -> Mapping[str, str]:
-        return {site.name: self._untouched for site in self.sites() if not self._touched(site)}
-
-    def _touched(self, site: LayerSite) -> bool:
-        return site.name in self.edits or any(part in self.edits for part in self.weights.parts_of(site.parameter))
-
-    @property
-    def unties(self) -> bool:
-        """Whether a head that shares the embedding's weight gets another one than the embedding."""
-        skeleton = self.weights.skeleton
-        if not skeleton.tied or skeleton.head is None:
-            return False
-        return (skeleton.head in self.edits) != (skeleton.embedding in self.edits)
+def edited(weights: Weights, step: PassStep) -> Edited:
+    """The model as `step`, a pass over parameters, chooses from it; raises what the pass says of it."""
+    sites = weights.skeleton.sites()
+    return Edited(step, sites, weights.places(), lambda site: weights.parts_of(site.parameter))
 
 
-@dataclass
-class _Changed:
-    """How much the new values of a parameter differ, as sums of squares.
-
-    before: of the values as they were; moved: of what was added to them; lost: of what was to be added and was not, for
-    a zero stays one.
-    """
-
-    before: float = 0.0
-    moved: float = 0.0
-    lost: float = 0.0
-
-    def notes(self) -> dict[str, Any]:
-        """The square of the change as a share of that of the weight, and what share of the change is lost."""
-        lost = {"lost": round(ratio(self.lost, self.moved + self.lost), 6)} if self.lost else {}
-        return {"change": float(f"{ratio(self.moved, self.before):.4g}"), **lost}
+def unties(weights: Weights, edits: Mapping[str, Edit]) -> bool:
+    """Whether a head that shares the embedding's weight gets another one than the embedding."""
+    skeleton = weights.skeleton
+    return skeleton.tied and (skeleton.head in edits) != (skeleton.embedding in edits)
 
 
 class _Editing:
@@ -116,10 +77,10 @@ class _Editing:
         self.config = step.config
         # Before any work: they may refuse.
         self.carried = weights.carried()
-        edited = Edited(weights, step)
-        self.choices: Mapping[str, Choice] = choose(edited, step)
-        ignored = {name for name, choice in self.choices.items() if name in edited.edits and choice.config is None}
-        self.edits = {name: edit for name, edit in edited.edits.items() if name not in ignored}
+        found = edited(weights, step)
+        self.choices: Mapping[str, Choice] = choose(found, step)
+        ignored = {name for name, choice in self.choices.items() if choice.config is None}
+        self.edits = {name: edit for name, edit in found.edits.items() if name not in ignored}
         self.progress = progress
 
     def carry_out(self, journal: Journal, target: Path) -> PassResult:
@@ -139,7 +100,7 @@ class _Editing:
         write_part(journal, OUTSIDE, part)
         del part
         result = join(self.weights, journal, [*names, OUTSIDE], target, self.carried, apart)
-        result.remarks += _told(result.ledger)
+        result.remarks += told(result.ledger)
         return result
 
     def _part(self, keys: Iterable[str]) -> Part:
@@ -164,7 +125,8 @@ class _Editing:
         if apart:
             own, row = self._dense(embedding), self._kept_row(head)
             if head in edits:
-                row = self._row(site, own, self._changed(head, own))
+                new = renew(self.config, site, edits[head], own, None, own.dtype)
+                row = new.row(site, Held.of(own))
             if embedding not in part.tensors or not torch.equal(own, part.tensors[embedding]):
                 part.tensors[f"{head}.weight"] = own
                 part.ledger.append(row)
@@ -199,39 +161,14 @@ class _Editing:
                 value = packed.effective(torch.float32)
             else:
                 value = weights.dense_matrix(site) if whole is None else site.view(whole)
-            mask = Mask.of(packed)
-            found = self._changed(site.name, value, packed)
-            new = self._stored(site, value, packed, mask)
-            part.put(weights, site, new)
-            row, more = self._row(site, new, found), {}
-            if isinstance(new, Quantized) and not new.format.floating:
-                rounding = float((new.effective(torch.float32) - value).square().sum())
-                more["rounding_to_change"] = round(ratio(rounding, found.moved), 4)
-                row = row.model_copy(update={"weight_error": ratio(rounding, float(value.square().sum()))})
-            if mask is not None and not self.config.keeps_zeros:
-                more["filled"] = int((~mask.kept).sum())
-            part.ledger.append(row.model_copy(update={"notes": {**row.notes, **more}}))
+            new = renew(self.config, site, self.edits[site.name], value, packed, weights.dtype_of(key))
+            part.ledger.append(new.row(site, part.put(weights, site, new.weight)))
         part.join(sites)
-
-    def _stored(
-        self, site: LayerSite, value: Tensor, packed: Quantized | None, mask: Mask | None
-    ) -> Quantized | Tensor:
-        """The new weight of a layer, as it is to be stored; packed, mask: how the old one was, and what it kept."""
-        new = value if packed is None else self.config.store(value, packed)
-        if isinstance(new, Tensor):
-            new = new.to(self.weights.dtype_of(site.parameter))
-        return mask.over(new) if mask is not None and self.config.keeps_zeros else new
-
-    def _row(self, site: LayerSite, new: Quantized | Tensor, found: _Changed) -> LedgerRow:
-        """The ledger's line for a layer with a new weight."""
-        floating = isinstance(new, Tensor) or new.format.floating
-        notes = {**self.edits[site.name].notes, **found.notes()}
-        return Held.of(new).row(site, "changed" if floating else "compressed", notes=notes)
 
     def _carry_other(self, part: Part, key: str) -> None:
         """A parameter that is no layer."""
         value = self._dense(key)
-        found = self._changed(key, value)
+        found = change(key, self.edits[key], value, None, self.config.keeps_zeros)
         part.tensors[key] = value
         if value.ndim > 1:
             row = dense_row(key, "embedding", tuple(value.shape), value.dtype, "")
@@ -240,30 +177,8 @@ class _Editing:
 
     def _edit_part(self, place: str, value: Tensor) -> Tensor:
         if place in self.edits:
-            self._changed(place, value)
+            change(place, self.edits[place], value, None, self.config.keeps_zeros)
         return value
-
-    def _changed(self, name: str, value: Tensor, packed: Quantized | None = None) -> _Changed:
-        """Give a parameter its new value, in place; packed: as it is stored, None of a dense one.
-
-        Where zeros are kept, those of a dense matrix are what was removed; the codes of others may stand for 0 as well.
-        """
-        new, found, mask = self.edits[name].open(value), _Changed(), Mask.of(packed)
-        keeps = self.config.keeps_zeros and value.ndim > 1 and (packed is None or mask is not None)
-        for rows in slices(value.shape):
-            before = value[rows].float()
-            after = new(before.clone(), rows)
-            moved = after - before
-            if keeps:
-                gone = before == 0 if mask is None else ~mask.kept[rows]
-                found.lost += float(moved[gone].square().sum())
-                after, moved = after.masked_fill_(gone, 0), moved.masked_fill_(gone, 0)
-            found.before += float(before.square().sum())
-            found.moved += float(moved.square().sum())
-            value[rows] = after.to(value.dtype)
-        if not math.isfinite(found.moved):
-            raise NumericsError(f"{name} would hold NaN or infinity", "the adapter is broken: train it again")
-        return found
 
     def _dense(self, key: str) -> Tensor:
         """A parameter in the dtype that it has in the file, which nobody else holds."""
@@ -274,26 +189,4 @@ class _Editing:
         return held(self.weights, choice.site).row(choice.site, "kept", reason=choice.reason)
 
 
-def _told(ledger: Iterable[LedgerRow]) -> list[str]:
-    """What became of the zeros of a pruned network, and what rounding again did to the changes."""
-    rows = [row for row in ledger if "change" in row.notes]
-    told = []
-    lost = [row.notes["lost"] for row in rows if "lost" in row.notes]
-    if lost:
-        told.append(
-            f"zeros stay zeros: {sum(lost) / len(lost):.1%} of the changes is lost, by their squares, a mean over "
-            f"{count(len(lost), 'layer')}"
-        )
-    filled = sum(row.notes.get("filled", 0) for row in rows)
-    if filled:
-        told.append(f"{count(filled, 'weight')} that were removed are no longer 0: keep_zeros=true leaves them at 0")
-    again = [row.notes["rounding_to_change"] for row in rows if "rounding_to_change" in row.notes]
-    if again:
-        told.append(
-            f"rounded again, {count(len(again), 'layer')} err by {sum(again) / len(again):.1%} of the squares of the "
-            "changes, in the mean"
-        )
-    return told
-
-
-__all__ = ["Edited", "edit_model"]
+__all__ = ["edit_model", "edited", "unties"]

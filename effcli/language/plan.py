@@ -16,7 +16,7 @@ from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
 from effcli.language.coupling import coupled
 from effcli.language.depth import depth
-from effcli.language.editing import Edited
+from effcli.language.editing import edited, unties
 from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass, ParameterPass
@@ -57,7 +57,7 @@ class PlannedModel:
 
     def layered(self, step: PassStep) -> Layered:
         if isinstance(step.config, ParameterPass):
-            return Edited(self._weights, step)
+            return edited(self._weights, step)
         return self._skeleton
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
@@ -71,7 +71,7 @@ class PlannedModel:
             offered = offer(step.name, step.config, groups, choices)
             self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
         if isinstance(step.config, ParameterPass):
-            self._apart |= Edited(self._weights, step).unties
+            self._apart |= unties(self._weights, edited(self._weights, step).edits)
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))
             if choice.config is not None:

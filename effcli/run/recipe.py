@@ -287,12 +287,6 @@ class Recipe(Options):
             raise RecipeError(
                 f"evaluate.perplexity: {self.model} reads no text", "give labelled images: evaluate.images or --eval"
             )
-        for number, step in enumerate(self.passes):
-            if isinstance(step.config, ParameterPass):
-                raise RecipeError(
-                    f"passes.{number}: {step.name} takes language models; {self.model} is read as a graph",
-                    "leave the step out",
-                )
         return self.model_copy(
             update={
                 "calibration": _filled(self.calibration, samples=_GRAPH_SAMPLES, batch_size=_GRAPH_BATCH),
