@@ -16,6 +16,7 @@ from effcli.reports.html_templates import drawn
 from effcli.reports.html_templates import render as rendered
 from effcli.reports.report import LedgerRow
 from effcli.reports.sensitivity import LayerCosts, Point, Search, Sensitivity, Value, valued
+from effcli.reports.svg_curves import Curve, curves_plot
 
 _WIDTH, _HEIGHT = 960, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 14, 44
@@ -60,7 +61,13 @@ def render(found: Sensitivity | Search) -> str:
         inputs=f"{layers.inputs:,}",
         unit=layers.unit,
         roles=axis.legend,
-        plots=[(title, _plot(layers, value)) for title, value in zip(titles, values, strict=True)],
+        option=layers.option,
+        curves=_curves(layers, values, axis),
+        plots=[
+            (title, _plot(layers, value))
+            for title, value in zip(titles, values, strict=True)
+            if any(option.cost != 0 for layer in layers.layers for option in layer.options if option.value == value)
+        ],
         layers=Folded("All layers", f"{len(layers.layers)}", table, closed=False),
         remarks=layers.remarks,
     )
@@ -132,6 +139,30 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(label)}</text>')
     parts.append(f'<text x="{right}" y="{bottom + 36}" text-anchor="end">bytes of the layers</text>')
     return "".join(parts) + "</svg>"
+
+
+def _curves(found: Sensitivity, values: Sequence[Value], axis: svg.Axis) -> list[tuple[str, str, Markup]]:
+    """A picture for the layers of each kind, with its title and the layer that costs most; none of a single value.
+
+    Kinds are those of the axis; layers outside of repeated blocks are told apart by what they are.
+    """
+    kinds: dict[tuple[str, int], list[Curve]] = {}
+    for layer in found.layers:
+        series = axis.places[layer.name].series
+        kind = (layer.kind, 0) if series is None or not axis.legend else (axis.legend[series], series)
+        points = tuple((option.value, option.cost) for option in layer.options)
+        if sum(cost != 0 for _, cost in points) > 1:
+            kinds.setdefault(kind, []).append(Curve(layer.name, points))
+    every = [cost for curves in kinds.values() for curve in curves for _, cost in curve.points]
+    scale = svg.log_scale(every)
+    return [
+        (
+            f"{kind}, {units.count(len(curves), 'layer')}",
+            max(curves, key=lambda curve: curve.worst).name,
+            drawn(curves_plot(curves, values, scale, series, f"Cost of layers of the kind {kind} over {found.option}")),
+        )
+        for (kind, series), curves in kinds.items()
+    ]
 
 
 def _plot(found: Sensitivity, value: Value) -> Markup:

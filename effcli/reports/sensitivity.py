@@ -53,14 +53,17 @@ class Sensitivity(Record):
     @property
     def explained(self) -> str:
         """How the figures came about, in one line."""
-        return _WAYS[self.way].format(unit=self.unit)
+        return _WAYS[self.way].format(unit=self.unit, done=_DONE[self.option])
 
 
 _WAYS: dict[Way, str] = {
     "gram": "gram: {unit} of each layer, tr(D G Dᵀ) / tr(W G Wᵀ), from one calibration forward",
     "fisher": "fisher: predicted divergence from the original in {unit}, half the squared slope along a layer's error",
-    "loss": "loss: divergence from the original in {unit}, measured with one layer quantized at a time",
+    "loss": "loss: divergence from the original in {unit}, measured with one layer {done} at a time",
 }
+
+
+_DONE: dict[Varied, str] = {"bits": "quantized", "sparsity": "pruned", "ratio": "cut"}
 
 
 class Point(Record):

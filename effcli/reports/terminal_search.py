@@ -12,31 +12,39 @@ from effcli.reports import units
 from effcli.reports.sensitivity import Search, Sensitivity, valued
 from effcli.reports.text import Name, Text
 
-# Points of a front that a terminal shows.
+# Points of a front that a terminal shows, and values of an option.
 _SHOWN = 12
+_VALUES = 6
 
 
 def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableType:
     """Every layer with its cost at each value of the option, the dearest first (at most `most`; None: all)."""
     values = sorted({option.value for layer in found.layers for option in layer.options})
     titles = {value: valued(found.option, value) for value in values}
-    ranked = sorted(found.layers, key=lambda layer: -layer.options[0].cost)
+    by_layer = {layer.name: {option.value: option.cost for option in layer.options} for layer in found.layers}
+    worst = {name: max(costs.values()) for name, costs in by_layer.items()}
+    ranked = sorted(found.layers, key=lambda layer: -worst[layer.name])
     shown = ranked if most is None else ranked[:most]
     narrowest = max((Name(layer.name).narrowest for layer in shown), default=None)
-    result = _table("layer", "shape", *titles.values(), "", narrowest=narrowest)
-    top = max((layer.options[0].cost for layer in ranked), default=0.0)
+    # Many columns leave no room for the names of layers, nor does the name of the option in each.
+    telling = [value for value in values if any(costs.get(value) for costs in by_layer.values())] or values
+    drawn = telling[:: -max(1, -(-len(telling) // _VALUES))][::-1]
+    heads = (titles[value] if found.option == "bits" else f"{value:g}" for value in drawn)
+    result = _table("layer", "shape", *heads, "", narrowest=narrowest)
+    top = max(worst.values(), default=0.0)
     for layer in shown:
-        costs = {option.value: units.significant(option.cost) for option in layer.options}
-        bar = "\N{FULL BLOCK}" * round(12 * layer.options[0].cost / top) if top > 0 else ""
-        cells = (costs.get(value, "") for value in values)
+        costs = {value: units.significant(cost) for value, cost in by_layer[layer.name].items()}
+        bar = "\N{FULL BLOCK}" * round(12 * worst[layer.name] / top) if top > 0 else ""
+        cells = (costs.get(value, "") for value in drawn)
         result.add_row(Name(layer.name), units.shape(layer.shape), *cells, Text(bar, style="cyan"))
     which = f"{len(shown)} of {units.count(len(ranked), 'layer')}, dearest first" if len(shown) < len(ranked) else ""
     lines = [found.explained, *([which] if which else [])]
     sums = {value: sum(o.cost for layer in ranked for o in layer.options if o.value == value) for value in values}
     total = ", ".join(f"{titles[value]} {units.significant(cost)}" for value, cost in sums.items())
     lines += [f"sum over the layers: {total}"]
+    by = "" if found.option == "bits" else f", cost by {found.option}"
     return Group(
-        Text(f"{found.model}: each layer alone with {found.step}", style="bold"),
+        Text(f"{found.model}: each layer alone with {found.step}{by}", style="bold"),
         result,
         *(Text(line, style="dim") for line in lines),
         *(Text(remark, style="yellow") for remark in found.remarks),
@@ -55,9 +63,8 @@ def search_table(found: Search) -> RenderableType:
     more = (found.limited,) if found.limited else ()
     fixed = found.fixed_bytes
     files = ("files,\nsize",) if fixed is not None else ()
-    result = _table(
-        "choice", "layers,\nsize", *files, "bits/\nweight", f"cost, {found.sensitivity.unit}", found.measure, *more
-    )
+    average = "bits/\nweight" if found.sensitivity.option == "bits" else found.sensitivity.option
+    result = _table("choice", "layers,\nsize", *files, average, f"cost, {found.sensitivity.unit}", found.measure, *more)
     for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
         figures = (point.measured, *((point.limited,) if found.limited else ()))
         measured = ("" if value is None else units.significant(value, 4) for value in figures)
@@ -65,9 +72,9 @@ def search_table(found: Search) -> RenderableType:
         sizes = (point.nbytes, *((point.nbytes + fixed,) if fixed is not None else ()))
         cells = (*map(units.size, sizes), f"{point.average:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
-    option = found.sensitivity.option
+    option, item = found.sensitivity.option, "group" if found.sensitivity.option == "ratio" else "layer"
     counts = sorted(Counter(found.values.values()).items())
-    taken = ", ".join(f"{units.count(count, 'layer')} of {valued(option, value)}" for value, count in counts)
+    taken = ", ".join(f"{units.count(count, item)} of {valued(option, value)}" for value, count in counts)
     beside = f"files: these layers and at most {units.size(fixed)} for all else" if fixed is not None else ""
     title = f"{option} per layer for {found.sensitivity.step}: {found.budget}"
     return Group(

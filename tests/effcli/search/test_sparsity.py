@@ -237,3 +237,19 @@ def test_a_size_that_no_sparsity_keeps(net: Path, tmp_path: Path) -> None:
         )
         with pytest.raises(SelectionError, match=message):
             pipeline.run(given, overwrite=True)
+
+
+def test_inspect(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, data = tmp_path / "s.html", tmp_path / "s.json"
+    arguments = ["inspect", str(net), "--sensitivity", "--pass", "magnitude", "--by", "gram"]
+    assert main([*arguments, "--sparsity", "0.5,.25", "-o", str(page)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "each layer alone with magnitude, cost by sparsity" in shown and "0.25" in shown
+    assert "Over sparsity" in page.read_text() and "<h3>sparsity 0.25" in page.read_text()
+    assert main([*arguments, "-o", str(data)]) == 0
+    found = Sensitivity.model_validate_json(data.read_text())
+    assert found.option == "sparsity" and "sparsity" not in found.settings
+    for own in found.layers:
+        assert [option.value for option in own.options] == [0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+        costs = [option.cost for option in own.options]
+        assert costs[0] == 0 and costs == sorted(costs)
