@@ -121,6 +121,11 @@ class Evaluation:
         found = ["perplexity"] * bool(self._windows) + ["questions"] * (self._task is not None)
         return " and ".join(found) or "quality"
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether perplexity is measured."""
+        return bool(self._windows)
+
     def measure(self, path: Path, progress: Progress = lambda done, total: None) -> Quality:
         """The quality of the checkpoint `path`, of the original itself too.
 
@@ -150,6 +155,25 @@ class Evaluation:
                 return self._judge(stream, spool, against, spooled)
         finally:
             file.unlink(missing_ok=True)
+
+    def beside(self, weights: Weights, path: Path) -> tuple[Quality, Quality]:
+        """The perplexity of a network, and that of the checkpoint `path` with its divergence from it."""
+        other = open_weights(path, self.trust_remote_code, device=self.device)
+        files = [self.workdir / f"{name}.spool" for name in ("beside", "written")]
+        self._tick = lambda: None
+        try:
+            with Stream(weights, with_head=True) as first, Stream(other, with_head=True) as second:
+                spools = [
+                    last_hidden(stream, self._windows, file, self._tick)
+                    for stream, file in zip((first, second), files, strict=True)
+                ]
+                with torch.inference_mode():
+                    alone = self._perplexity(first, spools[0], None, None)
+                    compared = self._perplexity(second, spools[1], first, spools[0])
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+        return Quality.model_validate(alone), Quality.model_validate(compared)
 
     def continuations(self, network: Any) -> tuple[Continuation, ...]:
         """What `network` writes behind the first words of the windows for perplexity; empty where there are none."""

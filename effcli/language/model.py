@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effcli.errors import UnsupportedError
+from effcli.errors import DataError, UnsupportedError
 from effcli.files import digest
 from effcli.files.checkpoint import read_config, weight_files
 from effcli.files.exporter import Exporter
@@ -15,6 +15,7 @@ from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, miniature, verify
+from effcli.language.beside import beside
 from effcli.language.cutting import cut_model
 from effcli.language.editing import edit_model
 from effcli.language.evaluate import Evaluation
@@ -180,8 +181,26 @@ class LanguageModel:
             trust = self.recipe.trust_remote_code
             return cut_model(source, target, step, windows, work, progress, trust, self._device)
         if isinstance(step.config, ParameterPass):
-            return edit_model(source, target, step, work, progress, self.recipe.trust_remote_code)
+            return self._edit(step, step.config.checks, source, target, work, progress)
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
+
+    def _edit(
+        self, step: PassStep, checks: bool, source: Path, target: Path, work: Path, progress: Progress
+    ) -> PassResult:
+        """Carry out a pass over parameters; checks: compare what it wrote with what it adds beside the old values."""
+        trust, evaluation = self.recipe.trust_remote_code, self._evaluation
+        if checks and (evaluation is None or not evaluation.reads_text):
+            raise DataError(
+                f"{step.name}: no text is evaluated, and check compares on that text", "leave check out, or name a text"
+            )
+        result = edit_model(source, target, step, work, progress, trust)
+        if checks and evaluation is not None:
+            before, after = evaluation.beside(beside(source, step, trust, self._device), target)
+            result.remarks.append(
+                f"checked: perplexity {before.perplexity:.4f} with the adapter beside the base, in float32, and "
+                f"{after.perplexity:.4f} as written; KL {after.kl:.2g} nats for each token"
+            )
+        return result
 
     def verify(self, checkpoint: Path, stages: Sequence[Stage], phases: Phases = unseen) -> Verification:
         trust = self.recipe.trust_remote_code

@@ -372,6 +372,11 @@ class ParameterPass(Pass):
         """Whether the new weight of a layer that is compressed is compressed, too."""
         return False
 
+    @property
+    def checks(self) -> bool:
+        """Whether what is written is compared with the network whose new values stand beside the old, unrounded."""
+        return False
+
     def store(self, weight: Tensor, before: Quantized) -> Quantized | Tensor:
         """How the new weight of a layer that was stored as `before` is stored; dense unless `keeps_format`.
 

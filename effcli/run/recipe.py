@@ -287,6 +287,11 @@ class Recipe(Options):
             raise RecipeError(
                 f"evaluate.perplexity: {self.model} reads no text", "give labelled images: evaluate.images or --eval"
             )
+        for number, step in enumerate(self.passes):
+            if isinstance(step.config, ParameterPass) and step.config.checks:
+                raise RecipeError(
+                    f"passes.{number}: check compares perplexities, and {self.model} reads no text", "leave check out"
+                )
         return self.model_copy(
             update={
                 "calibration": _filled(self.calibration, samples=_GRAPH_SAMPLES, batch_size=_GRAPH_BATCH),

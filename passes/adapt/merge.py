@@ -63,6 +63,12 @@ class Merge(ParameterPass):
         "none", description="Of a compressed layer: store the sum dense, or in the format that the layer had."
     )
 
+    check: bool = Field(
+        False,
+        description="Of a language model: also run the base with the adapter beside it, in float32, and tell how far "
+        "the result is from that.",
+    )
+
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
         if (self.adapter is None) == (not self.adapters):
@@ -86,6 +92,10 @@ class Merge(ParameterPass):
     @property
     def keeps_format(self) -> bool:
         return self.requantize == "same"
+
+    @property
+    def checks(self) -> bool:
+        return self.check
 
     def edits(self, places: Mapping[str, Place]) -> Mapping[str, Edit]:
         """What the adapters make of the parameters; raises what `Adapter.edits` raises for one that does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,23 @@ from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import effcli
-from effcli.errors import CheckpointError, EffcliError, NumericsError, RecipeError, SelectionError, UnsupportedError
+import effcli.files.locate
+from effcli.errors import (
+    CheckpointError,
+    DataError,
+    EffcliError,
+    NumericsError,
+    RecipeError,
+    SelectionError,
+    UnsupportedError,
+)
 from effcli.formats import Mask
+from effcli.language.beside import beside
+from effcli.language.stream import Stream
 from effcli.language.weights import open_weights
 from effcli.reports.report import Report
 from effcli.run import recipe
+from effcli.run.recipe import PassStep
 
 Make = Callable[..., Path]
 
@@ -464,3 +477,58 @@ def test_signs_are_not_rounded_again(network: Make, small_adapter: Path, tmp_pat
     effcli.compress(network("llama", torch.bfloat16), "binary", tmp_path / "base", evaluate=False)
     with pytest.raises(UnsupportedError, match="not rounded to binary"):
         adapters.merged(tmp_path / "base", tmp_path / "out", adapter=str(small_adapter), requantize="same")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "more"),
+    [
+        ("llama", dict(target_modules=["q_proj", "up_proj"]), {}),
+        (
+            "llama",
+            dict(target_modules=["q_proj", "embed_tokens", "lm_head"], use_dora=True),
+            {"tie_word_embeddings": True},
+        ),
+        ("mixtral", dict(target_modules=["v_proj"], target_parameters=["mlp.experts.down_proj"]), {}),
+    ],
+)
+def test_beside_is_what_peft_runs(
+    name: str, options: dict[str, Any], more: dict[str, Any], network: Make, tmp_path: Path
+) -> None:
+    """Block by block, with new values that are rounded nowhere."""
+    source = network(name, **more)
+    expected = adapters.logits(adapters.make(source, tmp_path / "adapter", LoraConfig(r=4, **options)))
+    weights = beside(source, PassStep.model_validate({"merge": {"adapter": str(tmp_path / "adapter")}}))
+    ids = torch.randint(1024, (2, 16), generator=torch.Generator().manual_seed(1))
+    with Stream(weights, with_head=True) as stream, torch.inference_mode():
+        hidden, calls = stream.enter(ids)
+        for k, block in enumerate(weights.skeleton.blocks):
+            prefix = f"{weights.skeleton.block_names[k]}."
+            with weights.opened(block, prefix, weights.skeleton.block_parameters(k)):
+                hidden = stream.through(k, hidden, calls[k])
+        found = stream.leave(ids, hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_check_tells_what_rounding_costs(again: bool, tmp_path: Path) -> None:
+    source = effcli.files.locate.SAMPLES["sample:lm"]
+    config = LoraConfig(r=4, lora_alpha=1, target_modules=["q_proj", "down_proj"])
+    adapters.make(source, tmp_path / "adapter", config)
+    evaluate = {"samples": 2, "length": 64, "latency": False}
+    effcli.compress("sample:lm", "nf4", tmp_path / "base", evaluate=False)
+    merge = {"adapter": str(tmp_path / "adapter"), "check": True, "requantize": "same" if again else "none"}
+    report = effcli.compress(tmp_path / "base", {"merge": merge}, tmp_path / "out", evaluate=evaluate)
+    stage = report.stages[-1]
+    (told,) = [remark for remark in stage.remarks if remark.startswith("checked")]
+    said = re.search(r"perplexity ([\d.]+) .* and ([\d.]+) as written; KL (\S+) nats", told)
+    assert said is not None
+    alone, written, kl = map(float, said.groups())
+    assert written == pytest.approx(stage.quality.perplexity, abs=1e-3)
+    assert (kl < 1e-3) != again
+    assert abs(written / alone - 1) < (0.5 if again else 0.002)
+
+
+def test_check_needs_a_text(network: Make, small_adapter: Path, tmp_path: Path) -> None:
+    step = {"merge": {"adapter": str(small_adapter), "check": True}}
+    with pytest.raises(DataError, match="check compares on that text"):
+        effcli.compress(network("llama", torch.bfloat16), step, tmp_path / "out", evaluate=False)
