@@ -71,17 +71,21 @@ def support(weight: Tensor, problem: Scaled, steps: int, largest: Callable[[Tens
 
     steps: with each penalty; largest: which entries of a matrix of magnitudes stay, bool (out, in).
     """
-    sparse, gap, before = weight.clone(), torch.zeros_like(weight), PENALTIES[0]
+    # X + U - W. Both D and the U of the step before are parts of X + U: where one has an entry the other has none.
+    moved, before = torch.zeros_like(weight), PENALTIES[0]
+    asked = torch.empty_like(weight, dtype=problem.pulls[0].dtype)
     for penalty, pull in zip(PENALTIES, problem.pulls, strict=True):
-        gap.mul_(before / penalty)
+        for step in range(steps):
+            factor = 1.0 if step else before / penalty
+            gap = moved + weight
+            # A product takes a quarter of the time of `masked_fill_`.
+            gap.mul_(~largest(gap.abs()))
+            torch.sub(moved, gap, alpha=1 + factor, out=asked)
+            if factor != 1:
+                gap.mul_(factor)
+            torch.add(gap, asked @ pull, out=moved)
         before = penalty
-        for _ in range(steps):
-            # X + U, in the place of U.
-            moved = sparse.sub_(gap).sub_(weight).to(pull.dtype) @ pull
-            gap.add_(weight).add_(moved)
-            sparse = gap.masked_fill(~largest(gap.abs()), 0)
-            gap.sub_(sparse)
-    return sparse.add_(gap)
+    return moved.add_(weight)
 
 
 def refit(start: Tensor, weight: Tensor, hessian: Tensor, kept: Tensor, steps: int) -> Tensor:
@@ -90,12 +94,13 @@ def refit(start: Tensor, weight: Tensor, hessian: Tensor, kept: Tensor, steps: i
     start, weight: float32 (out, in); kept: bool (out, in); hessian: float32 (in, in) with one number on its diagonal,
     which is why nothing is preconditioned. The error of no row rises, but for rounding.
     """
-    found = start.masked_fill(~kept, 0)
-    slope = (weight - found).mm(hessian).masked_fill_(~kept, 0)
+    there = kept.to(start.dtype)
+    found = start * there
+    slope = (weight - found).mm(hessian).mul_(there)
     along, size = slope.clone(), slope.square().sum(1, keepdim=True)
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(steps):
-        bend = along.mm(hessian).masked_fill_(~kept, 0)
+        bend = along.mm(hessian).mul_(there)
         step = size / (along * bend).sum(1, keepdim=True).clamp_(min=tiny)
         found.addcmul_(along, step)
         slope.addcmul_(bend, step, value=-1)

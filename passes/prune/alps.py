@@ -33,7 +33,7 @@ class ALPS(Pruning):
     damping: float = Field(
         0.01, ge=0, le=1, description="What is added to the Gram matrix's diagonal, as a fraction of each entry."
     )
-    steps: int = Field(6, ge=1, description="Steps with each of five growing penalties, which choose what stays.")
+    steps: int = Field(8, ge=1, description="Steps with each of five growing penalties, which choose what stays.")
     refits: int = Field(6, ge=0, description="Steps of conjugate gradients for the weights that stay.")
 
     @property
