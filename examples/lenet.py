@@ -62,8 +62,14 @@ def read(data: Path, generator: torch.Generator) -> tuple[Images, Images]:
     return (pixels[train], labels[train]), (pixels[test], labels[test])
 
 
+def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (n, 1, 28, 28), all of them moved by the same up to 2 pixels down and to the right."""
+    down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    return pixels.roll((down, right), (2, 3))
+
+
 def train(model: nn.Module, images: Images, steps: int, generator: torch.Generator) -> None:
-    """Adam (arXiv:1412.6980) in place, on 128 images a step, each time shifted by up to 2 pixels.
+    """Adam (arXiv:1412.6980) in place, on 128 images a step, each time `shifted`.
 
     The steps shrink along a cosine.
     """
@@ -72,8 +78,7 @@ def train(model: nn.Module, images: Images, steps: int, generator: torch.Generat
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         chosen = torch.randint(len(labels), (128,), generator=generator)
-        down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        loss = F.cross_entropy(model(pixels[chosen].roll((down, right), (2, 3))), labels[chosen])
+        loss = F.cross_entropy(model(shifted(pixels[chosen], generator)), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -92,12 +97,16 @@ def compress(model: nn.Module, folder: Path, images: Images, test: Images, optio
     if options.sparsity:
         pruning = {"sparsity": options.sparsity, "compare": "network", "epochs": options.epochs, "batch_size": 64}
         passes.insert(0, {"gradual": pruning | {"learning_rate": 1e-3, "towards": options.towards}})
-    chosen = torch.linspace(0, len(images[1]) - 1, min(options.calibration, len(images[1]))).long()
+    # The images once as they are, and shifted as in training until there are enough.
+    generator = torch.Generator().manual_seed(options.seed)
+    chosen = torch.arange(options.calibration) % len(images[1])
+    seen = [images[0][chosen[: len(images[1])]]]
+    seen += [shifted(images[0][some], generator) for some in chosen[len(images[1]) :].split(128)]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         program = torch.export.export(model.eval(), (images[0][:2],), dynamic_shapes=({0: Dim("batch")},))
         torch.export.save(program, place / "model.pt2")
-        np.savez(place / "calibration.npz", inputs=images[0][chosen].numpy(), labels=images[1][chosen].numpy())
+        np.savez(place / "calibration.npz", inputs=torch.cat(seen).numpy(), labels=images[1][chosen].numpy())
         np.savez(place / "evaluation.npz", inputs=test[0].numpy(), labels=test[1].numpy())
         return effcli.compress(
             place / "model.pt2",
