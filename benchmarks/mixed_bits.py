@@ -1,13 +1,13 @@
-"""Do bits chosen per layer beat the same bits everywhere, at equal size? Perplexity and KL of both, really carried out.
+"""Do values chosen per layer beat one everywhere, at equal size? Perplexity and KL of both, really carried out.
 
     python benchmarks/mixed_bits.py CHECKPOINT --calibration FILE --evaluation FILE [--using linear gptq]
-                                    [--bits 2 3 4 8] [--average 3 4] [--threads N]
+                                    [--values 2 3 4 8] [--average 3 4] [--threads N]
 
-For each pass of --using, the costs of all --bits in every layer are measured once, as `auto` measures them.
-For each average, bits are chosen that take no more bytes than the uniform ones (between two whole numbers, no more than
-the interpolated bytes); both checkpoints are written to a scratch folder and evaluated on the same windows. `predicted`
-is the sum of the costs, to be compared with the measured KL. On a CPU without bfloat16 arithmetic give a checkpoint in
-float32.
+Values are bits of a pass that quantizes, and sparsities of one that removes weights. For each pass of --using, the
+costs of all --values in every layer are measured once, as `auto` measures them. For each average, values are chosen
+that take no more bytes than the uniform one (between two that were priced, no more than the interpolated bytes); both
+checkpoints are written to a scratch folder and evaluated on the same windows. `predicted` is the sum
+of the costs, to be compared with the measured KL. On a CPU without bfloat16 arithmetic give a checkpoint in float32.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="a text file")
     parser.add_argument("--evaluation", required=True, help="a text file")
     parser.add_argument("--using", nargs="+", default=["linear", "gptq"], help="passes")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="to choose from")
-    parser.add_argument("--average", type=float, nargs="+", default=[3, 4], help="bits, within those to choose from")
+    parser.add_argument("--values", type=float, nargs="+", help="to choose from; default: as auto")
+    parser.add_argument("--average", type=float, nargs="+", default=[3, 4], help="within those to choose from")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     options = parser.parse_args()
 
     import torch
 
+    from effcli.reports.sensitivity import Value, Varied, valued
     from effcli.run import pipeline
+    from effcli.run.overrides import parse_pass
     from effcli.run.recipe import PassStep, Recipe, from_arguments
     from effcli.search.inspect import inspect
+    from effcli.search.space import SPACES, option_of
     from effcli.search.stage import with_values
     from effcli.search.values import Assignments
 
@@ -46,9 +49,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     rows: list[list[str]] = []
 
-    def recipe(using: str, bits: int) -> Recipe:
-        evals = [options.evaluation]
-        return from_arguments(options.checkpoint, passes=[using], bits=bits, calib=options.calibration, evals=evals)
+    def recipe(using: str, option: Varied, value: Value) -> Recipe:
+        ((name, own),) = parse_pass(using).items()
+        step = {name: {**own, option: value}}
+        return from_arguments(options.checkpoint, passes=[step], calib=options.calibration, evals=[options.evaluation])
 
     def carried_out(base: Recipe, step: PassStep, title: list[str], predicted: str) -> None:
         with tempfile.TemporaryDirectory(prefix="effcli-mixed-") as scratch:
@@ -61,10 +65,12 @@ def main() -> None:
         print(table(["pass", "average", "layers", *FIGURES], rows), flush=True)
 
     for using in options.using:
-        recipes = {bits: recipe(using, bits) for bits in sorted(options.bits)}
+        option = option_of(next(iter(parse_pass(using))), PassStep.registry)
+        values = sorted(options.values or SPACES[option].defaults)
+        recipes = {value: recipe(using, option, int(value) if option == "bits" else value) for value in values}
         base = recipes[min(recipes)]
         started = time.perf_counter()
-        found = inspect(list(recipes.values()), "bits")
+        found = inspect(list(recipes.values()), option)
         print(f"{using}: costs by {found.way} in {time.perf_counter() - started:.0f} s", flush=True)
         assignments = Assignments(found)
         uniform = assignments.uniform
@@ -72,14 +78,13 @@ def main() -> None:
             if not min(recipes) <= average <= max(recipes):
                 raise SystemExit(f"--average {average:g}: outside of {min(recipes)} to {max(recipes)}")
             chosen = assignments.frontier.at(assignments.nbytes(average))
-            bits = assignments.values(chosen)
-            counts = ", ".join(f"{count} of {width}" for width, count in sorted(Counter(bits.values()).items()))
-            step = with_values(base.passes[0], "bits", bits)
+            taken = assignments.values(chosen)
+            counts = ", ".join(f"{count} of {value:g}" for value, count in sorted(Counter(taken.values()).items()))
+            step = with_values(base.passes[0], option, taken)
             carried_out(base, step, [using, f"{average:g}", f"auto: {counts}"], f"{chosen.cost:.4f}")
             if average in uniform:
-                width = int(average)
-                alike, cost = recipes[width].passes[0], f"{uniform[width].cost:.4f}"
-                carried_out(base, alike, [using, f"{average:g}", f"{width} everywhere"], cost)
+                alike, cost = recipes[average].passes[0], f"{uniform[average].cost:.4f}"
+                carried_out(base, alike, [using, f"{average:g}", f"{valued(option, average)} everywhere"], cost)
     print(machine(options.threads))
 
 

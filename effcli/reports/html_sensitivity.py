@@ -42,15 +42,15 @@ def render(found: Sensitivity | Search) -> str:
     """The whole page."""
     layers = found.sensitivity if isinstance(found, Search) else found
     what = (
-        f"{layers.option} per layer for {layers.step}"
+        f"{layers.option} per {layers.item} for {layers.step}"
         if isinstance(found, Search)
-        else f"each layer alone with {layers.step}"
+        else f"each {layers.item} alone with {layers.step}"
     )
     values = sorted({option.value for layer in layers.layers for option in layer.options})
     axis = svg.layer_axis([_row(layer, 0) for layer in layers.layers])
     titles = [valued(layers.option, value) for value in values]
     heads = headings(("layer", "shape", *titles), titles)
-    table = Table("All layers", heads, [_line(layer, values) for layer in layers.layers])
+    table = Table(f"All {layers.item}s", heads, [_line(layer, values) for layer in layers.layers])
     return rendered(
         "sensitivity.html.j2",
         title=f"{layers.model} \N{MIDDLE DOT} {what}",
@@ -62,13 +62,14 @@ def render(found: Sensitivity | Search) -> str:
         unit=layers.unit,
         roles=axis.legend,
         option=layers.option,
+        item=layers.item,
         curves=_curves(layers, values, axis),
         plots=[
             (title, _plot(layers, value))
             for title, value in zip(titles, values, strict=True)
             if any(option.cost != 0 for layer in layers.layers for option in layer.options if option.value == value)
         ],
-        layers=Folded("All layers", f"{len(layers.layers)}", table, closed=False),
+        layers=Folded(f"All {layers.item}s", f"{len(layers.layers)}", table, closed=False),
         remarks=layers.remarks,
     )
 
@@ -157,9 +158,11 @@ def _curves(found: Sensitivity, values: Sequence[Value], axis: svg.Axis) -> list
     scale = svg.log_scale(every)
     return [
         (
-            f"{kind}, {units.count(len(curves), 'layer')}",
+            f"{kind}, {units.count(len(curves), found.item)}",
             max(curves, key=lambda curve: curve.worst).name,
-            drawn(curves_plot(curves, values, scale, series, f"Cost of layers of the kind {kind} over {found.option}")),
+            drawn(
+                curves_plot(curves, values, scale, series, f"Cost of each {found.item}, {kind}, over {found.option}")
+            ),
         )
         for (kind, series), curves in kinds.items()
     ]
@@ -176,7 +179,7 @@ def _plot(found: Sensitivity, value: Value) -> Markup:
     costs = {layer.name: layer.options[places[layer.name]].cost for layer in found.layers if layer.name in places}
     rows = [_row(layer, places[layer.name]) for layer in found.layers if layer.name in places]
     axis = svg.layer_axis([_row(layer, 0) for layer in found.layers], costs)
-    label = f"Cost of each layer with {valued(found.option, value)}"
+    label = f"Cost of each {found.item} with {valued(found.option, value)}"
     picture = svg.figure_plot(axis, rows, lambda row: costs[row.name], units.significant, label, log=True, height=240)
     return drawn(picture)
 

@@ -51,6 +51,11 @@ class Sensitivity(Record):
     remarks: tuple[str, ...] = ()
 
     @property
+    def item(self) -> str:
+        """What a value is chosen for: `layer`, or `group` of channels."""
+        return "group" if self.option == "ratio" else "layer"
+
+    @property
     def explained(self) -> str:
         """How the figures came about, in one line."""
         return _WAYS[self.way].format(unit=self.unit, done=_DONE[self.option])

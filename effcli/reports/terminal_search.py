@@ -37,14 +37,14 @@ def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableTy
         bar = "\N{FULL BLOCK}" * round(12 * worst[layer.name] / top) if top > 0 else ""
         cells = (costs.get(value, "") for value in drawn)
         result.add_row(Name(layer.name), units.shape(layer.shape), *cells, Text(bar, style="cyan"))
-    which = f"{len(shown)} of {units.count(len(ranked), 'layer')}, dearest first" if len(shown) < len(ranked) else ""
+    which = f"{len(shown)} of {units.count(len(ranked), found.item)}, dearest first" if len(shown) < len(ranked) else ""
     lines = [found.explained, *([which] if which else [])]
     sums = {value: sum(o.cost for layer in ranked for o in layer.options if o.value == value) for value in values}
     total = ", ".join(f"{titles[value]} {units.significant(cost)}" for value, cost in sums.items())
-    lines += [f"sum over the layers: {total}"]
+    lines += [f"sum over the {found.item}s: {total}"]
     by = "" if found.option == "bits" else f", cost by {found.option}"
     return Group(
-        Text(f"{found.model}: each layer alone with {found.step}{by}", style="bold"),
+        Text(f"{found.model}: each {found.item} alone with {found.step}{by}", style="bold"),
         result,
         *(Text(line, style="dim") for line in lines),
         *(Text(remark, style="yellow") for remark in found.remarks),
@@ -72,11 +72,11 @@ def search_table(found: Search) -> RenderableType:
         sizes = (point.nbytes, *((point.nbytes + fixed,) if fixed is not None else ()))
         cells = (*map(units.size, sizes), f"{point.average:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
-    option, item = found.sensitivity.option, "group" if found.sensitivity.option == "ratio" else "layer"
+    option, item = found.sensitivity.option, found.sensitivity.item
     counts = sorted(Counter(found.values.values()).items())
     taken = ", ".join(f"{units.count(count, item)} of {valued(option, value)}" for value, count in counts)
     beside = f"files: these layers and at most {units.size(fixed)} for all else" if fixed is not None else ""
-    title = f"{option} per layer for {found.sensitivity.step}: {found.budget}"
+    title = f"{option} per {item} for {found.sensitivity.step}: {found.budget}"
     return Group(
         Text(f"{found.name}: {title}" if found.name else title, style="bold"),
         result,

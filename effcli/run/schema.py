@@ -8,9 +8,10 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from effcli import passes
 from effcli.errors import UserError
-from effcli.layers.contract import LayerPass, SearchPass
+from effcli.layers.contract import SearchPass
 from effcli.options import Options
 from effcli.run.recipe import ExportStep, PassStep, Recipe, RecipeStep, not_per_layer
+from effcli.search.space import VARIED, varies
 
 _NULL = {"type": "null"}
 
@@ -51,18 +52,18 @@ def _options(kind: type[Options], definitions: dict[str, Any]) -> dict[str, Any]
     keys = found["properties"]
     if issubclass(kind, SearchPass):
         # Those of the pass whose options are chosen may stand beside its own.
-        found["properties"] = keys = {**_of_layer_passes(), **keys}
+        found["properties"] = keys = {**_of_searched_passes(), **keys}
     if "layers" in keys:
         own = {name: schema for name, schema in keys.items() if name not in not_per_layer(kind)}
         keys["layers"]["additionalProperties"] = {"type": "object", "properties": own, "additionalProperties": False}
     return found
 
 
-def _of_layer_passes() -> dict[str, Any]:
-    """The options of all passes that take one layer at a time, each with all that it may be in one of them."""
+def _of_searched_passes() -> dict[str, Any]:
+    """The options of all passes of which a search can choose one, each with all that it may be in one of them."""
     found: dict[str, list[Any]] = {}
     for kind in (passes.load(name) for name in passes.PASSES):
-        if issubclass(kind, LayerPass):
+        if any(varies(kind, option) for option in VARIED):
             for name, schema in kind.model_json_schema()["properties"].items():
                 if schema not in found.setdefault(name, []):
                     found[name].append(schema)
