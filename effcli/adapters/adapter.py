@@ -205,13 +205,14 @@ class _Reading:
             magnitude = self._read(parts["lora_magnitude_vector"]).reshape(-1)
             return formulas.decomposed(a, b, scaling, magnitude)
 
-        found = {module: Edit(open, {"adapter": config.named, "rank": rank, "scaling": scaling})}
+        notes = {"adapter": config.named, "rank": rank, "scaling": scaling}
+        found = {module: Edit(open, notes)}
         if "lora_B.bias" in parts:
             bias = f"{module}.bias"
             if bias not in self.places:
                 raise self._misfit(module, "it adds to a bias, and the layer has none")
             self._check_shape(bias, self.places[bias], self._shape(parts["lora_B.bias"]))
-            found[bias] = Edit(lambda _: formulas.sum_with(self._read(parts["lora_B.bias"]).float(), scaling))
+            found[bias] = Edit(lambda _: formulas.sum_with(self._read(parts["lora_B.bias"]).float(), scaling), notes)
         return found
 
     def _embedding(self, module: str, weight: str, parts: _Parts) -> dict[str, Edit]:

@@ -161,6 +161,8 @@ class _Comparison:
             found = {self._layer(site, before, after) for site in sites}
             return next((what for what in found if what not in _RANK), "") or max(found, key=_RANK.index)
         layer, _, own = name.rpartition(".")
+        if name in self.taken:
+            return "changed"
         if self._may_change(name) or (own == "bias" and layer in self.restored):
             return "changed"
         return _altered(name, before.whole(), after.whole())

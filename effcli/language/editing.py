@@ -170,10 +170,9 @@ class _Editing:
         value = self._dense(key)
         found = change(key, self.edits[key], value, None, self.config.keeps_zeros)
         part.tensors[key] = value
-        if value.ndim > 1:
-            row = dense_row(key, "embedding", tuple(value.shape), value.dtype, "")
-            notes = {**self.edits[key].notes, **found.notes()}
-            part.ledger.append(row.model_copy(update={"status": "changed", "notes": notes}))
+        row = dense_row(key, "embedding" if value.ndim > 1 else "other", tuple(value.shape), value.dtype, "")
+        notes = {**self.edits[key].notes, **found.notes()}
+        part.ledger.append(row.model_copy(update={"status": "changed", "notes": notes}))
 
     def _edit_part(self, place: str, value: Tensor) -> Tensor:
         if place in self.edits:

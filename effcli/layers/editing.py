@@ -100,11 +100,11 @@ def change(name: str, edit: Edit, value: Tensor, packed: Quantized | None = None
 
 @dataclass(frozen=True)
 class Renewed:
-    """A layer with a new weight. weight: as it is stored; error: of its rounding, None where it stays floating."""
+    """A layer with a new weight. weight: as it is stored; error: ‖W' - W‖² / ‖W‖² of the new one and the old one."""
 
     weight: Quantized | Tensor
     notes: Mapping[str, Any]
-    error: float | None = None
+    error: float
 
     def row(self, site: LayerSite, held: Held) -> LedgerRow:
         """The ledger's line; held: how the new weight is stored."""
@@ -122,6 +122,7 @@ def renew(
     value: the old one (out, in), float32 where it was compressed, which is changed; packed: as it was stored, None of a
     dense one; dtype: of a dense weight.
     """
+    before = value.clone() if config.keeps_format and packed is not None else None
     found, mask = change(site.name, edit, value, packed, config.keeps_zeros), Mask.of(packed)
     new = value if packed is None else config.store(value, packed)
     new = new.to(dtype) if isinstance(new, Tensor) else new
@@ -130,11 +131,15 @@ def renew(
         new = mask.over(new)
     elif mask is not None:
         notes["filled"] = int((~mask.kept).sum())
-    if isinstance(new, Tensor) or new.format.floating:
-        return Renewed(new, notes)
-    rounding = float((new.effective(torch.float32) - value).square().sum())
-    notes["rounding_to_change"] = round(ratio(rounding, found.moved), 4)
-    return Renewed(new, notes, ratio(rounding, float(value.square().sum())))
+    if before is None or isinstance(new, Tensor) or new.format.floating:
+        return Renewed(new, notes, ratio(found.moved, found.before))
+    stored = new.effective(torch.float32)
+    rounding = float((stored - value).square().sum())
+    notes |= {
+        "rounding": float(f"{ratio(rounding, float(value.square().sum())):.4g}"),
+        "rounding_to_change": round(ratio(rounding, found.moved), 4),
+    }
+    return Renewed(new, notes, ratio(float((stored - before).square().sum()), found.before))
 
 
 def told(ledger: Iterable[LedgerRow]) -> list[str]:

@@ -28,6 +28,7 @@ from effcli.errors import (
     UnsupportedError,
 )
 from effcli.formats import Mask
+from effcli.language import verify
 from effcli.language.beside import beside
 from effcli.language.stream import Stream
 from effcli.language.weights import open_weights
@@ -463,10 +464,10 @@ def test_a_compressed_base(base: str, network: Make, small_adapter: Path, tmp_pa
         assert made is not None and made.format == packed.format
         assert rows[0][name].status == "changed" and rows[1][name].status == "compressed"
         error = float((made.dequantize(torch.float32) - exact).square().sum())
-        assert rows[1][name].weight_error == pytest.approx(error / float(exact.square().sum()), rel=1e-3)
+        assert rows[1][name].notes["rounding"] == pytest.approx(error / float(exact.square().sum()), rel=1e-3)
         # As near as the format itself comes to a weight.
         own = {row.name: row for row in Report.read(tmp_path / "base").stages[-1].ledger}[name].weight_error
-        assert rows[1][name].weight_error < 1.6 * own
+        assert rows[1][name].notes["rounding"] < 1.6 * own
     untouched = "model.layers.0.mlp.up_proj"
     for other in (after, rounded):
         for suffix, tensor in before.raw(untouched).items():
@@ -532,3 +533,39 @@ def test_check_needs_a_text(network: Make, small_adapter: Path, tmp_path: Path) 
     step = {"merge": {"adapter": str(small_adapter), "check": True}}
     with pytest.raises(DataError, match="check compares on that text"):
         effcli.compress(network("llama", torch.bfloat16), step, tmp_path / "out", evaluate=False)
+
+
+VERIFIED: dict[str, tuple[str, Any, dict[str, Any], Any]] = {
+    "norms, biases and the head": (
+        "qwen2",
+        LoraConfig(r=4, target_modules=["q_proj", "o_proj"], bias="all", modules_to_save=["norm", "lm_head"]),
+        {},
+        [],
+    ),
+    "a tied embedding": (
+        "llama",
+        LoraConfig(r=4, target_modules=["embed_tokens", "k_proj"]),
+        {"tie_word_embeddings": True},
+        [],
+    ),
+    "experts": ("mixtral", LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.down_proj"]), {}, []),
+    "rounded again": ("llama", LoraConfig(r=4, target_modules=["q_proj"]), {}, [{"linear": {"bits": 4}}]),
+    "behind it": ("llama", LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]), {}, []),
+}
+
+
+@pytest.mark.parametrize("what", VERIFIED)
+def test_a_run_holds_it_against_its_input(what: str, network: Make, tmp_path: Path) -> None:
+    """Whatever the adapter changes stands in the ledger, and nothing else has changed."""
+    name, config, more, before = VERIFIED[what]
+    source = network(name, torch.bfloat16, **more)
+    adapters.make(source, tmp_path / "adapter", config)
+    if before:
+        effcli.compress(source, before, tmp_path / "base", evaluate=False)
+        source = tmp_path / "base"
+    steps: list[Any] = [{"merge": {"adapter": str(tmp_path / "adapter"), "requantize": "same" if before else "none"}}]
+    steps += [{"linear": {"bits": 8}}] if what == "behind it" else []
+    report = effcli.compress(source, steps, tmp_path / "out", evaluate=False)
+    found = verify.verify(tmp_path / "out", against=source, stages=report.stages)
+    assert found.against is not None and found.against.problem == ""
+    assert found.against.changed + found.against.compressed > 0
