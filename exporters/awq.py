@@ -21,12 +21,12 @@ from torch import Tensor
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
 from effcli.files.exporter import Exporter
-from effcli.formats import AffineWeight, pack_bits, unpack_bits
+from effcli.files.foreign import AWQ_ORDER, read_awq
+from effcli.formats import AffineWeight, pack_bits
 from effcli.language.weights import Weights
 from effcli.reports.report import Exported
 
 BITS = 4
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # What the kernels of gptqmodel 7.7 are written for, beside whole channels.
 _GROUP_SIZES = (16, 32, 64, 128)
 
@@ -65,9 +65,9 @@ class AWQ(Exporter):
 
 def _unpackable(sites: Sites) -> dict[str, str]:
     return {
-        name: f"{site.rows} output channels are no multiple of {len(ORDER)}"
+        name: f"{site.rows} output channels are no multiple of {len(AWQ_ORDER)}"
         for name, (site, _) in sites.items()
-        if site.rows % len(ORDER)
+        if site.rows % len(AWQ_ORDER)
     }
 
 
@@ -98,21 +98,9 @@ def pack(name: str, weight: AffineWeight, half: HalfScales) -> dict[str, Tensor]
 def _interleaved(codes: Tensor) -> Tensor:
     """Words int32 (n, out/8) of codes uint8 (n, out)."""
     rows, columns = codes.shape
-    return pack_bits(codes.reshape(rows, -1, len(ORDER))[..., list(ORDER)].reshape(rows, columns), BITS)
-
-
-def _restored(words: Tensor, count: int) -> Tensor:
-    """The inverse of `_interleaved`, for `count` columns."""
-    codes = unpack_bits(words, BITS, count).view(len(words), -1, len(ORDER))
-    return codes[..., torch.tensor(ORDER).argsort()].reshape(len(words), count)
+    return pack_bits(codes.reshape(rows, -1, len(AWQ_ORDER))[..., list(AWQ_ORDER)].reshape(rows, columns), BITS)
 
 
 def unpack(tensors: dict[str, Tensor]) -> Tensor:
     """The weight float32 (out, in) that the tensors of one layer, by suffix, stand for."""
-    scales = tensors["scales"].float()
-    groups, outputs = scales.shape
-    codes = _restored(tensors["qweight"], outputs).float()
-    zeros = _restored(tensors["qzeros"], outputs).float()
-    size = len(codes) // groups
-    weight = (codes.view(groups, size, outputs) - zeros.unsqueeze(1)) * scales.unsqueeze(1)
-    return weight.view(-1, outputs).t()
+    return read_awq(tensors, (tensors["scales"].shape[1], len(tensors["qweight"]))).dequantize(torch.float32)

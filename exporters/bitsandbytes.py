@@ -9,12 +9,10 @@ step are those that bitsandbytes itself would have chosen.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from effcli.exporters._packed import (
@@ -25,8 +23,8 @@ from effcli.exporters._packed import (
     packed_sites,
     refuse,
 )
-from effcli.files.documents import check_model, parse_json
 from effcli.files.exporter import Exporter
+from effcli.files.foreign import read_nf4
 from effcli.files.layout import Stored
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map
@@ -111,22 +109,6 @@ def pack(weight: CodebookWeight) -> dict[str, Tensor]:
     return packed
 
 
-class _State(BaseModel):
-    """What bitsandbytes keeps of a weight as JSON."""
-
-    blocksize: int = Field(ge=1, strict=True)
-    shape: tuple[int, int]
-    nested_offset: float | None = None
-
-
 def unpack(tensors: dict[str, Tensor]) -> Tensor:
     """The weight float32 (out, in) that the tensors of one layer, by suffix, stand for."""
-    state = check_model(_State, parse_json(bytes(tensors[_STATE].tolist()), _STATE), _STATE)
-    packed = tensors["weight"].reshape(-1)
-    codes = torch.stack((packed >> 4, packed & 15), 1).view(-1)[: math.prod(state.shape)].view(state.shape)
-    scale: Tensor | DoubleQuantized = tensors["weight.absmax"]
-    if state.nested_offset is not None:
-        mean = torch.tensor(state.nested_offset, dtype=torch.float32)
-        scale = DoubleQuantized(tensors["weight.absmax"], tensors["weight.nested_absmax"], mean)
-    format = Codebook("nf4", 4, "group", state.blocksize, state.nested_offset is not None)
-    return CodebookWeight(format, codes, tensors["weight.quant_map"].unsqueeze(0), scale).dequantize(torch.float32)
+    return read_nf4(tensors).dequantize(torch.float32)

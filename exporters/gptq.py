@@ -24,7 +24,8 @@ from effcli.errors import UnsupportedError
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
 from effcli.files.exporter import Exporter
-from effcli.formats import AffineWeight, pack_bits, unpack_bits
+from effcli.files.foreign import read_gptq
+from effcli.formats import AffineWeight, pack_bits
 from effcli.language.weights import Weights
 from effcli.reports.report import Exported
 from effcli.reports.units import count
@@ -136,9 +137,5 @@ def _above_zero(name: str, codes: Tensor, zero: Tensor, levels: int) -> tuple[Te
 
 def unpack(tensors: dict[str, Tensor], config: GPTQ) -> Tensor:
     """The weight float32 (out, in) that the tensors of one layer, by suffix, stand for."""
-    words, scales, groups = tensors["qweight"], tensors["scales"].float(), tensors["g_idx"].long()
-    bits = words.shape[0] * 32 // len(groups)
-    codes = unpack_bits(words.t().contiguous(), bits, len(groups)).float()
-    zeros = unpack_bits(tensors["qzeros"], bits, scales.shape[1]).float()
-    zeros += config.checkpoint_format == "gptq"
-    return (codes - zeros[groups].t()) * scales[groups].t()
+    shape = tensors["scales"].shape[1], len(tensors["g_idx"])
+    return read_gptq(tensors, shape, config.checkpoint_format == "gptq").dequantize(torch.float32)

@@ -22,6 +22,7 @@ from torch import Tensor
 from effcli.errors import EffcliError, UserError, first_line
 from effcli.files import locate as samples
 from effcli.files.checkpoint import Checkpoint, read_config
+from effcli.files.foreign import foreign_layout
 from effcli.files.layout import is_own, network_config, rounds_inputs
 from effcli.inputs.tokens import longest_sequence, vocabulary_size
 from effcli.language import loading
@@ -203,7 +204,9 @@ def _with_input(
         against = compare(path, source, stages, trust_remote_code, progress)
     if not against.problem:
         config = load_network_config(source, network_config(read_config(source)), trust_remote_code)
-        load = _own if is_own(read_config(source)) else load_stock
+        said = read_config(source)
+        # What another tool quantized needs that tool in transformers.
+        load = _own if is_own(said) or foreign_layout(said) is not None else load_stock
         with running(source), phases("running the input"):
             original = _logits(lambda: load(source, trust_remote_code), tokens(config)).logits
         against = against.model_copy(update={"moved": Moved.of(logits, original, "random tokens")})

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from effcli.errors import CheckpointError, UnsupportedError
 from effcli.files.checkpoint import DTYPES, Checkpoint, Entry
+from effcli.files.foreign import ForeignLayout, foreign_layout
 from effcli.files.layout import (
     Stored,
     is_own,
@@ -70,21 +71,52 @@ class Weights:
         self.skeleton = skeleton
         self.device = device
         _move_buffers(skeleton.model, device)
-        self._sources, self._converters, packed = _route(checkpoint, skeleton.model)
+        # How another tool stores the layers that it quantized.
+        self._layout = foreign_layout(checkpoint.config)
+        self._sources, self._converters, packed = _route(checkpoint, skeleton.model, self._layout)
         self._packed = packed
         self._sites: dict[str, list[LayerSite]] = {}
         for site in find_layers(skeleton.model, ""):
             self._sites.setdefault(site.parameter, []).append(site)
-        stored = stored_layers(
-            checkpoint.config, {name: "weight_zero_point" in tensors for name, tensors in packed.items()}
-        )
         self._by_name = known = {site.name: site for sites in self._sites.values() for site in sites}
+        if self._layout is None:
+            zeros = {name: "weight_zero_point" in tensors for name, tensors in packed.items()}
+            stored = stored_layers(checkpoint.config, zeros)
+        else:
+            stored = self._described(self._layout)
         self.stored: dict[str, Stored] = {name: item for name, item in stored.items() if name in known}
         # Packed layers of the files that the network does not have.
         self.foreign: dict[str, Stored] = {name: item for name, item in stored.items() if name not in known}
         self.head_note = self._settle_head() if skeleton.tied else ""
         # Parameters that the files hold under the name of another, which they are tied to.
         self.shared: dict[str, str] = self._shared()
+
+    def _described(self, layout: ForeignLayout) -> dict[str, Stored]:
+        """The layers that another tool quantized, by name, in formats of effcli."""
+        found = {}
+        for name, keys in self._packed.items():
+            site = self._by_name.get(name)
+            if site is None:
+                raise UnsupportedError(
+                    f"{self.checkpoint.path} holds {name} quantized by {layout.name}, which is no layer of the network",
+                    "start from the original checkpoint",
+                )
+            entries = {ending: self.checkpoint.entries[key] for ending, key in keys.items()}
+            with self._reading(name, layout.name):
+                format = layout.describe(entries, site.shape)
+            found[name] = Stored(format, site.kind)
+        return found
+
+    @contextmanager
+    def _reading(self, layer: str, format: object) -> Iterator[None]:
+        """Map a `ValueError` over the tensors of a packed layer to a `CheckpointError`."""
+        try:
+            yield
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.path} does not hold {layer} as {format}: {error}",
+                "download or copy the checkpoint again",
+            ) from error
 
     def _settle_head(self) -> str:
         """Tie the output head to the input embedding or not, as the files and the stock loader have it, and say so.
@@ -165,7 +197,8 @@ class Weights:
             if name not in self._converters and len(found) == 1 and counts[found[0][1]] == 1
         }
         for layer, packed in self._packed.items():
-            names[f"{layer}.weight"] = f"{next(iter(packed.values())).rpartition('.')[0]}.weight"
+            suffix, key = next(iter(packed.items()))
+            names[f"{layer}.weight"] = f"{key.removesuffix(f'.{suffix}')}.weight"
         layers = {name.removesuffix(".weight"): key.removesuffix(".weight") for name, key in names.items()}
         return {name: key for name, key in (names | layers).items() if name != key}
 
@@ -282,7 +315,7 @@ class Weights:
 
         Empty for one that is made of several, or a part of one.
         """
-        if name in self._converters:
+        if name in self._converters or self._layout is not None:
             return {}
         whole = {name: self._sources[name][0][1]} if name in self._sources else {}
         for site in () if whole else self.sites(name):
@@ -302,19 +335,23 @@ class Weights:
                 f"{self.checkpoint.path} holds {layer} packed, of which config.json or the network knows nothing",
                 "restore config.json from the original checkpoint",
             )
-        try:
-            return unpack(stored.format, self.raw(layer), site.shape)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.checkpoint.path} does not hold {layer} as {stored.format}: {error}",
-                "download or copy the checkpoint again",
-            ) from error
+        with self._reading(layer, stored.format):
+            if self._layout is not None:
+                return self._layout.read(self._read_all(layer), site.shape)
+            return unpack(stored.format, self._read_all(layer), site.shape)
 
     def raw(self, layer: str) -> dict[str, Tensor]:
-        """The tensors of a packed layer by suffix, as they stand in the file."""
+        """The tensors of a packed layer by suffix, as effcli writes them."""
+        found = None if self._layout is None else self.packed(layer)
+        return self._read_all(layer) if found is None else found.pack()
+
+    def _read_all(self, layer: str) -> dict[str, Tensor]:
         return {suffix: self.checkpoint.read(key) for suffix, key in self._packed[layer].items()}
 
     def packed_bytes(self, layer: str) -> int:
+        """Bytes of a packed layer as effcli writes it."""
+        if self._layout is not None:
+            return self.stored[layer].format.nbytes(self._by_name[layer].shape, self.skeleton.dtype.itemsize)
         return sum(self.checkpoint.entries[key].nbytes for key in self._packed[layer].values())
 
     def places(self) -> dict[str, Place]:
@@ -488,7 +525,9 @@ Sources = dict[str, list[tuple[str, str]]]
 _OF_PACKED = ("weight_", "input_", "output_")
 
 
-def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str, Any], dict[str, dict[str, str]]]:
+def _route(
+    checkpoint: Checkpoint, model: nn.Module, layout: ForeignLayout | None
+) -> tuple[Sources, dict[str, Any], dict[str, dict[str, str]]]:
     """Find the file tensors of every parameter.
 
     Returns parameter -> [(pattern, file key)], parameter -> converter for those that several file tensors make up,
@@ -518,8 +557,9 @@ def _route(checkpoint: Checkpoint, model: nn.Module) -> tuple[Sources, dict[str,
     chosen: dict[str, Any] = {}
     packed: dict[str, dict[str, str]] = {}
     for key in sorted(checkpoint.entries, key=_natural):
-        stem, _, suffix = key.rpartition(".")
-        if suffix in described.get(stem, SUFFIXES if _is_packed(checkpoint, stem) else ()):
+        found = None if layout is None else layout.split(key, checkpoint.entries)
+        stem, suffix = found or key.rpartition(".")[::2]
+        if found or suffix in described.get(stem, SUFFIXES if _is_packed(checkpoint, stem) else ()):
             layer = rename(f"{stem}.weight")[0].removesuffix(".weight")
             packed.setdefault(layer, {})[suffix] = key
             continue
