@@ -219,6 +219,11 @@ class CutPass(Pass):
         """
         return None
 
+    @property
+    def ranks_all(self) -> bool:
+        """Whether all groups are ranked together, so that no group has a share of its own."""
+        return False
+
     def takes(self, group: Coupled) -> bool:
         """Whether a group is of the kind that the pass removes from; others are not offered to it."""
         return True
@@ -336,6 +341,11 @@ class SearchPass(Pass):
     def measures_quality(self) -> bool:
         """Whether the quality of carried-out choices is measured."""
         return self.budget.of_quality
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether single layers are carried out again and again, for which there is time in small networks alone."""
+        return False
 
     @abstractmethod
     def choose(self, costs: Sensitivity, evaluator: Evaluator) -> Search:

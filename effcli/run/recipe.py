@@ -23,7 +23,17 @@ from effcli.files.exporter import Exporter
 from effcli.inputs import jsonl, tables
 from effcli.inputs.options import Calibration, Evaluate
 from effcli.inputs.preprocess import Preprocess
-from effcli.layers.contract import Change, LayerPass, Needs, NetworkPass, ParameterPass, Pass, SearchPass, TrainPass
+from effcli.layers.contract import (
+    Change,
+    CutPass,
+    LayerPass,
+    Needs,
+    NetworkPass,
+    ParameterPass,
+    Pass,
+    SearchPass,
+    TrainPass,
+)
 from effcli.options import Options
 from effcli.platform.registry import Registry
 from effcli.reports.sensitivity import Varied
@@ -180,12 +190,24 @@ class PassStep(RecipeStep):
                 f"{name} is to divide its {option} among the layers itself, and so does the search; "
                 "leave `allocation` out",
             )
+        if any(isinstance(step.config, CutPass) and step.config.ranks_all for step in made):
+            mistakes.add(
+                path,
+                f"{name} is to rank all groups together, and a search gives each a {option} of its own; leave "
+                "`ranking` out",
+            )
         return tuple(sorted(made, key=lambda step: getattr(step.config, option)))
 
     @property
     def candidates(self) -> tuple[PassStep, ...]:
         """The steps among which a search chooses for every layer; empty for a step that is carried out as it is."""
         return self._candidates(self.config, "", Mistakes()) or ()
+
+    @property
+    def changes(self) -> Change:
+        """What the step does to a network; one that searches does what those do among which it chooses."""
+        candidates = self.candidates
+        return candidates[0].config.changes if candidates else self.config.changes
 
     def for_graph(self) -> PassStep:
         """This step in a network read as a graph: defaults that differ there filled in."""
@@ -352,7 +374,7 @@ def check(data: Any, source: str = "recipe") -> Recipe:
             why = f"{following.name} cannot follow {step.name}, which leaves no floating-point layer"
             mistakes.add(f"passes.{index}", f"{why}; make {step.name} the last step")
     for index, step in enumerate(steps):
-        if Change.SHAPE in step.config.changes:
+        if Change.SHAPE in step.changes:
             before = next((own for own in steps[:index] if _fixes_shapes(own)), None)
             if before is not None:
                 why = f"{step.name} removes channels, and {before.name} before it has compressed layers"
@@ -374,7 +396,8 @@ def check(data: Any, source: str = "recipe") -> Recipe:
 
 def _fixes_shapes(step: PassStep) -> bool:
     """Whether channels can no longer be cut after a step: its layers are compressed or sparse."""
-    return step.config.result is not None or isinstance(step.config, SearchPass)
+    searches = isinstance(step.config, SearchPass) and Change.SHAPE not in step.changes
+    return step.config.result is not None or searches
 
 
 def check_evaluate(data: Mapping[str, Any]) -> Evaluate:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from effcli.formats import Packing
+from effcli.layers.contract import CutPass
 from effcli.layers.result import Progress
-from effcli.layers.selection import needs_of
 from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Value, Varied, Way
+from effcli.search.cuts import group_costs
 from effcli.search.journal import SearchJournal
 
 if TYPE_CHECKING:
-    from effcli.run.network import RunNetwork
+    from effcli.run.network import Priced, RunNetwork
     from effcli.run.recipe import PassStep
 
 # Weights below which putting every layer into the network by itself is a matter of a minute.
@@ -41,8 +42,47 @@ def sensitivity(
         return known
     started = time.perf_counter()
     priced = network.priced(source)
-    variants = [priced.choose(step) for step in steps]
     way = way or ("loss" if priced.weights < SMALL else "fisher")
+    price = group_costs if option == "ratio" else _layer_costs
+    layers = price(priced, steps, option, way, work, progress, journal)
+    remarks = list(priced.remarks)
+    if way != "gram" and priced.samples > 1 and any(map(_fits, steps)):
+        remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
+    settings = steps[0].config.model_dump(mode="json", exclude={str(option)}, exclude_defaults=True)
+    made = Sensitivity(
+        model=network.recipe.model,
+        step=steps[0].name,
+        settings=settings,
+        option=option,
+        way=way,
+        unit="relative output error" if way == "gram" else priced.unit,
+        inputs=priced.inputs,
+        layers=layers,
+        seconds=time.perf_counter() - started,
+        remarks=tuple(remarks),
+    )
+    if journal is not None:
+        journal.record("sensitivity", made)
+    return made
+
+
+def _fits(step: PassStep) -> bool:
+    """Whether a step fits weights to the inputs of any layer."""
+    configs = (step.config, *map(step.for_layer, step.config.layers.values()))
+    return any(own.restoring is not None if isinstance(own, CutPass) else bool(own.needs) for own in configs)
+
+
+def _layer_costs(
+    priced: Priced,
+    steps: Sequence[PassStep],
+    option: Varied,
+    way: Way,
+    work: Path,
+    progress: Progress,
+    journal: SearchJournal | None,
+) -> tuple[LayerCosts, ...]:
+    """What each layer alone costs with each of `steps`."""
+    variants = [priced.choose(step) for step in steps]
     found = priced.costs(variants, way, work, progress, journal)
     layers = []
     for name, first in variants[0].items():
@@ -54,32 +94,15 @@ def sensitivity(
             format, nbytes = cost.format, cost.nbytes
             if option == "bits":
                 # Known before a weight is: what a run stores takes so many at most.
-                packing: Packing = choices[name].config.format  # type: ignore[union-attr, assignment]
+                config: Any = choices[name].config
+                packing: Packing = config.format
                 format, nbytes = str(packing), packing.nbytes(first.site.shape, priced.itemsize(choices[name]))
             options[value] = Option(
                 value=value, format=format, nbytes=nbytes, output_error=cost.output_error, cost=cost.cost
             )
         ordered = tuple(options[value] for value in sorted(options))
         layers.append(LayerCosts(name=name, kind=first.site.kind, shape=first.site.shape, options=ordered))
-    remarks = list(priced.remarks)
-    if way != "gram" and priced.samples > 1 and needs_of(variants):
-        remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
-    settings = steps[0].config.model_dump(mode="json", exclude={str(option)}, exclude_defaults=True)
-    made = Sensitivity(
-        model=network.recipe.model,
-        step=steps[0].name,
-        settings=settings,
-        option=option,
-        way=way,
-        unit="relative output error" if way == "gram" else priced.unit,
-        inputs=priced.inputs,
-        layers=tuple(layers),
-        seconds=time.perf_counter() - started,
-        remarks=tuple(remarks),
-    )
-    if journal is not None:
-        journal.record("sensitivity", made)
-    return made
+    return tuple(layers)
 
 
 __all__ = ["SMALL", "sensitivity"]

@@ -26,13 +26,13 @@ from effcli.options import Record
 from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.report import Quality, Stage
 from effcli.reports.sensitivity import Search, Sensitivity, Varied
-from effcli.reports.units import size
+from effcli.reports.units import count, size
 from effcli.run.listener import phases, told
 from effcli.run.plan import Plan, Row
 from effcli.run.recipe import PassStep
 from effcli.search.budget import Figure
 from effcli.search.journal import SearchJournal
-from effcli.search.sensitivity import sensitivity
+from effcli.search.sensitivity import SMALL, sensitivity
 from effcli.search.values import check_average, check_size
 
 if TYPE_CHECKING:
@@ -103,6 +103,13 @@ def plan(network: RunNetwork) -> Plan:
     check(network)
     ends = [[network.with_defaults((step.candidates or (step,))[at]) for step in passes] for at in (0, -1)]
     first, last = map(network.plan, ends)
+    for step in searches:
+        if step.config.exhaustive and first.weights >= SMALL:  # type: ignore[attr-defined]
+            raise RecipeError(
+                f"{step.name} carries out one layer after the other, again and again, and {network.recipe.model} has "
+                f"{count(first.weights, 'weight')}",
+                f"take a network of fewer than {SMALL:,}, or let costs decide: strategy=knapsack",
+            )
     for number, step in enumerate(passes, start=1):
         if not isinstance(step.config, SearchPass):
             continue
@@ -213,13 +220,17 @@ class _Running:
         self.listener = listener
         self.steps = tuple(map(network.with_defaults, position.step.candidates))
         self._costs: Sensitivity | None = None
+        # The last choice that was carried out, and where it stands.
+        self._trial: tuple[Mapping[str, float], Path] | None = None
 
     def carry_out(self) -> tuple[PassStep, Search]:
         found = self.journal.recall(Search, "found")
         if found is None:
             found = self.options.choose(self.costs, self)
             Asked(self.options, "choose").expect(found, Search, "a `Search`")
-            found = found.model_copy(update={"name": self.name, "fixed_bytes": self.fixed_bytes})
+            # What two groups share counts in both: nothing is known of the rest.
+            fixed = None if self.options.option == "ratio" else self.fixed_bytes
+            found = found.model_copy(update={"name": self.name, "fixed_bytes": fixed})
             self.journal.record("found", found)
         return with_values(self.steps[0], found.sensitivity.option, found.values), found
 
@@ -260,10 +271,17 @@ class _Running:
         key = hashlib.sha256(json.dumps([figure, dict(values)], sort_keys=True).encode()).hexdigest()[:16]
         known = self.journal.recall(_Found, f"{figure}-{key}")
         if known is None:
-            target = self._sweep(with_values(self.steps[0], self.options.option, values), self.position.source, "trial")
-            known = _Found(value=self._measured(figure, target))
+            known = _Found(value=self._measured(figure, self._carried_out(values)))
             self.journal.record(f"{figure}-{key}", known)
         return known.value
+
+    def _carried_out(self, values: Mapping[str, float]) -> Path:
+        """The checkpoint that a choice leaves; it stands until another one is carried out."""
+        if self._trial is None or self._trial[0] != values:
+            self._trial = None
+            step = with_values(self.steps[0], self.options.option, values)
+            self._trial = dict(values), self._sweep(step, self.position.source, "trial")
+        return self._trial[1]
 
     def _measured(self, figure: Figure, checkpoint: Path) -> float:
         """A figure of the network whose layers have the values of a choice."""

@@ -9,7 +9,7 @@ bytes all the way, a better choice may have been passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from effcli.errors import RecipeError, SelectionError
 from effcli.layers.contract import Evaluator
@@ -20,6 +20,8 @@ from effcli.search.knapsack import Assignment, Frontier
 from effcli.search.space import SPACES, unchanging
 
 _POINTS = 33
+# How often it is halved what lies between two points of the front.
+_REFINED = 4
 # Repeated measurements of time differ by so much of it.
 _NOISE = 0.05
 _MILLION = 1_000_000
@@ -75,41 +77,78 @@ def _larger(option: Varied) -> str:
     return "offer more `bits`" if option == "bits" else f"offer a lower `{option}`"
 
 
-class _Chooser:
+class Tried:
+    """Choices under a budget, and what was measured of those that were carried out.
+
+    figure: what the budget limits, None where costs alone tell it.
+    """
+
     def __init__(self, costs: Sensitivity, budget: Budget, evaluator: Evaluator) -> None:
         self.costs = costs
         self.budget = budget
         self.evaluator = evaluator
         self.option = costs.option
-        self.figure = budget.figure
+        self.figure: Figure | None = budget.figure
         if budget.quantity == "size" and self.option != "bits":
             self.figure = "size"
         self.assignments = Assignments(costs)
-        self.frontier = self.assignments.frontier
-        self.front = self.frontier.points(_POINTS)
-        # What was measured of each choice.
-        self.found: dict[Figure, dict[tuple[int, ...], float]] = {}
+        self._found: dict[Figure, dict[tuple[int, ...], float]] = {}
 
-    def choose(self, measured: int) -> Search:
-        chosen = self._chosen()
-        quality, figure = self.evaluator.quality, self.figure
-        for at in range(measured):
-            self._measure(quality, self.front[round(at * (len(self.front) - 1) / max(measured - 1, 1))])
-        if measured:
-            self._measure(quality, chosen)
-        shown = {choice.options: choice for choice in (*self.front, chosen)}
+    def measure(self, figure: Figure, choice: Assignment) -> float:
+        """The figure of a choice, really carried out."""
+        found = self._found.setdefault(figure, {})
+        if choice.options not in found:
+            found[choice.options] = self.evaluator.measure(figure, self.assignments.values(choice))
+        return found[choice.options]
+
+    def search(self, shown: Iterable[tuple[Assignment, str]], chosen: Assignment) -> Search:
+        """What was found; shown: choices, one beside the other, and how each came about."""
+        quality = self.evaluator.quality
         return Search(
             sensitivity=self.costs,
             budget=str(self.budget),
-            front=tuple(self._point(choice, "") for choice in sorted(shown.values(), key=lambda c: c.nbytes)),
+            front=tuple(self._point(*one) for one in sorted(shown, key=lambda one: one[0].nbytes)),
             uniform=tuple(
                 self._point(choice, valued(self.option, value)) for value, choice in self.assignments.uniform.items()
             ),
             chosen=self._point(chosen, "chosen"),
             values=self.assignments.values(chosen),
-            measure=quality if quality in self.found else "",
-            limited="" if figure in (None, quality) else figure_title(figure),
+            measure=quality if quality in self._found else "",
+            limited="" if self.figure in (None, quality) else figure_title(self.figure),
         )
+
+    def _point(self, choice: Assignment, name: str) -> Point:
+        values = self.assignments.values(choice)
+        weights = {layer.name: _entries(layer) for layer in self.costs.layers}
+        quality, figure = self.evaluator.quality, self.figure
+        return Point(
+            name=name,
+            nbytes=choice.nbytes,
+            average=sum(weights[layer] * own for layer, own in values.items()) / max(sum(weights.values()), 1),
+            cost=choice.cost,
+            measured=self._found.get(quality, {}).get(choice.options),
+            limited=None if figure in (None, quality) else self._found.get(figure, {}).get(choice.options),
+        )
+
+
+class _Chooser(Tried):
+    def __init__(self, costs: Sensitivity, budget: Budget, evaluator: Evaluator) -> None:
+        super().__init__(costs, budget, evaluator)
+        self.frontier = self.assignments.frontier
+        # What choices along the front are cheapest for, in place of bytes.
+        counted = self.figure in ("macs", "latency") and self.option == "ratio"
+        self.sized = Assignments(costs, _multiplied).frontier if counted else self.frontier
+        self.front = [self.frontier.choice(choice.options) for choice in self.sized.points(_POINTS)]
+
+    def choose(self, measured: int) -> Search:
+        chosen = self._chosen()
+        quality = self.evaluator.quality
+        for at in range(measured):
+            self.measure(quality, self.front[round(at * (len(self.front) - 1) / max(measured - 1, 1))])
+        if measured:
+            self.measure(quality, chosen)
+        shown = {choice.options: choice for choice in (*self.front, chosen)}
+        return self.search(((choice, "") for choice in shown.values()), chosen)
 
     def _chosen(self) -> Assignment:
         """The choice that keeps the budget."""
@@ -143,12 +182,12 @@ class _Chooser:
         allowed = limit - fixed
         while allowed >= self.frontier.smallest:
             choice = self.frontier.at(allowed)
-            over = int(self._measure(self.figure, choice)) - limit
+            over = int(self.measure(self.figure, choice)) - limit
             if over <= 0:
                 return choice
             # What was guessed too low here is so by about as much of the choices beside it.
             allowed = choice.nbytes - over
-        check_size(name, self.option, limit, int(self._measure(self.figure, self.front[0])), largest)
+        check_size(name, self.option, limit, int(self.measure(self.figure, self.front[0])), largest)
         return self.front[0]
 
     def _average(self, average: float) -> Assignment:
@@ -161,7 +200,7 @@ class _Chooser:
     def _smallest(self, figure: Figure) -> Assignment:
         """The smallest choice on the front whose measured quality keeps the budget."""
         original = self.evaluator.original()
-        most = self._measure(figure, self.front[-1])
+        most = self.measure(figure, self.front[-1])
         if not self.budget.keeps(most, original):
             best, change = _end(self.option, least=False), f"{significant(original, 4)} to {significant(most, 4)}"
             raise SelectionError(
@@ -172,9 +211,9 @@ class _Chooser:
 
     def _largest(self, figure: Figure) -> Assignment:
         """The largest choice on the front, whose quality is best, with a measured figure that keeps the budget."""
-        fewest, most = (self._measure(figure, self.front[at]) for at in (0, -1))
+        fewest, most = (self.measure(figure, self.front[at]) for at in (0, -1))
         space = SPACES[self.option]
-        ends = f"{_figure(figure, fewest)} with the {space.least} and {_figure(figure, most)} with the {space.most}"
+        ends = f"{figured(figure, fewest)} with the {space.least} and {figured(figure, most)} with the {space.most}"
         shown = f"{ends} {self.option}"
         if abs(most - fewest) <= (_NOISE * max(fewest, most) if figure == "latency" else 0):
             raise SelectionError(
@@ -188,30 +227,26 @@ class _Chooser:
                 f"{self.evaluator.name}: the budget is {self.budget}, and it is {shown}",
                 _smaller(self.option),
             )
-        return self.front[_first(len(self.front) - 1, lambda at: not self._keeps(figure, at, fewest)) - 1]
+        at = _first(len(self.front) - 1, lambda at: not self._keeps(figure, at, fewest)) - 1
+        return self._between(figure, self.front[at], self.front[at + 1]) if self.option == "ratio" else self.front[at]
+
+    def _between(self, figure: Figure, kept: Assignment, missed: Assignment) -> Assignment:
+        """A larger choice than one that keeps the budget, smaller than one that does not, by further bisection.
+
+        Products of widths leave so much between two points of the front that it pays to look once more.
+        """
+        low, high = (self.sized.choice(choice.options).nbytes for choice in (kept, missed))
+        for _ in range(_REFINED):
+            middle = (low + high) // 2
+            choice = self.frontier.choice(self.sized.at(middle).options)
+            if self.budget.keeps(self.measure(figure, choice), 0):
+                kept, low = choice, middle
+            else:
+                high = middle
+        return kept
 
     def _keeps(self, figure: Figure, at: int, original: float) -> bool:
-        return self.budget.keeps(self._measure(figure, self.front[at]), original)
-
-    def _measure(self, figure: Figure, choice: Assignment) -> float:
-        """The figure of a choice, really carried out."""
-        found = self.found.setdefault(figure, {})
-        if choice.options not in found:
-            found[choice.options] = self.evaluator.measure(figure, self.assignments.values(choice))
-        return found[choice.options]
-
-    def _point(self, choice: Assignment, name: str) -> Point:
-        values = self.assignments.values(choice)
-        weights = {layer.name: _entries(layer) for layer in self.costs.layers}
-        quality, figure = self.evaluator.quality, self.figure
-        return Point(
-            name=name,
-            nbytes=choice.nbytes,
-            average=sum(weights[layer] * own for layer, own in values.items()) / max(sum(weights.values()), 1),
-            cost=choice.cost,
-            measured=self.found.get(quality, {}).get(choice.options),
-            limited=None if figure in (None, quality) else self.found.get(figure, {}).get(choice.options),
-        )
+        return self.budget.keeps(self.measure(figure, self.front[at]), original)
 
 
 def _entries(layer: LayerCosts) -> int:
@@ -220,6 +255,11 @@ def _entries(layer: LayerCosts) -> int:
 
 def _stored(layer: LayerCosts, option: Option) -> int:
     return option.nbytes
+
+
+def _multiplied(layer: LayerCosts, option: Option) -> int:
+    """How many multiplications are left, to first order: those between two groups count in both."""
+    return option.nbytes if option.macs is None else option.macs
 
 
 def _kept(layer: LayerCosts, option: Option) -> int:
@@ -272,10 +312,11 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
     return high
 
 
-def _figure(figure: Figure, value: float) -> str:
+def figured(figure: Figure, value: float) -> str:
+    """A measured figure with its unit, in words."""
     if figure == "latency":
         return f"{significant(value)} ms"
     return f"{value:,.0f} multiplications" if figure == "macs" else size(int(value))
 
 
-__all__ = ["Assignments", "check_average", "check_size", "choose_values"]
+__all__ = ["Assignments", "Tried", "check_average", "check_size", "choose_values", "figured"]

@@ -88,6 +88,10 @@ class Channels(CutPass):
         return self.damping if self.restore else None
 
     @property
+    def ranks_all(self) -> bool:
+        return self.ranking == "network"
+
+    @property
     def _usual(self) -> Criterion:
         """The criterion where none is asked for."""
         return "reconstruction" if self.restore and self.ranking == "group" else "magnitude"

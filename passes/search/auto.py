@@ -16,6 +16,7 @@ from effcli import passes
 from effcli.layers.contract import Evaluator, Needs, SearchPass
 from effcli.reports.sensitivity import Search, Sensitivity, Way
 from effcli.search.budget import Budgeted
+from effcli.search.netadapt import adapt, lowers
 from effcli.search.space import SPACES, VARIED, option_of
 from effcli.search.values import choose_values
 
@@ -29,7 +30,7 @@ _Shares = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_l
 class Auto(Budgeted, SearchPass):
     """An `auto` step; any other option is one of the pass that it chooses for."""
 
-    rare: ClassVar[tuple[str, ...]] = ("options", "by", "measured")
+    rare: ClassVar[tuple[str, ...]] = ("options", "by", "measured", "rounds")
 
     using: str = Field(
         "awq",
@@ -52,6 +53,14 @@ class Auto(Budgeted, SearchPass):
         None, description="How a layer's cost is found; null: loss for small networks, fisher for others."
     )
     measured: int = Field(0, ge=0, le=32, description="The quality of so many points along the front is also measured.")
+    strategy: Literal["knapsack", "netadapt"] = Field(
+        "knapsack",
+        description="knapsack: the least sum of what single layers cost; netadapt, for small networks: whichever layer "
+        "loses least is shrunk a little, again and again (arXiv:1804.03230).",
+    )
+    rounds: int = Field(
+        10, ge=1, le=100, description="In how many steps `netadapt` brings size, MACs or latency down to the budget."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +97,11 @@ class Auto(Budgeted, SearchPass):
                 raise ValueError(
                     f"{self.using} is searched for its {self.option}; give average_{self.option}, not average_{other}"
                 )
+        if self.strategy == "netadapt" and not lowers(self.budget):
+            raise ValueError(
+                f"netadapt lowers what is measured down to its budget, and {self.budget.quantity} is none that falls; "
+                "give size, macs or latency, or set strategy=knapsack"
+            )
         return self
 
     @property
@@ -105,11 +119,18 @@ class Auto(Budgeted, SearchPass):
 
     @property
     def way(self) -> Way | None:
-        return self.by
+        # Of costs the other strategy makes no use: the cheapest serve the report.
+        return self.by or ("gram" if self.strategy == "netadapt" else None)
 
     @property
     def measures_quality(self) -> bool:
-        return self.measured > 0 or self.budget.of_quality
+        return self.measured > 0 or self.budget.of_quality or self.exhaustive
+
+    @property
+    def exhaustive(self) -> bool:
+        return self.strategy == "netadapt"
 
     def choose(self, costs: Sensitivity, evaluator: Evaluator) -> Search:
+        if self.strategy == "netadapt":
+            return adapt(costs, self.budget, evaluator, self.rounds)
         return choose_values(costs, self.budget, evaluator, self.measured)
