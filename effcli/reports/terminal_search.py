@@ -39,8 +39,8 @@ def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableTy
         result.add_row(Name(layer.name), units.shape(layer.shape), *cells, Text(bar, style="cyan"))
     which = f"{len(shown)} of {units.count(len(ranked), found.item)}, dearest first" if len(shown) < len(ranked) else ""
     lines = [found.explained, *([which] if which else [])]
-    sums = {value: sum(o.cost for layer in ranked for o in layer.options if o.value == value) for value in values}
-    total = ", ".join(f"{titles[value]} {units.significant(cost)}" for value, cost in sums.items())
+    sums = {value: sum(costs.get(value, 0.0) for costs in by_layer.values()) for value in telling}
+    total = ", ".join(f"{titles[value]}: {units.significant(cost)}" for value, cost in sums.items())
     lines += [f"sum over the {found.item}s: {total}"]
     by = "" if found.option == "bits" else f", cost by {found.option}"
     return Group(
