@@ -88,11 +88,18 @@ def choices(found: Search) -> Markup:
                 number(point.nbytes, units.size(point.nbytes)),
                 number(point.average, f"{point.average:.2f}"),
                 number(point.cost, units.significant(point.cost)),
-                *(missing() if value is None else number(value, units.significant(value, 4)) for value in figures),
+                *(missing() if value is None else number(value, units.figure(value)) for value in figures),
             ]
         )
     more = (found.limited,) if found.limited else ()
-    titles = ("choice", "layers", found.sensitivity.option, f"cost, {unit}", found.measure or "measured", *more)
+    titles = (
+        "choice",
+        f"{found.sensitivity.item}s",
+        found.sensitivity.option,
+        f"cost, {unit}",
+        found.measure or "measured",
+        *more,
+    )
     return rendered(
         "search.html.j2",
         budget=found.budget,

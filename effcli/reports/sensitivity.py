@@ -21,7 +21,9 @@ class Option(Record):
 
     value: Value
     format: str
-    nbytes: int = Field(description="of the layer's weight on disk, scales and zero points included")
+    nbytes: int = Field(
+        description="of the layer's weight on disk, scales and zero points included; of all that is left of a group"
+    )
     macs: int | None = Field(default=None, description="multiplications, where the option decides how many are left")
     output_error: float = Field(description="mean ‖(W - Ŵ) x‖² / mean ‖W x‖² on the calibration inputs")
     cost: float = Field(description="in the unit of the whole, 0 or more")
@@ -75,7 +77,7 @@ class Point(Record):
     """One choice of the option for all layers."""
 
     name: str = Field(description="'3 bits' where all layers have the same, else how it was chosen")
-    nbytes: int = Field(description="of the layers' weights")
+    nbytes: int = Field(description="of the layers' weights; what two groups share counts in both")
     average: float = Field(description="of the option over the weights of the layers, scales and zero points left out")
     cost: float = Field(description="sum of the layers' costs")
     measured: float | None = Field(default=None, description="perplexity, or accuracy, where it was measured")

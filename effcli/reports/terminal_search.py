@@ -64,15 +64,18 @@ def search_table(found: Search) -> RenderableType:
     fixed = found.fixed_bytes
     files = ("files,\nsize",) if fixed is not None else ()
     average = "bits/\nweight" if found.sensitivity.option == "bits" else found.sensitivity.option
-    result = _table("choice", "layers,\nsize", *files, average, f"cost, {found.sensitivity.unit}", found.measure, *more)
+    item = found.sensitivity.item
+    result = _table(
+        "choice", f"{item}s,\nsize", *files, average, f"cost, {found.sensitivity.unit}", found.measure, *more
+    )
     for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
         figures = (point.measured, *((point.limited,) if found.limited else ()))
-        measured = ("" if value is None else units.significant(value, 4) for value in figures)
+        measured = ("" if value is None else units.figure(value) for value in figures)
         style = "bold" if point.name == "chosen" else ""
         sizes = (point.nbytes, *((point.nbytes + fixed,) if fixed is not None else ()))
         cells = (*map(units.size, sizes), f"{point.average:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
-    option, item = found.sensitivity.option, found.sensitivity.item
+    option = found.sensitivity.option
     counts = sorted(Counter(found.values.values()).items())
     taken = ", ".join(f"{units.count(count, item)} of {valued(option, value)}" for value, count in counts)
     beside = f"files: these layers and at most {units.size(fixed)} for all else" if fixed is not None else ""

@@ -24,6 +24,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{rounded:.{digits - 1 - exponent}f}"
 
 
+def figure(value: float) -> str:
+    """A measured figure to four significant digits, all of them from ten thousand up: 93.20, 5,985,696."""
+    return f"{value:,.0f}" if value >= 10_000 else significant(value, 4)
+
+
 def size(nbytes: float) -> str:
     """269 MB, 1.23 GB, 512 B: powers of 1000, three digits."""
     value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]

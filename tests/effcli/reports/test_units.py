@@ -30,6 +30,11 @@ def test_significant(value: float, text: str) -> None:
     assert units.significant(value) == text
 
 
+def test_figures() -> None:
+    shown = [units.figure(value) for value in (0.9325, 29.3497, 4584, 9999.6, 10_000, 5_985_696, float("nan"))]
+    assert shown == ["0.9325", "29.35", "4584", "10000", "10,000", "5,985,696", "nan"]
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [
