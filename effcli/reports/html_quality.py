@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from effcli.reports import units
 from effcli.reports.report import Quality, Report, Stage
-from effcli.reports.sensitivity import valued
+from effcli.reports.sensitivity import Point, Search, valued
 from effcli.reports.svg_quality import Mark, quality_plot
 
 # From which loss on a figure is marked, and from which more: relative for perplexity, else in points.
@@ -151,19 +151,27 @@ def _marks(stages: Sequence[Stage], key: str, of: _Figure, scale: float) -> Iter
         value, stderr = of(stage.quality) if stage.quality else (None, None)
         found = stage.search
         if found is not None and _SEARCHED.get(key) == found.measure:
-            # A search knows the bytes of the layers alone; the rest of the network is the same for all its choices.
-            rest = stage.nbytes - found.chosen.nbytes
             # Where all layers alike are on the front, too, their name says more.
             for point in {point.nbytes: point for point in (*found.front, *found.uniform)}.values():
-                if point.measured is not None and point.nbytes != found.chosen.nbytes:
-                    shown = f"{units.size(point.nbytes + rest)}, {_figure(scale * point.measured, None)}"
+                nbytes = _size(found, point, stage.nbytes)
+                if point.measured is not None and nbytes is not None and point.nbytes != found.chosen.nbytes:
+                    shown = f"{units.size(nbytes)}, {_figure(scale * point.measured, None)}"
                     average = valued(found.sensitivity.option, f"{point.average:.2f}")
                     name = point.name or f"{average} on average"
-                    yield Mark(point.nbytes + rest, scale * point.measured, name, f"{shown} (tried)", tried=True)
+                    yield Mark(nbytes, scale * point.measured, name, f"{shown} (tried)", tried=True)
         if value is not None:
             error = None if stderr is None else scale * stderr
             shown = f"{units.size(stage.nbytes)}, {_figure(scale * value, error)}"
             yield Mark(stage.nbytes, scale * value, stage.name, shown, error)
+
+
+def _size(found: Search, point: Point, chosen: int) -> int | None:
+    """The bytes of the weight files of a choice; chosen: those of the chosen one. None where they are not known."""
+    if found.sensitivity.option != "ratio":
+        # A search knows the bytes of the layers alone; the rest of the network is the same for all its choices.
+        return point.nbytes + chosen - found.chosen.nbytes
+    # What lies between two groups counts in both, so that their sum is no size.
+    return int(point.limited) if point.limited is not None and found.limited.startswith("size") else None
 
 
 def _figure(value: float, stderr: float | None) -> str:

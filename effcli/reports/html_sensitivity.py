@@ -103,14 +103,16 @@ def choices(found: Search) -> Markup:
     return rendered(
         "search.html.j2",
         budget=found.budget,
-        picture=drawn(front_plot(found.front, found.uniform, found.chosen, unit)),
+        picture=drawn(front_plot(found)),
+        item=found.sensitivity.item,
         choices=Folded("Choices", "", Table("Choices", headings(titles, titles[1:]), rows)),
     )
 
 
-def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, unit: str) -> str:
+def front_plot(found: Search) -> str:
     """Cost, on a logarithmic axis, over the bytes of all layers. Choices that cost nothing stand at the lower edge."""
-    points = [*front, *uniform, chosen]
+    front, uniform, unit, item = found.front, found.uniform, found.sensitivity.unit, found.sensitivity.item
+    points = [*front, *uniform, found.chosen]
     low, high = min(point.nbytes for point in points), max(point.nbytes for point in points)
     rise, ticks = svg.log_scale([point.cost for point in points])
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
@@ -130,7 +132,7 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, front))
     parts.append(f'<polyline class="trend s0" points="{path}"/>')
-    for series, shown in ((0, front), (1, uniform), (3, [chosen])):
+    for series, shown in ((0, front), (1, uniform), (3, [found.chosen])):
         for point in shown:
             x, y = place(point)
             measured = "" if point.measured is None else f", measured {units.significant(point.measured, 4)}"
@@ -145,7 +147,7 @@ def front_plot(front: Sequence[Point], uniform: Sequence[Point], chosen: Point, 
         x, _ = place(point)
         label = f"{point.name}, {units.size(point.nbytes)}"
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(label)}</text>')
-    parts.append(f'<text x="{right}" y="{bottom + 36}" text-anchor="end">bytes of the layers</text>')
+    parts.append(f'<text x="{right}" y="{bottom + 36}" text-anchor="end">bytes of the {item}s</text>')
     return "".join(parts) + "</svg>"
 
 

@@ -12,9 +12,9 @@ from effcli.reports import units
 from effcli.reports.sensitivity import Search, Sensitivity, valued
 from effcli.reports.text import Name, Text
 
-# Points of a front that a terminal shows, and values of an option.
+# Points of a front that a terminal shows, and shares that are tried.
 _SHOWN = 12
-_VALUES = 6
+_SHARES = 4
 
 
 def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableType:
@@ -28,7 +28,8 @@ def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableTy
     narrowest = max((Name(layer.name).narrowest for layer in shown), default=None)
     # Many columns leave no room for the names of layers, nor does the name of the option in each.
     telling = [value for value in values if any(costs.get(value) for costs in by_layer.values())] or values
-    drawn = telling[:: -max(1, -(-len(telling) // _VALUES))][::-1]
+    few = telling[:: -max(1, -(-len(telling) // _SHARES))][::-1]
+    drawn = values if found.option == "bits" else few
     heads = (titles[value] if found.option == "bits" else f"{value:g}" for value in drawn)
     result = _table("layer", "shape", *heads, "", narrowest=narrowest)
     top = max(worst.values(), default=0.0)
@@ -63,8 +64,8 @@ def search_table(found: Search) -> RenderableType:
     more = (found.limited,) if found.limited else ()
     fixed = found.fixed_bytes
     files = ("files,\nsize",) if fixed is not None else ()
-    average = "bits/\nweight" if found.sensitivity.option == "bits" else found.sensitivity.option
-    item = found.sensitivity.item
+    option, item = found.sensitivity.option, found.sensitivity.item
+    average = "bits/\nweight" if option == "bits" else option
     result = _table(
         "choice", f"{item}s,\nsize", *files, average, f"cost, {found.sensitivity.unit}", found.measure, *more
     )
@@ -75,10 +76,11 @@ def search_table(found: Search) -> RenderableType:
         sizes = (point.nbytes, *((point.nbytes + fixed,) if fixed is not None else ()))
         cells = (*map(units.size, sizes), f"{point.average:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)
-    option = found.sensitivity.option
     counts = sorted(Counter(found.values.values()).items())
     taken = ", ".join(f"{units.count(count, item)} of {valued(option, value)}" for value, count in counts)
-    beside = f"files: these layers and at most {units.size(fixed)} for all else" if fixed is not None else ""
+    beside = "groups: weights between two of them count in both" if item == "group" else ""
+    if fixed is not None:
+        beside = f"files: these layers and at most {units.size(fixed)} for all else"
     title = f"{option} per {item} for {found.sensitivity.step}: {found.budget}"
     return Group(
         Text(f"{found.name}: {title}" if found.name else title, style="bold"),

@@ -138,6 +138,19 @@ def test_stages_and_the_choices_of_a_search_by_size_and_quality() -> None:
     assert unmeasured_searches(report_of(stage("input"), unmeasured)) == ["awq"]
 
 
+@pytest.mark.parametrize(("limited", "drawn"), [("size, bytes", 2), ("macs", 1)])
+def test_choices_of_ratios_stand_where_their_files_were_weighed(limited: str, drawn: int) -> None:
+    """The bytes of groups share what lies between them, so that they place no choice."""
+    found = searched("perplexity", 40.0, 30.0, 25.0)
+    points = tuple(point.model_copy(update={"limited": 10.0 * point.nbytes}) for point in found.front)
+    costs = found.sensitivity.model_copy(update={"option": "ratio"})
+    found = found.model_copy(update={"sensitivity": costs, "front": points, "chosen": points[1], "limited": limited})
+    last = stage("channels", 15, perplexity=30.0).model_copy(update={"search": found})
+    text = "".join(plots(report_of(stage("input", 400, perplexity=20.0), last)))
+    assert text.count("(tried)") == 2 * (drawn - 1)
+    assert ("ratio 2.00 on average: 100 B" in text) == (drawn == 2)
+
+
 def test_a_vision_network_has_its_accuracy_drawn() -> None:
     (plot,) = plots(vision_report())
     assert "top-1, %" in plot and plot.count("stderr") == 3
