@@ -24,7 +24,7 @@ from effcli.errors import NumericsError
 from effcli.layers.statistics import fastest
 
 # The penalties, each a constant factor above the one before: where they are small the support still moves freely.
-PENALTIES = tuple(0.1 * 30 ** (k / 4) for k in range(5))
+PENALTIES = tuple(0.2 * 7.5 ** (k / 4) for k in range(5))
 # A channel whose inputs are this much smaller than the others' is taken for one without any.
 _SILENT = 1e-6
 
