@@ -43,16 +43,15 @@ class _Adapting(Tried):
         step = (left - limit) / rounds
         while left > limit:
             target = max(limit, left - step)
-            candidates = self._candidates(figure, now, ladders, target)
-            if not candidates:
+            reaching, others = self._candidates(figure, now, ladders, target)
+            if not reaching and not others:
                 raise SelectionError(
                     f"{self.evaluator.name}: the budget is {self.budget}, and the smallest choice takes "
                     f"{figured(figure, left)}",
                     f"raise the budget or offer other values of `{self.option}`",
                 )
             # Where no layer by itself brings the figure down, one goes as far as it can.
-            reaching = {at: own for at, own in candidates.items() if self.measure(figure, own) <= target}
-            at, now = max((reaching or candidates).items(), key=lambda item: self._worth(figure, item[1]))
+            at, now = max((reaching or others).items(), key=lambda item: self._worth(figure, item[1]))
             left = self.measure(figure, now)
             layer = self.costs.layers[at]
             value = valued(self.option, layer.options[now.options[at]].value)
@@ -61,23 +60,25 @@ class _Adapting(Tried):
 
     def _candidates(
         self, figure: Figure, now: Assignment, ladders: Sequence[Sequence[int]], target: float
-    ) -> dict[int, Assignment]:
-        """`now` with one layer shrunk until the figure is down to `target`, or as far as it goes.
+    ) -> tuple[dict[int, Assignment], dict[int, Assignment]]:
+        """`now` with one layer shrunk until the figure is down to `target`, and with one that never brings it there.
 
-        By the number of the layer; those that are at their smallest have none.
+        Both by the number of the layer. The latter is as small as it can be; a layer that is so already has neither.
         """
-        found = {}
+        reaching, others = {}, {}
         least = self.measure(figure, now) - target
         for at, ladder in enumerate(ladders):
             options, place = self.costs.layers[at].options, now.options[at]
             for smaller in ladder[ladder.index(place) + 1 :]:
-                found[at] = self._choice([*now.options[:at], smaller, *now.options[at + 1 :]])
+                choice = self._choice([*now.options[:at], smaller, *now.options[at + 1 :]])
                 short = _saved(figure, options[place], options[smaller]) < least
-                if not short and self.measure(figure, found[at]) <= target:
+                if not short and self.measure(figure, choice) <= target:
                     # While it stands there: only one choice does.
-                    self.measure(self.evaluator.quality, found[at])
+                    self.measure(self.evaluator.quality, choice)
+                    reaching[at] = choice
                     break
-        return found
+                others[at] = choice
+        return reaching, others
 
     def _worth(self, figure: Figure, choice: Assignment) -> tuple[float, float]:
         """More for a better quality, of equal ones for less of the figure."""
@@ -90,7 +91,7 @@ class _Adapting(Tried):
 
 
 def _saved(figure: Figure, larger: Option, smaller: Option) -> float:
-    """How much of a figure one option saves at most, in place of another.
+    """How much of a figure one option saves at most in place of another, as far as costs tell it.
 
     Of what two groups share a cut saves the less, the more the other has lost.
     """
