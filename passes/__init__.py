@@ -85,7 +85,7 @@ PASSES: dict[str, Entry] = {
     ),
     "auto": Entry(
         "effcli.passes.search.auto:Auto",
-        "Choose the bits or the sparsity of every layer under a budget, for another pass.",
+        "Choose the bits, the sparsity or the ratio of every layer under a budget, for another pass.",
     ),
     "magnitude": Entry(
         "effcli.passes.prune.magnitude:Magnitude",

@@ -73,7 +73,9 @@ class Merge(ParameterPass):
     def _one_or_several(self) -> Self:
         if (self.adapter is None) == (not self.adapters):
             raise ValueError("name one adapter, or several under `adapters`")
-        if len(self.adapters) < 2 and {"combination", "density", "seed"} & self.model_fields_set:
+        # A recipe that was written with all defaults has these, too.
+        fields, several = type(self).model_fields, ("combination", "density", "seed")
+        if len(self.adapters) < 2 and any(getattr(self, name) != fields[name].default for name in several):
             raise ValueError("combination, density and seed are of several adapters: name them under `adapters`")
         return self
 

@@ -16,7 +16,7 @@ from effcli.run.schema import recipe_schema
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
 # What a step needs to be valid.
-REQUIRED = {"auto": {"average_bits": 4}}
+REQUIRED = {"auto": {"average_bits": 4}, "merge": {"adapter": "folder"}}
 
 
 @pytest.fixture(scope="module")

@@ -189,6 +189,22 @@ def test_a_language_model_is_not_measured_again(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_gradients_that_a_pass_asks_for_are_there_after_a_crash(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Counter[str]
+) -> None:
+    def start(output: str) -> Report:
+        sparsity = {"using": "taylor", "sparsity": [0, 0.25, 0.5], "average_sparsity": 0.25, "by": "fisher"}
+        return run(llama, tmp_path / output, {"auto": sparsity}, evaluate=False)
+
+    start("whole")
+    whole = dict(counts)
+    counts.clear()
+    killed(lambda: start("out"), monkeypatch, Trials, "_take_block", 2)
+    start("out")
+    assert counts == whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_killed_while_the_chosen_pass_is_carried_out(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Counter[str]
 ) -> None:
