@@ -24,7 +24,7 @@ from effcli.layers.editing import Edited, change, renew, told
 from effcli.layers.edits import Edit
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
-from effcli.layers.result import PassResult, Progress, check_tensor, dense_row
+from effcli.layers.result import PassResult, Progress, dense_row
 from effcli.layers.selection import Choice, choose
 from effcli.platform import memory
 from effcli.platform.rehearsal import counted
@@ -107,8 +107,6 @@ class _Editing:
         part = Part()
         for key in keys:
             self._carry(part, key)
-        for name, tensor in part.tensors.items():
-            check_tensor(tensor, name)
         return part
 
     def _outside(self) -> Part:

@@ -155,6 +155,8 @@ class PlannedModel:
         blocks = [self._skeleton.block_layers(k) for k in range(len(self._skeleton.blocks))]
         if not any(blocks):
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
+        if isinstance(step.config, ParameterPass):
+            return Effort(0.0, self._rewritten(step, blocks))
         operations, memory, disk = 0.0, self._working(step, choices, blocks), 0
         if forwards(step, choices):
             operations, disk = self._operations(step, choices), 2 * self.states(self._skeleton.dtype)
@@ -190,6 +192,16 @@ class PlannedModel:
         state = self._skeleton.model.state_dict()
         numbers: int = sum(state[name].numel() for name in self._skeleton.outer_parameters())
         return numbers * (itemsize or self._skeleton.dtype.itemsize)
+
+    def _rewritten(self, step: PassStep, blocks: Sequence[Sequence[LayerSite]]) -> int:
+        """Bytes of the largest block, or of what stands outside where something there gets a new value.
+
+        An embedding and its head may be there at a time, to be compared.
+        """
+        names, inside = edited(self._weights, step).edits, f"{self._skeleton.block_path}."
+        outside = any(not name.startswith(inside) for name in names)
+        largest = max(map(_numbers, blocks)) * self._skeleton.dtype.itemsize
+        return max(largest, 2 * self.outer() * outside)
 
     def _working(self, step: PassStep, choices: Mapping[str, Choice], blocks: Sequence[Sequence[LayerSite]]) -> int:
         """The parts outside the blocks, the largest block, its float32 working set, Gram matrices and one batch.

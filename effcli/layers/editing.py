@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,8 +92,11 @@ def change(name: str, edit: Edit, value: Tensor, packed: Quantized | None = None
         found.before += float(before.square().sum())
         found.moved += float(moved.square().sum())
         value[rows] = after.to(value.dtype)
-    if not math.isfinite(found.moved):
-        raise NumericsError(f"{name} would hold NaN or infinity", "the adapter is broken: train it again")
+        if not bool(torch.isfinite(value[rows]).all()):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise NumericsError(
+                f"{name} would hold NaN or infinity in {dtype}", "the adapter is broken, or its changes are too large"
+            )
     return found
 
 

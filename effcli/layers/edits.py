@@ -16,7 +16,7 @@ from torch import Tensor
 from effcli.layers.layer import Kind
 
 # Numbers that are looked at together.
-_STEP = 1 << 20
+_STEP = 1 << 18
 # New rows, float32, of the rows that a slice names, float32 (rows, ...), which may be changed in place.
 Rows = Callable[[Tensor, slice], Tensor]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import adapters
 import architectures
 import pytest
 import torch
+from peft import LoraConfig
 from plain_passes import HALVE, PRUNE, Halve, Trim, asking
 from safetensors.torch import load_file, save_file
 
@@ -310,3 +312,14 @@ def test_nothing_is_cut_behind_sparse_layers(tmp_path: Path) -> None:
     steps = [PRUNE, PassStep(name="trim", config=Trim())]
     with pytest.raises(UserError, match="is stored as sparse bitmask, float32 before trim"):
         plan_of(check({"model": str(source), "passes": steps}))
+
+
+@pytest.mark.parametrize(("targets", "tied"), [(["q_proj"], False), (["embed_tokens"], True)])
+def test_a_merge_is_planned_as_it_is_written(targets: list[str], tied: bool, tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16, tie_word_embeddings=tied)
+    adapters.make(source, tmp_path / "adapter", LoraConfig(r=4, target_modules=targets))
+    planned = plan_of(recipe(source, {"merge": {"adapter": str(tmp_path / "adapter")}}))
+    changed = {row.name for row in planned.rows if row.status == "change"}
+    assert changed == {row.name for row in planned.rows if row.name.endswith(targets[0])}
+    adapters.merged(source, tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    assert planned.output_bytes == sum(entry.nbytes for entry in Checkpoint.open(tmp_path / "out").entries.values())
