@@ -215,7 +215,7 @@ def _check_known(file: Path, config: AdapterConfig) -> None:
     if isinstance(start, str) and start.lower().startswith(_MUTATING):
         raise UnsupportedError(
             f"{file}: init_lora_weights is {start}, which changed the weights of the model that it was trained on",
-            "save it with `path_initial_model_for_weight_conversion`, which makes it a LoRA for the original model",
+            "save it with `path_initial_model_for_weight_conversion`, which makes it an adapter of the original model",
         )
 
 
