@@ -250,9 +250,11 @@ def _kinds(skeleton: Skeleton) -> Iterator[_Kind]:
         ("experts", "experts", _EXPERTS),
     )
     for what, kind, known in others:
-        for key in dict.fromkeys(_native(text, name) for name in known if hasattr(text, name)):
-            if isinstance(getattr(text, key, None), int | None) and _value(text, key) > 1:
-                yield _Kind(what, kind, {key: 1})
+        said = dict.fromkeys(_native(text, name) for name in known if hasattr(text, name))
+        widths = [key for key in said if isinstance(getattr(text, key, None), int | None) and _value(text, key) > 1]
+        for key in widths:
+            # A block may have several of one kind, such as those of its experts and of the one that all tokens share.
+            yield _Kind(what if len(widths) == 1 else f"{what} ({key})", kind, {key: 1})
 
 
 def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call | None]) -> list[Width]:
@@ -260,7 +262,7 @@ def _found(weights: Weights, kind: _Kind, hidden: Tensor, calls: Sequence[Call |
     skeleton = weights.skeleton
     names = {k: f"{name} {kind.what}" for k, name in enumerate(skeleton.block_names)}
     try:
-        if kind.what == "experts":
+        if kind.kind == "experts":
             _check_ungrouped(skeleton.config.get_text_config())
         smaller, less, reason = _smaller(weights, kind)
     except (_Uncuttable, EffcliError) as error:
@@ -378,7 +380,7 @@ def _members(
         raise _Uncuttable(f"{' and '.join(sizes)} have no number of positions in common")
     trial = _Trial(block, hidden, call)
     (positions,) = count
-    if kind.what == "experts":
+    if kind.kind == "experts":
         several = next((name for name, (_, each) in sizes.items() if each > 1), None)
         if several is not None:
             raise _Uncuttable(f"{several} has several entries for each expert along one axis")
@@ -386,7 +388,7 @@ def _members(
     else:
         found = trial.positions(sizes, positions)
     gone = torch.randperm(positions, generator=torch.Generator().manual_seed(3))[:less]
-    trial.check(smaller, found, gone, silent=kind.what != "experts")
+    trial.check(smaller, found, gone, silent=kind.kind != "experts")
     return found
 
 

@@ -82,6 +82,8 @@ def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mappi
         if reason or not isinstance(config, CutPass):
             obstacles.setdefault(reason, []).append(group.name)
             continue
+        if group.name in chosen:
+            raise ValueError(f"two groups are called {group.name}")
         offered.append(group)
         chosen[group.name] = config
     remarks = [

@@ -23,6 +23,7 @@ from effcli.exporters.safetensors import Safetensors
 from effcli.files.checkpoint import Checkpoint
 from effcli.language import coupling
 from effcli.language.coupling import Width, coupled, cut
+from effcli.language.cutting import cut_model
 from effcli.language.sweep import sweep
 from effcli.language.verify import verify
 from effcli.language.weights import open_weights
@@ -233,6 +234,25 @@ def grouped(folder: Path, groups: int) -> Path:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def test_several_widths_of_one_kind_have_names_of_their_own(tmp_path: Path) -> None:
+    """Each expert of Qwen2-MoE has a feed-forward, and the shared one another: both are cut."""
+    torch.manual_seed(0)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
+    config = AutoConfig.for_model("qwen2_moe", **architectures._COMMON, **experts)
+    source, target, work = (tmp_path / name for name in ("source", "target", "work"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    target.mkdir()
+    step = PassStep.model_validate(
+        {"channels": {"ratio": 0.25, "what": "feed_forward", "criterion": "magnitude", "restore": False}}
+    )
+    cut_model(source, target, step, None, work)
+    found = {group.name.partition(" ")[2]: group.count for group in widths(target) if group.kind == "feed_forward"}
+    assert found == {
+        "feed-forward (moe_intermediate_size)": 18,
+        "feed-forward (shared_expert_intermediate_size)": 30,
+    }
 
 
 def test_experts_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import effcli
 from effcli.errors import PluginError, UnsupportedError, UserError
 from effcli.formats import Bitmask, Mask
 from effcli.graphs.backward import gradients as graph_gradients
+from effcli.graphs.coupling import coupled
 from effcli.graphs.graph import Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
@@ -25,8 +26,9 @@ from effcli.language.cutting import cut_model
 from effcli.language.verify import verify
 from effcli.layers.contract import CutPass, Members, Needs, Reader, Statistics
 from effcli.layers.coupling import Coupled, Cut, Member
-from effcli.layers.cutting import spans
+from effcli.layers.cutting import offer, spans
 from effcli.layers.result import PassResult
+from effcli.layers.selection import choose
 from effcli.reports.report import Stage
 from effcli.run.recipe import PassStep
 
@@ -112,6 +114,13 @@ def test_nothing_to_cut_is_an_error(tmp_path: Path) -> None:
 def test_a_group_that_was_not_given_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match=r"the pass Halve returned a cut of stem, which it was not given, from `cut`"):
         cut_graph(small_graphs.residual(), tmp_path, Halve(strange=True))
+
+
+def test_two_groups_of_one_name_are_refused() -> None:
+    graph = small_graphs.residual()
+    step = PassStep(name="halve", config=Halve())
+    with pytest.raises(ValueError, match="two groups are called stem"):
+        offer("halve", Halve(), [*coupled(graph), *coupled(graph)], choose(graph, step))
 
 
 def test_labels_and_histograms_are_refused(tmp_path: Path) -> None:
