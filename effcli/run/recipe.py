@@ -184,13 +184,17 @@ class PassStep(RecipeStep):
         for own in config.space:
             step = cls.check({name: {**options, **own}}, path, mistakes)
             made += [] if step is None else [step]
-        if any(isinstance(step.config, LayerPass) and step.config.surveys is not None for step in made):
+        below = join(path, "layers")
+        # What is wrong under `layers` makes no options.
+        sound = not any(place.startswith(below) for place in mistakes.found)
+        configs = [config for step in made for config in (step.configs if sound else (step.config,))]
+        if any(isinstance(config, LayerPass) and config.surveys is not None for config in configs):
             mistakes.add(
                 path,
                 f"{name} is to divide its {option} among the layers itself, and so does the search; "
                 "leave `allocation` out",
             )
-        if any(isinstance(step.config, CutPass) and step.config.ranks_all for step in made):
+        if any(isinstance(config, CutPass) and config.ranks_all for config in configs):
             mistakes.add(
                 path,
                 f"{name} is to rank all groups together, and a search gives each a {option} of its own; leave "
@@ -219,12 +223,17 @@ class PassStep(RecipeStep):
 
         Of a search also what the steps need among which it chooses, for one of them is carried out.
         """
-        needs = self.config.gathers
-        for overrides in self.config.layers.values():
-            needs |= self.for_layer(overrides).gathers
+        needs = Needs.NOTHING
+        for config in self.configs:
+            needs |= config.gathers
         for step in self.candidates:
             needs |= step.needs
         return needs
+
+    @property
+    def configs(self) -> tuple[Pass, ...]:
+        """The options of this step, and those that each entry of `layers` makes of them."""
+        return (self.config, *map(self.for_layer, self.config.layers.values()))
 
     def for_layer(self, overrides: Mapping[str, Any]) -> Pass:
         """The options of this step with some replaced, as `layers` asks for the layers that match a pattern."""

@@ -15,7 +15,7 @@ from effcli.layers.contract import Evaluator
 from effcli.reports.sensitivity import LayerCosts, Option, Search, Sensitivity, valued
 from effcli.search.budget import Budget, Figure
 from effcli.search.knapsack import Assignment
-from effcli.search.values import Tried, figured
+from effcli.search.values import Strategy, figured
 
 
 def adapt(costs: Sensitivity, budget: Budget, evaluator: Evaluator, rounds: int) -> Search:
@@ -32,7 +32,7 @@ def lowers(budget: Budget) -> bool:
     return budget.quantity == "size" or (budget.figure is not None and not budget.of_quality)
 
 
-class _Adapting(Tried):
+class _Adapting(Strategy):
     def adapt(self, figure: Figure, rounds: int) -> Search:
         self.figure = figure
         ladders = [_ladder(layer) for layer in self.costs.layers]

@@ -68,8 +68,7 @@ def sensitivity(
 
 def _fits(step: PassStep) -> bool:
     """Whether a step fits weights to the inputs of any layer."""
-    configs = (step.config, *map(step.for_layer, step.config.layers.values()))
-    return any(own.restoring is not None if isinstance(own, CutPass) else bool(own.needs) for own in configs)
+    return any(own.restoring is not None if isinstance(own, CutPass) else bool(own.needs) for own in step.configs)
 
 
 def _layer_costs(

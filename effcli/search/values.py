@@ -77,8 +77,8 @@ def _larger(option: Varied) -> str:
     return "offer more `bits`" if option == "bits" else f"offer a lower `{option}`"
 
 
-class Tried:
-    """Choices under a budget, and what was measured of those that were carried out.
+class Strategy:
+    """A way to choose under a budget, with what it measured of the choices that it had carried out.
 
     figure: what the budget limits, None where costs alone tell it.
     """
@@ -131,7 +131,7 @@ class Tried:
         )
 
 
-class _Chooser(Tried):
+class _Chooser(Strategy):
     def __init__(self, costs: Sensitivity, budget: Budget, evaluator: Evaluator) -> None:
         super().__init__(costs, budget, evaluator)
         self.frontier = self.assignments.frontier
@@ -191,11 +191,21 @@ class _Chooser(Tried):
         return self.front[0]
 
     def _average(self, average: float) -> Assignment:
-        check_average(self.evaluator.name, self.option, average, self.assignments.uniform)
-        if self.option == "bits":
+        name, option = self.evaluator.name, self.option
+        check_average(name, option, average, self.assignments.uniform)
+        if option == "bits":
             return self.frontier.at(self.assignments.nbytes(average))
-        kept = Assignments(self.costs, _kept)
-        return self.frontier.choice(kept.frontier.at(kept.nbytes(average)).options)
+        kept = Assignments(self.costs, _kept).frontier
+        weights = sum(map(_entries, self.costs.layers))
+        limit = round((1 - average) * _MILLION) * weights
+        if not kept.smallest <= limit <= kept.largest:
+            low, high = (1 - end / (_MILLION * weights) for end in (kept.largest, kept.smallest))
+            raise SelectionError(
+                f"{name}.average_{option}: {average:g} is outside of what the layers together can have, "
+                f"{low:.4g} to {high:.4g}, for some keep a {option} of their own",
+                f"choose a number between them, or leave `{option}` out of `layers`",
+            )
+        return self.frontier.choice(kept.at(limit).options)
 
     def _smallest(self, figure: Figure) -> Assignment:
         """The smallest choice on the front whose measured quality keeps the budget."""
@@ -319,4 +329,4 @@ def figured(figure: Figure, value: float) -> str:
     return f"{value:,.0f} multiplications" if figure == "macs" else size(int(value))
 
 
-__all__ = ["Assignments", "Tried", "check_average", "check_size", "choose_values", "figured"]
+__all__ = ["Assignments", "Strategy", "check_average", "check_size", "choose_values", "figured"]

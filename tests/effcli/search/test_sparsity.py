@@ -71,6 +71,10 @@ def test_what_is_chosen_follows_the_pass() -> None:
         ("auto:using=magnitude,size=1kB,options={sparsity: 0.5}", "the sparsity is what is chosen"),
         ("auto:using=magnitude,size=1kB,pattern=2:4", "exclude each other"),
         ("auto:using=magnitude,size=1kB,allocation=global", "to divide its sparsity among the layers itself"),
+        (
+            "auto:using=magnitude,size=1kB,layers={'*': {allocation: global}}",
+            "to divide its sparsity among the layers itself",
+        ),
         ("auto:using=magnitude,size=1kB,layers={'*': {sparsity: null}}", "sparsity of '*' is null"),
         ("auto:using=gradual,average_sparsity=0.5", "give average_bits, not average_sparsity"),
         ("auto:using=gradual,average_bits=3", "gradual has no bits to choose"),
@@ -133,6 +137,17 @@ def test_an_average_is_of_weights_and_not_of_bytes() -> None:
     }
     assert [point.name for point in search.uniform] == ["sparsity 0", "sparsity 0.5", "sparsity 0.8"]
     assert [point.average for point in search.uniform] == pytest.approx([0, 0.5, 0.8])
+
+
+def test_an_average_counts_layers_that_keep_a_sparsity_of_their_own() -> None:
+    """With 0.9 of 30 weights fixed, 27 of 60 go already: half of all takes 3 more, and 0.2 is out of reach."""
+    own = Option(value=0.9, format="", nbytes=40, output_error=0, cost=1)
+    fixed = LayerCosts(name="fixed", kind="linear", shape=(1, 30), options=(own,))
+    costs = sensitivity(layer("a", 20, 0, 1, 5), layer("b", 10, 0, 2, 9), fixed)
+    found = choose_values(costs, Budget(quantity="average_sparsity", limit=0.5), Files())
+    assert found.values == {"a": 0.5, "b": 0, "fixed": 0.9} and found.chosen.average == pytest.approx(37 / 60)
+    with pytest.raises(SelectionError, match=r"0\.2 is outside of what the layers together can have, 0\.45 to 0\.85"):
+        choose_values(costs, Budget(quantity="average_sparsity", limit=0.2), Files())
 
 
 def test_a_size_that_was_guessed_too_low_is_corrected() -> None:
