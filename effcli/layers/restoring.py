@@ -125,8 +125,8 @@ def restoring(step: PassStep, sites: Iterable[LayerSite], offered: Offered, cuts
 
     sites: all layers of the network.
     """
-    cuts = [one for one in cuts if offered.chosen[one.coupled.name].restoring is not None]
-    groups = [one.coupled for one in cuts]
+    cuts = list(cuts)
+    groups = [one.coupled for one in cuts if offered.chosen[one.coupled.name].restoring is not None]
     return removing(step, sites, offered, cuts, groups) if any(map(offered.readers, groups)) else None
 
 
@@ -135,16 +135,24 @@ def removing(
 ) -> PassStep:
     """The step that leaves zeros where `cuts` take columns of the layers that read `groups`.
 
-    What is left of these layers is restored where the pass wants that. sites: all layers of the network.
+    What is left of these layers is restored where the pass wants that of any group that they lose columns of, with the
+    largest damping among these. sites: all layers of the network.
     """
+    cuts = list(cuts)
     stay = staying(cuts)
+    dampings: dict[str, float] = {}
+    for one in cuts:
+        damping = offered.chosen[one.coupled.name].restoring
+        if damping is None:
+            continue
+        for _, site in offered.readers(one.coupled):
+            dampings[site.name] = max(damping, dampings.get(site.name, 0.0))
     removed: dict[str, Removal] = {}
     for group in groups:
-        damping = offered.chosen[group.name].restoring
         for _, site in offered.readers(group):
             own = stay.get((site.parameter, site.column_axis))
             gone = () if own is None else tuple(columns_of(site, ~own).nonzero().flatten().tolist())
-            removed[site.name] = Removal(columns=gone, damping=damping)
+            removed[site.name] = Removal(columns=gone, damping=dampings.get(site.name))
     others = tuple(glob.escape(site.name) for site in sites if site.name not in removed)
     return step.model_copy(update={"config": Restoring(removed=removed, ignore=others)})
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import effcli
 from effcli.errors import NumericsError, UnsupportedError
 from effcli.formats import Mask
-from effcli.graphs.graph import Graph
+from effcli.graphs.graph import Facts, Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.text import Windows
 from effcli.language.cutting import cut_model
@@ -207,6 +207,30 @@ def test_every_reader_is_restored_and_none_is_worse(make: Any, tmp_path: Path) -
     given = small_graphs.inputs(graph)
     error, bound = ((each.run(given) - graph.run(given)).square().sum() for each in (made, plain))
     assert float(error) < float(bound)
+
+
+def two_into_one() -> Graph:
+    """Two layers whose channels, side by side, one layer reads."""
+    builder = small_graphs.Builder()
+    inputs = builder.input()
+    left = builder.module("left", small_graphs.seeded(nn.Conv2d(3, 8, 3), 0), inputs)
+    right = builder.module("right", small_graphs.seeded(nn.Conv2d(3, 8, 3), 1), inputs)
+    both = builder.call("aten.cat.default", [left, right], 1)
+    head = builder.module("head", small_graphs.seeded(nn.Conv2d(16, 4, 1), 2), both)
+    return builder.finish(head, Facts(origin="test", shape=(3, 6, 6)))
+
+
+@pytest.mark.parametrize("left, right, largest", [(0.01, None, 0.01), (None, 0.01, 0.01), (0.1, 0.01, 0.1)])
+def test_a_layer_that_reads_two_groups_is_fitted_to_what_both_leave(
+    left: float | None, right: float | None, largest: float, tmp_path: Path
+) -> None:
+    graph = two_into_one()
+    own = Drop(layers={"left": {"damping": left}, "right": {"damping": right}})
+    made, result = cut_graph(graph, tmp_path / "own", own)
+    alike, expected = cut_graph(graph, tmp_path / "alike", Drop(damping=largest))
+    rows = [next(row for row in found.ledger if row.name == "head") for found in (result, expected)]
+    assert rows[0] == rows[1] and rows[0].notes["damping"] == largest
+    assert_close(made.layer("head").weight, alike.layer("head").weight)
 
 
 def test_restoring_asks_for_inputs(tmp_path: Path) -> None:
