@@ -591,6 +591,10 @@ class Reader:
         return Member("", 0, self.position).per_position(values, count)
 
 
+# What batch norms measured of their inputs.
+_STATISTICS = (".running_mean", ".running_var")
+
+
 @dataclass(frozen=True)
 class Members:
     """What a pass that cuts may look at of the members of its groups.
@@ -610,11 +614,15 @@ class Members:
     influence: Tensor | None = None
 
     def sums(self, group: Coupled, measure: Callable[[Tensor], Tensor] = torch.square) -> Tensor:
-        """Σ measure(w) over all entries that go with each position of a group, float32 (count,).
+        """Σ measure(w) over all weights that go with each position of a group, float32 (count,).
 
-        measure: of each number of a parameter by itself.
+        measure: of each number of a parameter by itself. The statistics of batch norms are no weights.
         """
-        found = (member.per_position(measure(self.read(member.parameter)), group.count) for member in group.members)
+        found = (
+            member.per_position(measure(self.read(member.parameter)), group.count)
+            for member in group.members
+            if not member.parameter.endswith(_STATISTICS)
+        )
         return torch.stack(list(found)).sum(0)
 
     def products(self, group: Coupled, need: Needs) -> Tensor:

@@ -103,12 +103,14 @@ def damped_factor(gram: Tensor, damping: float, size: float, name: str) -> tuple
     damping up to one is enough.
     """
     diagonal = gram.diagonal().clone()
-    while damping <= 1:
+    while True:
         gram.diagonal().copy_(diagonal + damping * size)
         lower, failed = torch.linalg.cholesky_ex(gram)
         if not int(failed):
             return lower, damping
-        damping = max(10 * damping, _LEAST_DAMPING)
+        if damping >= 1:
+            break
+        damping = min(max(10 * damping, _LEAST_DAMPING), 1.0)
     raise NumericsError(
         f"the Gram matrix of the inputs of {name} has no Cholesky factor",
         "give more calibration data, or neither restore nor rank by inputs: restore=false, criterion=magnitude",

@@ -47,9 +47,9 @@ def allotted(way: Allocation, layers: Sequence[Summary], shares: Sequence[float]
     """How many weights go of each layer; shares: of each, as they would be without the others.
 
     global: the lowest scores of all layers go. error: those go that add least to the sum of the layers' relative
-    output errors, a score being the root of its weight's own part. outliers: layers with more of them keep more, as far
-    as `spread` (OWL, arXiv:2310.05175, section 3.2, a layer being one matrix). No layer loses all of its weights, and
-    but for `global` its share differs from its own in `shares` by `spread` at most.
+    output errors, a score being the root of its weight's own part, and a layer's share differs from its own in `shares`
+    by `spread` at most. outliers: layers with more of them keep more, the shares having a range of twice the `spread`
+    (OWL, arXiv:2310.05175, section 3.2, a layer being one matrix). No layer loses all of its weights.
     """
     sizes = torch.tensor([each.size for each in layers], dtype=torch.float64)
     wanted = torch.tensor(shares, dtype=torch.float64)
@@ -70,11 +70,11 @@ def allotted(way: Allocation, layers: Sequence[Summary], shares: Sequence[float]
 def _by_outliers(layers: Sequence[Summary], shares: Tensor, sizes: Tensor, spread: float) -> Tensor:
     """How many weights go of each layer, float64 (layers,), before they are rounded."""
     outliers = torch.tensor([each.outliers for each in layers], dtype=torch.float64)
-    range = float(outliers.max() - outliers.min())
-    if range == 0:
+    width = float(outliers.max() - outliers.min())
+    if width == 0:
         return shares * sizes
     # From 0 to twice the spread; around their mean, so that as many go of all as without.
-    more = (outliers - outliers.min()) / range * spread
+    more = (outliers - outliers.min()) / width * 2 * spread
     return (shares - more + (more * sizes).sum() / sizes.sum()) * sizes
 
 

@@ -24,7 +24,7 @@ _PENALTIES = 40
 _STEPS = 60
 # Positions of a group are removed in so many rounds at most, those of one round by the same scores.
 _ROUNDS = 128
-# Added to the diagonal of a Gram matrix, as a share of its mean, before it is inverted.
+# Added to the diagonal of a Gram matrix, as a share of its mean, before it is inverted, where nothing is restored.
 _DAMPING = 0.01
 # How much of the mean diagonal of a Gram matrix may be rounding of its float32 sums.
 _ROUNDING = 1e-3
@@ -40,23 +40,23 @@ def magnitude(group: Coupled, seen: Members) -> Tensor:
 
 
 def batchnorm(group: Coupled, seen: Members) -> Tensor:
-    """Σ |γ| over the batch norms that a channel passes (arXiv:1708.06519)."""
+    """|γ|, a mean over the batch norms that a channel passes (arXiv:1708.06519)."""
     scales = (member.per_position(seen.read(member.parameter).abs(), group.count) for member in group.norms)
-    return torch.stack(list(scales)).sum(0)
+    return torch.stack(list(scales)).mean(0)
 
 
 def apoz(group: Coupled, seen: Members) -> Tensor:
     """The share of a position's activations that are not zero, where they are read (arXiv:1607.03250, equation 1)."""
     readers = _readers(group, seen)
-    found = [
-        reader.per_position(reader.seen.nonzero, group.count)
-        / reader.per_position(torch.ones_like(reader.seen.nonzero), group.count).clamp(min=1)
-        for reader in readers
-    ]
-    shares = torch.stack(found).mean(0)
-    if bool((shares == 1).all()):
+    nonzero = torch.stack([reader.per_position(reader.seen.nonzero, group.count) for reader in readers])
+    columns = torch.stack(
+        [reader.per_position(torch.ones_like(reader.seen.nonzero), group.count) for reader in readers]
+    )
+    # Who reads a part of the group tells of that part alone.
+    shares = (nonzero / columns.clamp(min=1)).sum(0) / (columns > 0).sum(0).clamp(min=1)
+    if group.count > 1 and bool(shares.max() == shares.min()):
         raise UnsupportedError(
-            f"no activation of {group.name} is ever 0, so that their number tells nothing",
+            f"the activations of all channels of {group.name} are 0 equally often, which tells nothing of them",
             "choose another `criterion`, for this group alone under `layers`",
         )
     return shares
@@ -127,8 +127,9 @@ def reconstruction(group: Coupled, seen: Members, width: int) -> Tensor:
     The error of the outputs, as a share of their energy, summed over the readers; see `Elimination`. Where they are
     restored, their biases take in means.
     """
-    shifts = seen.chosen[group.name].restoring is not None
-    readers = [Elimination(reader, group.count, shifts and reader.biased) for reader in _readers(group, seen)]
+    damping = seen.chosen[group.name].restoring
+    shifts, damping = damping is not None, _DAMPING if damping is None else damping
+    readers = [Elimination(reader, group.count, shifts and reader.biased, damping) for reader in _readers(group, seen)]
     left = torch.ones(group.count, dtype=torch.bool)
     order = torch.full((group.count,), float(group.count), dtype=torch.float64)
     most = -(-group.count // _ROUNDS)
@@ -153,24 +154,26 @@ class Elimination:
     several columns).
     """
 
-    def __init__(self, reader: Reader, count: int, centred: bool) -> None:
-        """centred: whether a bias makes up for the means of the inputs."""
+    def __init__(self, reader: Reader, count: int, centred: bool, damping: float = _DAMPING) -> None:
+        """centred: whether a bias makes up for the means of the inputs; damping: λ as a share of G's mean diagonal."""
         gram = reader.seen.matrix.double() / reader.seen.tokens
+        self.weight = reader.weight.to(gram.device, gram.dtype, copy=True)
         # Of inputs that never change nothing but rounding is left once they are centred.
         least = _ROUNDING * float(gram.diagonal().mean())
         if centred:
             gram -= torch.outer(reader.seen.mean.double(), reader.seen.mean.double())
-        self.weight = reader.weight.to(gram.device, gram.dtype, copy=True)
-        self.energy = max(float(((self.weight @ gram) * self.weight).sum()), least) or 1.0
+        energy = float(((self.weight @ gram) * self.weight).sum())
+        self.energy = max(energy, least * float(self.weight.square().sum())) or 1.0
         mean = max(float(gram.diagonal().mean()), least) or 1.0
         gram.diagonal().clamp_(min=0)
-        lower, _ = damped_factor(gram, _DAMPING, mean, reader.name)
+        lower, _ = damped_factor(gram, damping, mean, reader.name)
         self.inverse = torch.cholesky_inverse(lower)
         # The columns behind each position, (count, columns), where every position has as many.
         position = reader.position.to(gram.device)
         taken = (position >= 0).nonzero().flatten()
         order = taken[position[taken].argsort(stable=True)]
-        if len(order) % count or not bool((position[order].view(count, -1).diff(dim=1) == 0).all()):
+        every = torch.arange(count, device=gram.device).unsqueeze(1)
+        if len(order) % count or not bool((position[order].view(count, -1) == every).all()):
             raise UnsupportedError(
                 f"{reader.name} reads the positions of a group unequally often",
                 "choose another `criterion`, for this group alone under `layers`",

@@ -38,7 +38,11 @@ class Pruning(LayerPass):
         "all weights; to the least sum of relative output errors; or less where there are more outliers (OWL).",
     )
     spread: float = Field(
-        0.08, ge=0, le=0.5, description="How far layers may be from the share, with allocation `error` and `outliers`."
+        0.08,
+        ge=0,
+        le=0.5,
+        description="How far layers may be from the share, with allocation `error`; with `outliers` half the range of "
+        "their shares, OWL's λ.",
     )
 
     @field_validator("pattern")
@@ -198,7 +202,7 @@ def better(layer: Layer, seen: Statistics, first: Candidate, second: Candidate) 
         errors.append(float(row_errors(difference.t(), seen.matrix).sum(dtype=torch.float64)))
     # A comparison that also takes what is not a number to the first.
     chosen = second if errors[1] < errors[0] else first
-    return chosen, round(min(errors[1] / errors[0], 1.0), 4) if errors[0] > 0 else 1.0
+    return chosen, round(min(1.0, errors[1] / errors[0]), 4) if errors[0] > 0 else 1.0
 
 
 def by_inputs(layer: Layer, seen: Sequence[Statistics]) -> Tensor:
@@ -213,19 +217,20 @@ def by_inputs(layer: Layer, seen: Sequence[Statistics]) -> Tensor:
 def removals(share: float, scores: Tensor) -> Tensor:
     """How many weights of each row of scores (groups, size) go, int64 (groups,).
 
-    Their sum is the share of all, rounded; those of two rows differ by one at most.
+    Their sum is the share of all, rounded, but one stays; those of two rows differ by one at most.
     """
     ends = torch.arange(len(scores) + 1, dtype=torch.float64) * scores.shape[1] * share
-    return ends.round().diff().long().to(scores.device)
+    return ends.round().clamp(max=max(scores.numel() - 1, 0)).diff().long().to(scores.device)
 
 
 def divided(share: float, size: int, free: Tensor) -> Tensor:
     """How many weights go of each part of a layer of those that are free to: int64 (parts,), like `free`.
 
-    With those of all `size` that are gone already they are the share, rounded; of each part goes as large a share.
+    With those of all `size` that are gone already they are the share, rounded, but one stays; of each part goes as
+    large a share.
     """
     total = int(free.sum())
-    goes = max(round(share * size) - size + total, 0)
+    goes = max(min(round(share * size), size - 1) - size + total, 0)
     ends = (free.cumsum(0).double() * (goes / max(total, 1))).round().long()
     return ends.diff(prepend=ends.new_zeros(1))
 

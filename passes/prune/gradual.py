@@ -52,6 +52,8 @@ class Gradual(Tuning):
             raise ValueError(f"layers are trained together: {', '.join(sorted(own - {'sparsity'}))} is one for all")
         if own and self.compare == "network":
             raise ValueError("no layer has a sparsity of its own where the weights of all layers compete")
+        if self.rewind is not None and self.until == 1:
+            raise ValueError("with rewind the last round needs steps to train in: set until below 1")
         if self.rewind is not None and self.schedule != "constant":
             raise ValueError("with rewind every round trains alike: set schedule to constant")
         return self

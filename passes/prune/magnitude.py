@@ -22,7 +22,8 @@ class Magnitude(ComparingPass):
 
     grain: Literal["weight", "vector", "kernel", "filter"] = Field(
         "weight",
-        description="What goes as a whole: single weights; rows of kernels or kernels of convolutions; outputs.",
+        description="What goes as a whole: single weights; rows of kernels or kernels of convolutions, single "
+        "weights of other layers; outputs.",
     )
 
     @model_validator(mode="after")

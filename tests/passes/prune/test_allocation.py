@@ -89,8 +89,8 @@ def test_more_stays_where_there_are_more_outliers() -> None:
         values = torch.ones(1000)
         values[:many] = 100
         layers.append(Summary.of(values))
-    # 0, 0.02 and 0.01 become 0, 0.1 and 0.05 around their mean of 0.05.
-    assert allotted("outliers", layers, [0.5] * 3, 0.1) == [550, 450, 500]
+    # 0, 0.02 and 0.01 become 0, 0.2 and 0.1 around their mean of 0.1.
+    assert allotted("outliers", layers, [0.5] * 3, 0.1) == [600, 400, 500]
     assert allotted("outliers", layers[:1] * 2, [0.5] * 2, 0.1) == [500, 500]
 
 

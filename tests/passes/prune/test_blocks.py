@@ -155,13 +155,13 @@ def test_bad_input_is_refused_in_the_plan(options: dict[str, Any], said: str, tm
     planned = PlannedModel(open_weights(source), Calibration())
     made = step(**options)
     with pytest.raises(SelectionError, match=said):
-        planned.take(made, choose(planned, made))
+        planned.take(made, choose(planned.layered(made), made))
 
 
 def test_graphs_have_no_blocks() -> None:
     planned, made = PlannedGraph(small_graphs.residual(), Calibration()), step()
     with pytest.raises(UserError, match="blocks finds no blocks that can be cut"):
-        planned.take(made, choose(planned, made))
+        planned.take(made, choose(planned.layered(made), made))
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])
@@ -187,5 +187,5 @@ def test_blocks_that_follow_their_number_are_refused(tmp_path: Path) -> None:
     planned = PlannedModel(open_weights(tmp_path / "source"), Calibration())
     made = step(count=1)
     with pytest.raises(UserError, match="blocks finds no blocks that can be cut") as error:
-        planned.take(made, choose(planned, made))
+        planned.take(made, choose(planned.layered(made), made))
     assert "would be another one as" in error.value.remedy

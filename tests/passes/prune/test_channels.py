@@ -61,7 +61,7 @@ def cut_language(source: Path, folder: Path, **options: Any) -> tuple[Path, Pass
 def plan_graph(graph: Graph, **options: Any) -> None:
     planned = PlannedGraph(graph, Calibration())
     made = step(**options)
-    planned.take(made, choose(planned, made))
+    planned.take(made, choose(planned.layered(made), made))
 
 
 def two_layers() -> Graph:
@@ -272,17 +272,17 @@ def test_a_language_model_is_refused_in_the_plan(llama: Path) -> None:
     planned = PlannedModel(open_weights(llama), Calibration())
     made = step(ratio=0.8)
     with pytest.raises(SelectionError, match=r"nothing of the 2 heads of model.layers.0 attention heads"):
-        planned.take(made, choose(planned, made))
+        planned.take(made, choose(planned.layered(made), made))
     made = step(criterion="batchnorm", what="feed_forward")
     with pytest.raises(SelectionError, match="pass no batch norm"):
-        planned.take(made, choose(planned, made))
+        planned.take(made, choose(planned.layered(made), made))
 
 
 def test_experts_are_read_by_nothing(tmp_path: Path) -> None:
     planned = PlannedModel(open_weights(architectures.make("mixtral", tmp_path / "source")), Calibration())
     made = step(criterion="reconstruction")
     with pytest.raises(SelectionError, match="no layer reads the experts of"):
-        planned.take(made, choose(planned, made))
+        planned.take(made, choose(planned.layered(made), made))
 
 
 def test_heads_are_not_rounded(llama: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_layers_have_shares_of_their_own_or_compete() -> None:
 
 
 def test_rewinding_goes_back_to_early_weights() -> None:
-    config = Gradual(sparsity=0.5, rounds=2, until=1, rewind=0.5, schedule="constant")
+    config = Gradual(sparsity=0.5, rounds=2, until=0.96, rewind=0.5, schedule="constant")
     weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     layers = attached(config, weight)
     assert config.advance(layers, 0.2) is False
@@ -164,6 +164,7 @@ def test_a_killed_training_ends_with_the_same_weights(
         {"rounds": 0},
         {"until": 0.0},
         {"rewind": 0.5},
+        {"rewind": 0.5, "schedule": "constant", "until": 1.0},
         {"layers": {"a": {"rounds": 3}}},
         {"layers": {"a": {"sparsity": 0.5}}, "compare": "network"},
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from typing import Any
 
@@ -46,6 +47,36 @@ def test_zeros_by_hand() -> None:
     assert _importance.apoz(group, seen).tolist() == [0.5, 0.75, 0.25]
 
 
+def test_zeros_count_where_a_channel_is_read() -> None:
+    """The second reader has no column for the last position."""
+    inputs = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    part = reader(torch.ones(2, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    group, seen = members([reader(torch.ones(2, 3), inputs), part], 3)
+    assert _importance.apoz(group, seen).tolist() == [0.25, 1.0, 0.5]
+
+
+def test_statistics_of_batch_norms_are_no_weights() -> None:
+    keys = ("first.weight", "norm.weight", "norm.running_mean", "norm.running_var")
+    group = Coupled("first", 2, tuple(Member(key, 0, torch.arange(2)) for key in keys))
+    values = dict(zip(keys, ([3.0, 1.0], [1.0, 1.0], [0.0, 50.0], [0.0, 90.0]), strict=True))
+    seen = Members(lambda name: torch.tensor(values[name]))
+    assert seen.sums(group).tolist() == [10.0, 2.0]
+
+
+def test_batch_norms_are_averaged() -> None:
+    """A group that passes more of them matters no more."""
+    keys = ("a.weight", "a.running_var", "b.weight", "b.running_var")
+    group = Coupled("first", 2, tuple(Member(key, 0, torch.arange(2)) for key in keys))
+    assert _importance.batchnorm(group, Members(lambda name: torch.tensor([1.0, -3.0]))).tolist() == [1.0, 3.0]
+
+
+def test_positions_that_are_read_unequally_often_are_refused() -> None:
+    own = reader(torch.randn(3, 4), torch.randn(4, 20))
+    for position in ([0, 0, 0, 0], [0, 0, 1, -1], [1, 1, 1, 1]):
+        with pytest.raises(UnsupportedError, match="unequally often"):
+            Elimination(dataclasses.replace(own, position=torch.tensor(position)), 2, False)
+
+
 def test_zeros_of_several_columns_are_averaged() -> None:
     inputs = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
     group, seen = members([reader(torch.ones(2, 4), inputs, each=2)], 2)
@@ -54,7 +85,7 @@ def test_zeros_of_several_columns_are_averaged() -> None:
 
 def test_activations_without_zeros_tell_nothing() -> None:
     group, seen = members([reader(torch.ones(2, 3), torch.ones(3, 4))], 3)
-    with pytest.raises(UnsupportedError, match="no activation of first is ever 0"):
+    with pytest.raises(UnsupportedError, match="all channels of first are 0 equally often"):
         _importance.apoz(group, seen)
     group, seen = members([Reader("layer", torch.ones(2, 3), torch.arange(3), Statistics(3, NEEDS))], 3)
     with pytest.raises(UnsupportedError, match="saw a calibration input"):

@@ -113,3 +113,9 @@ def test_what_it_asks_for() -> None:
     assert Magnitude().needs == Needs.NOTHING
     with pytest.raises(ValueError, match="compare"):
         Magnitude(compare="column")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("grain", "sparsity"), [("filter", 0.9), ("kernel", 0.97), ("weight", 0.999)])
+def test_something_of_a_layer_stays(grain: str, sparsity: float) -> None:
+    kept = of_grain(torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)), grain, sparsity)
+    assert bool(kept.any())
