@@ -49,7 +49,7 @@ def render(found: Sensitivity | Search) -> str:
     values = sorted({option.value for layer in layers.layers for option in layer.options})
     axis = svg.layer_axis([_row(layer, 0) for layer in layers.layers])
     titles = [valued(layers.option, value) for value in values]
-    heads = headings(("layer", "shape", *titles), titles)
+    heads = headings((layers.item, "shape", *titles), titles)
     table = Table(f"All {layers.item}s", heads, [_line(layer, values) for layer in layers.layers])
     return rendered(
         "sensitivity.html.j2",
@@ -76,15 +76,13 @@ def render(found: Sensitivity | Search) -> str:
 
 def choices(found: Search) -> Markup:
     """The front of a search, and every choice that is drawn in it."""
-    points = [*found.front, *found.uniform]
     unit = found.sensitivity.unit
     rows = []
-    for point in sorted({id(point): point for point in points}.values(), key=lambda point: point.nbytes):
-        name = "chosen" if point.nbytes == found.chosen.nbytes and point.cost == found.chosen.cost else point.name
+    for point in found.choices(found.front):
         figures = (point.measured, *((point.limited,) if found.limited else ()))
         rows.append(
             [
-                Field(name or "front", row=True),
+                Field(point.name or "front", row=True),
                 number(point.nbytes, units.size(point.nbytes)),
                 number(point.average, f"{point.average:.2f}"),
                 number(point.cost, units.significant(point.cost)),
@@ -104,6 +102,7 @@ def choices(found: Search) -> Markup:
         "search.html.j2",
         budget=found.budget,
         picture=drawn(front_plot(found)),
+        along=found.along,
         item=found.sensitivity.item,
         choices=Folded("Choices", "", Table("Choices", headings(titles, titles[1:]), rows)),
     )
@@ -122,7 +121,7 @@ def front_plot(found: Search) -> str:
         up = min(1.0, max(0.0, rise(point.cost)))
         return _LEFT + (right - _LEFT) * across, bottom - (bottom - _TOP) * up
 
-    parts = [svg.opened(_WIDTH, _HEIGHT, "Cost of the cheapest choices over their size, logarithmic axis")]
+    parts = [svg.opened(_WIDTH, _HEIGHT, f"Cost of the {escape(found.along)} over their size, logarithmic axis")]
     parts.append(svg.logarithmic(right - 96, _TOP))
     parts.append(f'<text x="{_LEFT}" y="{_TOP}">cost, {escape(unit)}</text>')
     for tick, text in ticks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field
@@ -78,7 +79,7 @@ class Point(Record):
 
     name: str = Field(description="'3 bits' where all layers have the same, else how it was chosen")
     nbytes: int = Field(description="of the layers' weights; what two groups share counts in both")
-    average: float = Field(description="of the option over the weights of the layers, scales and zero points left out")
+    average: float = Field(description="mean of the option over the layers or groups by their weights as they were")
     cost: float = Field(description="sum of the layers' costs")
     measured: float | None = Field(default=None, description="perplexity, or accuracy, where it was measured")
     limited: float | None = Field(default=None, description="the figure that the budget limits, where it was measured")
@@ -93,7 +94,8 @@ class Search(Record):
     )
     sensitivity: Sensitivity
     budget: str = Field(description="as it was asked for")
-    front: tuple[Point, ...] = Field(description="the cheapest choices, fewest bytes first")
+    front: tuple[Point, ...] = Field(description="the choices along a line, fewest bytes first")
+    along: str = Field(default="cheapest choices", description="what the front consists of, in words")
     uniform: tuple[Point, ...] = Field(description="every layer with the same value")
     chosen: Point
     values: dict[str, Value] = Field(description="of the option, for every layer")
@@ -101,6 +103,19 @@ class Search(Record):
     limited: str = Field(
         default="", description="the measured figure that the budget limits besides quality, with its unit"
     )
+
+    def choices(self, front: Iterable[Point]) -> list[Point]:
+        """Points of the front, the uniform choices and the chosen one, the fewest bytes first.
+
+        Those of the same bytes and the same cost are one, with all of their names.
+        """
+        alike: dict[tuple[int, float], list[Point]] = {}
+        for point in (*front, *self.uniform, self.chosen.model_copy(update={"name": "chosen"})):
+            alike.setdefault((point.nbytes, point.cost), []).append(point)
+        return [
+            same[-1].model_copy(update={"name": ", ".join(point.name for point in same if point.name)})
+            for _, same in sorted(alike.items())
+        ]
 
 
 def valued(option: Varied, text: float | str) -> str:

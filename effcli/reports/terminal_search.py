@@ -31,7 +31,7 @@ def sensitivity_table(found: Sensitivity, most: int | None = 40) -> RenderableTy
     few = telling[:: -max(1, -(-len(telling) // _SHARES))][::-1]
     drawn = values if found.option == "bits" else few
     heads = (titles[value] if found.option == "bits" else f"{value:g}" for value in drawn)
-    result = _table("layer", "shape", *heads, "", narrowest=narrowest)
+    result = _table(found.item, "shape", *heads, "", narrowest=narrowest)
     top = max(worst.values(), default=0.0)
     for layer in shown:
         costs = {value: units.significant(cost) for value, cost in by_layer[layer.name].items()}
@@ -60,7 +60,6 @@ def search_table(found: Search) -> RenderableType:
         for at, point in enumerate(found.front)
         if at % step == 0 or point.measured is not None or point.limited is not None
     ]
-    rows = [*some, *found.uniform, *([found.chosen] if found.chosen not in some else [])]
     more = (found.limited,) if found.limited else ()
     fixed = found.fixed_bytes
     files = ("files,\nsize",) if fixed is not None else ()
@@ -69,10 +68,10 @@ def search_table(found: Search) -> RenderableType:
     result = _table(
         "choice", f"{item}s,\nsize", *files, average, f"cost, {found.sensitivity.unit}", found.measure, *more
     )
-    for point in sorted(rows, key=lambda point: (point.nbytes, point.cost)):
+    for point in found.choices(some):
         figures = (point.measured, *((point.limited,) if found.limited else ()))
         measured = ("" if value is None else units.figure(value) for value in figures)
-        style = "bold" if point.name == "chosen" else ""
+        style = "bold" if (point.nbytes, point.cost) == (found.chosen.nbytes, found.chosen.cost) else ""
         sizes = (point.nbytes, *((point.nbytes + fixed,) if fixed is not None else ()))
         cells = (*map(units.size, sizes), f"{point.average:.2f}", units.significant(point.cost), *measured)
         result.add_row(point.name or "front", *cells, style=style)

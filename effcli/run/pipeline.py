@@ -48,6 +48,7 @@ from effcli.search.stage import Position
 
 if TYPE_CHECKING:
     from effcli.layers.result import PassResult, Progress
+    from effcli.search.budget import Figure
 
 # The report of a finished run, and why its exports ended early if they did.
 _Done = tuple[Report, EffcliError | None]
@@ -281,6 +282,7 @@ class _Run:
                         *result.remarks,
                         *measured.remarks,
                         *_runs_dense(step.config, measured),
+                        *_chosen_by(position.step.config, self.network.quality),
                     ),
                     "ledger": tuple(result.ledger),
                     "histograms": tuple(result.histograms),
@@ -484,3 +486,10 @@ def _runs_dense(config: Pass, stage: Stage) -> tuple[str, ...]:
     if Change.MASK not in config.changes or not timed or (stage.speed and "zeros" not in stage.speed.kernel):
         return ()
     return ("it runs dense: no kernel makes its sparse layers faster here",)
+
+
+def _chosen_by(config: Pass, quality: Figure) -> tuple[str, ...]:
+    """What to know of the quality of a stage where a search compared choices by it."""
+    if not isinstance(config, SearchPass) or not (config.budget.of_quality or config.exhaustive):
+        return ()
+    return (f"its values were chosen by the {quality} on the evaluation data: on other data it may be worse",)

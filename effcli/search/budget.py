@@ -101,7 +101,11 @@ class Budgeted(Options):
         None, gt=0, lt=1, description="Budget: the share of all weights of the layers that is removed, 0.5 or 50%."
     )
     average_ratio: float | None = Field(
-        None, gt=0, lt=1, description="Budget: the share of all weights of the groups that is removed, 0.5 or 50%."
+        None,
+        gt=0,
+        lt=1,
+        description="Budget: the ratio as a mean over the groups by their weights, 0.5 or 50%; more than that share of "
+        "the weights goes where groups meet.",
     )
     size: int | None = Field(None, gt=0, description="Budget: bytes of the weight files, or 40MB.")
     perplexity_increase: float | None = Field(
@@ -120,7 +124,8 @@ class Budgeted(Options):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Budget of a language model: measured milliseconds for one decoded token, 20 or 20ms.",
+        description="Budget: measured milliseconds for one decoded token, or for one input of a graph, of which only "
+        "`channels` changes them, 20 or 20ms.",
     )
     ram: int | None = Field(
         None, gt=0, description="Budget of a network that a later pass makes integer: bytes of RAM in C, or 64KiB."

@@ -56,7 +56,7 @@ class _Adapting(Strategy):
             layer = self.costs.layers[at]
             value = valued(self.option, layer.options[now.options[at]].value)
             way.append((now, f"round {len(way)}: {layer.name} to {value}"))
-        return self.search(way, now)
+        return self.search("choices of the rounds", way, now)
 
     def _candidates(
         self, figure: Figure, now: Assignment, ladders: Sequence[Sequence[int]], target: float

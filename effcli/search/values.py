@@ -101,12 +101,13 @@ class Strategy:
             found[choice.options] = self.evaluator.measure(figure, self.assignments.values(choice))
         return found[choice.options]
 
-    def search(self, shown: Iterable[tuple[Assignment, str]], chosen: Assignment) -> Search:
-        """What was found; shown: choices, one beside the other, and how each came about."""
+    def search(self, along: str, shown: Iterable[tuple[Assignment, str]], chosen: Assignment) -> Search:
+        """What was found; along: what is shown, in words; shown: choices and how each came about."""
         quality = self.evaluator.quality
         return Search(
             sensitivity=self.costs,
             budget=str(self.budget),
+            along=along,
             front=tuple(self._point(*one) for one in sorted(shown, key=lambda one: one[0].nbytes)),
             uniform=tuple(
                 self._point(choice, valued(self.option, value)) for value, choice in self.assignments.uniform.items()
@@ -148,7 +149,7 @@ class _Chooser(Strategy):
         if measured:
             self.measure(quality, chosen)
         shown = {choice.options: choice for choice in (*self.front, chosen)}
-        return self.search(((choice, "") for choice in shown.values()), chosen)
+        return self.search("cheapest choices", ((choice, "") for choice in shown.values()), chosen)
 
     def _chosen(self) -> Assignment:
         """The choice that keeps the budget."""

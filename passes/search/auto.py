@@ -102,6 +102,10 @@ class Auto(Budgeted, SearchPass):
                 f"netadapt lowers what is measured down to its budget, and {self.budget.quantity} is none that falls; "
                 "give size, macs or latency, or set strategy=knapsack"
             )
+        if self.strategy == "netadapt" and self.measured:
+            raise ValueError("netadapt measures the quality after every round; leave `measured` out")
+        if self.strategy != "netadapt" and self.rounds != type(self).model_fields["rounds"].default:
+            raise ValueError("`rounds` are those of netadapt; leave them out, or set strategy=netadapt")
         return self
 
     @property

@@ -51,6 +51,7 @@ def test_other_budgets(budget: str, net: Path, tmp_path: Path) -> None:
     before, after, _ = searched(net, tmp_path, f"auto:using=channels,{budget},by=gram,ratio=[0,0.25,0.5,0.75]")
     found = after.search
     assert found is not None and after.nbytes < before.nbytes
+    assert any("chosen by the accuracy" in line for line in after.remarks) == budget.startswith("accuracy")
     match budget.split("=")[0]:
         case "size":
             assert after.nbytes == found.chosen.limited <= 9000
@@ -68,6 +69,7 @@ def test_netadapt(budget: str, net: Path, tmp_path: Path) -> None:
     )
     found = after.search
     assert found is not None and found.sensitivity.way == "gram" and found.measure == "accuracy"
+    assert found.along == "choices of the rounds" and any("chosen by the accuracy" in line for line in after.remarks)
     *rounds, start = found.front
     assert start.name == "start" and len(rounds) >= 1
     figures = [point.limited for point in found.front]
@@ -138,6 +140,8 @@ def test_it_stands_before_passes_that_compress(net: Path, tmp_path: Path) -> Non
         ("accuracy_drop=0.1,strategy=netadapt", "accuracy_drop is none that falls"),
         ("macs=6000,ranking=network", "channels is to rank all groups together"),
         ("macs=6000,strategy=netadapt,rounds=0", "rounds: should be greater than or equal to 1"),
+        ("macs=6000,strategy=netadapt,measured=2", "leave `measured` out"),
+        ("macs=6000,rounds=3", "`rounds` are those of netadapt"),
         ("macs=6000,ratio=[0,1]", "ratio"),
         ("average_bits=4", "channels is searched for its ratio"),
     ],
@@ -155,6 +159,6 @@ def test_netadapt_takes_small_networks_alone(net: Path, tmp_path: Path, monkeypa
 
 
 def test_a_budget_that_no_ratio_keeps(net: Path, tmp_path: Path) -> None:
-    for strategy, message in (("knapsack", "with the highest and"), ("netadapt", "the smallest choice takes")):
+    for strategy, message in (("knapsack", "with the highest and"), ("netadapt,rounds=1", "the smallest choice takes")):
         with pytest.raises(SelectionError, match=message):
-            searched(net, tmp_path, f"auto:using=channels,macs=100,by=gram,strategy={strategy},rounds=1,ratio=[0,0.5]")
+            searched(net, tmp_path, f"auto:using=channels,macs=100,by=gram,strategy={strategy},ratio=[0,0.5]")
