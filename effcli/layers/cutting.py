@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcli.errors import UserError
-from effcli.layers.contract import UNSEEN, CutPass, Members, Needs, Reader, Statistics
+from effcli.errors import SelectionError, UserError
+from effcli.layers.contract import UNSEEN, CutPass, Members, Needs, Pass, Reader, Statistics
 from effcli.layers.coupling import Coupled, Cut, Depth, Member, staying
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.returned import Asked
-from effcli.layers.selection import Choice
+from effcli.layers.selection import Choice, matches
 from effcli.layers.statistics import Gradients
 from effcli.reports.report import LedgerRow
 
@@ -41,7 +41,11 @@ class Offered:
 
     def layers(self, group: Coupled) -> list[tuple[Member, LayerSite]]:
         """The layers whose rows, columns or matrices go with the positions of a group."""
-        return [(member, site) for member in group.members for site in self.sites.get(member.parameter, ())]
+        return _layers(group, self.sites)
+
+    def maker(self, group: Coupled) -> LayerSite:
+        """The layer whose options are those of a group."""
+        return _maker(self.layers(group))
 
     def readers(self, group: Coupled) -> list[tuple[Member, LayerSite]]:
         """The layers whose columns go with the positions of a group."""
@@ -64,7 +68,8 @@ SeenOf = Callable[[Sequence[LayerSite]], Mapping[str, Sequence[Statistics]]]
 def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mapping[str, Choice]) -> Offered:
     """The groups that the pass called `name` takes and whose layers are all taken.
 
-    Raises `UserError` where there is none, and for options that these groups cannot keep.
+    A group has the options of the first layer that makes its channels. Raises `UserError` where there is none, for
+    options that these groups cannot keep, and for options under `layers` that no group has.
     """
     sites: dict[str, list[LayerSite]] = {}
     for choice in choices.values():
@@ -72,10 +77,14 @@ def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mappi
     offered: list[Coupled] = []
     chosen: dict[str, CutPass] = {}
     obstacles: dict[str, list[str]] = {}
+    makers: list[str] = []
     for group in groups:
-        layers = [site for member in group.members for site in sites.get(member.parameter, ())]
-        config = choices[layers[0].name].config if layers else options
-        reason = group.reason or _left_alone(layers, choices)
+        layers = _layers(group, sites)
+        config: Pass | None = options
+        if layers:
+            makers.append(_maker(layers).name)
+            config = choices[makers[-1]].config
+        reason = group.reason or _left_alone((site for _, site in layers), choices)
         taking = config if isinstance(config, CutPass) else options
         if isinstance(group, Depth) != options.depth or not taking.takes(group):
             continue
@@ -93,6 +102,12 @@ def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mappi
     if not offered:
         what = "blocks" if options.depth else "channels"
         raise UserError(f"{name} finds no {what} that can be cut", "; ".join(remarks) or "this network has none")
+    for pattern in options.layers:
+        if not any(matches(maker, pattern) for maker in makers):
+            raise SelectionError(
+                f"{name}.layers: {pattern!r} matches no layer that is the first to make channels that can be cut",
+                f"a group has the options of that layer, such as {_maker(_layers(offered[0], sites)).name}",
+            )
     options.check(offered, chosen)
     return Offered(tuple(offered), chosen, sites, tuple(remarks))
 
@@ -160,7 +175,17 @@ def _distinct(sites: Iterable[LayerSite]) -> list[LayerSite]:
     return list({site.name: site for site in sites}.values())
 
 
-def _left_alone(layers: Sequence[LayerSite], choices: Mapping[str, Choice]) -> str:
+def _layers(group: Coupled, sites: Mapping[str, Sequence[LayerSite]]) -> list[tuple[Member, LayerSite]]:
+    """The layers that hold members of a group; sites: by parameter."""
+    return [(member, site) for member in group.members for site in sites.get(member.parameter, ())]
+
+
+def _maker(layers: Sequence[tuple[Member, LayerSite]]) -> LayerSite:
+    """The first layer that makes the channels of a group; of experts, which no layer makes, the first of all."""
+    return next((site for member, site in layers if member.axis == site.row_axis), layers[0][1])
+
+
+def _left_alone(layers: Iterable[LayerSite], choices: Mapping[str, Choice]) -> str:
     """Why a group with members in `layers` must stay; empty where all of them are taken."""
     kept = next((choices[site.name] for site in layers if choices[site.name].config is None), None)
     return "" if kept is None else f"{kept.site.name} is left alone ({kept.reason})"

@@ -62,7 +62,7 @@ def group_costs(
         entries = sum(_of(member, priced.extent(member.parameter)[0]) for member in group.members)
         layers.append(
             LayerCosts(
-                name=alternatives[0].offered.layers(group)[0][1].name,
+                name=alternatives[0].offered.maker(group).name,
                 kind=group.kind,
                 shape=(group.count, entries // group.count),
                 options=tuple(options[value] for value in sorted(options)),

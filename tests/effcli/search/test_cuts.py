@@ -139,7 +139,7 @@ def test_groups_of_a_language_model_with_biases(way: Way, windows: Windows, tmp_
     assert [layer.kind for layer in found] == ["feed_forward"] * 2
     names = {site.name for site in open_weights(source).skeleton.sites()}
     for layer in found:
-        assert layer.name in names
+        assert layer.name in names and layer.name.endswith("fc1")
         none, quarter, half = layer.options
         assert 0 == none.cost < quarter.cost < half.cost
         assert half.nbytes == none.nbytes / 2 == 2 * layer.shape[0] * layer.shape[1]

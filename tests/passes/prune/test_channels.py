@@ -169,6 +169,14 @@ def test_layers_have_ratios_of_their_own(tmp_path: Path) -> None:
     assert made.module.state_dict()["stem.weight"].shape[0] == 6
 
 
+def test_a_group_of_a_language_model_has_the_options_of_its_maker(llama: Path, tmp_path: Path) -> None:
+    own = {"*.0.mlp.gate_proj": {"ratio": 0.75}}
+    _, result = cut_language(llama, tmp_path, ratio=0.25, what="feed_forward", layers=own)
+    width = open_weights(llama).skeleton.config.intermediate_size
+    left = {row.name: row.shape[1] for row in result.ledger if row.name.endswith("down_proj")}
+    assert list(left.values())[:2] == [width // 4, width * 3 // 4]
+
+
 @pytest.mark.parametrize(
     ("multiple", "ratio", "width"), [(4, 0.3, 4), (4, 0.25, 8), (3, 0.25, 6), (8, 0.9, 8), (4, 0.0, 8), (3, 0, 8)]
 )
@@ -209,6 +217,7 @@ def image_to_image() -> Graph:
         (two_layers, {"ratio": 0.9}, "would leave nothing of the 3 channels of layer0"),
         (small_graphs.residual, {"multiple_of": 16}, "stem has 8 channels, fewer than multiple_of=16"),
         (plain, {"criterion": "batchnorm"}, "layer0 pass no batch norm"),
+        (plain, {"layers": {"layer2": {"ratio": 0.5}}}, "'layer2' matches no layer that is the first to make"),
         (plain, {"what": "heads"}, "channels finds no channels that can be cut"),
         (
             small_graphs.residual,
