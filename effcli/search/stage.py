@@ -81,6 +81,12 @@ def check(network: RunNetwork) -> None:
             raise DataError(f"{key}: latency is not measured", "leave evaluate.latency on")
         if quantity in ("ram", "flash"):
             _integer(key, passes[number + 1 :])
+        evaluate = network.recipe.evaluate
+        measured = evaluate.perplexity if network.quality == "perplexity" else evaluate.images
+        if step.config.measures_quality and not measured:
+            raise DataError(
+                f"{step.name}: {network.quality} is not measured", "leave out --no-eval, or evaluate: false"
+            )
 
 
 def check_measured(network: RunNetwork, original: Stage) -> None:
