@@ -52,7 +52,9 @@ class Auto(Budgeted, SearchPass):
     by: Literal["gram", "fisher", "loss"] | None = Field(
         None, description="How a layer's cost is found; null: loss for small networks, fisher for others."
     )
-    measured: int = Field(0, ge=0, le=32, description="The quality of so many points along the front is also measured.")
+    measured: int = Field(
+        0, ge=0, le=32, description="The quality of so many points along the front of `knapsack` is also measured."
+    )
     strategy: Literal["knapsack", "netadapt"] = Field(
         "knapsack",
         description="knapsack: the least sum of what single layers cost; netadapt, for small networks: whichever layer "
