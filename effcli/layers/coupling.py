@@ -79,12 +79,14 @@ class Depth(Coupled):
 class Cut:
     """What stays of a group. kept: bool (coupled.count,).
 
-    scores: what each position counted, (coupled.count,), for the report; None where nothing is told.
+    scores: what each position counted, (coupled.count,), for the report; None where nothing is told. remark: what the
+    user should know of how it was decided.
     """
 
     coupled: Coupled
     kept: Tensor
     scores: Tensor | None = None
+    remark: str = ""
 
     def __post_init__(self) -> None:
         """Raises `UserError` for channels that cannot be cut, and where nothing would be left."""

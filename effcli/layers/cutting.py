@@ -54,7 +54,7 @@ class Offered:
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """What a pass cuts. remarks: which groups it could not cut, and why."""
+    """What a pass cuts. remarks: which groups it could not cut, and why, and what it says of its cuts."""
 
     cuts: tuple[Cut, ...]
     remarks: tuple[str, ...]
@@ -166,6 +166,7 @@ def decide(options: CutPass, offered: Offered, seen: Members) -> Decided:
     strange = next((one for one in cuts if not any(one.coupled is group for group in groups)), None)
     if strange is not None:
         asked.refuse(f"a cut of {strange.coupled.name}, which it was not given,", "cuts of the groups that it is given")
+    remarks += [one.remark for one in cuts if one.remark]
     if not cuts:
         remarks.append("nothing is cut: every channel stays")
     return Decided(cuts, tuple(remarks))

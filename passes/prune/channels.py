@@ -162,38 +162,40 @@ class Channels(CutPass):
         """Keep of every group what matters most."""
         chosen: Mapping[str, Channels] = seen.chosen
         if self.ranking == "network":
-            scores = [chosen[group.name]._scores(group, seen, group.count) for group in groups]
-            left = ranked(scores, [chosen[group.name].multiple(group) for group in groups], self.ratio)
+            found = [chosen[group.name]._scores(group, seen, group.count) for group in groups]
+            multiples = [chosen[group.name].multiple(group) for group in groups]
+            left = ranked([scores for scores, _ in found], multiples, self.ratio)
             return [
-                _keeping(group, own, chosen[group.name].width(group, count))
-                for group, own, count in zip(groups, scores, left, strict=True)
+                _keeping(group, *own, chosen[group.name].width(group, count))
+                for group, own, count in zip(groups, found, left, strict=True)
             ]
         cuts = []
         for group in groups:
             config = chosen[group.name]
             width = config.width(group, group.count * (1 - config.ratio))
-            cuts.append(_keeping(group, config._scores(group, seen, width), width))
+            cuts.append(_keeping(group, *config._scores(group, seen, width), width))
         return cuts
 
-    def _scores(self, group: Coupled, seen: Members, width: int) -> Tensor:
-        """What each position matters, (count,), where `width` of them are to stay."""
-        criterion = self._criterion(group)
+    def _scores(self, group: Coupled, seen: Members, width: int) -> tuple[Tensor, str]:
+        """What each position matters, (count,), where `width` of them are to stay, and a remark on how it was found."""
+        criterion, remark = self._criterion(group), ""
         try:
             if criterion in _SELECTIONS:
-                return _SELECTIONS[criterion](group, seen, width).cpu()
-        except UnsupportedError:
+                return _SELECTIONS[criterion](group, seen, width).cpu(), remark
+        except UnsupportedError as error:
             # Nobody asked for it where the layers that read the group do not allow it.
             if self.criterion is not None:
                 raise
+            remark = f"{group.name} is cut by magnitude, not {criterion}: {error.cause}"
             criterion = "magnitude"
-        return _SCORES[criterion](group, seen).cpu()
+        return _SCORES[criterion](group, seen).cpu(), remark
 
 
-def _keeping(group: Coupled, scores: Tensor, width: int) -> Cut:
+def _keeping(group: Coupled, scores: Tensor, remark: str, width: int) -> Cut:
     """The cut that leaves the `width` highest scores."""
     kept = torch.zeros(group.count, dtype=torch.bool)
     kept[scores.topk(width).indices] = True
-    return Cut(group, kept)
+    return Cut(group, kept, remark=remark)
 
 
 def ranked(scores: Sequence[Tensor], least: Sequence[int], ratio: float) -> list[int]:

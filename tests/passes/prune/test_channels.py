@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from effcli.errors import SelectionError, UserError
 from effcli.graphs.coupling import coupled
-from effcli.graphs.graph import Graph
+from effcli.graphs.graph import Facts, Graph
 from effcli.graphs.plan import PlannedGraph
 from effcli.graphs.sweep import graph_sweep
 from effcli.inputs.options import Calibration
@@ -250,6 +250,18 @@ def test_the_criterion_where_none_is_asked_for(options: dict[str, Any], same: di
     for mine, theirs in zip(*(each.values() for each in found), strict=True):
         assert torch.equal(mine, theirs)
     assert step(**options).needs == step(**same).needs
+
+
+def test_another_criterion_than_usual_is_told(tmp_path: Path) -> None:
+    """The layer behind reads the first two of four channels twice, which `reconstruction` does not allow."""
+    builder = small_graphs.Builder()
+    made = builder.module("first", small_graphs.seeded(nn.Linear(3, 4), 0), builder.input())
+    twice = builder.call("aten.cat.default", [made, builder.call("aten.slice.Tensor", made, 1, 0, 2)], 1)
+    last = builder.module("last", small_graphs.seeded(nn.Linear(6, 2), 1), twice)
+    graph = builder.finish(last, Facts(origin="test", shape=(3,)))
+    _, result = cut_graph(graph, tmp_path, restore=True)
+    (told,) = (remark for remark in result.remarks if "by magnitude, not reconstruction: last reads" in remark)
+    assert told.startswith("first is cut")
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
