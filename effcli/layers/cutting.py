@@ -95,10 +95,7 @@ def offer(name: str, options: CutPass, groups: Iterable[Coupled], choices: Mappi
             raise ValueError(f"two groups are called {group.name}")
         offered.append(group)
         chosen[group.name] = config
-    remarks = [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} cannot be cut: {reason}"
-        for reason, names in obstacles.items()
-    ]
+    remarks = [f"{_first_of(names)} cannot be cut: {reason}" for reason, names in obstacles.items()]
     if not offered:
         what = "blocks" if options.depth else "channels"
         raise UserError(f"{name} finds no {what} that can be cut", "; ".join(remarks) or "this network has none")
@@ -169,11 +166,20 @@ def decide(options: CutPass, offered: Offered, seen: Members) -> Decided:
     remarks += [one.remark for one in cuts if one.remark]
     if not cuts:
         remarks.append("nothing is cut: every channel stays")
+    changed = {one.coupled.name for one in cuts}
+    whole = [group.name for group in groups if group.name not in changed]
+    if cuts and whole:
+        remarks.append(f"nothing is cut of {_first_of(whole)}")
     return Decided(cuts, tuple(remarks))
 
 
 def _distinct(sites: Iterable[LayerSite]) -> list[LayerSite]:
     return list({site.name: site for site in sites}.values())
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """The first of some groups, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _layers(group: Coupled, sites: Mapping[str, Sequence[LayerSite]]) -> list[tuple[Member, LayerSite]]:

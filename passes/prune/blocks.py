@@ -21,13 +21,20 @@ class Blocks(CutPass):
 
     depth: ClassVar[bool] = True
 
-    ratio: float = Field(0.1, ge=0, lt=1, description="Share of the blocks that are removed, rounded to a number.")
+    ratio: float = Field(0.1, gt=0, lt=1, description="Share of the blocks that are removed, rounded to a number.")
     count: int | None = Field(None, ge=1, description="Blocks that are removed, in place of a share.")
 
     @model_validator(mode="after")
     def _chosen_together(self) -> Self:
         if self.layers:
             raise ValueError("blocks are chosen together and have no options of their own; `ignore` keeps some")
+        return self
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        # A resolved recipe spells out the default beside a count.
+        if self.count is not None and self.ratio != type(self).model_fields["ratio"].default:
+            raise ValueError("`count` takes the place of `ratio`; give one of them")
         return self
 
     @property

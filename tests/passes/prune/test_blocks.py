@@ -164,10 +164,17 @@ def test_graphs_have_no_blocks() -> None:
         planned.take(made, choose(planned.layered(made), made))
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0])
+@pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.0])
 def test_ratios_are_shares(ratio: float) -> None:
     with pytest.raises(RecipeError, match="ratio"):
         step(ratio=ratio)
+
+
+def test_a_count_and_a_ratio_are_refused() -> None:
+    with pytest.raises(RecipeError, match="`count` takes the place of `ratio`"):
+        step(ratio=0.5, count=1)
+    made = step(count=1)
+    assert PassStep.model_validate(made.model_dump(mode="json")).config.model_dump() == made.config.model_dump()
 
 
 def test_lists_of_block_numbers_are_shortened(tmp_path: Path) -> None:

@@ -203,6 +203,12 @@ def test_one_ranking_takes_from_where_it_costs_least(tmp_path: Path) -> None:
     assert made.module.state_dict()["stem.weight"].shape[0] == 8
 
 
+def test_groups_that_stay_whole_are_told(tmp_path: Path) -> None:
+    own = {"block.a": {"multiple_of": 8}}
+    _, result = cut_graph(small_graphs.residual(), tmp_path, ratio=0.4, ranking="network", layers=own)
+    assert "nothing is cut of block.a" in result.remarks
+
+
 def plain() -> Graph:
     return small_graphs.chain((4,), nn.Linear(4, 6), "relu.default", nn.Linear(6, 3))
 
