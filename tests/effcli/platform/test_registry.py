@@ -17,6 +17,7 @@ from effcli.layers.contract import LayerPass, Outcome
 from effcli.platform.registry import Entry, Registry
 from effcli.run import recipe
 
+KINDS = "LayerPass or NetworkPass or CutPass or TrainPass or SearchPass or ParameterPass"
 PASS = '''
 from typing import ClassVar
 
@@ -113,11 +114,11 @@ def test_summaries_are_read_and_nothing_is_imported(offer: Offer) -> None:
         ("effcli_faulty", "cannot be imported from effcli_faulty: "),
         (
             "effcli_faulty:NotOne",
-            "is not a LayerPass or NetworkPass or CutPass or TrainPass or SearchPass: effcli_faulty:NotOne",
+            f"is not a {KINDS}: effcli_faulty:NotOne",
         ),
         (
             "effcli_faulty:Neither",
-            "is not a LayerPass or NetworkPass or CutPass or TrainPass or SearchPass: effcli_faulty:Neither",
+            f"is not a {KINDS}: effcli_faulty:Neither",
         ),
         ("effcli_faulty:Abstract", "is not complete: effcli_faulty:Abstract lacks apply"),
     ],

@@ -66,7 +66,7 @@ def applied(config: Pruning, weight: Tensor, inputs: Tensor, mask: Mask | None =
 )
 def test_the_share_is_exact_to_the_weight(name: str, rows: int, columns: int, sparsity: float, seed: int) -> None:
     left = applied(made(name, sparsity=sparsity), matrix(rows, columns, seed), matrix(20, columns, seed + 1))
-    assert int((left == 0).sum()) == round(sparsity * rows * columns)
+    assert int((left == 0).sum()) == min(round(sparsity * rows * columns), rows * columns - 1)
 
 
 @pytest.mark.parametrize("name", METHODS)
