@@ -541,7 +541,8 @@ def _unsearchable(name: str, kind: type[Pass], option: Varied, options: Mapping[
     """Why no search can choose `option` of the pass `name`, whose other options are `options`; empty where one can."""
     space = SPACES[option]
     if not varies(kind, option):
-        return f"{name} has no {option} to choose layer by layer; take {space.passes}"
+        others = ", ".join(f"{own.passes} ({other})" for other, own in SPACES.items() if other != option)
+        return f"{name} has no {option} to choose layer by layer; take {space.passes}, or to choose otherwise {others}"
     if option in options:
         is_chosen, them = ("are", "them") if space.many else ("is", "it")
         return f"the {option} {is_chosen} what is chosen; leave {them} out of the options of {name}"

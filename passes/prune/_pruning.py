@@ -265,5 +265,5 @@ def _n_of_m(pattern: str) -> NOfM:
     """The pattern N:M; `ValueError` for what is none."""
     found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
     if found is None:
-        raise ValueError(f"{pattern!r} is no pattern N:M, such as 2:4")
+        raise ValueError(f"{pattern!r} is no pattern N:M of at most three digits each, such as 2:4")
     return NOfM(int(found[1]), int(found[2]))

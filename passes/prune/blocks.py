@@ -55,7 +55,8 @@ class Blocks(CutPass):
                 )
             if wanted >= group.count:
                 raise SelectionError(
-                    f"nothing would be left of {group.count} blocks without {wanted}", "remove fewer of them"
+                    f"blocks would remove {wanted} of {group.count} blocks, and one must stay",
+                    "lower `count` or `ratio`",
                 )
             if wanted > loose:
                 first, why = next(iter(group.fixed.items()))

@@ -142,7 +142,7 @@ def test_blocks_go_twice_and_are_compressed_then(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"count": 5}, "nothing would be left of 5 blocks without 5"),
+        ({"count": 5}, "blocks would remove 5 of 5 blocks, and one must stay"),
         ({"ratio": 0.05}, "a ratio of 0.05 of 5 blocks removes none"),
         (
             {"count": 3, "ignore": ["*.0.mlp.*", "*.1.mlp.*", "*.2.mlp.*"]},
