@@ -40,16 +40,16 @@ class _Adapting(Strategy):
         self.measure(self.evaluator.quality, now)
         way = [(now, "start")]
         limit, left = self.budget.limit, self.measure(figure, now)
+        if left > limit:
+            least = self.measure(figure, self._choice([ladder[-1] for ladder in ladders]))
+            if least > limit:
+                raise self._unkept(figure, least)
         step = (left - limit) / rounds
         while left > limit:
             target = max(limit, left - step)
             reaching, others = self._candidates(figure, now, ladders, target)
             if not reaching and not others:
-                raise SelectionError(
-                    f"{self.evaluator.name}: the budget is {self.budget}, and the smallest choice takes "
-                    f"{figured(figure, left)}",
-                    f"raise the budget or offer other values of `{self.option}`",
-                )
+                raise self._unkept(figure, left)
             # Where no layer by itself brings the figure down, one goes as far as it can.
             at, now = max((reaching or others).items(), key=lambda item: self._worth(figure, item[1]))
             left = self.measure(figure, now)
@@ -57,6 +57,13 @@ class _Adapting(Strategy):
             value = valued(self.option, layer.options[now.options[at]].value)
             way.append((now, f"round {len(way)}: {layer.name} to {value}"))
         return self.search("choices of the rounds", way, now)
+
+    def _unkept(self, figure: Figure, least: float) -> SelectionError:
+        taken = figured(figure, least)
+        return SelectionError(
+            f"{self.evaluator.name}: the budget is {self.budget}, and the smallest choice takes {taken}",
+            f"raise the budget or offer other values of `{self.option}`",
+        )
 
     def _candidates(
         self, figure: Figure, now: Assignment, ladders: Sequence[Sequence[int]], target: float
