@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {key: checkpoint.read(key) for key in checkpoint.entries}
 
 
+def carried_out(folder: Path, run: Callable[[Path, Path, torch.device], PassResult]) -> list[dict[str, Tensor]]:
+    """What `run` writes on the other device and on the CPU, whose ledgers are alike.
+
+    run: with a target, a folder for what is unfinished, and the device.
+    """
+    made, targets = [], []
+    for elsewhere in (True, False):
+        targets.append(folder / f"target-{elsewhere}")
+        targets[-1].mkdir()
+        with present(elsewhere) as device:
+            made.append(run(targets[-1], folder / f"work-{elsewhere}", device))
+    assert_alike(*made)
+    return [tensors(target) for target in targets]
+
+
 def assert_alike(found: PassResult, expected: PassResult) -> None:
     """Other kernels round sums of activations otherwise; weights alone are rounded the same."""
     for mine, theirs in zip(found.ledger, expected.ledger, strict=True):
@@ -75,14 +91,9 @@ def test_a_language_model(family: str, step: Any, inputs: str, tmp_path: Path) -
     checked = PassStep.model_validate(step)
     ids = torch.randint(100, (2, 2, 8), generator=torch.Generator().manual_seed(0))
     windows = Windows(list(ids), inputs) if checked.needs else None
-    made = []
-    for elsewhere in (True, False):
-        target = tmp_path / f"target-{elsewhere}"
-        target.mkdir()
-        with present(elsewhere) as device:
-            made.append(sweep(source, target, checked, windows, tmp_path / f"work-{elsewhere}", device=device))
-    assert_alike(*made)
-    there, here = (tensors(tmp_path / f"target-{elsewhere}") for elsewhere in (True, False))
+    there, here = carried_out(
+        tmp_path, lambda target, work, device: sweep(source, target, checked, windows, work, device=device)
+    )
     assert {key: (t.shape, t.dtype) for key, t in there.items()} == {key: (t.shape, t.dtype) for key, t in here.items()}
     if windows is None:
         torch.testing.assert_close(there, here, rtol=0, atol=0)
@@ -111,14 +122,10 @@ def test_a_graph(step: Any, inputs: Any, tmp_path: Path) -> None:
     graph.save(source)
     checked = PassStep.model_validate(step)
     checked = checked.model_copy(update={"config": checked.config.for_graph()})
-    made = []
-    for elsewhere in (True, False):
-        target = tmp_path / f"target-{elsewhere}"
-        target.mkdir()
-        with present(elsewhere) as device:
-            batches = small_graphs.batches(graph, 12)
-            made.append(graph_sweep(source, target, checked, batches, inputs, device=device))
-    assert_alike(*made)
+    batches = small_graphs.batches(graph, 12)
+    carried_out(
+        tmp_path, lambda target, work, device: graph_sweep(source, target, checked, batches, inputs, device=device)
+    )
     there, here = (Graph.read(tmp_path / f"target-{elsewhere}") for elsewhere in (True, False))
     x = small_graphs.inputs(graph)
     torch.testing.assert_close(there.run(x), here.run(x), rtol=1e-2, atol=1e-2)
@@ -138,14 +145,9 @@ def test_a_graph(step: Any, inputs: Any, tmp_path: Path) -> None:
 def test_a_language_model_is_cut(step: Any, tmp_path: Path) -> None:
     source, checked = architectures.make("llama", tmp_path / "model"), PassStep.model_validate(step)
     windows = Windows(list(torch.randint(100, (2, 2, 8), generator=torch.Generator().manual_seed(0))), "original")
-    made = []
-    for elsewhere in (True, False):
-        target = tmp_path / f"target-{elsewhere}"
-        target.mkdir()
-        with present(elsewhere) as device:
-            made.append(cut_model(source, target, checked, windows, tmp_path / f"work-{elsewhere}", device=device))
-    assert_alike(*made)
-    there, here = (tensors(tmp_path / f"target-{elsewhere}") for elsewhere in (True, False))
+    there, here = carried_out(
+        tmp_path, lambda target, work, device: cut_model(source, target, checked, windows, work, device=device)
+    )
     torch.testing.assert_close(there, here, rtol=1e-2, atol=1e-2)
 
 
