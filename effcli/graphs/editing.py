@@ -37,7 +37,7 @@ def edit_graph(graph: Graph, target: Path, step: PassStep) -> PassResult:
                 change(name, edit, state[name])
     for name, choice in choices.items():
         site = choice.site
-        if choice.config is None or name not in found.edits:
+        if choice.config is None:
             result.ledger.append(kept_row(graph, site, costs, choice.reason))
             continue
         held = graph.held(site)

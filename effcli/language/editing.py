@@ -79,8 +79,7 @@ class _Editing:
         self.carried = weights.carried()
         found = edited(weights, step)
         self.choices: Mapping[str, Choice] = choose(found, step)
-        ignored = {name for name, choice in self.choices.items() if choice.config is None}
-        self.edits = {name: edit for name, edit in found.edits.items() if name not in ignored}
+        self.edits = found.edits
         self.progress = progress
 
     def carry_out(self, journal: Journal, target: Path) -> PassResult:

@@ -16,6 +16,7 @@ from effcli.layers.edits import Edit, Place, slices
 from effcli.layers.layer import LayerSite
 from effcli.layers.network import Held
 from effcli.layers.result import ratio
+from effcli.layers.selection import ignored
 from effcli.reports.report import LedgerRow
 from effcli.reports.units import count
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class Edited:
     """A network whose parameters a pass gives new values. See `effcli.layers.selection.Layered`.
 
-    edits: by the names of the network's places.
+    edits: by the names of the network's places, without those of layers that a pattern ignores.
     """
 
     def __init__(
@@ -43,7 +44,12 @@ class Edited:
         assert isinstance(step.config, ParameterPass)
         self._untouched = step.config.untouched
         self._sites, self._parts = list(sites), parts
-        self.edits: Mapping[str, Edit] = step.config.edits(places)
+        out = {site.name for site in sites if ignored(site, step.config)}
+        # A part goes out with the last of the layers that are made of it.
+        kept = {part for site in sites if site.name not in out for part in parts(site)}
+        out |= {part for site in sites if site.name in out for part in parts(site)} - kept
+        edits = step.config.edits(places)
+        self.edits: Mapping[str, Edit] = {name: edit for name, edit in edits.items() if name not in out}
 
     def sites(self) -> list[LayerSite]:
         return self._sites

@@ -97,7 +97,7 @@ def choose(network: Layered, step: PassStep) -> dict[str, Choice]:
     for site in sites:
         # A new value is stored as the old one, which nothing keeps from it.
         obstacle = "" if isinstance(config, ParameterPass) else site.obstacle
-        reason = _ignored(site, config) or obstacle or left_alone.get(site.name, "")
+        reason = ignored(site, config) or obstacle or left_alone.get(site.name, "")
         choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
     taken = [name for name, choice in choices.items() if choice.config is not None]
     if not taken and not isinstance(config, ParameterPass):
@@ -155,7 +155,8 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _ignored(site: LayerSite, config: Pass) -> str:
+def ignored(site: LayerSite, config: Pass) -> str:
+    """Which pattern leaves the layer out; empty where none does."""
     pattern = next((pattern for pattern in config.ignore if matches(site.name, pattern)), None)
     return "" if pattern is None else f"ignored by {pattern!r}"
 

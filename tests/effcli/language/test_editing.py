@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from effcli.errors import NumericsError
+from effcli.language.beside import beside
 from effcli.language.editing import edit_model
 from effcli.language.journal import Journal
 from effcli.language.weights import open_weights
@@ -53,6 +54,13 @@ def test_changes_what_is_named_and_nothing_else(llama: Path, tmp_path: Path) -> 
         doubled = name.removesuffix(".weight").endswith(("k_proj", "norm", "embed_tokens", "lm_head"))
         doubled &= ".1.self_attn" not in name
         assert torch.equal(after[name], 2 * value if doubled else value), name
+
+
+def test_what_is_ignored_stands_beside_the_rest_as_it_was(llama: Path) -> None:
+    before, after = open_weights(llama), beside(llama, step("k_proj", ignore=("*.1.self_attn.*",)))
+    for k, factor in enumerate((2, 1, 2)):
+        name = f"model.layers.{k}.self_attn.k_proj.weight"
+        assert torch.equal(after.parameter(name), factor * before.parameter(name).float())
 
 
 @pytest.mark.parametrize("done", [1, 3])

@@ -323,3 +323,12 @@ def test_a_merge_is_planned_as_it_is_written(targets: list[str], tied: bool, tmp
     assert changed == {row.name for row in planned.rows if row.name.endswith(targets[0])}
     adapters.merged(source, tmp_path / "out", adapter=str(tmp_path / "adapter"))
     assert planned.output_bytes == sum(entry.nbytes for entry in Checkpoint.open(tmp_path / "out").entries.values())
+
+
+def test_a_tied_head_that_is_ignored_stays_tied(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16, tie_word_embeddings=True)
+    adapters.make(source, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    options = {"adapter": str(tmp_path / "adapter"), "ignore": ["lm_head"]}
+    planned = plan_of(recipe(source, {"merge": options}))
+    adapters.merged(source, tmp_path / "out", **options)
+    assert planned.output_bytes == tensor_bytes(tmp_path / "out") == tensor_bytes(source)

@@ -189,6 +189,9 @@ def test_experts_by_their_old_names(network: Make, tmp_path: Path) -> None:
     expected[2, 128:] += 0.5 * b @ a
     torch.testing.assert_close(after[stack], expected)
     assert all(torch.equal(before[key], after[key]) for key in before if key != stack)
+    adapters.merged(source, tmp_path / "ignored", adapter=str(folder), ignore=[f"{stack}.*"])
+    ignored = adapters.loaded(tmp_path / "ignored").state_dict()
+    assert all(torch.equal(before[key], ignored[key]) for key in before)
 
 
 def _spoiled(folder: Path, spoil: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
