@@ -73,6 +73,8 @@ class _Reading:
         self.modules: dict[str, dict[int, dict[str, str]]] = {}
         # Parameters that were trained whole, or that the adapter brings with it.
         self.whole: dict[str, str] = {}
+        # The factors of the stack of experts that was opened last, by the name of the first.
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         for key, shape in adapter.tensors.shapes.items():
             # Counters of batch norms are no values.
             if shape:
@@ -258,8 +260,8 @@ class _Reading:
 
         def open_one(number: int) -> Callable[[Tensor], Rows]:
             def open(weight: Tensor) -> Rows:
-                a = self._read(parts["lora_A"]).view(experts, rank, columns)[number]
-                b = self._read(parts["lora_B"]).view(rows, rank, experts)[:, :, number]
+                a, b = self._factors(parts, number == experts - 1)
+                a, b = a.view(experts, rank, columns)[number], b.view(rows, rank, experts)[:, :, number]
                 return formulas.low_rank(a, b, scaling)
 
             return open
@@ -268,6 +270,17 @@ class _Reading:
             self._check_shape(name, place, (rows, columns))
         notes = {"adapter": config.named, "rank": rank, "scaling": scaling}
         return {name: Edit(open_one(int(name.rpartition(".")[2])), notes) for name in places}
+
+    def _factors(self, parts: _Parts, last: bool) -> tuple[Tensor, Tensor]:
+        """A (experts · r, in) and B (out, r · experts), read once for all experts of a stack and held until the last.
+
+        Those of one stack are held at a time.
+        """
+        key = parts["lora_A"]
+        if key not in self.factors:
+            self.factors.clear()
+            self.factors[key] = self._read(key), self._read(parts["lora_B"])
+        return self.factors.pop(key) if last else self.factors[key]
 
     def _ia3(self, module: str, place: Place, parts: _Parts) -> dict[str, Edit]:
         config, key = self.config, parts.get("ia3_l")

@@ -97,7 +97,7 @@ def scaled_outputs(factor: Tensor) -> Rows:
 
 def replaced(value: Tensor) -> Rows:
     """Another value in the place of the first; of a parameter that was trained whole."""
-    return lambda weight, rows: value[rows].float()
+    return lambda weight, rows: value[rows].to(torch.float32, copy=True)
 
 
 def replaced_rows(numbers: Tensor, values: Tensor) -> Rows:

@@ -80,6 +80,9 @@ def test_sum() -> None:
 def test_replaced() -> None:
     other = -W.to(torch.bfloat16)
     assert whole(formulas.replaced(other)).tolist() == (-W).tolist()
+    own = W.clone()
+    formulas.replaced(own)(torch.zeros_like(W), slice(0, 3)).zero_()
+    assert torch.equal(own, W)
     rows = formulas.replaced_rows(torch.tensor([2, 0]), torch.tensor([[9.0, 9.0], [8.0, 8.0]]))
     assert whole(rows).tolist() == [[8, 8], [3, 4], [9, 9]]
 

@@ -27,6 +27,7 @@ from effcli.errors import (
     SelectionError,
     UnsupportedError,
 )
+from effcli.files.checkpoint import Entry, read_entry
 from effcli.formats import Mask
 from effcli.language import verify
 from effcli.language.beside import beside
@@ -192,6 +193,20 @@ def test_experts_by_their_old_names(network: Make, tmp_path: Path) -> None:
     adapters.merged(source, tmp_path / "ignored", adapter=str(folder), ignore=[f"{stack}.*"])
     ignored = adapters.loaded(tmp_path / "ignored").state_dict()
     assert all(torch.equal(before[key], ignored[key]) for key in before)
+
+
+def test_factors_of_a_stack_are_read_once(network: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    adapters.make(network("mixtral"), tmp_path / "adapter", config)
+    read = []
+
+    def counted(entry: Entry) -> torch.Tensor:
+        read.append(entry.begin)
+        return read_entry(entry)
+
+    monkeypatch.setattr("effcli.adapters.tensors.read_entry", counted)
+    adapters.merged(network("mixtral"), tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    assert len(read) == len(set(read)) == len(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
 def _spoiled(folder: Path, spoil: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
