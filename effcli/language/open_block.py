@@ -59,9 +59,8 @@ class Part:
             if packed:
                 self.keep_site(weights, site)
             self.ledger.append(row(site.name))
-        if not sites and self.tensors[key].ndim > 1:
-            shape = tuple(self.tensors[key].shape)
-            self.ledger.append(dense_row(key, "embedding", shape, dtype, MATRIX))
+        if not sites:
+            self._add_matrix(key, tuple(self.tensors[key].shape), dtype)
 
     def copy(self, weights: Weights, key: str, row: Callable[[str], LedgerRow]) -> None:
         """Carry a parameter over without reading it, where the files hold it as it is; see `keep`."""
@@ -75,9 +74,13 @@ class Part:
             if site.name in weights.stored:
                 self.stored[site.name] = weights.stored[site.name]
             self.ledger.append(row(site.name))
-        shape = weights.skeleton.model.state_dict()[key].shape
-        if not sites and len(shape) > 1:
-            self.ledger.append(dense_row(key, "embedding", tuple(shape), weights.dtype_of(key), MATRIX))
+        if not sites:
+            self._add_matrix(key, weights.checkpoint.entries[found[key]].shape, weights.dtype_of(key))
+
+    def _add_matrix(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """The ledger's line for a parameter that is no layer, where it is a matrix."""
+        if len(shape) > 1:
+            self.ledger.append(dense_row(key, "embedding", shape, dtype, MATRIX))
 
     def keep_site(self, weights: Weights, site: LayerSite) -> None:
         """Carry one layer over on its own, as where others of its parameter are packed."""
