@@ -69,6 +69,11 @@ class _Reading:
         self.adapter = adapter
         self.config = adapter.config
         self.places = places
+        # The matrices of each stacked parameter.
+        self.stacks: dict[str, dict[str, Place]] = {}
+        for name, place in places.items():
+            if place.kind == "expert":
+                self.stacks.setdefault(name.rpartition(".")[0], {})[name] = place
         # The tensors of each module, by how many wrappers stand around it below its own.
         self.modules: dict[str, dict[int, dict[str, str]]] = {}
         # Parameters that were trained whole, or that the adapter brings with it.
@@ -167,12 +172,10 @@ class _Reading:
 
     def _stacks(self, module: str) -> list[str]:
         """The stacked parameters of a module of experts that the config names, in the module's order."""
-        wanted = getattr(self.config, "target_parameters", None) or ()
-        found = dict.fromkeys(
-            name.rpartition(".")[0]
-            for name, place in self.places.items()
-            if place.kind == "expert" and name.startswith(f"{module}.")
-        )
+        wanted = getattr(self.config, "target_parameters", None)
+        if not wanted:
+            return []
+        found = [name for name in self.stacks if f"{name}.".startswith(f"{module}.")]
         return [name for name in found if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
     def _layer(self, module: str, place: Place, parts: _Parts) -> dict[str, Edit]:
@@ -249,7 +252,7 @@ class _Reading:
         config = self.config
         assert isinstance(config, LoRA)
         self._expect(module, parts, _LORA)
-        places = {name: place for name, place in self.places.items() if name.rpartition(".")[0] == stack}
+        places = self.stacks[stack]
         experts = len(places)
         (ranks, columns), (rows, other) = (self._shape(parts[name]) for name in _LORA)
         if ranks != other or ranks % experts:
