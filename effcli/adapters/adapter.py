@@ -17,8 +17,9 @@ from torch import Tensor
 from effcli.adapters import formulas
 from effcli.adapters.config import IA3, AdapterConfig, LoHa, LoKr, LoRA, Ranked, read_adapter_config
 from effcli.adapters.tensors import Tensors
-from effcli.errors import CheckpointError, NumericsError, SelectionError, UnsupportedError
+from effcli.errors import CheckpointError, SelectionError, UnsupportedError
 from effcli.layers.edits import Edit, Place, Rows, slices
+from effcli.layers.result import check_tensor
 from effcli.platform import rehearsal
 from effcli.reports.units import count
 
@@ -404,8 +405,7 @@ class _Reading:
 
     def _read(self, key: str) -> Tensor:
         tensor = self.adapter.tensors.read(key)
-        if not bool(torch.isfinite(tensor.float().sum())) and not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(f"{self.adapter.path}: {key} holds NaN or infinity", "train the adapter again")
+        check_tensor(tensor, f"{self.adapter.path}: {key}", "train the adapter again")
         return tensor
 
     def _expect(self, module: str, parts: _Parts, names: Iterable[str]) -> None:

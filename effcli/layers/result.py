@@ -60,13 +60,13 @@ def check_finite(module: nn.Module, name: str) -> None:
             check_tensor(parameter, f"{name}.{own}" if name else own)
 
 
-def check_tensor(tensor: Tensor, name: str) -> None:
+def check_tensor(tensor: Tensor, name: str, remedy: str = _DAMAGED) -> None:
     """Raise `NumericsError` when the tensor called `name` holds NaN or infinity."""
     # A finite sum has finite terms and is much faster than looking at each; the reverse needs that look.
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
         return
     if not bool(torch.isfinite(tensor).all()):
-        raise NumericsError(f"{name} holds NaN or infinity", _DAMAGED)
+        raise NumericsError(f"{name} holds NaN or infinity", remedy)
 
 
 def worst(result: PassResult) -> list[Histogram]:
