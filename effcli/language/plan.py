@@ -21,6 +21,7 @@ from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass, ParameterPass
 from effcli.layers.cutting import offer
+from effcli.layers.editing import Edited
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, needs_of
 from effcli.layers.statistics import Needs
@@ -50,6 +51,8 @@ class PlannedModel:
         self._apart = False
         # Those whose columns the last step that cuts may remove.
         self._readers: list[LayerSite] = []
+        # The last step over parameters, and what it edits.
+        self._last: tuple[PassStep, Edited] | None = None
 
     @property
     def weights(self) -> int:
@@ -57,8 +60,14 @@ class PlannedModel:
 
     def layered(self, step: PassStep) -> Layered:
         if isinstance(step.config, ParameterPass):
-            return edited(self._weights, step)
+            return self._edited(step)
         return self._skeleton
+
+    def _edited(self, step: PassStep) -> Edited:
+        """What a pass over parameters edits, read once for all that is asked of a step."""
+        if self._last is None or self._last[0] is not step:
+            self._last = step, edited(self._weights, step)
+        return self._last[1]
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
         if isinstance(step.config, CutPass):
@@ -71,7 +80,7 @@ class PlannedModel:
             offered = offer(step.name, step.config, groups, choices)
             self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
         if isinstance(step.config, ParameterPass):
-            self._apart |= unties(self._weights, edited(self._weights, step).edits)
+            self._apart |= unties(self._weights, self._edited(step).edits)
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))
             if choice.config is not None:
@@ -198,7 +207,7 @@ class PlannedModel:
 
         An embedding and its head may be there at a time, to be compared.
         """
-        names, inside = edited(self._weights, step).edits, f"{self._skeleton.block_path}."
+        names, inside = self._edited(step).edits, f"{self._skeleton.block_path}."
         outside = any(not name.startswith(inside) for name in names)
         largest = max(map(_numbers, blocks)) * self._skeleton.dtype.itemsize
         return max(largest, 2 * self.outer() * outside)

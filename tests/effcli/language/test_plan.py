@@ -13,6 +13,7 @@ from peft import LoraConfig
 from plain_passes import HALVE, PRUNE, Halve, Trim, asking
 from safetensors.torch import load_file, save_file
 
+from effcli.adapters.config import AdapterConfig, read_adapter_config
 from effcli.errors import CheckpointError, SelectionError, UserError
 from effcli.files.checkpoint import Checkpoint
 from effcli.inputs.text import Windows
@@ -323,6 +324,20 @@ def test_a_merge_is_planned_as_it_is_written(targets: list[str], tied: bool, tmp
     assert changed == {row.name for row in planned.rows if row.name.endswith(targets[0])}
     adapters.merged(source, tmp_path / "out", adapter=str(tmp_path / "adapter"))
     assert planned.output_bytes == sum(entry.nbytes for entry in Checkpoint.open(tmp_path / "out").entries.values())
+
+
+def test_an_adapter_is_read_once_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16)
+    adapters.make(source, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    read = []
+
+    def counted(folder: Path) -> AdapterConfig:
+        read.append(folder)
+        return read_adapter_config(folder)
+
+    monkeypatch.setattr("effcli.adapters.adapter.read_adapter_config", counted)
+    plan_of(recipe(source, {"merge": {"adapter": str(tmp_path / "adapter")}}))
+    assert read == [tmp_path / "adapter"]
 
 
 def test_a_tied_head_that_is_ignored_stays_tied(tmp_path: Path) -> None:
