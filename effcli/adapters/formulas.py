@@ -96,7 +96,7 @@ def scaled_outputs(factor: Tensor) -> Rows:
 
 
 def replaced(value: Tensor) -> Rows:
-    """Another value in the place of the first; of a parameter that was trained whole."""
+    """The value itself, of a parameter that was trained whole."""
     return lambda weight, rows: value[rows].to(torch.float32, copy=True)
 
 

@@ -1,4 +1,4 @@
-"""What a pass over parameters does to a network of either kind: which layers it takes, and what becomes of each."""
+"""A pass over parameters on a network of either kind: chooses the layers, changes them, and tells what changed."""
 
 from __future__ import annotations
 

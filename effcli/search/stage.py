@@ -109,16 +109,15 @@ def plan(network: RunNetwork) -> Plan:
     check(network)
     ends = [[network.with_defaults((step.candidates or (step,))[at]) for step in passes] for at in (0, -1)]
     first, last = map(network.plan, ends)
-    for step in searches:
-        if step.config.exhaustive and first.weights >= SMALL:  # type: ignore[attr-defined]
+    for number, step in enumerate(passes, start=1):
+        if not isinstance(step.config, SearchPass):
+            continue
+        if step.config.exhaustive and first.weights >= SMALL:
             raise RecipeError(
                 f"{step.name} carries out one layer after the other, again and again, and {network.recipe.model} has "
                 f"{count(first.weights, 'weight')}",
                 f"take a network of fewer than {SMALL:,}, or let costs decide: strategy=knapsack",
             )
-    for number, step in enumerate(passes, start=1):
-        if not isinstance(step.config, SearchPass):
-            continue
         whole = number == len(passes)
         _check_limit(step, *((first, last) if whole else (network.plan(steps[:number]) for steps in ends)))
     low, high = sorted((first, last), key=lambda found: found.output_bytes)

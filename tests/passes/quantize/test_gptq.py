@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from related_inputs import matrix, related, seen
 from torch import Tensor
 
 from effcli.errors import NumericsError
@@ -27,25 +28,6 @@ PLAIN: dict[str, Any] = {"act_order": False, "range": "minmax", "scales": False,
 def factor_of(configs: Any, group: Group, seen: Statistics) -> Any:
     """The factor for a group whose layers have these options, and the notes."""
     return configs[0].scale(dataclasses.replace(group, options=tuple(configs)), seen)
-
-
-def seen(inputs: Tensor) -> Statistics:
-    gram = Statistics(inputs.shape[-1])
-    gram.add(inputs)
-    return gram
-
-
-def related_inputs(tokens: int, columns: int, seed: int, loudness: float = 1.0) -> Tensor:
-    """Channels that depend on each other and differ in magnitude, float32 (tokens, columns)."""
-    generator = torch.Generator().manual_seed(seed)
-    sources = torch.randn(tokens, max(columns // 3, 1), generator=generator)
-    mixed = sources @ torch.randn(sources.shape[1], columns, generator=generator)
-    mixed += 0.3 * torch.randn(tokens, columns, generator=generator)
-    return mixed * (torch.randn(columns, generator=generator) * loudness).exp()
-
-
-def matrix(rows: int, columns: int, seed: int) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def applied(weight: Tensor, gram: Statistics, dtype: torch.dtype = torch.float32, **options: Any) -> Outcome:
@@ -100,7 +82,7 @@ def test_a_case_worked_by_hand() -> None:
 @pytest.mark.parametrize(("rows", "columns", "bits"), [(41, 40, 3), (5, 264, 4), (7, 136, 2)])
 def test_the_codes_are_the_papers(rows: int, columns: int, bits: int, group_size: int | None, act_order: bool) -> None:
     """Through H = R Rᵀ and in blocks, against the inverse's factor and no blocks: equal but for ties of float32."""
-    weight, gram = matrix(rows, columns, 1), seen(related_inputs(600, columns, 2))
+    weight, gram = matrix(rows, columns, 1), seen(related(600, columns, 2))
     diagonal = gram.matrix.diagonal()
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     options = {**PLAIN, "act_order": act_order, "bits": bits, "group_size": group_size}
@@ -115,7 +97,7 @@ def test_the_codes_are_the_papers(rows: int, columns: int, bits: int, group_size
 
 def test_the_error_is_the_weighted_sum_of_what_remains() -> None:
     """tr(D H Dᵀ) = Σ_j R_jj² e_j², e_j = ŵ_j - (w_j + what was fed forward), in float64's own arithmetic."""
-    weight, gram = matrix(9, 24, 3), seen(related_inputs(100, 24, 4)).matrix
+    weight, gram = matrix(9, 24, 3), seen(related(100, 24, 4)).matrix
     found = factorize(gram, 0.01, True, "layer")
     scale, zero = parameters(*extremes(weight, Affine(3, "group", 8)), Affine(3, "group", 8), torch.float32)
     grid = Grid(scale.t().contiguous(), zero.t().contiguous(), 8, 7, torch.float32)
@@ -160,7 +142,7 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     seed: int,
 ) -> None:
     """On the same ranges, with any inputs: fewer tokens than channels, loud channels, few bits."""
-    weight, gram = matrix(7, columns, seed), seen(related_inputs(tokens, columns, seed, loudness))
+    weight, gram = matrix(7, columns, seed), seen(related(tokens, columns, seed, loudness))
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "range": range}
     config = gptq.GPTQ(act_order=act_order, sweeps=sweeps, **options)
     layer = Layer("layer", "linear", weight, dtype)
@@ -172,7 +154,7 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     whole = errors(weight, torch.zeros_like(weight), gram)
     assert bool((made <= bound + 1e-5 * whole).all())
     assert 0 <= outcome.notes["error_over_nearest"] <= 1
-    again = packed(config.apply(layer, seen(related_inputs(tokens, columns, seed, loudness))))
+    again = packed(config.apply(layer, seen(related(tokens, columns, seed, loudness))))
     assert torch.equal(again.codes, packed(outcome).codes) and torch.equal(again.scale, packed(outcome).scale)
 
 
@@ -192,7 +174,7 @@ def test_what_is_zero_stays_zero(
     pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < share
     pruned[0], pruned[1, :8] = True, True
     weight[pruned] = 0
-    gram = seen(related_inputs(80, 40, seed))
+    gram = seen(related(80, 40, seed))
     options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "group_size": group_size, "range": range}
     restored = packed(applied(weight, gram, **options)).dequantize()
     assert bool((restored[pruned] == 0).all())
@@ -200,7 +182,7 @@ def test_what_is_zero_stays_zero(
 
 def test_the_others_make_up_for_pruned_ones() -> None:
     """Feedback still pays on a weight half of which is zero."""
-    weight, gram = matrix(32, 64, 5), seen(related_inputs(500, 64, 6))
+    weight, gram = matrix(32, 64, 5), seen(related(500, 64, 6))
     weight[:, ::2] = 0
     outcome = applied(weight, gram, bits=3, group_size=16)
     assert outcome.notes["error_over_nearest"] < 0.7
@@ -208,7 +190,7 @@ def test_the_others_make_up_for_pruned_ones() -> None:
 
 @given(seed=st.integers(0, 2**32), bits=st.sampled_from([2, 3, 4]), group_size=st.sampled_from([8, 40]))
 def test_every_sweep_lowers_every_row(seed: int, bits: int, group_size: int) -> None:
-    weight, gram = matrix(9, 40, seed), seen(related_inputs(80, 40, seed)).matrix
+    weight, gram = matrix(9, 40, seed), seen(related(80, 40, seed)).matrix
     format = Affine(bits, "group", group_size)
     scale, zero = parameters(*extremes(weight, format), format, torch.bfloat16)
     grid = Grid(scale.t().contiguous(), zero.t().contiguous(), group_size, format.levels, torch.bfloat16)
@@ -228,7 +210,7 @@ def test_every_sweep_lowers_every_row(seed: int, bits: int, group_size: int) -> 
 
 def test_a_sweep_finds_the_best_code_of_every_column() -> None:
     """After sweeps that change nothing more, no other code of any single weight lowers the error: tried one by one."""
-    weight, gram = matrix(3, 12, 7), seen(related_inputs(50, 12, 8))
+    weight, gram = matrix(3, 12, 7), seen(related(50, 12, 8))
     scale, zero = parameters(*extremes(weight, Affine(2, "group", 6)), Affine(2, "group", 6), torch.float32)
     grid = Grid(scale.t().contiguous(), zero.t().contiguous(), 6, 3, torch.float32)
     transposed = weight.t().contiguous()
@@ -254,7 +236,7 @@ def test_the_best_scale_by_hand() -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_it_pays_on_related_inputs(bits: int) -> None:
-    weight, inputs = matrix(48, 64, 9), related_inputs(500, 64, 10)
+    weight, inputs = matrix(48, 64, 9), related(500, 64, 10)
     plain = applied(weight, seen(inputs), bits=bits, group_size=32, **PLAIN).notes["error_over_nearest"]
     refined = applied(weight, seen(inputs), bits=bits, group_size=32, **{**PLAIN, "sweeps": 3})
     assert plain < 0.6
@@ -262,7 +244,7 @@ def test_it_pays_on_related_inputs(bits: int) -> None:
 
 
 def test_the_range_of_what_remains_pays_with_few_levels() -> None:
-    weight, gram = matrix(48, 64, 9), seen(related_inputs(500, 64, 10))
+    weight, gram = matrix(48, 64, 9), seen(related(500, 64, 10))
     full, shrunk = (
         float(errors(weight, packed(applied(weight, gram, bits=2, group_size=32, **options)).dequantize(), gram).sum())
         for options in ({**PLAIN}, {**PLAIN, "range": "remaining"})
@@ -297,7 +279,7 @@ def test_layers_of_one_input_share_its_factor(monkeypatch: pytest.MonkeyPatch) -
         return factorize(matrix, damping, act_order, name)
 
     monkeypatch.setattr(gptq, "factorize", counted)
-    gram = seen(related_inputs(60, 16, 11))
+    gram = seen(related(60, 16, 11))
     for k in range(3):
         applied(matrix(4, 16, k), gram, group_size=8)
     assert calls == [0.1]
@@ -307,7 +289,7 @@ def test_layers_of_one_input_share_its_factor(monkeypatch: pytest.MonkeyPatch) -
 
 def test_damping_is_raised_and_told() -> None:
     """Two equal channels and no damping: the matrix is singular, and exactly so where the factor begins."""
-    inputs = related_inputs(64, 16, 12)
+    inputs = related(64, 16, 12)
     for first, second in ((0, 1), (15, 14)):
         # Of sum of squares 64: its root is exact, so that no rounding of a processor leaves a positive pivot.
         inputs[:, first] = inputs[:, first].sign()
@@ -331,7 +313,7 @@ def test_a_matrix_without_a_factor_is_refused() -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_dead_channel_gets_its_nearest_codes(act_order: bool) -> None:
     """And moves no other column: those become what they would be without it."""
-    inputs = related_inputs(60, 16, 13)
+    inputs = related(60, 16, 13)
     inputs[:, 5] = 0
     weight = matrix(6, 16, 14)
     made = packed(applied(weight, seen(inputs), group_size=8, bits=3, **{**PLAIN, "act_order": act_order}))
@@ -352,7 +334,7 @@ def test_without_tokens_it_rounds_and_says_so() -> None:
 
 def test_a_tall_weight_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows do not depend on each other."""
-    weight, gram = matrix(41, 16, 15), seen(related_inputs(60, 16, 16))
+    weight, gram = matrix(41, 16, 15), seen(related(60, 16, 16))
     whole = packed(applied(weight, gram, group_size=8))
     monkeypatch.setattr("effcli.passes.quantize._gptq._ROWS", 7)
     parts = packed(applied(weight, gram, group_size=8))
@@ -360,7 +342,7 @@ def test_a_tall_weight_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_weight_without_rows() -> None:
-    made = packed(applied(torch.empty(0, 16), seen(related_inputs(20, 16, 17)), group_size=8))
+    made = packed(applied(torch.empty(0, 16), seen(related(20, 16, 17)), group_size=8))
     assert made.shape == (0, 16)
 
 
@@ -369,7 +351,7 @@ def group(*weights: Tensor) -> Group:
 
 
 def test_the_scale_is_that_of_awq() -> None:
-    weights, gram = [matrix(8, 32, k) for k in range(2)], seen(related_inputs(200, 32, 18, 2.0))
+    weights, gram = [matrix(8, 32, k) for k in range(2)], seen(related(200, 32, 18, 2.0))
     on, off = gptq.GPTQ(bits=3, group_size=16), gptq.GPTQ(bits=3, group_size=16, scales=False)
     expected, notes = factor_of((awq.AWQ(bits=3, group_size=16),) * 2, group(*weights), gram)
     found, told = factor_of((on, on), group(*weights), gram)
@@ -384,7 +366,7 @@ def test_the_scale_is_that_of_awq() -> None:
 @given(seed=st.integers(0, 2**32), bits=st.sampled_from([3, 4]))
 def test_in_one_step_or_in_two(seed: int, bits: int) -> None:
     """`awq` without rounding folds the scales in; `gptq` without scales then sees scaled weights and scaled inputs."""
-    weight, inputs = matrix(16, 32, seed), related_inputs(200, 32, seed, 2.0)
+    weight, inputs = matrix(16, 32, seed), related(200, 32, seed, 2.0)
     options: dict[str, Any] = {"bits": bits, "group_size": 16}
     factor, _ = factor_of((gptq.GPTQ(**options),), group(weight), seen(inputs))
     one = packed(applied(weight * factor, seen(inputs).rescaled(factor), **options))
