@@ -21,12 +21,11 @@ from torch import Tensor
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
 from effcli.files.exporter import Exporter
-from effcli.files.foreign import AWQ_ORDER, read_awq
+from effcli.files.foreign import AWQ_BITS, AWQ_ORDER, read_awq
 from effcli.formats import AffineWeight, pack_bits
 from effcli.language.weights import Weights
 from effcli.reports.report import Exported
 
-BITS = 4
 # What the kernels of gptqmodel 7.7 are written for, beside whole channels.
 _GROUP_SIZES = (16, 32, 64, 128)
 
@@ -43,7 +42,7 @@ class AWQ(Exporter):
         weights = open_compressed(source, "awq")
         sites = packed_sites(weights)
         refuse(
-            affine_obstacles(sites, weights, (BITS,)) or _unpackable(sites),
+            affine_obstacles(sites, weights, (AWQ_BITS,)) or _unpackable(sites),
             "awq",
             "compress with `awq`, `gptq` or `linear`: all layers with 4 bits and the same group size; `ignore` what "
             "has no place, or export to gptq or safetensors",
@@ -78,7 +77,7 @@ def _quantization(weights: Weights, sites: Sites) -> dict[str, Any]:
     return {
         "quant_method": "awq",
         "version": "gemm",
-        "bits": BITS,
+        "bits": AWQ_BITS,
         "group_size": size or -1,
         "zero_point": True,
         "modules_to_not_convert": dense or None,
@@ -98,7 +97,7 @@ def pack(name: str, weight: AffineWeight, half: HalfScales) -> dict[str, Tensor]
 def _interleaved(codes: Tensor) -> Tensor:
     """Words int32 (n, out/8) of codes uint8 (n, out)."""
     rows, columns = codes.shape
-    return pack_bits(codes.reshape(rows, -1, len(AWQ_ORDER))[..., list(AWQ_ORDER)].reshape(rows, columns), BITS)
+    return pack_bits(codes.reshape(rows, -1, len(AWQ_ORDER))[..., list(AWQ_ORDER)].reshape(rows, columns), AWQ_BITS)
 
 
 def unpack(tensors: dict[str, Tensor]) -> Tensor:

@@ -24,14 +24,13 @@ from effcli.exporters._packed import (
     refuse,
 )
 from effcli.files.exporter import Exporter
-from effcli.files.foreign import read_nf4
+from effcli.files.foreign import NF4_STATE, read_nf4
 from effcli.files.layout import Stored
 from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map
 from effcli.reports.report import Exported
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_STATE = "weight.quant_state.bitsandbytes__nf4"
 # The code of zero, which fills up the last byte of an odd number of weights.
 _ZERO = 7
 
@@ -105,7 +104,7 @@ def pack(weight: CodebookWeight) -> dict[str, Tensor]:
         }
     elif scale is not None:
         packed["weight.absmax"] = scale
-    packed[_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    packed[NF4_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return packed
 
 

@@ -24,13 +24,12 @@ from effcli.errors import UnsupportedError
 from effcli.exporters._affine_layers import TOLERANCE, HalfScales, affine_obstacles, expanded, kernel_remarks
 from effcli.exporters._packed import Sites, dense_layers, export_packed, open_compressed, packed_sites, refuse
 from effcli.files.exporter import Exporter
-from effcli.files.foreign import read_gptq
+from effcli.files.foreign import GPTQ_BITS, read_gptq
 from effcli.formats import AffineWeight, pack_bits
 from effcli.language.weights import Weights
 from effcli.reports.report import Exported
 from effcli.reports.units import count
 
-BITS = (2, 3, 4, 8)
 # What the kernels of gptqmodel 7.7 are written for, beside whole channels.
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -50,7 +49,7 @@ class GPTQ(Exporter):
         """
         weights = open_compressed(source, "gptq")
         sites = packed_sites(weights)
-        obstacles = affine_obstacles(sites, weights, BITS) or _unpackable(sites)
+        obstacles = affine_obstacles(sites, weights, GPTQ_BITS) or _unpackable(sites)
         refuse(
             obstacles,
             "gptq",

@@ -24,7 +24,10 @@ from effcli.formats.bits import unpack_bits
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map, fixed_table
 
 _ORIGINAL = "start from the original checkpoint"
-_STATE = "weight.quant_state.bitsandbytes__nf4"
+# The JSON that bitsandbytes keeps of an NF4 weight.
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+GPTQ_BITS = (2, 3, 4, 8)
+AWQ_BITS = 4
 # Outputs in a word of AWQ, from the low bits up.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -47,7 +50,7 @@ class ForeignLayout:
 
     def split(self, key: str, entries: Mapping[str, Any]) -> tuple[str, str] | None:
         """The layer and the ending of a tensor; None of one that belongs to no quantized layer."""
-        for ending in sorted(self.endings, key=len, reverse=True):
+        for ending in self.endings:
             layer = key.removesuffix(f".{ending}")
             if layer != key and f"{layer}.{self.endings[0]}" in entries:
                 return layer, ending
@@ -64,9 +67,9 @@ def foreign_layout(config: Mapping[str, Any]) -> ForeignLayout | None:
     if method == "gptq":
         return _gptq(found)
     if method == "awq":
-        if str(found.get("version", "gemm")).lower() != "gemm" or found.get("bits", 4) != 4:
+        if str(found.get("version", "gemm")).lower() != "gemm" or found.get("bits", AWQ_BITS) != AWQ_BITS:
             raise _unread(f"AWQ {found.get('version')} of {found.get('bits')} bits")
-        return ForeignLayout("AWQ", ("qweight", "qzeros", "scales"), _describe_awq, read_awq)
+        return ForeignLayout("AWQ", ("qweight", "qzeros", "scales"), _awq_format, read_awq)
     if method == "bitsandbytes" or (method is None and (found.get("load_in_4bit") or found.get("load_in_8bit"))):
         return _bitsandbytes(found)
     return None
@@ -85,7 +88,7 @@ def _gptq(found: Mapping[str, Any]) -> ForeignLayout:
     def read(tensors: Tensors, shape: tuple[int, int]) -> AffineWeight:
         return read_gptq(tensors, shape, offset)
 
-    return ForeignLayout("GPTQ", ("qweight", "qzeros", "scales", "g_idx"), _describe_gptq, read)
+    return ForeignLayout("GPTQ", ("qweight", "qzeros", "scales", "g_idx"), _gptq_format, read)
 
 
 def _grouped(bits: int, groups: int, columns: int) -> Affine:
@@ -94,14 +97,15 @@ def _grouped(bits: int, groups: int, columns: int) -> Affine:
     return Affine(bits, "channel", 0, False) if groups == 1 else Affine(bits, "group", columns // groups, False)
 
 
-def _describe_gptq(entries: Entries, shape: tuple[int, int]) -> Affine:
-    words, scales = (entries[name].shape if name in entries else () for name in ("qweight", "scales"))
-    return _gptq_format(words, scales, shape)
+def _shape(tensors: Mapping[str, Entry | Tensor], name: str) -> tuple[int, ...]:
+    """Of one of a layer's tensors, in the file or read; empty where it is missing."""
+    return tuple(tensors[name].shape) if name in tensors else ()
 
 
-def _gptq_format(words: tuple[int, ...], scales: tuple[int, ...], shape: tuple[int, int]) -> Affine:
+def _gptq_format(tensors: Mapping[str, Entry | Tensor], shape: tuple[int, int]) -> Affine:
+    words, scales = _shape(tensors, "qweight"), _shape(tensors, "scales")
     bits = words[0] * 32 // max(1, shape[1]) if len(words) == 2 else 0
-    if bits not in (2, 3, 4, 8) or len(scales) != 2:
+    if bits not in GPTQ_BITS or len(scales) != 2:
         raise ValueError(f"qweight {words} and scales {scales} for a layer {shape}")
     return _grouped(bits, scales[0], shape[1])
 
@@ -109,7 +113,7 @@ def _gptq_format(words: tuple[int, ...], scales: tuple[int, ...], shape: tuple[i
 def read_gptq(tensors: Tensors, shape: tuple[int, int], offset: bool) -> AffineWeight:
     """A weight of GPTQ; offset: whether zero points stand less one in the file."""
     rows, columns = shape
-    format = _gptq_format(tuple(tensors["qweight"].shape), tuple(tensors["scales"].shape), shape)
+    format = _gptq_format(tensors, shape)
     groups, bits = tensors["scales"].shape[0], format.bits
     expect(tensors, "qweight", (torch.int32,), (math.ceil(columns * bits / 32), rows))
     expect(tensors, "qzeros", (torch.int32,), (groups, math.ceil(rows * bits / 32)))
@@ -129,20 +133,17 @@ def read_gptq(tensors: Tensors, shape: tuple[int, int], offset: bool) -> AffineW
     return AffineWeight(format, codes, tensors["scales"].t().contiguous(), zeros.to(torch.uint8))
 
 
-def _describe_awq(entries: Entries, shape: tuple[int, int]) -> Affine:
-    return _awq_format(entries["scales"].shape if "scales" in entries else (), shape)
-
-
-def _awq_format(scales: tuple[int, ...], shape: tuple[int, int]) -> Affine:
+def _awq_format(tensors: Mapping[str, Entry | Tensor], shape: tuple[int, int]) -> Affine:
+    scales = _shape(tensors, "scales")
     if len(scales) != 2:
         raise ValueError(f"scales {scales}")
-    return _grouped(4, scales[0], shape[1])
+    return _grouped(AWQ_BITS, scales[0], shape[1])
 
 
 def read_awq(tensors: Tensors, shape: tuple[int, int]) -> AffineWeight:
     """A weight of AWQ's GEMM layout."""
     rows, columns = shape
-    format = _awq_format(tuple(tensors["scales"].shape), shape)
+    format = _awq_format(tensors, shape)
     groups = tensors["scales"].shape[0]
     expect(tensors, "qweight", (torch.int32,), (columns, math.ceil(rows / len(AWQ_ORDER))))
     expect(tensors, "qzeros", (torch.int32,), (groups, math.ceil(rows / len(AWQ_ORDER))))
@@ -153,7 +154,7 @@ def read_awq(tensors: Tensors, shape: tuple[int, int]) -> AffineWeight:
 
 def _interleaved(words: Tensor, count: int) -> Tensor:
     """Codes uint8 (n, count) of words int32 (n, count / 8) in AWQ's order."""
-    codes = unpack_bits(words, 4, count).view(len(words), -1, len(AWQ_ORDER))
+    codes = unpack_bits(words, AWQ_BITS, count).view(len(words), -1, len(AWQ_ORDER))
     return codes[..., torch.tensor(AWQ_ORDER).argsort()].reshape(len(words), count)
 
 
@@ -163,7 +164,14 @@ def _bitsandbytes(found: Mapping[str, Any]) -> ForeignLayout:
     kind = found.get("bnb_4bit_quant_type", "fp4")
     if kind != "nf4":
         raise _unread(f"bitsandbytes {kind}")
-    endings = ("weight.absmax", "weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
+    endings = (
+        "weight.absmax",
+        "weight",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        NF4_STATE,
+    )
     return ForeignLayout("bitsandbytes", endings, _describe_nf4, read_nf4)
 
 
@@ -179,7 +187,7 @@ class _State(BaseModel):
 
 
 def _nf4_state(data: Tensor) -> _State:
-    return check_model(_State, parse_json(bytes(data.tolist()), _STATE), _STATE)
+    return check_model(_State, parse_json(bytes(data.tolist()), NF4_STATE), NF4_STATE)
 
 
 def _nf4_format(state: _State) -> Codebook:
@@ -192,10 +200,10 @@ def _nf4_format(state: _State) -> Codebook:
 
 
 def _describe_nf4(entries: Entries, shape: tuple[int, int]) -> Codebook:
-    if _STATE not in entries:
-        raise ValueError(f"{_STATE} is missing")
+    if NF4_STATE not in entries:
+        raise ValueError(f"{NF4_STATE} is missing")
     # A few bytes of JSON, without which nothing is known of the layer.
-    return _nf4_format(_nf4_state(read_entry(entries[_STATE])))
+    return _nf4_format(_nf4_state(read_entry(entries[NF4_STATE])))
 
 
 def read_nf4(tensors: Tensors, shape: tuple[int, int] | None = None) -> CodebookWeight:
@@ -203,7 +211,7 @@ def read_nf4(tensors: Tensors, shape: tuple[int, int] | None = None) -> Codebook
 
     shape: (out, in), that which the tensors say unless given.
     """
-    state = _nf4_state(tensors[_STATE])
+    state = _nf4_state(tensors[NF4_STATE])
     format, table = _nf4_format(state), fixed_table("nf4")
     shape = shape or state.shape
     if state.shape != shape:
@@ -241,4 +249,15 @@ def read_int8(tensors: Tensors, shape: tuple[int, int]) -> AffineWeight:
     return AffineWeight(format, codes, (tensors["SCB"] / 127).unsqueeze(1))
 
 
-__all__ = ["AWQ_ORDER", "ForeignLayout", "foreign_layout", "read_awq", "read_gptq", "read_int8", "read_nf4"]
+__all__ = [
+    "AWQ_BITS",
+    "AWQ_ORDER",
+    "GPTQ_BITS",
+    "NF4_STATE",
+    "ForeignLayout",
+    "foreign_layout",
+    "read_awq",
+    "read_gptq",
+    "read_int8",
+    "read_nf4",
+]

@@ -26,6 +26,7 @@ from effcli import runtime
 from effcli.errors import UnsupportedError
 from effcli.exporters import gptq as exporter
 from effcli.exporters._affine_layers import HalfScales
+from effcli.files.foreign import GPTQ_BITS
 from effcli.formats import Affine, AffineWeight
 from effcli.language.sweep import sweep
 from effcli.language.weights import open_weights
@@ -113,7 +114,7 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
-@pytest.mark.parametrize("bits", exporter.BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_every_width_reads_as_the_layout_says(
     bits: int, granularity: str, symmetric: bool, checkpoint_format: str
 ) -> None:
@@ -130,7 +131,7 @@ def test_every_width_reads_as_the_layout_says(
     torch.testing.assert_close(unpacked, expected, rtol=0, atol=0)
 
 
-@given(seed=st.integers(0, 2**32), bits=st.sampled_from(exporter.BITS))
+@given(seed=st.integers(0, 2**32), bits=st.sampled_from(GPTQ_BITS))
 def test_zero_points_never_wrap(seed: int, bits: int) -> None:
     """Codes and zero go up by one where zero is 0 and a level is left; otherwise the layer is refused."""
     generator = torch.Generator().manual_seed(seed)
