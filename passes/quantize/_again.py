@@ -8,7 +8,6 @@ from torch import Tensor
 
 from effcli.errors import UnsupportedError
 from effcli.formats import Affine, AffineWeight, CodebookWeight, Quantized, SparseWeight
-from effcli.formats.codebook import fixed_table
 from effcli.passes.quantize import _affine, _nf4
 from effcli.passes.quantize._kmeans import assign, cluster
 from effcli.passes.quantize._tables import by_block
@@ -51,9 +50,7 @@ def _rounded(weight: Tensor, before: AffineWeight) -> AffineWeight:
 def _looked_up(weight: Tensor, before: CodebookWeight) -> CodebookWeight:
     format = before.format
     if format.kind == "nf4":
-        codes, largest = _nf4.encode(weight, format.group_size)
-        scale = _nf4.double_quantize(largest) if format.double else largest
-        return CodebookWeight(format, codes, fixed_table("nf4").to(codes.device), scale)
+        return _nf4.quantize(weight, format)
     if format.kind == "kmeans":
         values = by_block(weight, format)
         table = cluster(values, None, format.bits, before.table.dtype, zeros=True)

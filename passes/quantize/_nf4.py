@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from effcli.formats import DoubleQuantized
+from effcli.formats import Codebook, CodebookWeight, DoubleQuantized
 from effcli.formats.codebook import DOUBLE_BLOCK, dynamic_map, fixed_table
 
 # A block of zeros is divided by this.
@@ -20,6 +20,13 @@ _TINY = 1e-38
 _STEP = 1 << 20
 # bitsandbytes rounds a number of [-1, 1] to the nearest of so many evenly spaced ones before it looks up its code.
 _CELLS = 1 << 16
+
+
+def quantize(weight: Tensor, format: Codebook) -> CodebookWeight:
+    """A floating weight (out, in) in `format`, which is one of NF4."""
+    codes, largest = encode(weight, format.group_size)
+    scale = double_quantize(largest) if format.double else largest
+    return CodebookWeight(format, codes, fixed_table("nf4").to(codes.device), scale)
 
 
 def encode(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

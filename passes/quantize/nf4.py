@@ -16,10 +16,10 @@ import math
 
 from pydantic import Field
 
-from effcli.formats import Codebook, CodebookWeight
-from effcli.formats.codebook import DOUBLE_BLOCK, fixed_table
+from effcli.formats import Codebook
+from effcli.formats.codebook import DOUBLE_BLOCK
 from effcli.layers.contract import UNSEEN, Layer, LayerPass, Outcome, Statistics
-from effcli.passes.quantize._nf4 import double_quantize, encode
+from effcli.passes.quantize._nf4 import quantize
 
 
 class NF4(LayerPass):
@@ -39,8 +39,7 @@ class NF4(LayerPass):
     def apply(self, layer: Layer, seen: Statistics = UNSEEN) -> Outcome:
         """Quantize one weight (out, in); needs no inputs."""
         format = dataclasses.replace(self.format, dtype=layer.dtype)
-        codes, largest = encode(layer.weight, self.block_size)
-        scale = double_quantize(largest) if self.double else largest
-        bits = 8 * len(largest) + 32 * math.ceil(len(largest) / DOUBLE_BLOCK) if self.double else 32 * len(largest)
-        weight = CodebookWeight(format, codes, fixed_table("nf4").to(codes.device), scale)
-        return Outcome(weight, {"constant_bits": round(bits / max(1, codes.numel()), 4)})
+        weight = quantize(layer.weight, format)
+        blocks = format.blocks(weight.shape)
+        bits = 8 * blocks + 32 * math.ceil(blocks / DOUBLE_BLOCK) if self.double else 32 * blocks
+        return Outcome(weight, {"constant_bits": round(bits / max(1, weight.codes.numel()), 4)})
