@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from effcli.adapters import formulas
 from effcli.layers.edits import Edit, Rows, slices
 
 Combination = Literal["linear", "ties", "dare", "dare_ties"]
@@ -17,7 +18,7 @@ Combination = Literal["linear", "ties", "dare", "dare_ties"]
 def combined(
     edits: Sequence[tuple[Edit, float]], combination: Combination, density: float, seed: int, name: str
 ) -> Edit:
-    """One edit of several with their weights; the other arguments are those of `deltas_combined`.
+    """One edit of several with their weights: W + Σ w D for `linear`, the other arguments are of `deltas_combined`.
 
     name: of the place, which the draws depend on besides the seed and the adapter's number.
     """
@@ -30,8 +31,7 @@ def combined(
         changes = torch.stack([_change(edit, value) for edit, _ in edits])
         weights = torch.tensor([weight for _, weight in edits])
         generators = [generator(seed, number, name) for number in range(len(edits))]
-        delta = deltas_combined(changes, weights, combination, density, generators)
-        return lambda values, rows: values.add_(delta[rows])
+        return formulas.sum_with(deltas_combined(changes, weights, combination, density, generators))
 
     return Edit(open, {**notes, "combination": combination})
 
@@ -67,7 +67,7 @@ def generator(seed: int, number: int, name: str) -> torch.Generator:
 def deltas_combined(
     deltas: Tensor,
     weights: Tensor,
-    combination: Combination,
+    combination: Literal["ties", "dare", "dare_ties"],
     density: float,
     generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
@@ -76,18 +76,18 @@ def deltas_combined(
     deltas: float32 (adapters, ...), which may be changed; weights: (adapters,); density: the share of the numbers of
     each that count; generators: one for each adapter, of what is drawn.
 
-    linear: Σ w D. ties: of each D the largest numbers, then of these at each place the weighted mean of those whose
-    sign is that of their sum (TIES-merging, arXiv:2306.01708, algorithm 1). dare: each number is kept by chance and
-    divided by that chance (arXiv:2311.03099, equation 2), then Σ w D; dare_ties: the same, then the signs.
+    ties: of each D the largest numbers, then of these at each place the weighted mean of those whose sign is that of
+    their sum (TIES-merging, arXiv:2306.01708, algorithm 1). dare: each number is kept by chance and divided by that
+    chance (arXiv:2311.03099, equation 2), then Σ w D; dare_ties: the same, then the signs.
     """
     for number, delta in enumerate(deltas):
         if combination == "ties":
             _trim(delta, density)
-        elif combination != "linear":
+        else:
             kept = torch.rand(delta.shape, generator=generators[number]) < density
             delta.mul_(kept).div_(density)
     shaped = weights.view(-1, *[1] * (deltas.ndim - 1))
-    if combination in ("linear", "dare"):
+    if combination == "dare":
         return (deltas * shaped).sum(0)
     sign = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
     agreeing = deltas.sign() == sign

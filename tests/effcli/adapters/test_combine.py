@@ -24,7 +24,10 @@ def add(delta: Tensor) -> Edit:
 
 
 def test_linear() -> None:
-    assert deltas_combined(deltas(), WEIGHTS, "linear", 1.0).tolist() == [5, -0.5, -2, 0.5]
+    edits = [(add(delta), weight) for delta, weight in zip(deltas(), WEIGHTS.tolist(), strict=True)]
+    zeros = torch.zeros(4)
+    made = combined(edits, "linear", 1.0, 0, "layer").open(zeros)(zeros, slice(0, 4))
+    assert made.tolist() == [5, -0.5, -2, 0.5]
 
 
 def test_ties() -> None:
@@ -76,7 +79,10 @@ def test_rows_of_a_whole(combination: str) -> None:
     made = torch.cat([rows(weight[part].clone(), part) for part in (slice(0, 2), slice(2, 6))])
     draws = [generator(0, number, "layer") for number in (0, 1)]
     changes = torch.stack([first, second])
-    delta = deltas_combined(changes, torch.tensor([2.0, 0.5]), combination, 0.5, draws)  # type: ignore[arg-type]
+    if combination == "linear":
+        delta = 2.0 * first + 0.5 * second
+    else:
+        delta = deltas_combined(changes, torch.tensor([2.0, 0.5]), combination, 0.5, draws)  # type: ignore[arg-type]
     torch.testing.assert_close(made, weight + delta)
     assert edit.notes["adapters"] == [{"adapter": "sum"}] * 2
 
