@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effcli.adapters import formulas
 from effcli.adapters.config import IA3, AdapterConfig, LoHa, LoKr, LoRA, Ranked, read_adapter_config
-from effcli.adapters.tensors import Tensors
+from effcli.adapters.tensors import DAMAGED, Tensors
 from effcli.errors import CheckpointError, SelectionError, UnsupportedError
 from effcli.layers.edits import Edit, Place, Rows, slices
 from effcli.layers.result import check_tensor
@@ -32,7 +32,6 @@ _PART = re.compile(
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.(?P<part>trainable_tokens_delta)(\.\w+)?$")
 # What stands between the names of modules where PEFT wraps one.
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|original_module)(?=\.)")
-_DAMAGED = "copy the adapter again, or save it again with PEFT's `save_pretrained`"
 # The tensors of each kind of layer's adapter, where all must be there.
 _LORA = ("lora_A", "lora_B")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -143,7 +142,7 @@ class _Reading:
                 and self.config.targets(name, not place.head)
             ]
         except re.error as error:
-            raise CheckpointError(f"{self.adapter.path}: target_modules are no pattern: {error}", _DAMAGED) from error
+            raise CheckpointError(f"{self.adapter.path}: target_modules are no pattern: {error}", DAMAGED) from error
         if missing:
             more = f" and {count(len(missing) - 1, 'further layer')}" if len(missing) > 1 else ""
             raise SelectionError(
@@ -414,7 +413,7 @@ class _Reading:
         missing = [name for name in known if name not in parts and name != "lora_B.bias"]
         if missing:
             raise SelectionError(
-                f"the adapter {self.adapter.path} holds no {missing[0]} for {module}", f"it is not whole: {_DAMAGED}"
+                f"the adapter {self.adapter.path} holds no {missing[0]} for {module}", f"it is not whole: {DAMAGED}"
             )
         strange = [name for name in parts if name not in known]
         if strange:

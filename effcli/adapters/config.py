@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from effcli.errors import CheckpointError, UnsupportedError, did_you_mean
 from effcli.files.documents import check_model, read_object, says
 
-FILE_NAME = "adapter_config.json"
+_FILE = "adapter_config.json"
 _REMEDY = "save the adapter again with PEFT's `save_pretrained`, or copy it again"
 # Keys that say how an adapter was or will be trained and change nothing of what it adds.
 _NEUTRAL = frozenset(
@@ -179,11 +179,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     Raises `CheckpointError` where the file is missing or damaged, and `UnsupportedError`, which names them, for a kind
     or for keys that effcli does not know, or whose product it does not compute.
     """
-    file = folder / FILE_NAME
+    file = folder / _FILE
     if not folder.is_dir():
         raise CheckpointError(f"the adapter {folder} is no directory", "give a PEFT adapter directory")
     if not file.exists():
-        raise CheckpointError(f"the adapter {folder} holds no {FILE_NAME}", "give a PEFT adapter directory")
+        raise CheckpointError(f"the adapter {folder} holds no {_FILE}", "give a PEFT adapter directory")
     data = read_object(file, remedy=_REMEDY)
     named = check_model(_Kind, data, str(file), remedy=_REMEDY).peft_type
     if named not in _KINDS:
@@ -219,4 +219,4 @@ def _check_known(file: Path, config: AdapterConfig) -> None:
         )
 
 
-__all__ = ["FILE_NAME", "IA3", "AdapterConfig", "LoHa", "LoKr", "LoRA", "Ranked", "read_adapter_config"]
+__all__ = ["IA3", "AdapterConfig", "LoHa", "LoKr", "LoRA", "Ranked", "read_adapter_config"]

@@ -13,8 +13,9 @@ from torch import Tensor
 from effcli.errors import CheckpointError, first_line
 from effcli.files.checkpoint import read_entry, read_header
 
-STEM = "adapter_model"
-_REMEDY = "copy the adapter again, or save it again with PEFT's `save_pretrained`"
+_STEM = "adapter_model"
+# What to do about an adapter that is not whole.
+DAMAGED = "copy the adapter again, or save it again with PEFT's `save_pretrained`"
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class Tensors:
 
         Raises `CheckpointError` where there is none, or one that is damaged or holds more than tensors.
         """
-        file = folder / f"{STEM}.safetensors"
+        file = folder / f"{_STEM}.safetensors"
         if file.is_file():
             entries = read_header(file)
             shapes = {name: entry.shape for name, entry in entries.items()}
             return Tensors(shapes, lambda name: read_entry(entries[name]))
-        file = folder / f"{STEM}.bin"
+        file = folder / f"{_STEM}.bin"
         if not file.is_file():
-            raise CheckpointError(f"the adapter {folder} holds no {STEM}.safetensors and no {STEM}.bin", _REMEDY)
+            raise CheckpointError(f"the adapter {folder} holds no {_STEM}.safetensors and no {_STEM}.bin", DAMAGED)
         held = _unpickled(file)
         return Tensors({name: tuple(tensor.shape) for name, tensor in held.items()}, held.__getitem__)
 
@@ -47,14 +48,14 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file} holds more than tensors: {first_line(error)}", _REMEDY) from error
+        raise CheckpointError(f"{file} holds more than tensors: {first_line(error)}", DAMAGED) from error
     except (EOFError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: {first_line(error)}", _REMEDY) from error
+        raise CheckpointError(f"{file} is damaged: {first_line(error)}", DAMAGED) from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
     ):
-        raise CheckpointError(f"{file} holds no tensors by their names", _REMEDY)
+        raise CheckpointError(f"{file} holds no tensors by their names", DAMAGED)
     return found
 
 
-__all__ = ["STEM", "Tensors"]
+__all__ = ["DAMAGED", "Tensors"]

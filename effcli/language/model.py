@@ -181,13 +181,13 @@ class LanguageModel:
             trust = self.recipe.trust_remote_code
             return cut_model(source, target, step, windows, work, progress, trust, self._device)
         if isinstance(step.config, ParameterPass):
-            return self._edit(step, step.config.checks, source, target, work, progress)
+            return self._edit(step, source, target, work, progress)
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 
-    def _edit(
-        self, step: PassStep, checks: bool, source: Path, target: Path, work: Path, progress: Progress
-    ) -> PassResult:
-        """Carry out a pass over parameters; checks: compare what it wrote with what it adds beside the old values."""
+    def _edit(self, step: PassStep, source: Path, target: Path, work: Path, progress: Progress) -> PassResult:
+        """Carry out a pass over parameters, and the check that it asks for."""
+        assert isinstance(step.config, ParameterPass)
+        checks = step.config.checks
         trust, evaluation = self.recipe.trust_remote_code, self._evaluation
         if checks and (evaluation is None or not evaluation.reads_text):
             raise DataError(

@@ -203,8 +203,8 @@ def _with_input(
     with phases("comparing with the input", "tensor") as progress:
         against = compare(path, source, stages, trust_remote_code, progress)
     if not against.problem:
-        config = load_network_config(source, network_config(read_config(source)), trust_remote_code)
         said = read_config(source)
+        config = load_network_config(source, network_config(said), trust_remote_code)
         # What another tool quantized needs that tool in transformers.
         load = _own if is_own(said) or foreign_layout(said) is not None else load_stock
         with running(source), phases("running the input"):
