@@ -169,10 +169,6 @@ class _Chooser(Strategy):
     def _key(self) -> str:
         return f"{self.evaluator.name}.{self.budget.quantity}"
 
-    @property
-    def _does(self) -> str:
-        return f"{self.option} {'do' if SPACES[self.option].many else 'does'}"
-
     def _sized(self, limit: int) -> Assignment:
         """The cheapest choice whose weight files take `limit` bytes at most."""
         name, fixed = self.evaluator.name, self.evaluator.fixed_bytes
