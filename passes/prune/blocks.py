@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from effcli.errors import SelectionError
 from effcli.layers.contract import CutPass, Members, Needs
 from effcli.layers.coupling import Coupled, Cut, Depth
+from effcli.options import Share
 
 
 class Blocks(CutPass):
@@ -21,7 +22,7 @@ class Blocks(CutPass):
 
     depth: ClassVar[bool] = True
 
-    ratio: float = Field(0.1, gt=0, lt=1, description="Share of the blocks that are removed, rounded to a number.")
+    ratio: Share = Field(0.1, gt=0, lt=1, description="Share of the blocks that are removed, rounded to a number.")
     count: int | None = Field(None, ge=1, description="Blocks that are removed, in place of a share.")
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from torch import Tensor
 from effcli.errors import SelectionError, UnsupportedError
 from effcli.layers.contract import CutPass, Members, Needs
 from effcli.layers.coupling import Coupled, Cut, GroupKind
+from effcli.options import Share
 from effcli.passes.prune import _importance
 
 Criterion = Literal["magnitude", "batchnorm", "apoz", "taylor", "taylor_squared", "lasso", "reconstruction"]
@@ -48,7 +49,7 @@ class Channels(CutPass):
 
     rare: ClassVar[tuple[str, ...]] = ("ranking", "damping")
 
-    ratio: float = Field(
+    ratio: Share = Field(
         0.25, ge=0, lt=1, description="Share of the channels that are removed: of each group, or of all together."
     )
     criterion: Criterion | None = Field(

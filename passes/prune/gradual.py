@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from effcli.formats import Mask
 from effcli.layers.contract import Attached, Change, Layer, Outcome
+from effcli.options import Share
 from effcli.passes.prune._pruning import largest, pruned, removals
 from effcli.passes.train._tuning import Tuning
 
@@ -27,7 +28,7 @@ class Gradual(Tuning):
     changes: ClassVar[Change] = Change.VALUES | Change.MASK
     rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "until", "rewind")
 
-    sparsity: float = Field(0.8, ge=0, lt=1, description="Share of the weights that is removed in the end.")
+    sparsity: Share = Field(0.8, ge=0, lt=1, description="Share of the weights that is removed in the end.")
     compare: Literal["layer", "network"] = Field(
         "layer",
         description="Which weights compete: those of a layer, or those of all layers, each in units of the root mean "
@@ -52,6 +53,11 @@ class Gradual(Tuning):
             raise ValueError(f"layers are trained together: {', '.join(sorted(own - {'sparsity'}))} is one for all")
         if own and self.compare == "network":
             raise ValueError("no layer has a sparsity of its own where the weights of all layers compete")
+        if self.steps is not None and self.steps * self.until < self.rounds:
+            raise ValueError(
+                f"{self.rounds} rounds do not fit into {self.until:g} of {self.steps} steps: set rounds lower, "
+                "or steps higher"
+            )
         if self.rewind is not None and self.until == 1:
             raise ValueError("with rewind the last round needs steps to train in: set until below 1")
         if self.rewind is not None and self.schedule != "constant":

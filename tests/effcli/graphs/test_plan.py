@@ -344,3 +344,11 @@ def test_inspection_of_an_integer_network(bits: Any, nbytes: int, tmp_path: Path
     assert row.format == f"int{bits} integer" and row.bits_per_weight == bits
     assert (found.weights, found.nbytes) == (15, nbytes)
     assert found.remarks[0].startswith("integer network of 1 operation: 15 weights, 15 multiplications")
+
+
+def test_training_behind_fold_is_told_what_it_lacks() -> None:
+    graph = chain((3, 8, 8), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), ("reshape.default", [-1, 144]), nn.Linear(144, 2))
+    told = "batch norms keep a training stable"
+    assert any(told in remark for remark in planned(graph, "fold", "finetune").remarks)
+    for steps in (("finetune", "fold"), ("fold", "kmeans", "centroids")):
+        assert not any(told in remark for remark in planned(graph, *steps).remarks)

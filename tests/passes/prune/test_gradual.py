@@ -164,6 +164,7 @@ def test_a_killed_training_ends_with_the_same_weights(
         {"rounds": 0},
         {"until": 0.0},
         {"rewind": 0.5},
+        {"steps": 20, "rounds": 16},
         {"rewind": 0.5, "schedule": "constant", "until": 1.0},
         {"layers": {"a": {"rounds": 3}}},
         {"layers": {"a": {"sparsity": 0.5}}, "compare": "network"},

@@ -70,7 +70,12 @@ def test_the_share_is_exact_to_the_weight(name: str, rows: int, columns: int, sp
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:8", "4:4", "1:2", "1:12"])
+def test_a_share_may_be_written_as_a_percentage(name: str) -> None:
+    assert made(name, sparsity="62.5%") == made(name, sparsity=0.625)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:8", "1:2", "1:12"])
 def test_a_pattern_is_exact(name: str, pattern: str) -> None:
     kept, of = map(int, pattern.split(":"))
     config = made(name, pattern=pattern)
@@ -135,6 +140,9 @@ def test_rows_share_what_is_left_over() -> None:
         ({"sparsity": -0.1}, "greater than or equal to 0"),
         ({"pattern": "5:4"}, "5 of 4 neighbours cannot be kept"),
         ({"pattern": "0:4"}, "0 of 4"),
+        ({"pattern": "4:4"}, "keeps every weight"),
+        ({"sparsity": "150%"}, "less than 1"),
+        ({"sparsity": "1.5.0%"}, "valid number"),
         ({"pattern": "2:4:8"}, "no pattern N:M"),
         ({"pattern": "half"}, "no pattern N:M"),
         ({"pattern": "2:512"}, "2 of 512"),
