@@ -21,17 +21,22 @@ def look_at(
     offered: Offered,
     batches: Callable[[], Iterable[Tensor]],
     labelled: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+    gathered: dict[str, Seen] | None = None,
 ) -> Members:
     """What a pass asks for of the groups of a graph that it is offered.
 
-    batches: the calibration inputs, float32 (n, *shape), anew on each call; labelled: the same with labels int64 (n,).
+    batches: the calibration inputs, float32 (n, *shape), anew on each call; labelled: the same with labels int64 (n,);
+    gathered: takes in the statistics of the layers' inputs, by name, for whoever needs them again.
     """
 
     def slopes(sites: Sequence[LayerSite]) -> Mapping[str, Gradients]:
         return gradients(graph, sites, labelled(), offered.needs)
 
     def statistics(sites: Sequence[LayerSite]) -> Mapping[str, Seen]:
-        return OpenGraph(graph, offered.needs.statistics).observe((site.name for site in sites), batches())
+        found = OpenGraph(graph, offered.needs.statistics).observe((site.name for site in sites), batches())
+        if gathered is not None:
+            gathered.update(found)
+        return found
 
     return look(offered, graph.module.state_dict().__getitem__, slopes, statistics, lambda site: True)
 

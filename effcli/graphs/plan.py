@@ -159,7 +159,7 @@ class PlannedGraph:
     def _gram(self, step: PassStep, choices: Mapping[str, Choice]) -> float:
         """Multiplications of one input for the Gram matrices of its patches, as often as they are asked for."""
         restores = isinstance(step.config, CutPass) and step.config.restoring is not None
-        times, total = (Needs.GRAM in step.needs) + restores, 0.0
+        times, total = (Needs.GRAM in step.needs) + restores - self._shares(step), 0.0
         sites = self._readers if isinstance(step.config, CutPass) else [choice.site for choice in choices.values()]
         for site in sites if times else ():
             # As many patches as the layer computes outputs of one channel.
@@ -167,11 +167,16 @@ class PlannedGraph:
             total += patches * site.groups * site.columns**2
         return times * total
 
+    def _shares(self, step: PassStep) -> bool:
+        """Whether a pass that cuts ranks channels and restores their readers by the same statistics."""
+        restores = isinstance(step.config, CutPass) and step.config.restoring is not None
+        return restores and Needs.GRAM | Needs.MEANS in step.needs and self._calibration.inputs == "original"
+
     def _forwards(self, step: PassStep, choices: Mapping[str, Choice]) -> float:
         """How many forwards of all calibration inputs a pass comes to."""
         options = step.config
         if not isinstance(options, TrainPass):
-            return forwards(step, choices)
+            return forwards(step, choices) - self._shares(step)
         batch = (options.batch_size or self._calibration.batch_size) * options.accumulation
         per_epoch = math.ceil(self._calibration.samples / batch)
         epochs = options.total(per_epoch) / per_epoch

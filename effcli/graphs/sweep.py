@@ -100,8 +100,12 @@ def _compress(
     inputs: Literal["original", "compressed"],
     labelled: Labelled,
     progress: Progress = lambda done, total: None,
+    known: Mapping[str, Seen] | None = None,
 ) -> LayerEngine:
-    """Hand every layer that is taken to its pass; returns the engine, which has the ledger."""
+    """Hand every layer that is taken to its pass; returns the engine, which has the ledger.
+
+    known: statistics of the inputs of layers as they are, by name, which need not be gathered again.
+    """
     home, survey = OpenGraph(graph, needs_of([choices])), Survey(choices)
     needs = home.needs | survey.needs
     found: dict[str, Gradients] = {}
@@ -111,7 +115,8 @@ def _compress(
     if survey:
         choices = _surveyed(graph, choices, survey, batches, found)
     engine = LayerEngine(home, choices)
-    for number, (name, seen) in enumerate(_seen(home, engine, batches if home.needs else None, inputs, found)):
+    reaching = _seen(home, engine, batches if home.needs else None, inputs, found, known or {})
+    for number, (name, seen) in enumerate(reaching):
         progress(number, len(engine.taken))
         engine.compress(name, seen)
     progress(len(engine.taken), len(engine.taken))
@@ -140,26 +145,32 @@ def _seen(
     batches: Batches | None,
     inputs: Literal["original", "compressed"],
     gradients: Mapping[str, Gradients],
+    known: Mapping[str, Seen],
 ) -> Iterator[tuple[str, Seen]]:
     """The layers that `engine` takes, one after the other and each once for all before it, with what reaches them.
 
-    gradients: of the weights, where they are asked for.
+    gradients: of the weights, where they are asked for; known: see `_compress`.
     """
     if batches is None:
         yield from ((name, ()) for name in engine.taken)
         return
     scales = any(isinstance(engine.options(name), ScalingPass) for name in engine.taken)
-    seen = home.observe(engine.taken, batches()) if inputs == "original" or scales else {}
-    seen = engine.scale({name: with_gradients(own, gradients.get(name)) for name, own in seen.items()})
+    found: Mapping[str, Seen] = {}
+    if inputs == "original" and all(name in known for name in engine.taken):
+        found = {name: known[name] for name in engine.taken}
+    elif inputs == "original" or scales:
+        found = home.observe(engine.taken, batches())
+    seen = engine.scale({name: with_gradients(own, gradients.get(name)) for name, own in found.items()})
+    del found
     if inputs == "original":
         yield from ((name, seen.pop(name)) for name in engine.taken)
         return
     seen.clear()
     engine.explain(filter(home.repeated, engine.taken), "it runs more than once; its inputs were those of the first")
     for name, own in home.walk(engine.taken, batches()):
-        found, columns = gradients.get(name), engine.folded(name)
+        slopes, columns = gradients.get(name), engine.folded(name)
         # What reaches the layer stands divided by folded factors by now, and its gradients do not.
-        yield name, with_gradients(own, found.scaled(1 / columns) if found and columns is not None else found)
+        yield name, with_gradients(own, slopes.scaled(1 / columns) if slopes and columns is not None else slopes)
 
 
 def _cut(
@@ -177,11 +188,14 @@ def _cut(
     assert isinstance(options, CutPass)
     progress(0, 1)
     offered = offer(name, options, coupled(graph), choices)
-    decided = decide(options, offered, look_at(graph, offered, batches or (lambda: ()), labelled or (lambda: ())))
+    gathered: dict[str, Seen] = {}
+    seen = look_at(graph, offered, batches or (lambda: ()), labelled or (lambda: ()), gathered)
+    decided = decide(options, offered, seen)
     before, restored, cuts = graph.sites(), [], list(decided.cuts)
     restore = restoring(step, before, offered, decided.cuts)
     if restore is not None:
-        engine = _compress(graph, choose(graph, restore), batches, inputs, lambda: iter(()))
+        known = gathered if restore.needs in offered.needs.statistics else {}
+        engine = _compress(graph, choose(graph, restore), batches, inputs, lambda: iter(()), known=known)
         restored = [engine.row(name) for name in engine.taken]
         # The biases that layers were given go with the same positions.
         groups = {group.name: group for group in coupled(graph)}

@@ -266,12 +266,14 @@ def test_what_is_cut_is_planned_as_it_was() -> None:
 
 
 def test_what_is_cut_and_restored_is_planned() -> None:
-    """One forward and the Gram matrices of the layers that read channels to decide, and once more to restore."""
+    """One forward and the Gram matrices of the layers that read channels to decide, to restore, or for both."""
     grams = {}
     for options in ({"restore": False}, {"criterion": "magnitude"}, {}, {"criterion": "lasso", "restore": False}):
         grams[str(options)] = planned(small(), {"channels": {"ratio": 0.2, **options}}, samples=3).operations
     without, restored, both, decided = grams.values()
-    assert without == 0 and restored == decided > 2 * 3 * 2080 and both == 2 * restored
+    assert without == 0 and restored == decided == both > 2 * 3 * 2080
+    compressed = planned(small(), {"channels": {"ratio": 0.2}}, samples=3, inputs="compressed").operations
+    assert compressed == 2 * both
 
 
 def test_a_training_takes_the_disk_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.nn import functional
 from effcli import importers
 from effcli.errors import DataError, NumericsError, SelectionError, UserError
 from effcli.formats import Affine, AffineWeight, unpack
-from effcli.graphs.graph import Builder, Facts, Graph
+from effcli.graphs import sweep as sweeping
+from effcli.graphs.graph import WEIGHTS_NAME, Builder, Facts, Graph
 from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.walk import Walk
 from effcli.layers.contract import Group, Layer, LayerPass, Needs, Outcome
@@ -553,3 +555,33 @@ def test_four_bits_on_a_real_network(asset: Callable[[str], Path], tmp_path: Pat
     graph.save(source)
     graph_sweep(source, target, prepared("adaround"), lambda: iter(images[:512].split(64)))
     assert accuracy(Graph.read(target)) > accuracy(graph) - 0.01
+
+
+def without_known(compress: Callable[..., Any], *given: Any, known: Any, **named: Any) -> Any:
+    return compress(*given, **named)
+
+
+def test_what_ranks_channels_restores_their_readers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are observed once, and what is written is what two observations give."""
+    graph = small_graphs.residual()
+    written = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(sweeping, "_compress", partial(without_known, sweeping._compress))
+        source, target = tmp_path / f"source{known}", tmp_path / f"target{known}"
+        for folder in (source, target):
+            folder.mkdir()
+        graph.save(source)
+        inputs = torch.randn(6, *graph.facts.shape, generator=torch.Generator().manual_seed(0))
+        calls = 0
+
+        def batches(inputs: Tensor = inputs) -> Iterator[Tensor]:
+            nonlocal calls
+            calls += 1
+            yield from inputs.split(3)
+
+        step = PassStep.model_validate({"channels": {"ratio": 0.5}})
+        graph_sweep(source, target, step, batches)
+        assert calls == (1 if known else 2)
+        written.append((target / WEIGHTS_NAME).read_bytes())
+    assert written[0] == written[1]
