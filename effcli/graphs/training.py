@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.optim import Optimizer
 
-from effcli.errors import DataError, UnfinishedError, UserError, behind, writing
-from effcli.files.digest import of_folder
-from effcli.formats import Quantized, SparseWeight
+from effcli.errors import DataError, UserError
+from effcli.formats import Mask, Quantized, SparseWeight
 from effcli.graphs.backward import check_labels, classes_for
 from effcli.graphs.graph import Graph
 from effcli.graphs.ledger import dense, whole_rows
-from effcli.layers.contract import Attached, Layer, Needs, Observed, Pass, Step, TrainPass, Transformed, finished
+from effcli.layers.attaching import AttachedLayers, anew_if_damaged, told, training_key
+from effcli.layers.contract import Layer, Needs, Observed, Pass, TrainPass, Transformed, finished
 from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
-from effcli.layers.returned import Asked, described
+from effcli.layers.returned import Asked
 from effcli.layers.selection import choose
 from effcli.reports.units import count
 from effcli.training import loop
-from effcli.training.loop import Batch, Examples, Objective
+from effcli.training.loop import Batch, Examples
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
-
-
-# An error that changes by less than this share between two measurements has settled.
-_SETTLED = 0.01
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class _Request:
             dense=None if self.reference == self.source else self._teacher(Needs.DENSE, self.reference),
             original=self._teacher(Needs.ORIGINAL, self.original),
             work=self.work,
-            key=_key(self.source, step, [len(self.data), self.batch_size, options.seed]),
+            key=training_key(self.source, step, [len(self.data), self.batch_size, options.seed]),
             device=self.device,
             progress=self.progress,
         )
@@ -118,20 +108,7 @@ def train_graph(
     says so; seed: where the options have none.
     """
     request = _Request(source, target, step, data, batch_size, reference, original, work, seed, device, progress)
-    try:
-        return request.carry_out()
-    except UnfinishedError as error:
-        failure = behind(error)
-        if failure is not None:
-            # The snapshot may be whole: the same command reads it once the machine does.
-            raise failure from error
-        assert work is not None
-        damage = error.cause
-    with writing(work):
-        shutil.rmtree(work)
-    result = request.carry_out()
-    result.remarks.append(f"{step.name} trained anew, for unfinished training cannot be continued: {damage}")
-    return result
+    return anew_if_damaged(step.name, work, request.carry_out)
 
 
 def train(
@@ -164,10 +141,13 @@ def train(
         teachers["original"] = original or graph.copy()
     if Needs.LABELS in options.needs:
         _check_labels(name, graph, data)
-    attached = _Attached(graph, options, teachers)
+    attached = AttachedLayers(
+        _TrainedGraph(graph), options, {name: _TrainedGraph(each) for name, each in teachers.items()}
+    )
     with (
         loop.seeded(options.seed or 0),
         attached.to({site.name: site for site in graph.sites() if site.name in chosen}, chosen),
+        straight_through(graph.module),
     ):
         if not attached.layers:
             raise UserError(f"{name} finds no layer with a {options.takes} to train", options.remedy)
@@ -195,35 +175,8 @@ def train(
             )
             graph.set_weight(each, weight)
             notes[each] = dict(outcome.notes)
-    (_, first), *_, (_, last) = training.errors
-    # A rehearsal does not come to its last step.
-    least = dict(training.errors).get(training.kept, last)
-    told = f"{options.measured}: {first:.3g} before training, {least:.3g} after"
-    if not notes:
-        lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"
-        told = f"the weights stay as they are: {lost}"
-    if options.counts(0.0):
-        told += _advice(training.errors, options)
-    return Transformed(graph, notes, remarks=(*attached.remarks, told), training=training)
-
-
-def _advice(errors: Sequence[tuple[int, float]], options: TrainPass) -> str:
-    """What to change where the training ended too soon or lowered no error, as a clause; empty where it settled.
-
-    errors: at each step that was measured, the first before training.
-    """
-    longer = f"`epochs` (now {options.epochs})" if options.steps is None else f"`steps` (now {options.steps})"
-    rate = f"`learning_rate` (now {options.learning_rate:g})"
-    (_, first), *_, (_, last) = errors
-    least, before_last = min(error for _, error in errors), errors[-2][1]
-    if least == first == 0:
-        return ""
-    if least == first:
-        worse = last > first * (1 + _SETTLED)
-        return f"; lower {rate}" if worse else f"; raise {rate} or {longer}"
-    if last == least and last < before_last * (1 - _SETTLED):
-        return f", and it still fell: raise {longer}, or {rate}"
-    return ""
+    said = told(training, options, changed=bool(notes))
+    return Transformed(graph, notes, remarks=(*attached.remarks, said), training=training)
 
 
 def _undone(graph: Graph, name: str, before: Mapping[str, Tensor], compressed: Collection[str]) -> Iterator[str]:
@@ -238,125 +191,28 @@ def _undone(graph: Graph, name: str, before: Mapping[str, Tensor], compressed: C
         yield f"{name} filled {count(sum(filled.values()), 'weight')} of value zero, in {', '.join(filled)}"
 
 
-class _Attached:
-    """A graph whose layers run with the weights that a pass makes of their own.
+class _TrainedGraph:
+    """See `effcli.layers.attaching.Trainable`."""
 
-    layers: by name the site, the options, and what they attach; remarks: why other chosen layers stay as they are.
-    """
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self.module: nn.Module = graph.module
 
-    def __init__(self, graph: Graph, options: TrainPass, teachers: Mapping[str, Graph]) -> None:
-        self.graph = graph
-        self.options = options
-        self.teachers = teachers
-        self.layers: dict[str, tuple[LayerSite, TrainPass, nn.Module]] = {}
-        self.remarks: list[str] = []
+    def layer(self, name: str) -> Any:
+        return self._graph.layer(name)
 
-    @contextmanager
-    def to(self, sites: Mapping[str, LayerSite], chosen: Mapping[str, Pass]) -> Iterator[None]:
-        """Attach to the layers; afterwards they are as they were, but for what was trained of them."""
-        try:
-            for name, site in sites.items():
-                own = chosen[name]
-                assert isinstance(own, TrainPass)
-                asked = Asked(own, "attach", name)
-                module = asked.expect(own.attach(_layer(self.graph, site)), nn.Module | None, "a module, or None")
-                if module is None:
-                    self.remarks.append(f"{name} stays as it is: it has no {self.options.takes}")
-                    continue
-                layer = self.graph.layer(name)
-                mask = self.graph.mask(name)
-                kept = None if mask is None else mask.kept
-                parametrize.register_parametrization(layer, "weight", _Matrix(module, site.shape, kept, asked))
-                layer.parametrizations.weight.original.requires_grad_(own.trains_weights)  # type: ignore[union-attr]
-                if layer.bias is not None:
-                    layer.bias.requires_grad_(own.trains_biases)
-                self.layers[name] = site, own, module
-            with straight_through(self.graph.module):
-                yield
-        finally:
-            for name in self.layers:
-                layer = self.graph.layer(name)
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-                for parameter in layer.parameters():
-                    parameter.requires_grad_(False)
+    def mask(self, name: str) -> Mask | None:
+        return self._graph.mask(name)
 
-    def objective(self) -> Objective:
-        """What the loop trains."""
-        parameters = {
-            name: [own for own in self.graph.layer(name).parameters() if own.requires_grad] for name in self.layers
-        }
-        made = self.options.optimizer(parameters)
-        optimizer = Asked(self.options, "optimizer").expect(made, Optimizer, "an optimizer of torch")
-        return Objective(
-            module=self.graph.module,
-            optimizer=optimizer,
-            loss=self._loss,
-            error=self._error,
-            measured=self.options.measured,
-            beside=tuple(teacher.module for teacher in self.teachers.values()),
-            advance=self._advance,
-            counts=self.options.counts,
-        )
+    def read(self, site: LayerSite) -> Layer:
+        return _layer(self._graph, site)
 
-    def _advance(self, progress: float) -> bool:
-        attached = {}
-        for name, (site, _, module) in self.layers.items():
-            layer: Any = self.graph.layer(name)
-            weight = layer.parametrizations.weight.original.detach().view(site.shape)
-            attached[name] = Attached(module, weight, None if layer.bias is None else layer.bias.detach())
-        with torch.no_grad():
-            made = self.options.advance(attached, progress)
-        return Asked(self.options, "advance").expect(made, bool, "True or False")
+    def run(self, batch: Batch) -> Tensor:
+        outputs: Tensor = self.module(batch.inputs)
+        return outputs.float()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        loss = self.options.loss(self._step(batch, training=True))
-        return Asked(self.options, "loss").check_loss(loss, trains=True)
-
-    def _error(self, batch: Batch) -> tuple[float, float]:
-        found = self.options.measure(self._step(batch, training=False))
-        return Asked(self.options, "measure").check_measured(found)
-
-    def set_training(self, training: bool) -> None:
-        """Whether what is attached runs as in training, with its dropout say; the network itself never does."""
-        for _, _, module in self.layers.values():
-            module.train(training)
-
-    def _step(self, batch: Batch, *, training: bool) -> Step:
-        self.set_training(training)
-        with torch.no_grad():
-            taught = {name: teacher.module(batch.inputs).float() for name, teacher in self.teachers.items()}
-        # A layer that runs more than once has one weight.
-        with parametrize.cached():
-            outputs = self.graph.module(batch.inputs).float()
-        labels = batch.labels if Needs.LABELS in self.options.needs else None
-        return Step(batch.inputs, outputs, labels=labels, progress=batch.progress, scale=batch.scale, **taught)
-
-
-class _Matrix(nn.Module):
-    """The weight that runs, in the shape of the layer's parameter, made by a module that takes matrices (out, in).
-
-    kept: bool (out, in), which weights an earlier pass kept; the others stay 0. None where it removed nothing. asked:
-    whose module it is.
-    """
-
-    kept: Tensor | None
-
-    def __init__(self, inner: nn.Module, shape: tuple[int, int], kept: Tensor | None, asked: Asked) -> None:
-        super().__init__()
-        self.inner = inner
-        self.shape = shape
-        self.asked = asked
-        self.register_buffer("kept", kept, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        made: Any = self.inner(weight.view(self.shape))
-        if not isinstance(made, Tensor) or not made.is_floating_point() or tuple(made.shape) != self.shape:
-            self.asked.refuse(
-                f"a module that gives {described(made)}", f"one that gives a floating weight {self.shape}"
-            )
-        if self.kept is not None:
-            made = made.masked_fill(~self.kept, 0)
-        return made.view_as(weight)  # type: ignore[no-any-return]
+    def labels(self, batch: Batch) -> Tensor | None:
+        return batch.labels
 
 
 def _layer(graph: Graph, site: LayerSite) -> Layer:
@@ -372,17 +228,6 @@ def _check_labels(name: str, graph: Graph, data: Examples) -> None:
     use = f"{name} learns from labels"
     classes = classes_for(use, graph, "train towards the outputs of the original network")
     check_labels(use, None if data.labels is None else torch.from_numpy(data.labels), classes)
-
-
-def _key(source: Path, step: PassStep, numbers: list[int | None]) -> str:
-    """What decides how a training goes, as far as one folder of snapshots may see it change."""
-    request = {
-        "step": step.model_dump(mode="json"),
-        "source": of_folder(source),
-        "numbers": numbers,
-        "torch": torch.__version__,
-    }
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 __all__ = ["train", "train_graph"]

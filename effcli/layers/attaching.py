@@ -1,0 +1,240 @@
+"""A network of either kind in training: its layers run with the weights that a pass makes of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from effcli.errors import UnfinishedError, behind, writing
+from effcli.files.digest import of_folder
+from effcli.formats import Mask
+from effcli.layers.contract import Attached, Layer, Needs, Pass, Step, TrainPass
+from effcli.layers.layer import LayerSite
+from effcli.layers.result import PassResult
+from effcli.layers.returned import Asked, described
+from effcli.reports.report import Training
+from effcli.reports.units import count
+from effcli.training.loop import Batch, Objective
+
+if TYPE_CHECKING:
+    from effcli.run.recipe import PassStep
+
+# An error that changes by less than this share between two measurements has settled.
+_SETTLED = 0.01
+
+
+class Trainable(Protocol):
+    """A network in memory whose layers can be trained."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def layer(self, name: str) -> Any:
+        """The module that has the weight of a layer, and its bias or None."""
+
+    def mask(self, name: str) -> Mask | None:
+        """What earlier passes kept of a layer."""
+
+    def read(self, site: LayerSite) -> Layer:
+        """A layer as a pass sees it."""
+
+    def run(self, batch: Batch) -> Tensor:
+        """What the network returns, float32 (n, ...); of a language model for each token that is learned."""
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """The labels of what `run` returns, int64 (n,); None without."""
+
+
+class AttachedLayers:
+    """A network whose layers run with the weights that a pass makes of their own.
+
+    layers: by name the site, the options, and what they attach; remarks: why other chosen layers stay as they are.
+    """
+
+    def __init__(self, network: Trainable, options: TrainPass, teachers: Mapping[str, Trainable]) -> None:
+        self.network = network
+        self.options = options
+        self.teachers = teachers
+        self.layers: dict[str, tuple[LayerSite, TrainPass, nn.Module]] = {}
+        self.remarks: list[str] = []
+
+    @contextmanager
+    def to(self, sites: Mapping[str, LayerSite], chosen: Mapping[str, Pass]) -> Iterator[None]:
+        """Attach to the layers; afterwards they are as they were, but for what was trained of them."""
+        try:
+            for name, site in sites.items():
+                own = chosen[name]
+                assert isinstance(own, TrainPass)
+                asked = Asked(own, "attach", name)
+                module = asked.expect(own.attach(self.network.read(site)), nn.Module | None, "a module, or None")
+                if module is None:
+                    self.remarks.append(f"{name} stays as it is: it has no {self.options.takes}")
+                    continue
+                layer = self.network.layer(name)
+                mask = self.network.mask(name)
+                kept = None if mask is None else mask.kept
+                parametrize.register_parametrization(layer, "weight", _Matrix(module, site, kept, asked))
+                layer.parametrizations.weight.original.requires_grad_(own.trains_weights)
+                if layer.bias is not None:
+                    layer.bias.requires_grad_(own.trains_biases)
+                self.layers[name] = site, own, module
+            yield
+        finally:
+            for name in self.layers:
+                layer = self.network.layer(name)
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+                for parameter in layer.parameters():
+                    parameter.requires_grad_(False)
+
+    def objective(self) -> Objective:
+        """What the loop trains."""
+        parameters = {
+            name: [own for own in self.network.layer(name).parameters() if own.requires_grad] for name in self.layers
+        }
+        made = self.options.optimizer(parameters)
+        optimizer = Asked(self.options, "optimizer").expect(made, Optimizer, "an optimizer of torch")
+        return Objective(
+            module=self.network.module,
+            optimizer=optimizer,
+            loss=self._loss,
+            error=self._error,
+            measured=self.options.measured,
+            beside=tuple(teacher.module for teacher in self.teachers.values()),
+            advance=self._advance,
+            counts=self.options.counts,
+        )
+
+    def _advance(self, progress: float) -> bool:
+        attached = {}
+        for name, (site, _, module) in self.layers.items():
+            layer: Any = self.network.layer(name)
+            weight = site.view(layer.parametrizations.weight.original.detach())
+            attached[name] = Attached(module, weight, None if layer.bias is None else layer.bias.detach())
+        with torch.no_grad():
+            made = self.options.advance(attached, progress)
+        return Asked(self.options, "advance").expect(made, bool, "True or False")
+
+    def _loss(self, batch: Batch) -> Tensor:
+        loss = self.options.loss(self._step(batch, training=True))
+        return Asked(self.options, "loss").check_loss(loss, trains=True)
+
+    def _error(self, batch: Batch) -> tuple[float, float]:
+        found = self.options.measure(self._step(batch, training=False))
+        return Asked(self.options, "measure").check_measured(found)
+
+    def set_training(self, training: bool) -> None:
+        """Whether what is attached runs as in training, with its dropout say; the network itself never does."""
+        for _, _, module in self.layers.values():
+            module.train(training)
+
+    def _step(self, batch: Batch, *, training: bool) -> Step:
+        self.set_training(training)
+        with torch.no_grad():
+            taught = {name: teacher.run(batch) for name, teacher in self.teachers.items()}
+        # A layer that runs more than once has one weight.
+        with parametrize.cached():
+            outputs = self.network.run(batch)
+        labels = self.network.labels(batch) if Needs.LABELS in self.options.needs else None
+        return Step(batch.inputs, outputs, labels=labels, progress=batch.progress, scale=batch.scale, **taught)
+
+
+class _Matrix(nn.Module):
+    """The weight that runs, in the shape of the layer's parameter, made by a module that takes matrices (out, in).
+
+    kept: bool (out, in), which weights an earlier pass kept; the others stay 0. None where it removed nothing. asked:
+    whose module it is.
+    """
+
+    kept: Tensor | None
+
+    def __init__(self, inner: nn.Module, site: LayerSite, kept: Tensor | None, asked: Asked) -> None:
+        super().__init__()
+        self.inner = inner
+        self.site = site
+        self.asked = asked
+        self.register_buffer("kept", kept, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        made: Any = self.inner(self.site.view(weight))
+        shape = self.site.shape
+        if not isinstance(made, Tensor) or not made.is_floating_point() or tuple(made.shape) != shape:
+            self.asked.refuse(f"a module that gives {described(made)}", f"one that gives a floating weight {shape}")
+        if self.kept is not None:
+            made = made.masked_fill(~self.kept, 0)
+        return made.t() if self.site.transposed else made.view(weight.shape)
+
+
+def told(training: Training, options: TrainPass, changed: bool) -> str:
+    """What a training came to, and what to change where it ended too soon; changed: whether any weight did."""
+    (_, first), *_, (_, last) = training.errors
+    # A rehearsal does not come to its last step.
+    least = dict(training.errors).get(training.kept, last)
+    found = f"{options.measured}: {first:.3g} before training, {least:.3g} after"
+    if not changed:
+        lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"
+        found = f"the weights stay as they are: {lost}"
+    return found + _advice(training.errors, options) if options.counts(0.0) else found
+
+
+def _advice(errors: Sequence[tuple[int, float]], options: TrainPass) -> str:
+    """What to change where the training ended too soon or lowered no error, as a clause; empty where it settled.
+
+    errors: at each step that was measured, the first before training.
+    """
+    longer = f"`epochs` (now {options.epochs})" if options.steps is None else f"`steps` (now {options.steps})"
+    rate = f"`learning_rate` (now {options.learning_rate:g})"
+    (_, first), *_, (_, last) = errors
+    least, before_last = min(error for _, error in errors), errors[-2][1]
+    if least == first == 0:
+        return ""
+    if least == first:
+        worse = last > first * (1 + _SETTLED)
+        return f"; lower {rate}" if worse else f"; raise {rate} or {longer}"
+    if last == least and last < before_last * (1 - _SETTLED):
+        return f", and it still fell: raise {longer}, or {rate}"
+    return ""
+
+
+def anew_if_damaged(name: str, work: Path | None, carry_out: Callable[[], PassResult]) -> PassResult:
+    """What `carry_out` returns; where its snapshot in `work` is damaged it is thrown away, and a remark says so.
+
+    name: of the pass.
+    """
+    try:
+        return carry_out()
+    except UnfinishedError as error:
+        failure = behind(error)
+        if failure is not None:
+            # The snapshot may be whole: the same command reads it once the machine does.
+            raise failure from error
+        assert work is not None
+        damage = error.cause
+    with writing(work):
+        shutil.rmtree(work)
+    result = carry_out()
+    result.remarks.append(f"{name} trained anew, for unfinished training cannot be continued: {damage}")
+    return result
+
+
+def training_key(source: Path, step: PassStep, numbers: Sequence[int | str | None]) -> str:
+    """What decides how a training goes, as far as one folder of snapshots may see it change."""
+    request = {
+        "step": step.model_dump(mode="json"),
+        "source": of_folder(source),
+        "numbers": list(numbers),
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+__all__ = ["AttachedLayers", "Trainable", "anew_if_damaged", "told", "training_key"]
