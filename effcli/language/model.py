@@ -22,9 +22,10 @@ from effcli.language.evaluate import Evaluation
 from effcli.language.plan import PlannedModel
 from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
+from effcli.language.training import train_language
 from effcli.language.verify import Verification
 from effcli.language.weights import open_weights
-from effcli.layers.contract import CutPass, ParameterPass
+from effcli.layers.contract import CutPass, ParameterPass, TrainPass
 from effcli.layers.result import PassResult, Phases, Progress, unseen
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
@@ -182,6 +183,20 @@ class LanguageModel:
             return cut_model(source, target, step, windows, work, progress, trust, self._device)
         if isinstance(step.config, ParameterPass):
             return self._edit(step, source, target, work, progress)
+        if isinstance(step.config, TrainPass):
+            return train_language(
+                source,
+                target,
+                step,
+                windows,
+                batch_size=self.recipe.calibration.batch_size,
+                original=self.source,
+                work=work,
+                seed=self.recipe.seed,
+                device=self.recipe.device,
+                trust_remote_code=self.recipe.trust_remote_code,
+                progress=progress,
+            )
         return sweep(source, target, step, windows, work, progress, self.recipe.trust_remote_code, self._device)
 
     def _edit(self, step: PassStep, source: Path, target: Path, work: Path, progress: Progress) -> PassResult:

@@ -19,7 +19,7 @@ from effcli.language.depth import depth
 from effcli.language.editing import edited, unties
 from effcli.language.ledger import other_rows
 from effcli.language.weights import Weights, open_weights
-from effcli.layers.contract import CutPass, ParameterPass
+from effcli.layers.contract import CutPass, ParameterPass, TrainPass
 from effcli.layers.cutting import offer
 from effcli.layers.editing import Edited
 from effcli.layers.layer import LayerSite
@@ -29,6 +29,9 @@ from effcli.layers.survey import Survey
 from effcli.reports.units import count, size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row, forwards
 from effcli.run.recipe import PassStep
+
+# Numbers that a token leaves in a block for the way back, as a share of the inputs and outputs of its layers.
+_ALIVE = 1.0
 
 
 class PlannedModel:
@@ -166,6 +169,8 @@ class PlannedModel:
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
         if isinstance(step.config, ParameterPass):
             return Effort(0.0, self._rewritten(step, blocks))
+        if isinstance(step.config, TrainPass):
+            return self._training(step.config, choices, blocks)
         operations, memory, disk = 0.0, self._working(step, choices, blocks), 0
         if forwards(step, choices):
             operations, disk = self._operations(step, choices), 2 * self.states(self._skeleton.dtype)
@@ -178,6 +183,29 @@ class PlannedModel:
             memory, disk = max(memory + made.held, made.memory), disk + made.disk
             operations += made.operations
         return Effort(operations, memory, disk)
+
+    def _training(
+        self, options: TrainPass, choices: Mapping[str, Choice], blocks: Sequence[Sequence[LayerSite]]
+    ) -> Effort:
+        """Of a training: the whole network in float32, and what a batch leaves behind in every block for the way back.
+
+        What is trained has a gradient, two moments of the optimizer and its best values. A token leaves the inputs and
+        outputs of each layer, and at the head its logits with what the loss makes of them.
+        """
+        taken = _numbers(choice.site for choice in choices.values() if choice.config is not None)
+        teachers = Needs.ORIGINAL in options.needs
+        weights = sum(map(_numbers, blocks)) + self.outer(1)
+        size = options.batch_size or self._calibration.batch_size
+        tokens = size * self.length
+        head: int = self._skeleton.model.get_parameter(self._skeleton.embedding).shape[0]
+        states = tokens * (_ALIVE * sum(map(_widths, blocks)) + (4 + 3 * teachers) * head)
+        kept = 3 + options.keep_best
+        per_epoch = -(-self._calibration.samples // (size * options.accumulation))
+        seen = options.total(per_epoch) * size * options.accumulation * self.length
+        measured = (-(-options.total(per_epoch) // per_epoch) + 1) * self.tokens
+        operations = 2.0 * weights * (seen * (3 + teachers) + measured * (1 + teachers))
+        memory = FLOAT * int((1 + teachers) * weights + kept * taken + states)
+        return Effort(operations, memory, 2 * (kept - 1) * taken * FLOAT)
 
     @property
     def length(self) -> int:

@@ -171,7 +171,8 @@ class _Matrix(nn.Module):
             self.asked.refuse(f"a module that gives {described(made)}", f"one that gives a floating weight {shape}")
         if self.kept is not None:
             made = made.masked_fill(~self.kept, 0)
-        return made.t() if self.site.transposed else made.view(weight.shape)
+        found: Tensor = made.t() if self.site.transposed else made.view(weight.shape)
+        return found
 
 
 def told(training: Training, options: TrainPass, changed: bool) -> str:

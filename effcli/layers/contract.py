@@ -6,7 +6,7 @@ A pass is one class with its options and its mathematics:
   that several layers share;
 - a `NetworkPass` takes a network read as a graph as a whole;
 - a `CutPass` removes channels, heads or experts, with everything that goes with them;
-- a `TrainPass` trains the layers of a network read as a graph, step by step, towards less of a loss;
+- a `TrainPass` trains the layers of a network, step by step, towards less of a loss;
 - a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass;
 - a `ParameterPass` gives parameters new values, whatever they belong to: layers, embeddings, norms, biases.
 
@@ -240,7 +240,7 @@ class CutPass(Pass):
 
 
 class TrainPass(TrainingOptions, Pass):
-    """A pass that trains the layers of a network read as a graph. The engine runs the loop (`effcli.training.loop`).
+    """A pass that trains the layers of a network. The engine runs the loop (`effcli.training.loop`).
 
     Batch norms keep their statistics, and what belongs to no layer stays as it is.
     """
@@ -254,6 +254,8 @@ class TrainPass(TrainingOptions, Pass):
     trains_biases: ClassVar[bool] = False
     # What `measure` measures.
     measured: ClassVar[str] = "loss on the calibration inputs"
+    # Whether it trains language models, too: then `loss` is given a row of outputs for each token that is learned.
+    takes_language: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:

@@ -338,9 +338,8 @@ class Recipe(Options):
         if given:
             raise RecipeError(f"{given[0]}: {self.model} is a language model", "leave the key out")
         for number, step in enumerate(self.passes):
-            if isinstance(step.config, NetworkPass | TrainPass):
-                whole = (NetworkPass, TrainPass)
-                known = [name for name in passes.PASSES if not issubclass(passes.load(name), whole)]
+            if not _takes_language(type(step.config)):
+                known = [name for name in passes.PASSES if _takes_language(passes.load(name))]
                 raise RecipeError(
                     f"passes.{number}: {step.name} takes networks read as a graph; {self.model} is a language model",
                     f"take {', '.join(known[:-1])} or {known[-1]}",
@@ -360,6 +359,11 @@ class Recipe(Options):
         if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", value):
             raise ValueError(f"must be cpu, cuda, cuda:N or auto, not {value!r}")
         return value
+
+
+def _takes_language(kind: type[Pass]) -> bool:
+    """Whether passes of a kind take language models."""
+    return not issubclass(kind, NetworkPass) and (not issubclass(kind, TrainPass) or kind.takes_language)
 
 
 def check(data: Any, source: str = "recipe") -> Recipe:

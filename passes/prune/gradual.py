@@ -27,6 +27,7 @@ class Gradual(Tuning):
 
     changes: ClassVar[Change] = Change.VALUES | Change.MASK
     rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "until", "rewind")
+    takes_language: ClassVar[bool] = False
 
     sparsity: Share = Field(0.8, ge=0, lt=1, description="Share of the weights that is removed in the end.")
     compare: Literal["layer", "network"] = Field(
