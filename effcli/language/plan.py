@@ -30,15 +30,14 @@ from effcli.reports.units import count, size
 from effcli.run.plan import FLOAT, Effort, Inspection, Row, forwards
 from effcli.run.recipe import PassStep
 
-# Numbers that a token leaves in a block for the way back, as a share of the inputs and outputs of its layers.
-_ALIVE = 1.0
+# Numbers that a token leaves for the way back, as a share of the inputs and outputs of all layers: as measured.
+_ALIVE = 1.2
 
 
 class PlannedModel:
     """See `effcli.run.plan.Planned`. calibration: of the recipe, whose windows go through the blocks."""
 
     counted: ClassVar[tuple[str, float]] = ("TFLOP", 1e12)
-    at_a_time: ClassVar[str] = ", for one block and its statistics at a time"
 
     def __init__(self, weights: Weights, calibration: Calibration) -> None:
         self._weights = weights
@@ -48,6 +47,8 @@ class PlannedModel:
             site.name: weights.stored[site.name].format if site.name in weights.stored else self._dense(site)
             for site in self._skeleton.sites()
         }
+        # Whether a step trains, with all blocks in memory.
+        self._trains = False
         # The layers that a step wrote anew.
         self._taken: set[str] = set()
         # Whether a step gives a head that is tied a weight of its own.
@@ -56,6 +57,10 @@ class PlannedModel:
         self._readers: list[LayerSite] = []
         # The last step over parameters, and what it edits.
         self._last: tuple[PassStep, Edited] | None = None
+
+    @property
+    def at_a_time(self) -> str:
+        return ", for the whole network in training" if self._trains else ", for one block and its statistics at a time"
 
     @property
     def weights(self) -> int:
@@ -82,6 +87,7 @@ class PlannedModel:
             groups = [depth(self._weights, choices)] if step.config.depth else coupled(self._weights)
             offered = offer(step.name, step.config, groups, choices)
             self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
+        self._trains |= isinstance(step.config, TrainPass)
         if isinstance(step.config, ParameterPass):
             self._apart |= unties(self._weights, self._edited(step).edits)
         for name, choice in choices.items():

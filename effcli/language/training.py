@@ -119,6 +119,7 @@ class _Request:
             values = self._values(network, attached)
         made = Trained(ignore=options.ignore)
         made.keep(values, any(weights.mask(name) is not None for name in values))
+        left = attached.remarks
         del network, teachers, attached
         result = edit_model(
             self.source,
@@ -127,6 +128,9 @@ class _Request:
             self.work / "written",
             trust_remote_code=self.trust_remote_code,
         )
+        if left:
+            more = f" (and {len(left) - 1} more layers)" if len(left) > 1 else ""
+            result.remarks.append(f"{left[0]}{more}")
         stacked = [name for name in chosen if name not in sites]
         if stacked:
             result.remarks.append(f"{stacked[0]} and {len(stacked) - 1} more experts of stacks stay as they are")

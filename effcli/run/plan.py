@@ -151,7 +151,10 @@ class Planned(Protocol):
 
     # By what operations are counted, for a person; what is in memory at the peak, where that is not all.
     counted: ClassVar[tuple[str, float]]
-    at_a_time: ClassVar[str]
+
+    @property
+    def at_a_time(self) -> str:
+        """For what the memory is at a time, as a clause; empty where it is for the whole network."""
 
     @property
     def weights(self) -> int:

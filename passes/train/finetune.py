@@ -1,4 +1,7 @@
-"""Fine-tuning: train the weights that are left, towards the labels or what the original network returns."""
+"""Fine-tuning: train the weights that are left, towards the labels or what the original network returns.
+
+Of a language model the labels are the next tokens.
+"""
 
 from __future__ import annotations
 

@@ -347,3 +347,21 @@ def test_a_tied_head_that_is_ignored_stays_tied(tmp_path: Path) -> None:
     planned = plan_of(recipe(source, {"merge": options}))
     adapters.merged(source, tmp_path / "out", **options)
     assert planned.output_bytes == tensor_bytes(tmp_path / "out") == tensor_bytes(source)
+
+
+def test_a_training_is_planned_whole(tmp_path: Path) -> None:
+    """Three times the forward in a step, one more for the teacher; errors before and after; all of it in memory."""
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16)
+    labels, original, twice = (
+        calibrated(source, {"finetune": {"steps": 2, "batch_size": size, "towards": towards}}, 2 * size)
+        for size, towards in ((3, "labels"), (3, "original"), (6, "labels"))
+    )
+    numbers = open_weights(source).skeleton.weights()
+    # Norms inside the blocks are not counted.
+    assert labels.operations == pytest.approx(2 * numbers * 6 * 16 * (3 + 2), rel=0.002)
+    assert original.operations == pytest.approx(labels.operations * (4 + 2 * 2) / (3 + 2))
+    assert twice.operations == 2 * labels.operations
+    batch = twice.memory_bytes - labels.memory_bytes
+    assert labels.memory_bytes - batch > 4 * numbers and original.memory_bytes - labels.memory_bytes > 4 * numbers
+    assert "for the whole network in training" in labels.remarks[1]
+    assert "for one block" in calibrated(source, "awq", 2).remarks[1]

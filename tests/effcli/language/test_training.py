@@ -1,0 +1,172 @@
+"""Training of language models: as a plain loop does it, zeros and compressed layers as they were, and after a crash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from effcli.errors import DataError, NumericsError, RecipeError, UnsupportedError
+from effcli.inputs.text import Windows
+from effcli.language.sweep import sweep
+from effcli.language.training import train_language
+from effcli.language.weights import open_weights
+from effcli.layers.result import PassResult
+from effcli.run.recipe import PassStep, check
+from effcli.training import loop
+
+PLAIN: dict[str, Any] = {"shuffle": False, "keep_best": False, "schedule": "constant", "learning_rate": 1e-3}
+
+
+def windows(count: int = 6, length: int = 12) -> Windows:
+    generator = torch.Generator().manual_seed(3)
+    return Windows(list(torch.randint(architectures.VOCABULARY, (count, length), generator=generator).split(4)))
+
+
+def trained(source: Path, target: Path, original: Path | None = None, **options: Any) -> PassResult:
+    target.mkdir(exist_ok=True)
+    step = PassStep.model_validate({"finetune": {"steps": 3, **options}})
+    return train_language(
+        source, target, step, windows(), batch_size=2, original=original or source, work=target.parent / "work"
+    )
+
+
+def carried_out(source: Path, target: Path, step: Any) -> Path:
+    target.mkdir()
+    sweep(source, target, PassStep.model_validate(step), windows(), target.with_name(f"{target.name}-work"))
+    return target
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "opt"])
+def test_three_steps_are_those_of_a_plain_loop(name: str, tmp_path: Path) -> None:
+    source = architectures.make(name, tmp_path / "model", torch.float32)
+    result = trained(source, tmp_path / "out", **PLAIN, weight_decay=0.1)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+    sites = [site for site in open_weights(source).skeleton.sites() if not site.name.startswith("lm_head")]
+    layers = [model.get_submodule(site.name) for site in sites]
+    parameters = [parameter.requires_grad_() for layer in layers for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW(
+        [{"params": [own], "weight_decay": 0.1 if own.ndim > 1 else 0.0} for own in parameters], lr=1e-3
+    )
+    losses = []
+    for batch in torch.cat(windows().batches).split(2):
+        logits = model(input_ids=batch).logits[:, :-1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert result.training is not None
+    assert [loss for _, loss in result.training.curve] == pytest.approx(losses, rel=1e-5)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for key, value in model.state_dict().items():
+        assert_close(written.state_dict()[key], value, rtol=1e-4, atol=2e-5)
+    before = load_file(source / "model.safetensors")
+    changed = {key for key, value in load_file(tmp_path / "out" / "model.safetensors").items() if key in before}
+    changed = {
+        key for key in changed if not torch.equal(load_file(tmp_path / "out" / "model.safetensors")[key], before[key])
+    }
+    own = {f"{prefix}{key}" for prefix in ("", "transformer.", "model.") for key, value in model.named_parameters()}
+    assert changed <= own and not any("norm" in key or "embed" in key or "wte" in key for key in changed)
+
+
+def test_towards_the_original_begins_at_no_distance_and_repairs(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.float32)
+    same = trained(source, tmp_path / "same", **PLAIN, towards="original")
+    assert same.training is not None and same.training.errors[0][1] == pytest.approx(0, abs=1e-6)
+    rough = carried_out(source, tmp_path / "rough", {"magnitude": {"sparsity": 0.5}})
+    options = {**PLAIN, "keep_best": True, "steps": 30, "towards": "original"}
+    repaired = trained(rough, tmp_path / "repaired", original=source, **options)
+    assert repaired.training is not None
+    (_, first), *_, (_, last) = repaired.training.errors
+    assert last < 0.5 * first
+    for name, weight in open_weights(rough).stored.items():
+        kept = open_weights(rough).mask(name)
+        again = open_weights(tmp_path / "repaired").mask(name)
+        assert kept is not None and again is not None and torch.equal(kept.kept, again.kept), weight
+
+
+def test_compressed_layers_stay_as_they_are_and_the_others_are_trained(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16)
+    some = {"linear": {"bits": 4, "group_size": 32, "ignore": ["*.mlp.*"]}}
+    rough = carried_out(source, tmp_path / "rough", some)
+    result = trained(rough, tmp_path / "out", **PLAIN)
+    before, after = load_file(rough / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(after[key], value) != (".mlp." in key), key
+    said = "model.layers.0.self_attn.q_proj stays as it is: it has no floating weight (and 7 more layers)"
+    assert said in result.remarks
+
+
+def test_experts_of_stacks_stay_and_are_told(tmp_path: Path) -> None:
+    source = architectures.make("mixtral", tmp_path / "model", torch.float32)
+    result = trained(source, tmp_path / "out", **PLAIN)
+    assert any("more experts of stacks stay as they are" in remark for remark in result.remarks)
+    rows = {row.name: row.status for row in result.ledger}
+    assert {status for name, status in rows.items() if ".experts." in name} == {"kept"}
+    assert {status for name, status in rows.items() if name.endswith("_proj") and "experts" not in name} == {"changed"}
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_killed_and_run_again_it_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SNAPSHOT_SECONDS", 0.0)
+    source = architectures.make("llama", tmp_path / "model", torch.bfloat16)
+    results = []
+    for number, stops in enumerate([(), (1, 2)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for stop in (*stops, None):
+
+            def progress(done: int, total: int, stop: int | None = stop) -> None:
+                if done == stop:
+                    raise _Killed
+
+            (folder / "out").mkdir(exist_ok=True)
+            step = PassStep.model_validate({"finetune": {"steps": 4, "learning_rate": 1e-2}})
+            try:
+                results.append(
+                    train_language(
+                        source,
+                        folder / "out",
+                        step,
+                        windows(),
+                        batch_size=2,
+                        original=source,
+                        work=folder / "work",
+                        progress=progress,
+                    )
+                )
+            except _Killed:
+                assert stop is not None
+    whole, again = results
+    assert whole.training == again.training
+    first, second = (tmp_path / str(number) / "out" / "model.safetensors" for number in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.float32)
+    step = PassStep.model_validate({"finetune": {"steps": 1}})
+    with pytest.raises(DataError, match="finetune trains on text"):
+        train_language(source, tmp_path, step, None, batch_size=1, original=source, work=tmp_path / "w")
+    tied = architectures.make("llama", tmp_path / "tied", torch.float32, tie_word_embeddings=True)
+    with pytest.raises(UnsupportedError, match="cannot train lm_head, whose weight is the input embedding's"):
+        trained(tied, tmp_path / "tied-out", lm_head=True)
+    with pytest.raises(NumericsError, match="NaN or infinite") as found:
+        trained(source, tmp_path / "far", **{**PLAIN, "learning_rate": 1000, "weight_decay": 1, "steps": 30})
+    assert "smaller learning_rate" in str(found.value.remedy)
+    for name in ("gradual", "centroids"):
+        recipe = check({"model": str(source), "passes": [name]})
+        with pytest.raises(RecipeError, match="takes networks read as a graph"):
+            recipe.for_language()
