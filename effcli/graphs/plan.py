@@ -178,9 +178,12 @@ class PlannedGraph:
         if not isinstance(options, TrainPass):
             return forwards(step, choices) - self._shares(step)
         batch = (options.batch_size or self._calibration.batch_size) * options.accumulation
-        per_epoch = math.ceil(self._calibration.samples / batch)
+        samples = self._calibration.samples
+        trained, measured = samples - options.held_out(samples), options.measured_on(samples) / samples
+        per_epoch = math.ceil(trained / batch)
         epochs = options.total(per_epoch) / per_epoch
-        return epochs * (1 + _BACKWARD + _teachers(options)) + (math.ceil(epochs) + 1) * (1 + _teachers(options))
+        steps = epochs * trained / samples * (1 + _BACKWARD + _teachers(options))
+        return steps + measured * (math.ceil(epochs) + 1) * (1 + _teachers(options))
 
     def _passing(self, step: PassStep) -> int:
         """Numbers in memory: twice the weights, and for a batch the tensors alive at the busiest node.

@@ -180,7 +180,8 @@ def told(training: Training, options: TrainPass, changed: bool) -> str:
     (_, first), *_, (_, last) = training.errors
     # A rehearsal does not come to its last step.
     least = dict(training.errors).get(training.kept, last)
-    found = f"{options.measured}: {first:.3g} before training, {least:.3g} after"
+    where = " that were held out" if options.hold_out else ""
+    found = f"{options.measured}{where}: {first:.3g} before training, {least:.3g} after"
     if not changed:
         lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"
         found = f"the weights stay as they are: {lost}"

@@ -162,7 +162,8 @@ class _Run:
         self.batch_size = options.batch_size or batch_size
         # Inputs of one step.
         self.window = self.batch_size * options.accumulation
-        self.per_epoch = -(-len(data) // self.window)
+        self.measured_on, self.trained_on = self._divided()
+        self.per_epoch = -(-len(self.trained_on) // self.window)
         self.total = options.total(self.per_epoch)
         self.stretch = -(-self.total // _POINTS)
         self.step = 0
@@ -174,6 +175,15 @@ class _Run:
         self.errors: list[Point] = []
         self.saved = time.monotonic()
         self.tracking = Tracking(accelerator, options)
+
+    def _divided(self) -> tuple[Rows, Rows]:
+        """The inputs on which the error is measured, and those that are trained on, int64, ascending."""
+        every = np.arange(len(self.data), dtype=np.int64)
+        held = self.options.held_out(len(every))
+        if not held:
+            return every, every
+        drawn = np.random.default_rng(self.options.seed or 0).permutation(every)
+        return np.sort(drawn[:held]), np.sort(drawn[held:])
 
     def carry_out(self) -> Training:
         """All steps, from the last snapshot on."""
@@ -221,7 +231,7 @@ class _Run:
         while seen < wanted:
             batch = next(batches, None)
             if batch is None:
-                missing = f"{left - seen} of {len(self.data)} calibration inputs are missing"
+                missing = f"{left - seen} of {len(self.trained_on)} calibration inputs are missing"
                 raise DataError(missing, "check the calibration data")
             share = len(batch.inputs) / wanted
             with self.accelerator.autocast():
@@ -236,8 +246,8 @@ class _Run:
     def _order(self, epoch: int) -> Rows:
         """The inputs in the order of one epoch, int64 (inputs,)."""
         if not self.options.shuffle:
-            return np.arange(len(self.data), dtype=np.int64)
-        return np.random.default_rng((self.options.seed or 0, epoch)).permutation(len(self.data))
+            return self.trained_on
+        return np.random.default_rng((self.options.seed or 0, epoch)).permutation(self.trained_on)
 
     def _batches(self, order: Rows) -> Iterator[Batch]:
         device = self.accelerator.device
@@ -269,11 +279,11 @@ class _Run:
         self.progress(self.step, self.total)
 
     def _evaluate(self) -> None:
-        """Measure the error on all inputs, and remember the weights if it is the least so far."""
+        """Measure the error, and remember the weights if it is the least so far."""
         part, whole, batches = 0.0, 0.0, 0
         with torch.no_grad():
-            count = -(-len(self.data) // self.batch_size)
-            for batch in few(self._batches(np.arange(len(self.data), dtype=np.int64)), count):
+            count = -(-len(self.measured_on) // self.batch_size)
+            for batch in few(self._batches(self.measured_on), count):
                 with self.accelerator.autocast():
                     # Errors of different epochs are compared: what an error makes of these must not move.
                     more = self.objective.error(replace(batch, progress=0.0, scale=1.0))

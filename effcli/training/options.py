@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from effcli.options import Options
+from effcli.options import Options, Share
 
 
 class TrainingOptions(Options):
@@ -36,6 +36,13 @@ class TrainingOptions(Options):
     keep_best: bool = Field(
         True, description="Keep the weights of the epoch with the least error on the calibration inputs, not the last."
     )
+    hold_out: Share = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the calibration inputs that is not trained on: the error is measured on these alone, "
+        "which takes less time and tells what is learned from what is remembered.",
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the arithmetic; weights and the optimizer stay float32. float16 needs a GPU."
     )
@@ -47,6 +54,14 @@ class TrainingOptions(Options):
         "runs",
         description="The folder for what `track` writes here; mlflow and wandb may be set up to write elsewhere.",
     )
+
+    def held_out(self, inputs: int) -> int:
+        """How many of so many inputs are not trained on: the share, rounded up, but one is left to train on."""
+        return min(math.ceil(self.hold_out * inputs), max(inputs - 1, 0))
+
+    def measured_on(self, inputs: int) -> int:
+        """On how many of so many inputs the error is measured."""
+        return self.held_out(inputs) or inputs
 
     def total(self, per_epoch: int) -> int:
         """Steps of the whole training, at `per_epoch` steps in an epoch."""

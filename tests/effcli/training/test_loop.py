@@ -184,6 +184,38 @@ def test_the_best_weights_are_kept() -> None:
     assert made.errors[0][1] == pytest.approx(error(before), rel=1e-5)
 
 
+def test_inputs_that_are_held_out_are_measured_and_never_trained_on() -> None:
+    """A fifth of 22, rounded up: 5 are measured before and after each epoch, 17 make five steps of it."""
+    given, module = data(), network().eval()
+    own = objective(module)
+    learned: list[Tensor] = []
+    measured: list[Tensor] = []
+
+    def loss(batch: Batch) -> Tensor:
+        learned.append(batch.inputs)
+        return own.loss(batch)
+
+    def error(batch: Batch) -> tuple[float, float]:
+        measured.append(batch.inputs)
+        return own.error(batch)
+
+    options = TrainingOptions(epochs=2, hold_out="20%", learning_rate=0.05)
+    made = loop.train(objective(module, loss=loss, error=error), given, options, batch_size=4)
+    assert [at for at, _ in made.errors] == [0, 5, 10]
+    rows = {tuple(row.tolist()) for row in torch.cat(learned)}
+    held = {tuple(row.tolist()) for row in torch.cat(measured)}
+    assert (len(rows), len(held)) == (17, 5) and not rows & held
+    assert len(torch.cat(measured)) == 3 * 5 and len(torch.cat(learned)) == 2 * 17
+    assert rows | held == {tuple(row.tolist()) for row in given.inputs}
+
+
+@pytest.mark.parametrize(
+    ("share", "inputs", "held"), [(0, 10, 0), (0.05, 10, 1), (0.99, 10, 9), (0.5, 1, 0), (0.5, 0, 0)]
+)
+def test_one_input_is_left_to_train_on(share: float, inputs: int, held: int) -> None:
+    assert TrainingOptions(hold_out=share).held_out(inputs) == held
+
+
 def test_a_curve_of_many_steps_has_few_points() -> None:
     _, made = trained(TrainingOptions(steps=450, schedule="constant"))
     assert len(made.curve) == 150 and made.curve[-1][0] == 450
