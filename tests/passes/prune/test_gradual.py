@@ -99,7 +99,7 @@ def test_rewinding_goes_back_to_early_weights() -> None:
 
 
 def trained(graph: Graph, folder: Path | None = None, **options: Any) -> Transformed:
-    config = Gradual(**{"epochs": 8, "learning_rate": 1e-2, "towards": "original"} | options)
+    config = Gradual(**{"epochs": 8, "learning_rate": 1e-2, "towards": "original"} | options).for_graph()
     data = Held(small_graphs.inputs(graph, 40))
     chosen: dict[str, Pass] = {site.name: config for site in graph.sites()}
     for pattern, own in config.layers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from effcli.errors import DataError, UserError
 from effcli.formats import Mask
 from effcli.graphs.graph import Graph
 from effcli.graphs.training import train
-from effcli.layers.contract import Layer, Pass, Transformed
+from effcli.layers.contract import Layer, Pass, Step, Transformed
 from effcli.passes.quantize import kmeans
 from effcli.passes.train.finetune import FineTune
 
@@ -102,3 +103,15 @@ def test_labels_are_asked_for() -> None:
     graph = small_graphs.separable()
     with pytest.raises(DataError, match="has no labels"):
         tuned(graph, Held(small_graphs.inputs(graph, 8)))
+
+
+def test_how_far_outputs_are_from_the_original() -> None:
+    """Of classes KL(½, ½ || ¾, ¼); in networks read as a graph a mean square unless it is asked for."""
+    step = Step(torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]]), original=torch.zeros(1, 2))
+    divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    plain = FineTune(towards="original")
+    assert float(plain.loss(step)) == pytest.approx(divergence, rel=1e-5)
+    assert float(plain.for_graph().loss(step)) == pytest.approx(math.log(3) ** 2 / 2, rel=1e-5)
+    assert float(FineTune(towards="original", distance="kl").for_graph().loss(step)) == pytest.approx(
+        divergence, rel=1e-5
+    )
