@@ -212,7 +212,8 @@ class PlannedModel:
         measured = (-(-options.total(per_epoch) // per_epoch) + 1) * options.measured_on(samples) * self.length
         operations = 2.0 * weights * (seen * (3 + teachers) + measured * (1 + teachers))
         memory = FLOAT * int((1 + teachers) * weights + kept * taken + states)
-        return Effort(operations, memory, 2 * (kept - 1) * taken * FLOAT)
+        # Two snapshots, each of the weights as they are in place of their gradient.
+        return Effort(operations, memory, 2 * kept * taken * FLOAT)
 
     @property
     def length(self) -> int:

@@ -26,6 +26,7 @@ from effcli.language.weights import Weights, open_weights
 from effcli.layers.attaching import AttachedLayers, anew_if_damaged, told, training_key
 from effcli.layers.contract import Layer, Needs, ParameterPass, TrainPass, finished
 from effcli.layers.edits import Edit, Place
+from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress
 from effcli.layers.returned import Asked
@@ -101,7 +102,7 @@ class _Request:
             teachers["original"] = _TrainedModel(weights, self._load(self.original))
         attached = AttachedLayers(network, options, teachers)
         values: dict[str, Tensor] = {}
-        with loop.seeded(options.seed or 0), attached.to(sites, chosen):
+        with loop.seeded(options.seed or 0), attached.to(sites, chosen), straight_through(network.module):
             if not attached.layers:
                 raise UserError(f"{self.step.name} finds no layer with a {options.takes} to train", options.remedy)
             training = loop.train(

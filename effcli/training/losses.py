@@ -24,8 +24,9 @@ def response(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     """
     taught = F.log_softmax(teacher.detach() / temperature, -1)
     learned = F.log_softmax(student / temperature, -1)
-    divergence = (taught.exp() * (taught - learned)).sum(-1)
-    return divergence.mean() * temperature**2
+    # What the teacher rules out costs nothing, even where the student rules it out, too.
+    each = torch.where(taught.isneginf(), torch.zeros_like(learned), taught.exp() * (taught - learned))
+    return each.sum(-1).mean() * temperature**2
 
 
 def top_response(student: Tensor, values: Tensor, classes: Tensor, rest: Tensor, temperature: float = 1.0) -> Tensor:

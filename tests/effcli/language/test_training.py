@@ -18,6 +18,7 @@ from effcli.inputs.text import Windows
 from effcli.language.sweep import sweep
 from effcli.language.training import train_language
 from effcli.language.weights import open_weights
+from effcli.layers.input_rounding import InputRounding
 from effcli.layers.result import PassResult
 from effcli.run.recipe import PassStep, check
 from effcli.training import loop
@@ -104,6 +105,25 @@ def test_compressed_layers_stay_as_they_are_and_the_others_are_trained(tmp_path:
         assert torch.equal(after[key], value) != (".mlp." in key), key
     said = "model.layers.0.self_attn.q_proj stays as it is: it has no floating weight (and 7 more layers)"
     assert said in result.remarks
+
+
+def test_gradients_pass_where_compressed_layers_round_their_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.float32)
+    some = {"linear": {"activations": "int8", "ignore": ["*.self_attn.*"]}}
+    rough = carried_out(source, tmp_path / "rough", some)
+    found: list[bool] = []
+    train = loop.train
+
+    def watched(objective: Any, *given: Any, **named: Any) -> Any:
+        hooks = [hook for module in objective.module.modules() for hook in module._forward_pre_hooks.values()]
+        found.extend(hook.straight for hook in hooks if isinstance(hook, InputRounding))
+        return train(objective, *given, **named)
+
+    monkeypatch.setattr(loop, "train", watched)
+    trained(rough, tmp_path / "out", **PLAIN)
+    assert len(found) == 6 and all(found)
 
 
 def test_experts_of_stacks_stay_and_are_told(tmp_path: Path) -> None:

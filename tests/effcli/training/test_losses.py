@@ -66,6 +66,16 @@ def test_response_by_hand() -> None:
     assert_close(losses.response(student, teacher), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_classes_that_both_rule_out_cost_nothing() -> None:
+    student, teacher = drawn(1).flatten(1), drawn(2).flatten(1)
+    padded = [torch.cat([each, torch.full((4, 2), -torch.inf, dtype=torch.float64)], 1) for each in (student, teacher)]
+    padded[0].requires_grad_()
+    loss = losses.response(*padded)
+    loss.backward()
+    assert_close(loss.detach(), losses.response(student, teacher))
+    assert padded[0].grad is not None and padded[0].grad.isfinite().all()
+
+
 def test_response_at_two_degrees_is_four_times_that_of_halved_logits() -> None:
     student, teacher = drawn(1).flatten(1), drawn(2).flatten(1)
     assert_close(losses.response(student, teacher, 2.0), 4 * losses.response(student / 2, teacher / 2))
