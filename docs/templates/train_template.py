@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effcli.layers.contract import Layer, Needs, Outcome, Step, TrainPass
+from effcli.layers.contract import AttachPass, Layer, Needs, Outcome, Step
 
 
-class FineTune(TrainPass):
+class FineTune(AttachPass):
     """Train all floating weights towards the labels, or the outputs of the original network (arXiv:1503.02531)."""
 
     takes: ClassVar[str] = "floating weight"

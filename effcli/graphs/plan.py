@@ -20,7 +20,7 @@ from effcli.graphs.integer import IntegerNetwork, Linear, Weighted, is_integer
 from effcli.graphs.integer_plan import plan_integer
 from effcli.graphs.ledger import table_rows
 from effcli.inputs.options import Calibration
-from effcli.layers.contract import CutPass, Needs, NetworkPass, ParameterPass, TrainPass
+from effcli.layers.contract import AttachPass, CutPass, Needs, NetworkPass, ParameterPass, TrainPass
 from effcli.layers.cutting import offer
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, needs_of
@@ -111,7 +111,7 @@ class PlannedGraph:
 
     def remarks(self, step: PassStep, name: str) -> list[str]:
         options = step.config
-        if isinstance(options, TrainPass) and options.trains_weights and _norms(self._current) < _norms(self._graph):
+        if isinstance(options, AttachPass) and options.trains_weights and _norms(self._current) < _norms(self._graph):
             # ResNet-56 cut to half: 71.7 % after training without its batch norms, 86.5 % with them.
             return [f"{name}: batch norms keep a training stable, and `fold` took them away: put `fold` behind it"]
         return []

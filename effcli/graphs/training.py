@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effcli.errors import DataError, UserError
+from effcli.errors import DataError
 from effcli.formats import Mask, Quantized, SparseWeight
 from effcli.graphs.backward import check_labels, classes_for
 from effcli.graphs.graph import Graph
 from effcli.graphs.ledger import dense, whole_rows
 from effcli.layers.attaching import AttachedLayers, anew_if_damaged, told, training_key
-from effcli.layers.contract import Layer, Needs, Observed, Pass, TrainPass, Transformed, finished
-from effcli.layers.input_rounding import straight_through
+from effcli.layers.contract import AttachPass, Layer, Needs, Observed, Pass, Transformed, finished
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress, check_tensor, worst
 from effcli.layers.returned import Asked
 from effcli.layers.selection import choose
 from effcli.reports.units import count
-from effcli.training import loop
 from effcli.training.loop import Batch, Examples
 
 if TYPE_CHECKING:
@@ -49,7 +47,7 @@ class _Request:
     def carry_out(self) -> PassResult:
         """Raises `UnfinishedError` for a snapshot in `work` that is damaged."""
         step, options = self.step, self.step.config
-        assert isinstance(options, TrainPass)
+        assert isinstance(options, AttachPass)
         if options.seed is None:
             options = options.model_copy(update={"seed": self.seed})
         graph = Graph.read(self.source)
@@ -114,7 +112,7 @@ def train_graph(
 def train(
     graph: Graph,
     name: str,
-    options: TrainPass,
+    options: AttachPass,
     data: Examples,
     chosen: Mapping[str, Pass],
     *,
@@ -142,27 +140,19 @@ def train(
     if Needs.LABELS in options.needs:
         _check_labels(name, graph, data)
     attached = AttachedLayers(
-        _TrainedGraph(graph), options, {name: _TrainedGraph(each) for name, each in teachers.items()}
+        name, _TrainedGraph(graph), options, {own: _TrainedGraph(each) for own, each in teachers.items()}
     )
-    with (
-        loop.seeded(options.seed or 0),
-        attached.to({site.name: site for site in graph.sites() if site.name in chosen}, chosen),
-        straight_through(graph.module),
-    ):
-        if not attached.layers:
-            raise UserError(f"{name} finds no layer with a {options.takes} to train", options.remedy)
-        training = loop.train(
-            attached.objective(),
-            data,
-            options,
-            batch_size=batch_size,
-            device="cpu" if any(each.names_device for each in (graph, *teachers.values())) else device,
-            folder=work,
-            key=key,
-            progress=progress,
-        )
+    training = attached.train(
+        {site.name: site for site in graph.sites() if site.name in chosen},
+        chosen,
+        data,
+        batch_size=batch_size,
+        device="cpu" if any(each.names_device for each in (graph, *teachers.values())) else device,
+        folder=work,
+        key=key,
+        progress=progress,
+    )
     notes: dict[str, dict[str, Any]] = {}
-    attached.set_training(False)
     for each, (site, own, module) in attached.layers.items():
         layer = _layer(graph, site)
         with torch.no_grad():

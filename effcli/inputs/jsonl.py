@@ -68,16 +68,65 @@ def parse(line: str, where: str, form: str) -> dict[str, Any]:
 
 def document_ids(data: dict[str, Any], where: str, reader: Reader) -> list[int]:
     """The token ids of the document in an object, its end token included; empty for an empty document."""
+    return _ids(*_text(data, where, reader), reader)
+
+
+def marked_ids(data: dict[str, Any], where: str, reader: Reader) -> tuple[list[int], list[bool]]:
+    """What `document_ids` returns, and of each token whether it answers.
+
+    Answers are completions and messages of the assistant, with the tokens that end them, and the whole of a plain text.
+    Raises `DataError` where the tokenizer or its chat template does not let them be found.
+    """
+    text, special = _text(data, where, reader)
+    ids = _ids(text, special, reader)
+    if not ids:
+        return [], []
+    answers = _answers(data, text, where, reader)
+    marks = [
+        begin < end and any(begin < behind and end > first for first, behind in answers)
+        for begin, end in reader.spans(text, special)
+    ]
+    # The end token stands behind the text.
+    return ids, marks + [bool(answers) and answers[-1][1] == len(text)] * (len(ids) - len(marks))
+
+
+def _ids(text: str, special: bool, reader: Reader) -> list[int]:
+    if not text.strip():
+        return []
+    ids = reader.encode(text, special)
+    end = reader.tokenizer.eos_token_id
+    # Without it the documents would run into one another. A template writes the special tokens itself.
+    return ids if not special or end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _text(data: dict[str, Any], where: str, reader: Reader) -> tuple[str, bool]:
+    """The document in an object as one text, and whether the tokenizer adds its special tokens to it."""
     found = _document(data, where)
     if isinstance(found, list):
-        # The template writes the special tokens itself.
-        return reader.encode(_templated(found, data.get("tools"), where, reader), special=False)
-    if not found.strip():
-        return []
-    ids = reader.encode(found)
-    end = reader.tokenizer.eos_token_id
-    # Without it the documents would run into one another.
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+        return _templated(found, data.get("tools"), where, reader), False
+    return found, True
+
+
+def _answers(data: dict[str, Any], text: str, where: str, reader: Reader) -> list[tuple[int, int]]:
+    """Where the answers lie in the text of a document, as characters [begin, end), ascending."""
+    found = _document(data, where)
+    if isinstance(found, str):
+        return [(0 if "text" in data else len(data["prompt"]), len(text))]
+    asked = 0 if "messages" in data else len(data["prompt"])
+    spans = []
+    for number, message in enumerate(found):
+        if number < asked or ("messages" in data and message["role"] != "assistant"):
+            continue
+        before = _templated(found[:number], data.get("tools"), where, reader, opened=True) if number else ""
+        until = _templated(found[: number + 1], data.get("tools"), where, reader)
+        if not text.startswith(until) or not until.startswith(before):
+            raise DataError(
+                f"{where}: the chat template does not write message {number + 1} behind those before it, so that its "
+                "tokens are not found",
+                "learn all tokens",
+            )
+        spans.append((len(before), len(until)))
+    return spans
 
 
 def named(data: dict[str, Any]) -> str:
@@ -123,7 +172,8 @@ def _messages(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _templated(messages: list[Any], tools: Any, where: str, reader: Reader) -> str:
+def _templated(messages: list[Any], tools: Any, where: str, reader: Reader, opened: bool = False) -> str:
+    """Messages as the chat template writes them; opened: up to where the assistant's next one begins."""
     if not getattr(reader.tokenizer, "chat_template", None):
         raise DataError(
             f"{where}: messages need a chat template, and the tokenizer has none",
@@ -131,6 +181,7 @@ def _templated(messages: list[Any], tools: Any, where: str, reader: Reader) -> s
         )
     try:
         options = {"tools": tools} if tools else {}
+        options |= {"add_generation_prompt": True} if opened else {}
         return str(reader.tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:
         # A template is a program of the model's: it may refuse, and fail, in any way.

@@ -32,10 +32,15 @@ _LARGE_FILE = 32 << 20
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration text as token ids. batches: int64 (windows, length) each; inputs: whose outputs go on."""
+    """Calibration text as token ids. batches: int64 (windows, length) each; inputs: whose outputs go on.
+
+    answers: of each token whether it answers, as `effcli.inputs.jsonl.marked_ids` says, bool in the shapes of
+    `batches`; None where that was not asked for, or where the text is no JSON lines.
+    """
 
     batches: list[Tensor]
     inputs: str = "original"
+    answers: list[Tensor] | None = None
 
 
 def window_length(options: Calibration | Evaluate, longest: int | None) -> int:
@@ -47,24 +52,35 @@ def window_length(options: Calibration | Evaluate, longest: int | None) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """Windows of one text. windows: int64 (windows, length); remarks: what the user should know of them."""
+    """Windows of one text. windows: int64 (windows, length); remarks: what the user should know of them.
+
+    answers: see `Windows`, bool (windows, length).
+    """
 
     windows: Tensor
     remarks: tuple[str, ...] = ()
+    answers: Tensor | None = None
 
     def batches(self, size: int) -> list[Tensor]:
         """The windows as batches int64 (at most `size`, length)."""
-        return [self.windows[begin : begin + size] for begin in range(0, len(self.windows), size)]
+        return list(torch.split(self.windows, size))
 
 
-def windows(source: Path | str, reader: Reader, count: int, length: int, key: str = "length") -> Cut:
+def windows(
+    source: Path | str, reader: Reader, count: int, length: int, key: str = "length", answers: bool = False
+) -> Cut:
     """The first `count` windows of `length` tokens of a text file (a `Path`) or of a text (a `str`).
 
     Fewer when the text is shorter, with a remark; `DataError` when there is not even one. `key` names the length in
-    the recipe, for messages.
+    the recipe, for messages. answers: whether to find the tokens that answer, in JSON lines.
     """
     reader.check_length(length, key)
     name = str(source) if isinstance(source, Path) else "the text"
+    if answers and isinstance(source, Path) and jsonl.is_jsonl(source):
+        ids, marks = _marked_ids(source, reader, count * length)
+        cut = _cut(ids, count, length, name, key, reader)
+        found = torch.tensor(marks[: cut.windows.numel()]).view(cut.windows.shape)
+        return Cut(cut.windows, cut.remarks, found)
     ids = _first_ids(source, reader, count * length, name)
     return _cut(ids, count, length, name, key, reader)
 
@@ -84,19 +100,25 @@ def last_windows(source: Path, reader: Reader, count: int, length: int, begin: i
     return _cut(ids[len(ids) - fitting * length :], count, length, f"the end of {source}", key, reader)
 
 
-def calibration_windows(options: Calibration, path: Path, trust_remote_code: bool = False) -> tuple[Windows, list[str]]:
-    """The calibration windows for the checkpoint `path` that `options` ask for, and remarks."""
+def calibration_windows(
+    options: Calibration, path: Path, trust_remote_code: bool = False, answers: bool = False
+) -> tuple[Windows, list[str]]:
+    """The calibration windows for the checkpoint `path` that `options` ask for, and remarks.
+
+    answers: whether to find the tokens that answer, in JSON lines.
+    """
     reader = Reader.open(path, trust_remote_code)
     length = window_length(options, reader.longest)
     source = Path(options.data).expanduser() if options.data is not None else samples.CALIBRATION_TEXT
-    cut = windows(source, reader, options.samples, length, "calibration.length")
+    cut = windows(source, reader, options.samples, length, "calibration.length", answers)
     remarks = list(cut.remarks)
     if options.data is None and not is_sample(path):
         remarks.append(
             "calibrated on the sample text that ships with effcli (Shakespeare); text like the model's own work "
             "gives better results: --calib FILE, or calibration.data in a recipe"
         )
-    return Windows(cut.batches(options.batch_size), options.inputs), remarks
+    marks = None if cut.answers is None else list(torch.split(cut.answers, options.batch_size))
+    return Windows(cut.batches(options.batch_size), options.inputs, marks), remarks
 
 
 def evaluation_windows(options: Evaluate, reader: Reader, path: Path, calibration: Calibration | None = None) -> Cut:
@@ -152,8 +174,27 @@ def _document_ids(file: Path, reader: Reader, wanted: int | None = None) -> list
         if wanted is not None and len(ids) >= wanted:
             break
     if not ids:
-        raise DataError(f"{file} is empty", "give a file with some pages of text")
+        raise _empty(file)
     return ids
+
+
+def _marked_ids(file: Path, reader: Reader, wanted: int) -> tuple[list[int], list[bool]]:
+    """What `_document_ids` returns, and of each token whether it answers."""
+    ids: list[int] = []
+    marks: list[bool] = []
+    for where, data in jsonl.objects(file, jsonl.FORM):
+        more, own = jsonl.marked_ids(data, where, reader)
+        ids += more
+        marks += own
+        if len(ids) >= wanted:
+            break
+    if not ids:
+        raise _empty(file)
+    return ids, marks
+
+
+def _empty(file: Path) -> DataError:
+    return DataError(f"{file} is empty", "give a file with some pages of text")
 
 
 def _last_document_ids(file: Path, lines: str, reader: Reader) -> list[int]:

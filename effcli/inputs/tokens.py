@@ -60,6 +60,21 @@ class Reader:
             # verbose: the text is longer than the model's context on purpose.
             return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
+    def spans(self, text: str, special: bool = True) -> list[tuple[int, int]]:
+        """Where each of the tokens that `encode` returns lies in `text`, as characters [begin, end).
+
+        Empty where a token stands for no character. Raises `DataError` for a tokenizer that does not know.
+        """
+        name = getattr(self.tokenizer, "name_or_path", "")
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError(
+                f"the tokenizer in {name} does not say which characters a token stands for",
+                "copy the model's tokenizer.json beside it, or learn all tokens",
+            )
+        with foreign(lambda cause: DataError(f"the tokenizer in {name} reads no text: {cause}", _TOKENIZER)):
+            found = self.tokenizer(text, add_special_tokens=special, verbose=False, return_offsets_mapping=True)
+            return [(begin, end) for begin, end in found["offset_mapping"]]
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens; ids that the tokenizer does not know are left out."""
         name = getattr(self.tokenizer, "name_or_path", "")

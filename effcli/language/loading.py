@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | Path, *, device: str | torch.device = "cpu", trust_remote_code: bool = False, packed: bool = True
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    packed: bool = True,
+    dtype: str | None = None,
 ) -> PreTrainedModel:
     """A checkpoint as a transformers model.
 
     packed: False gives a dense model with the dequantized weights, the reference that packed kernels are held against.
+    dtype: of what is dense and of the arithmetic, such as float32; the checkpoint's own unless given.
     """
     with restoring_verbosity():
-        return _load(Path(samples.resolve(str(model))), device, trust_remote_code, packed)
+        return _load(Path(samples.resolve(str(model))), device, trust_remote_code, packed, dtype)
 
 
-def _load(path: Path, device: str | torch.device, trust_remote_code: bool, packed: bool) -> PreTrainedModel:
-    weights = open_weights(path, trust_remote_code)
+def _load(
+    path: Path, device: str | torch.device, trust_remote_code: bool, packed: bool, dtype: str | None
+) -> PreTrainedModel:
+    weights = open_weights(path, trust_remote_code, dtype)
     skeleton = weights.skeleton
     network = skeleton.model
     for name in skeleton.parameters():

@@ -109,8 +109,12 @@ class LanguageModel:
     def calibrate(self) -> tuple[str, ...]:
         if not any(step.needs for step in self.recipe.passes):
             return ()
+        steps = [step.config for step in self.recipe.passes]
         self._windows, remarks = text.calibration_windows(
-            self.recipe.calibration, self.source, self.recipe.trust_remote_code
+            self.recipe.calibration,
+            self.source,
+            self.recipe.trust_remote_code,
+            answers=any(isinstance(step, TrainPass) and step.learns_answers for step in steps),
         )
         return tuple(remarks)
 

@@ -10,7 +10,7 @@ import torch
 
 from effcli.errors import SelectionError, UserError
 from effcli.files.layout import Stored, keeping_standard
-from effcli.formats import Dense, Packing
+from effcli.formats import Dense, Packing, Sparse
 from effcli.inputs import text
 from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
@@ -18,6 +18,7 @@ from effcli.language.coupling import coupled
 from effcli.language.depth import depth
 from effcli.language.editing import edited, unties
 from effcli.language.ledger import other_rows
+from effcli.language.training import check_trainable
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.contract import CutPass, ParameterPass, TrainPass
 from effcli.layers.cutting import offer
@@ -87,7 +88,9 @@ class PlannedModel:
             groups = [depth(self._weights, choices)] if step.config.depth else coupled(self._weights)
             offered = offer(step.name, step.config, groups, choices)
             self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
-        self._trains |= isinstance(step.config, TrainPass)
+        if isinstance(step.config, TrainPass):
+            self._trains = True
+            check_trainable(step.name, self._weights, [name for name, own in choices.items() if own.config is not None])
         if isinstance(step.config, ParameterPass):
             self._apart |= unties(self._weights, self._edited(step).edits)
         for name, choice in choices.items():
@@ -198,15 +201,16 @@ class PlannedModel:
         What is trained has a gradient, two moments of the optimizer and its best values. A token leaves the inputs and
         outputs of each layer, and at the head its logits with what the loss makes of them.
         """
-        taken = _numbers(choice.site for choice in choices.values() if choice.config is not None)
+        chosen = [choice.site for choice in choices.values() if choice.config is not None]
+        taken = _numbers(site for site in chosen if site.index is None and self._floating(site))
         teachers = Needs.ORIGINAL in options.needs
         weights = sum(map(_numbers, blocks)) + self.outer(1)
-        size = options.batch_size or self._calibration.batch_size
+        samples = self._calibration.samples
+        size = min(options.batch_size or self._calibration.batch_size, samples)
         tokens = size * self.length
         head: int = self._skeleton.model.get_parameter(self._skeleton.embedding).shape[0]
         states = tokens * (_ALIVE * sum(map(_widths, blocks)) + (4 + 3 * teachers) * head)
         kept = 3 + options.keep_best
-        samples = self._calibration.samples
         per_epoch = -(-(samples - options.held_out(samples)) // (size * options.accumulation))
         seen = options.total(per_epoch) * size * options.accumulation * self.length
         measured = (-(-options.total(per_epoch) // per_epoch) + 1) * options.measured_on(samples) * self.length
@@ -214,6 +218,10 @@ class PlannedModel:
         memory = FLOAT * int((1 + teachers) * weights + kept * taken + states)
         # Two snapshots, each of the weights as they are in place of their gradient.
         return Effort(operations, memory, 2 * kept * taken * FLOAT)
+
+    def _floating(self, site: LayerSite) -> bool:
+        format = self._formats[site.name]
+        return isinstance(format, Dense) or (isinstance(format, Sparse) and isinstance(format.values, Dense))
 
     @property
     def length(self) -> int:

@@ -6,7 +6,8 @@ What is written is rounded once, to the dtype that each parameter had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,59 +18,105 @@ from numpy.typing import NDArray
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from effcli.errors import DataError, NumericsError, UnsupportedError, UserError
+from effcli.errors import DataError, NumericsError, UnfinishedError, UnsupportedError, behind, writing
 from effcli.formats import Mask, Quantized, SparseWeight
 from effcli.inputs.text import Windows
 from effcli.language.editing import edit_model
 from effcli.language.loading import load
 from effcli.language.weights import Weights, open_weights
 from effcli.layers.attaching import AttachedLayers, anew_if_damaged, told, training_key
-from effcli.layers.contract import Layer, Needs, ParameterPass, TrainPass, finished
+from effcli.layers.contract import AttachPass, Layer, Needs, ParameterPass, TrainPass, finished
 from effcli.layers.edits import Edit, Place
-from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
 from effcli.layers.result import PassResult, Progress
 from effcli.layers.returned import Asked
 from effcli.layers.selection import choose
 from effcli.platform.rehearsal import cannot_tell
+from effcli.reports.units import count
 from effcli.run.recipe import PassStep
-from effcli.training import loop
 from effcli.training.loop import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# The label of a token that is not learned.
+_UNLEARNED = -100
+
 
 @dataclass(frozen=True)
 class TokenExamples:
-    """Windows of text to learn from, every token but the first of each from those before it.
+    """Windows of text to learn from, tokens from those before them in a window.
 
-    windows: token ids int64 (windows, length).
+    windows: token ids int64 (windows, length); learned: bool (windows, length), which of them are learned, at least one
+    of each window; the first never is. None of all others.
     """
 
     windows: Tensor
+    learned: Tensor | None = None
+    # A label of each input there is not: those of `batches` are of each token.
+    labels: None = None
 
     @staticmethod
-    def of(windows: Windows) -> TokenExamples:
-        return TokenExamples(torch.cat(windows.batches))
+    def of(windows: Windows, answers: bool) -> tuple[TokenExamples, list[str]]:
+        """What there is to learn, and remarks; answers: of documents with prompts these alone.
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = self.windows.numpy()
-        return found
+        Raises `DataError` for text without any answer.
+        """
+        every = torch.cat(windows.batches)
+        if windows.answers is None or not answers:
+            return TokenExamples(every), []
+        learned = torch.cat(windows.answers).clone()
+        learned[:, 0] = False
+        kept = learned.any(dim=1)
+        if not bool(kept.any()):
+            raise DataError("no window of the text holds a token that answers", "give answers, or learn all tokens")
+        told = []
+        if not bool(kept.all()):
+            told.append(f"{int((~kept).sum())} of {count(len(kept), 'window')} hold no token that answers: left out")
+        every, learned = every[kept], learned[kept]
+        if not bool(learned[:, 1:].all()):
+            share = float(learned[:, 1:].double().mean())
+            told.append(f"learned are the answers alone, {share:.0%} of the tokens: learned=all takes prompts, too")
+        return TokenExamples(every, learned), told
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Windows int64 (at most `size`, length), and each token's label in their shape, -100 where none is learned."""
         rows = torch.arange(len(self)) if order is None else torch.from_numpy(order)
         for chosen in torch.split(rows, size):
-            yield self.windows[chosen], self.windows[chosen]
+            windows = self.windows[chosen]
+            yield windows, windows if self.learned is None else windows.masked_fill(~self.learned[chosen], _UNLEARNED)
+
+
+class TokenNetwork:
+    """A causal language model in training. See `effcli.layers.learning.Learner`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = model
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits float32 (tokens that are learned, vocabulary)."""
+        logits: Tensor = self.module(input_ids=batch.inputs, use_cache=False).logits
+        logits = logits[:, :-1].flatten(0, 1)
+        learned = _learned(batch)
+        return (logits if bool(learned.all()) else logits[learned]).float()
+
+    def labels(self, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        return batch.labels[:, 1:].flatten()[_learned(batch)]
+
+
+def _learned(batch: Batch) -> Tensor:
+    """Which tokens but the first of each window are learned, bool (windows · (length - 1),)."""
+    assert batch.labels is not None
+    return batch.labels[:, 1:].flatten() != _UNLEARNED
 
 
 @dataclass(frozen=True)
-class _Request:
-    """A step that trains; see `train_language`."""
+class TrainingRequest:
+    """A step that trains a language model; see `train_language`."""
 
     source: Path
     target: Path
@@ -83,86 +130,116 @@ class _Request:
     trust_remote_code: bool
     progress: Progress
 
-    def carry_out(self) -> PassResult:
-        """Raises `UnfinishedError` for a snapshot in `work` that is damaged."""
-        cannot_tell("a step runs all blocks, forward and backward, and a part of them does not tell its time")
+    def seeded(self) -> TrainPass:
+        """The options of the step, with a seed."""
         options = self.step.config
         assert isinstance(options, TrainPass)
-        if options.seed is None:
-            options = options.model_copy(update={"seed": self.seed})
-        weights = open_weights(self.source, self.trust_remote_code)
-        choices = choose(weights.skeleton, self.step)
-        chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
-        _check(self.step.name, weights, chosen)
-        sites = {site.name: site for site in weights.skeleton.sites() if site.name in chosen and site.index is None}
-        data = TokenExamples.of(self.windows)
-        network = _TrainedModel(weights, self._load(self.source))
-        teachers = {}
-        if Needs.ORIGINAL in options.needs:
-            teachers["original"] = _TrainedModel(weights, self._load(self.original))
-        attached = AttachedLayers(network, options, teachers)
-        values: dict[str, Tensor] = {}
-        with loop.seeded(options.seed or 0), attached.to(sites, chosen), straight_through(network.module):
-            if not attached.layers:
-                raise UserError(f"{self.step.name} finds no layer with a {options.takes} to train", options.remedy)
-            training = loop.train(
-                attached.objective(),
-                data,
-                options,
-                batch_size=self.batch_size,
-                device=self.device,
-                folder=self.work / "training",
-                key=training_key(self.source, self.step, [*data.windows.shape, self.batch_size, options.seed]),
-                progress=self.progress,
-            )
-        attached.set_training(False)
-        if training.kept:
-            values = self._values(network, attached)
-        made = Trained(ignore=options.ignore)
-        made.keep(values, any(weights.mask(name) is not None for name in values))
-        left = attached.remarks
-        del network, teachers, attached
-        result = edit_model(
-            self.source,
-            self.target,
-            PassStep(name=self.step.name, config=made),
-            self.work / "written",
-            trust_remote_code=self.trust_remote_code,
-        )
-        if left:
-            more = f" (and {len(left) - 1} more layers)" if len(left) > 1 else ""
-            result.remarks.append(f"{left[0]}{more}")
-        stacked = [name for name in chosen if name not in sites]
-        if stacked:
-            result.remarks.append(f"{stacked[0]} and {len(stacked) - 1} more experts of stacks stay as they are")
-        result.remarks.append(told(training, options, changed=bool(values)))
-        result.training = training
-        return result
+        return options if options.seed is not None else options.model_copy(update={"seed": self.seed})
 
-    def _load(self, path: Path) -> PreTrainedModel:
-        model = load(path, trust_remote_code=self.trust_remote_code, packed=False).float()
+    def load(self, path: Path, packed: bool = False) -> PreTrainedModel:
+        """A checkpoint in float32 that is not trained."""
+        model = load(path, trust_remote_code=self.trust_remote_code, packed=packed, dtype="float32")
         return model.requires_grad_(False)
 
-    def _values(self, network: _TrainedModel, attached: AttachedLayers) -> dict[str, Tensor]:
-        """The new values of layers, float32 (out, in), and of their biases, by their places."""
-        values: dict[str, Tensor] = {}
-        for name, (site, own, module) in attached.layers.items():
-            layer = network.read(site)
-            outcome = finished(own, layer, module)
-            if isinstance(outcome.weight, Quantized) or outcome.mask is not None:
-                raise UnsupportedError(
-                    f"{self.step.name} leaves {name} compressed or with new zeros, which networks read as a graph take",
-                    "train the dense network, and compress it in a later step",
-                )
-            Asked(own, "finish", name).check_finite(outcome.weight)
-            values[name] = outcome.weight.detach()
-            bias = network.layer(name).bias
-            if bias is not None and own.trains_biases:
-                values[f"{name}.bias"] = bias.detach()
-        broken = next((name for name, value in values.items() if not bool(value.isfinite().all())), None)
-        if broken is not None:
-            raise NumericsError(f"{broken} is NaN or infinite after the training", "lower learning_rate, or set clip")
-        return values
+    def how(self, data: TokenExamples) -> dict[str, Any]:
+        """What `loop.train` is told besides what is trained."""
+        seed, answers = self.seeded().seed, None if data.learned is None else int(data.learned.sum())
+        return {
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "folder": self.work / "training",
+            "key": training_key(self.source, self.step, [*data.windows.shape, self.batch_size, seed, answers]),
+            "progress": self.progress,
+        }
+
+
+def _carry_out(request: TrainingRequest) -> PassResult:
+    """Train the weights of layers; raises `UnfinishedError` for a snapshot that is damaged."""
+    step, options = request.step, request.seeded()
+    assert isinstance(options, AttachPass)
+    weights = open_weights(request.source, request.trust_remote_code)
+    choices = choose(weights.skeleton, step)
+    chosen = {name: choice.config for name, choice in choices.items() if choice.config is not None}
+    check_trainable(step.name, weights, chosen)
+    sites = {site.name: site for site in weights.skeleton.sites() if site.name in chosen and site.index is None}
+    stacked = [name for name in chosen if name not in sites]
+    if not sites:
+        raise UnsupportedError(f"{step.name} would train experts in stacks alone", "take in other layers")
+    data, remarks = TokenExamples.of(request.windows, options.learns_answers)
+    network = _TrainedModel(weights, request.load(request.source))
+    teachers = {}
+    if Needs.ORIGINAL in options.needs:
+        teachers["original"] = _TrainedModel(weights, request.load(request.original))
+    attached = AttachedLayers(step.name, network, options, teachers)
+    training = attached.train(sites, chosen, data, **request.how(data))
+    values = _values(step.name, network, attached) if training.kept else {}
+    filled = _filled(weights, {name: site for name, site in sites.items() if name in values}, values)
+    left = attached.remarks
+    made = Trained(ignore=options.ignore)
+    made.keep(values)
+    del network, teachers, attached
+    result = _written(request, made)
+    if left:
+        remarks.append(f"{left[0]}{_and_more(left, 'layer')}")
+    if stacked:
+        remarks.append(f"{stacked[0]}{_and_more(stacked, 'expert')} of stacks stay as they are")
+    if filled:
+        names = list(filled)
+        zeros = count(sum(filled.values()), "weight")
+        remarks.append(f"{step.name} filled {zeros} of value zero, in {names[0]}{_and_more(names, 'layer')}")
+    result.remarks += [*remarks, told(training, options, changed=bool(values))]
+    result.training = training
+    return result
+
+
+def _and_more(names: Sequence[str], what: str) -> str:
+    return f" (and {count(len(names) - 1, f'more {what}')})" if len(names) > 1 else ""
+
+
+def _written(request: TrainingRequest, made: Trained) -> PassResult:
+    """What `edit_model` returns. What it left unfinished is thrown away where it is damaged; the training stays."""
+    step, work = PassStep(name=request.step.name, config=made), request.work / "written"
+    try:
+        return edit_model(request.source, request.target, step, work, trust_remote_code=request.trust_remote_code)
+    except UnfinishedError as error:
+        failure = behind(error)
+        if failure is not None:
+            raise failure from error
+    with writing(work):
+        shutil.rmtree(work)
+    return edit_model(request.source, request.target, step, work, trust_remote_code=request.trust_remote_code)
+
+
+def _values(step: str, network: _TrainedModel, attached: AttachedLayers) -> dict[str, Tensor]:
+    """The new values of layers, float32 (out, in), and of their biases, by their places."""
+    values: dict[str, Tensor] = {}
+    for name, (site, own, module) in attached.layers.items():
+        layer = network.read(site)
+        outcome = finished(own, layer, module)
+        if isinstance(outcome.weight, Quantized) or outcome.mask is not None:
+            raise UnsupportedError(
+                f"{step} leaves {name} compressed or with new zeros, which networks read as a graph take",
+                "train the dense network, and compress it in a later step",
+            )
+        Asked(own, "finish", name).check_finite(outcome.weight)
+        values[name] = outcome.weight.detach()
+        bias = network.layer(name).bias
+        if bias is not None and own.trains_biases:
+            values[f"{name}.bias"] = bias.detach()
+    broken = next((name for name, value in values.items() if not bool(value.isfinite().all())), None)
+    if broken is not None:
+        raise NumericsError(f"{broken} is NaN or infinite after the training", "lower learning_rate, or set clip")
+    return values
+
+
+def _filled(weights: Weights, sites: Mapping[str, LayerSite], values: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many weights of value 0 that no pass before has removed have another one now, by layer."""
+    found = {}
+    for name, site in sites.items():
+        if weights.mask(name) is None:
+            filled = int(((site.view(weights.parameter(site.parameter)) == 0) & (values[name] != 0)).sum())
+            found.update({name: filled} if filled else {})
+    return found
 
 
 def train_language(
@@ -188,42 +265,42 @@ def train_language(
     """
     if windows is None:
         raise DataError(f"{step.name} trains on text", "give calibration data")
-    request = _Request(
+    request = TrainingRequest(
         source, target, step, windows, batch_size, original, work, seed, device, trust_remote_code, progress
     )
-    return anew_if_damaged(step.name, work, request.carry_out)
+    cannot_tell("a step runs all blocks, forward and backward, and a part of them does not tell its time")
+    return anew_if_damaged(step.name, work, lambda: _carry_out(request))
 
 
 class Trained(ParameterPass):
-    """Parameters with the values that a training gave them."""
+    """Parameters with the values that a training gave them. What earlier passes removed stays removed."""
 
     untouched: ClassVar[str] = "it is not trained"
 
     _values: Mapping[str, Tensor] = PrivateAttr(default_factory=dict)
-    _masked: bool = PrivateAttr(default=False)
 
-    def keep(self, values: Mapping[str, Tensor], masked: bool) -> None:
-        """values: float32, by the names of places; masked: whether earlier passes removed weights of some."""
-        self._values, self._masked = values, masked
+    def keep(self, values: Mapping[str, Tensor]) -> None:
+        """values: float32, by the names of places."""
+        self._values = values
 
     @property
     def keeps_zeros(self) -> bool:
-        return self._masked
+        return True
 
     def edits(self, places: Mapping[str, Place]) -> Mapping[str, Edit]:
-        return {name: Edit(_to(value)) for name, value in self._values.items()}
+        return {name: Edit(_to(value), guessed=False) for name, value in self._values.items()}
 
 
 def _to(value: Tensor) -> Callable[[Tensor], Callable[[Tensor, slice], Tensor]]:
     return lambda old: lambda before, rows: value[rows].to(before.dtype)
 
 
-class _TrainedModel:
-    """See `effcli.layers.attaching.Trainable`. Of a window every token but the first is learned."""
+class _TrainedModel(TokenNetwork):
+    """See `effcli.layers.attaching.Trainable`."""
 
     def __init__(self, weights: Weights, model: PreTrainedModel) -> None:
+        super().__init__(model)
         self._weights = weights
-        self.module: nn.Module = model
 
     def layer(self, name: str) -> Any:
         return self.module.get_submodule(name)
@@ -238,22 +315,14 @@ class _TrainedModel:
         weight = site.view(self.layer(site.name).weight.detach()).contiguous()
         return Layer(site.name, site.kind, weight, torch.float32, stored, self.mask(site.name))
 
-    def run(self, batch: Batch) -> Tensor:
-        """Logits float32 (n · (length - 1), vocabulary)."""
-        logits: Tensor = self.module(input_ids=batch.inputs, use_cache=False).logits
-        return logits[:, :-1].float().flatten(0, 1)
 
-    def labels(self, batch: Batch) -> Tensor | None:
-        return None if batch.labels is None else batch.labels[:, 1:].flatten()
-
-
-def _check(name: str, weights: Weights, chosen: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedError` for an output head whose weight is the embedding's."""
+def check_trainable(step: str, weights: Weights, chosen: Collection[str]) -> None:
+    """Raise `UnsupportedError` where an output head is to be trained whose weight is the embedding's."""
     head = weights.skeleton.head
     if weights.skeleton.tied and head in chosen:
         raise UnsupportedError(
-            f"{name} cannot train {head}, whose weight is the input embedding's", "leave `lm_head` out"
+            f"{step} cannot train {head}, whose weight is the input embedding's", "leave `lm_head` out"
         )
 
 
-__all__ = ["TokenExamples", "Trained", "train_language"]
+__all__ = ["TokenExamples", "TokenNetwork", "Trained", "TrainingRequest", "check_trainable", "train_language"]

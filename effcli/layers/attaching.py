@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim import Optimizer
 
-from effcli.errors import UnfinishedError, behind, writing
+from effcli.errors import UnfinishedError, UserError, behind, writing
 from effcli.files.digest import of_folder
 from effcli.formats import Mask
-from effcli.layers.contract import Attached, Layer, Needs, Pass, Step, TrainPass
+from effcli.layers.contract import Attached, AttachPass, Layer, Pass, TrainPass
+from effcli.layers.input_rounding import straight_through
 from effcli.layers.layer import LayerSite
+from effcli.layers.learning import Learner, Learning
 from effcli.layers.result import PassResult
 from effcli.layers.returned import Asked, described
 from effcli.reports.report import Training
 from effcli.reports.units import count
-from effcli.training.loop import Batch, Objective
+from effcli.training import loop
+from effcli.training.loop import Examples, Objective
 
 if TYPE_CHECKING:
     from effcli.run.recipe import PassStep
@@ -33,11 +35,8 @@ if TYPE_CHECKING:
 _SETTLED = 0.01
 
 
-class Trainable(Protocol):
+class Trainable(Learner, Protocol):
     """A network in memory whose layers can be trained."""
-
-    @property
-    def module(self) -> nn.Module: ...
 
     def layer(self, name: str) -> Any:
         """The module that has the weight of a layer, and its bias or None."""
@@ -48,33 +47,41 @@ class Trainable(Protocol):
     def read(self, site: LayerSite) -> Layer:
         """A layer as a pass sees it."""
 
-    def run(self, batch: Batch) -> Tensor:
-        """What the network returns, float32 (n, ...); of a language model for each token that is learned."""
-
-    def labels(self, batch: Batch) -> Tensor | None:
-        """The labels of what `run` returns, int64 (n,); None without."""
-
 
 class AttachedLayers:
     """A network whose layers run with the weights that a pass makes of their own.
 
-    layers: by name the site, the options, and what they attach; remarks: why other chosen layers stay as they are.
+    name: of the pass; layers: by name the site, the options, and what they attach; remarks: why other chosen layers
+    stay as they are.
     """
 
-    def __init__(self, network: Trainable, options: TrainPass, teachers: Mapping[str, Trainable]) -> None:
+    def __init__(self, name: str, network: Trainable, options: AttachPass, teachers: Mapping[str, Trainable]) -> None:
+        self.name = name
         self.network = network
         self.options = options
-        self.teachers = teachers
-        self.layers: dict[str, tuple[LayerSite, TrainPass, nn.Module]] = {}
+        self.learning = Learning(network, options, teachers, self.set_training)
+        self.layers: dict[str, tuple[LayerSite, AttachPass, nn.Module]] = {}
         self.remarks: list[str] = []
 
+    def train(self, sites: Mapping[str, LayerSite], chosen: Mapping[str, Pass], data: Examples, **how: Any) -> Training:
+        """Train the layers `sites`, by name, whose options are `chosen`; how: what `loop.train` is told besides.
+
+        Raises `UserError` where no layer can be trained, and what `loop.train` raises.
+        """
+        with loop.seeded(self.options.seed or 0), self._attached(sites, chosen), straight_through(self.network.module):
+            if not self.layers:
+                raise UserError(f"{self.name} finds no layer with a {self.options.takes} to train", self.options.remedy)
+            training = loop.train(self._objective(), data, self.options, **how)
+        self.set_training(False)
+        return training
+
     @contextmanager
-    def to(self, sites: Mapping[str, LayerSite], chosen: Mapping[str, Pass]) -> Iterator[None]:
+    def _attached(self, sites: Mapping[str, LayerSite], chosen: Mapping[str, Pass]) -> Iterator[None]:
         """Attach to the layers; afterwards they are as they were, but for what was trained of them."""
         try:
             for name, site in sites.items():
                 own = chosen[name]
-                assert isinstance(own, TrainPass)
+                assert isinstance(own, AttachPass)
                 asked = Asked(own, "attach", name)
                 module = asked.expect(own.attach(self.network.read(site)), nn.Module | None, "a module, or None")
                 if module is None:
@@ -96,23 +103,11 @@ class AttachedLayers:
                 for parameter in layer.parameters():
                     parameter.requires_grad_(False)
 
-    def objective(self) -> Objective:
-        """What the loop trains."""
+    def _objective(self) -> Objective:
         parameters = {
             name: [own for own in self.network.layer(name).parameters() if own.requires_grad] for name in self.layers
         }
-        made = self.options.optimizer(parameters)
-        optimizer = Asked(self.options, "optimizer").expect(made, Optimizer, "an optimizer of torch")
-        return Objective(
-            module=self.network.module,
-            optimizer=optimizer,
-            loss=self._loss,
-            error=self._error,
-            measured=self.options.measured,
-            beside=tuple(teacher.module for teacher in self.teachers.values()),
-            advance=self._advance,
-            counts=self.options.counts,
-        )
+        return self.learning.objective(self.options.optimizer(parameters), self._advance, self.options.counts)
 
     def _advance(self, progress: float) -> bool:
         attached = {}
@@ -124,28 +119,10 @@ class AttachedLayers:
             made = self.options.advance(attached, progress)
         return Asked(self.options, "advance").expect(made, bool, "True or False")
 
-    def _loss(self, batch: Batch) -> Tensor:
-        loss = self.options.loss(self._step(batch, training=True))
-        return Asked(self.options, "loss").check_loss(loss, trains=True)
-
-    def _error(self, batch: Batch) -> tuple[float, float]:
-        found = self.options.measure(self._step(batch, training=False))
-        return Asked(self.options, "measure").check_measured(found)
-
     def set_training(self, training: bool) -> None:
-        """Whether what is attached runs as in training, with its dropout say; the network itself never does."""
+        """Whether what is attached runs as in training; see `Learning`."""
         for _, _, module in self.layers.values():
             module.train(training)
-
-    def _step(self, batch: Batch, *, training: bool) -> Step:
-        self.set_training(training)
-        with torch.no_grad():
-            taught = {name: teacher.run(batch) for name, teacher in self.teachers.items()}
-        # A layer that runs more than once has one weight.
-        with parametrize.cached():
-            outputs = self.network.run(batch)
-        labels = self.network.labels(batch) if Needs.LABELS in self.options.needs else None
-        return Step(batch.inputs, outputs, labels=labels, progress=batch.progress, scale=batch.scale, **taught)
 
 
 class _Matrix(nn.Module):
@@ -175,8 +152,8 @@ class _Matrix(nn.Module):
         return found
 
 
-def told(training: Training, options: TrainPass, changed: bool) -> str:
-    """What a training came to, and what to change where it ended too soon; changed: whether any weight did."""
+def told(training: Training, options: TrainPass, changed: bool, what: str = "the weights") -> str:
+    """What a training came to, and what to change where it ended too soon; changed: whether any of `what` did."""
     (_, first), *_, (_, last) = training.errors
     # A rehearsal does not come to its last step.
     least = dict(training.errors).get(training.kept, last)
@@ -184,8 +161,10 @@ def told(training: Training, options: TrainPass, changed: bool) -> str:
     found = f"{options.measured}{where}: {first:.3g} before training, {least:.3g} after"
     if not changed:
         lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"
-        found = f"the weights stay as they are: {lost}"
-    return found + _advice(training.errors, options) if options.counts(0.0) else found
+        found = f"{what} stay as they are: {lost}"
+    # Where rounds remove weights, the error before them is no measure.
+    compared = not isinstance(options, AttachPass) or options.counts(0.0)
+    return found + _advice(training.errors, options) if compared else found
 
 
 def _advice(errors: Sequence[tuple[int, float]], options: TrainPass) -> str:

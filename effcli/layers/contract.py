@@ -6,7 +6,7 @@ A pass is one class with its options and its mathematics:
   that several layers share;
 - a `NetworkPass` takes a network read as a graph as a whole;
 - a `CutPass` removes channels, heads or experts, with everything that goes with them;
-- a `TrainPass` trains the layers of a network, step by step, towards less of a loss;
+- a `TrainPass` trains, step by step, towards less of a loss: an `AttachPass` the layers of a network;
 - a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass;
 - a `ParameterPass` gives parameters new values, whatever they belong to: layers, embeddings, norms, biases.
 
@@ -240,18 +240,16 @@ class CutPass(Pass):
 
 
 class TrainPass(TrainingOptions, Pass):
-    """A pass that trains the layers of a network. The engine runs the loop (`effcli.training.loop`).
+    """A pass that trains. What is trained, an `AttachPass` or an `AdapterPass` says.
 
-    Batch norms keep their statistics, and what belongs to no layer stays as it is.
+    The engine runs the loop (`effcli.training.loop`). Batch norms keep their statistics, and what belongs to no layer
+    stays as it is.
     """
 
     unit: ClassVar[str] = "step"
     # What a layer must have to be trained, and what to do where none has it.
     takes: ClassVar[str] = "weight"
     remedy: ClassVar[str] = "make `ignore` narrower"
-    # Whether the weights themselves are trained, beside the parameters of what `attach` returns, and the biases.
-    trains_weights: ClassVar[bool] = True
-    trains_biases: ClassVar[bool] = False
     # What `measure` measures.
     measured: ClassVar[str] = "loss on the calibration inputs"
     # Whether it trains language models, too: then `loss` is given a row of outputs for each token that is learned.
@@ -261,8 +259,34 @@ class TrainPass(TrainingOptions, Pass):
     def needs(self) -> Needs:
         return Needs.INPUTS
 
+    @property
+    def learns_answers(self) -> bool:
+        """Whether it learns, of documents with prompts or messages, the answers alone."""
+        return False
+
     def require(self) -> None:
         tracking.require(self.track)
+
+    @abstractmethod
+    def loss(self, step: Step) -> Tensor:
+        """What is to become less, a scalar; best a mean over the outputs of the batch."""
+
+    def measure(self, step: Step) -> tuple[float, float]:
+        """Two numbers whose sums over all inputs are divided: the error by which the best weights are kept."""
+        loss = Asked(self, "loss").check_loss(self.loss(step), trains=False)
+        return float(loss) * len(step.outputs), float(len(step.outputs))
+
+    def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> Optimizer:
+        """The optimizer of the parameters of each layer; the schedule multiplies its learning rates."""
+        return Adam([own for layer in parameters.values() for own in layer], lr=self.learning_rate)
+
+
+class AttachPass(TrainPass):
+    """A pass that trains the weights of layers, or what it makes them of."""
+
+    # Whether the weights themselves are trained, beside the parameters of what `attach` returns, and the biases.
+    trains_weights: ClassVar[bool] = True
+    trains_biases: ClassVar[bool] = False
 
     @abstractmethod
     def attach(self, layer: Layer) -> nn.Module | None:
@@ -283,21 +307,8 @@ class TrainPass(TrainingOptions, Pass):
         return True
 
     @abstractmethod
-    def loss(self, step: Step) -> Tensor:
-        """What is to become less, a scalar; best a mean over the inputs of the batch."""
-
-    @abstractmethod
     def finish(self, layer: Layer, trained: nn.Module) -> Outcome:
         """What becomes of one layer; trained: what `attach` returned. `layer.weight` is trained, too, where that is."""
-
-    def measure(self, step: Step) -> tuple[float, float]:
-        """Two numbers whose sums over all inputs are divided: the error by which the best weights are kept."""
-        loss = Asked(self, "loss").check_loss(self.loss(step), trains=False)
-        return float(loss) * len(step.inputs), float(len(step.inputs))
-
-    def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> Optimizer:
-        """The optimizer of the parameters of each layer; the schedule multiplies its learning rates."""
-        return Adam([own for layer in parameters.values() for own in layer], lr=self.learning_rate)
 
 
 class SearchPass(Pass):
@@ -665,7 +676,7 @@ class Step:
 class Attached:
     """A layer in training. Tensors may be changed in place.
 
-    module: what `TrainPass.attach` returned, whose buffers are kept in snapshots; weight: float32 (out, in) and bias
+    module: what `AttachPass.attach` returned, whose buffers are kept in snapshots; weight: float32 (out, in) and bias
     (out,) as they are trained; None of a layer without a bias.
     """
 
@@ -707,7 +718,7 @@ def carry_out(options: LayerPass, layer: Layer, seen: Sequence[Statistics] = ())
     return _outcome(options, "apply", layer, once(kind, lambda: options.apply(layer, seen[0] if seen else UNSEEN)))
 
 
-def finished(options: TrainPass, layer: Layer, trained: nn.Module) -> Outcome:
+def finished(options: AttachPass, layer: Layer, trained: nn.Module) -> Outcome:
     """What becomes of one layer that was trained; trained: what the pass attached to it."""
     return _outcome(options, "finish", layer, options.finish(layer, trained))
 
@@ -726,6 +737,7 @@ def _outcome(options: Pass, method: str, layer: Layer, made: Any) -> Outcome:
 __all__ = [
     "UNSEEN",
     "Apply",
+    "AttachPass",
     "Attached",
     "Change",
     "CutPass",

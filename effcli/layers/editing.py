@@ -82,11 +82,11 @@ class Changed:
 def change(name: str, edit: Edit, value: Tensor, packed: Quantized | None = None, keeps_zeros: bool = False) -> Changed:
     """Give a parameter its new value, in place and a few rows at a time; packed: as it is stored, None of a dense one.
 
-    keeps_zeros: those of a dense matrix are what was removed; the codes of others may stand for 0 as well. Raises
-    `NumericsError` where the new value is not finite.
+    keeps_zeros: those of a dense matrix are what was removed, if `edit` guesses so; codes may stand for 0 as well.
+    Raises `NumericsError` where the new value is not finite.
     """
     new, found, mask = edit.open(value), Changed(), Mask.of(packed)
-    keeps_zeros &= value.ndim > 1 and (packed is None or mask is not None)
+    keeps_zeros &= value.ndim > 1 and (mask is not None or (packed is None and edit.guessed))
     for rows in slices(value.shape):
         before = value[rows].float()
         after = new(before.clone(), rows)
@@ -101,7 +101,8 @@ def change(name: str, edit: Edit, value: Tensor, packed: Quantized | None = None
         if not bool(torch.isfinite(value[rows]).all()):
             dtype = str(value.dtype).removeprefix("torch.")
             raise NumericsError(
-                f"{name} would hold NaN or infinity in {dtype}", "the adapter is broken, or its changes are too large"
+                f"{name} would hold NaN or infinity in {dtype}",
+                "what it is changed by is broken, or too large for the dtype",
             )
     return found
 

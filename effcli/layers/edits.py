@@ -40,11 +40,13 @@ class Place:
 class Edit:
     """How a parameter gets a new value. notes: for the ledger.
 
+    guessed: whether the zeros of a dense matrix count as removed weights, where these stay 0.
     open: reads what it takes and returns the function of rows; it is given the value as it is, floating, of any dtype.
     """
 
     open: Callable[[Tensor], Rows]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    guessed: bool = True
 
 
 def slices(shape: tuple[int, ...]) -> list[slice]:

@@ -180,6 +180,11 @@ class _Run:
         """The inputs on which the error is measured, and those that are trained on, int64, ascending."""
         every = np.arange(len(self.data), dtype=np.int64)
         held = self.options.held_out(len(every))
+        if self.options.hold_out and not held:
+            raise DataError(
+                "there is one calibration input, which cannot be held out and trained on",
+                "give more, or leave hold_out out",
+            )
         if not held:
             return every, every
         drawn = np.random.default_rng(self.options.seed or 0).permutation(every)

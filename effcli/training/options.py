@@ -57,7 +57,8 @@ class TrainingOptions(Options):
 
     def held_out(self, inputs: int) -> int:
         """How many of so many inputs are not trained on: the share, rounded up, but one is left to train on."""
-        return min(math.ceil(self.hold_out * inputs), max(inputs - 1, 0))
+        # 7 % of 100 is 7.000000000000001 in floating point.
+        return min(math.ceil(self.hold_out * inputs - 1e-9), max(inputs - 1, 0))
 
     def measured_on(self, inputs: int) -> int:
         """On how many of so many inputs the error is measured."""

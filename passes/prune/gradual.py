@@ -16,18 +16,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from effcli.formats import Mask
-from effcli.layers.contract import Attached, Change, Layer, Outcome
+from effcli.layers.contract import Attached, AttachPass, Change, Layer, Outcome
 from effcli.options import Share
 from effcli.passes.prune._pruning import largest, pruned, removals
 from effcli.passes.train._tuning import Tuning
 
 
-class Gradual(Tuning):
+class Gradual(Tuning, AttachPass):
     """A `gradual` step."""
+
+    takes: ClassVar[str] = "floating weight"
+    remedy: ClassVar[str] = "put it before the step that compresses the weights"
+    trains_biases: ClassVar[bool] = True
+    per_layer: ClassVar[frozenset[str]] = frozenset({"sparsity"})
 
     changes: ClassVar[Change] = Change.VALUES | Change.MASK
     rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "until", "rewind")
-    takes_language: ClassVar[bool] = False
 
     sparsity: Share = Field(0.8, ge=0, lt=1, description="Share of the weights that is removed in the end.")
     compare: Literal["layer", "network"] = Field(
@@ -50,8 +54,6 @@ class Gradual(Tuning):
     @model_validator(mode="after")
     def _fitting(self) -> Self:
         own = {key for options in self.layers.values() for key in options}
-        if own - {"sparsity"}:
-            raise ValueError(f"layers are trained together: {', '.join(sorted(own - {'sparsity'}))} is one for all")
         if own and self.compare == "network":
             raise ValueError("no layer has a sparsity of its own where the weights of all layers compete")
         if self.steps is not None and self.steps * self.until < self.rounds:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
+from effcli.errors import RecipeError, UnsupportedError
 from effcli.layers.contract import Needs, Step, TrainPass
 from effcli.training.losses import response
 
@@ -31,10 +32,8 @@ class Tuning(TrainPass):
             "track_folder",
         ),
     )
-    takes: ClassVar[str] = "floating weight"
-    remedy: ClassVar[str] = "put it before the step that compresses the weights"
-    trains_biases: ClassVar[bool] = True
-    takes_language: ClassVar[bool] = True
+    # Options that a layer may have of its own.
+    per_layer: ClassVar[frozenset[str]] = frozenset()
     graph_defaults: ClassVar[Mapping[str, Any]] = {"distance": "mse"}
 
     towards: Literal["labels", "original"] = Field(
@@ -51,6 +50,13 @@ class Tuning(TrainPass):
         0.0, ge=0, le=1, description="Share of every weight that goes in a step at a learning rate of 1 (AdamW)."
     )
 
+    @model_validator(mode="after")
+    def _trained_together(self) -> Self:
+        own = sorted({key for options in self.layers.values() for key in options} - self.per_layer)
+        if own:
+            raise ValueError(f"layers are trained together: {', '.join(own)} is one for all")
+        return self
+
     @property
     def needs(self) -> Needs:
         return Needs.INPUTS | (Needs.LABELS if self.towards == "labels" else Needs.ORIGINAL)
@@ -61,6 +67,11 @@ class Tuning(TrainPass):
             return F.cross_entropy(step.outputs, step.labels)
         assert step.original is not None
         if self.distance == "kl":
+            if step.outputs.ndim != 2 or step.outputs.shape[1] < 2:
+                shape = tuple(step.outputs.shape[1:])
+                raise UnsupportedError(
+                    f"distance=kl is of classes, and an input's output has the shape {shape}", "set distance=mse"
+                )
             return response(step.outputs, step.original)
         return F.mse_loss(step.outputs, step.original)
 
@@ -71,3 +82,25 @@ class Tuning(TrainPass):
             {"params": [own], "weight_decay": self.weight_decay if own.ndim > 1 else 0.0} for own in every
         ]
         return AdamW(groups, lr=self.learning_rate)
+
+
+class LanguageTuning(Tuning):
+    """What is learned of a text besides."""
+
+    takes_language: ClassVar[bool] = True
+    rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "learned")
+
+    learned: Literal["answers", "all"] = Field(
+        "answers",
+        description="Of documents with prompts or messages: what is learned are the completions and what the assistant "
+        "says, or all tokens. Of plain texts all tokens are.",
+    )
+
+    @property
+    def learns_answers(self) -> bool:
+        return self.learned == "answers"
+
+    def for_graph(self) -> Self:
+        if "learned" in self.model_fields_set:
+            raise RecipeError("`learned` is of tokens, and this network reads none", "leave it out")
+        return super().for_graph()

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from effcli.formats import CodebookWeight
-from effcli.layers.contract import Layer, Needs, Outcome, Step, TrainPass
+from effcli.layers.contract import AttachPass, Layer, Needs, Outcome, Step
 from effcli.passes.quantize._tables import ascending
 
 
-class Centroids(TrainPass):
+class Centroids(AttachPass):
     """A `centroids` step."""
 
     rare: ClassVar[tuple[str, ...]] = (

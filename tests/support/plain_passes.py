@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effcli.formats import Mask
 from effcli.layers.contract import (
+    AttachPass,
     Change,
     CutPass,
     Layer,
@@ -19,7 +20,6 @@ from effcli.layers.contract import (
     Outcome,
     Statistics,
     Step,
-    TrainPass,
 )
 from effcli.layers.coupling import Coupled, Cut
 from effcli.run.recipe import PassStep
@@ -61,7 +61,7 @@ class Trim(CutPass):
         return [Cut(group, torch.arange(group.count) < max(1, group.count - 1)) for group in groups]
 
 
-class Tune(TrainPass):
+class Tune(AttachPass):
     """Trains the weights themselves, towards outputs of 1."""
 
     def attach(self, layer: Layer) -> nn.Module | None:

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effcli.errors import DataError, MachineError, UnfinishedError, UnsupportedError, UserError
-from effcli.graphs import training
 from effcli.graphs.graph import Graph
 from effcli.graphs.training import train, train_graph
-from effcli.layers.contract import Layer, LayerPass, Needs, NetworkPass, Outcome, Step, TrainPass, Transformed
+from effcli.layers import attaching
+from effcli.layers.contract import AttachPass, Layer, LayerPass, Needs, NetworkPass, Outcome, Step, Transformed
 from effcli.layers.result import PassResult
 from effcli.passes.quantize.linear import Linear
 from effcli.run.recipe import PassStep
 from effcli.training import loop
 
 
-class Tune(TrainPass):
+class Tune(AttachPass):
     """Fine-tuning, towards labels or what another network returns."""
 
     wanted: str = "LABELS"
@@ -79,7 +79,7 @@ def labelled(graph: Graph, count: int = 40) -> Held:
 
 
 def carried_out(
-    config: TrainPass, tmp_path: Path, data: Held | None, graph: Graph | None = None, **more: Any
+    config: AttachPass, tmp_path: Path, data: Held | None, graph: Graph | None = None, **more: Any
 ) -> PassResult:
     source, target = tmp_path / "source", tmp_path / "target"
     for folder in (source, target):
@@ -239,7 +239,7 @@ def test_a_layer_that_runs_twice() -> None:
 def test_layers_before_rounded_inputs_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the rounding, and little without a gradient there."""
     with_gradient = trained_before_rounding()
-    monkeypatch.setattr(training, "straight_through", lambda network: contextlib.nullcontext())
+    monkeypatch.setattr(attaching, "straight_through", lambda network: contextlib.nullcontext())
     assert with_gradient < 0.5 and trained_before_rounding() > 1.5 * with_gradient
 
 
@@ -264,7 +264,7 @@ def test_the_device_is_asked_for_unless_a_node_names_one(monkeypatch: pytest.Mon
         asked.append(device)
         raise Killed
 
-    monkeypatch.setattr(training.loop, "train", loop_train)
+    monkeypatch.setattr(loop, "train", loop_train)
     config = Tune(wanted="ORIGINAL")
     for named in (False, True):
         builder = small_graphs.Builder()
@@ -513,7 +513,7 @@ def test_labels_of_a_network_without_classes() -> None:
 @pytest.mark.parametrize("missing", ["attach", "loss", "finish"])
 def test_a_method_that_is_missing(missing: str) -> None:
     own = {name: getattr(Tune, name) for name in ("attach", "loss", "finish") if name != missing}
-    kind = type("Part", (TrainPass,), {**own, "__module__": __name__})
+    kind = type("Part", (AttachPass,), {**own, "__module__": __name__})
     with pytest.raises(TypeError, match=f"abstract method '?{missing}'?"):
         kind()
 

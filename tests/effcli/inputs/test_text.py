@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -382,3 +383,55 @@ def test_messages_go_through_templates_as_models_have_them(template: str, expect
 def test_what_a_template_refuses_is_said(template: str, messages: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(DataError, match=f"line 1: the chat template refuses the messages: .*{message}"):
         jsonl.document_ids({"messages": messages}, "line 1", templated(template))
+
+
+def test_which_tokens_of_prompts_and_completions_answer() -> None:
+    """Those of a completion with its end, and all of a plain text."""
+    sample = Reader.open(samples.SAMPLES["sample:lm"])
+    data = {"prompt": "Who goes there? ", "completion": "It is the king."}
+    ids, marks = jsonl.marked_ids(data, "line 1", sample)
+    assert ids == jsonl.document_ids(data, "line 1", sample)
+    begin = marks.index(True)
+    assert all(marks[begin:]) and not any(marks[:begin])
+    assert sample.decode(ids[begin:]).strip() == "It is the king."
+    ids, marks = jsonl.marked_ids({"text": "the king"}, "line 1", sample)
+    special = len(ids) - len(sample.encode("the king", special=False)) - 1
+    assert marks == [False] * special + [True] * (len(ids) - special)
+
+
+def test_what_the_assistant_says_answers() -> None:
+    """Each of its messages up to the token that ends it, and nothing that others say or that announces it."""
+    messages = [
+        {"role": "user", "content": "the king"},
+        {"role": "assistant", "content": "is here"},
+        {"role": "user", "content": "the queen"},
+        {"role": "assistant", "content": "is gone"},
+    ]
+    reader = templated(CHATML)
+    ids, marks = jsonl.marked_ids({"messages": messages}, "line 1", reader)
+    assert ids == jsonl.document_ids({"messages": messages}, "line 1", reader)
+    groups = groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1])
+    runs = [[token for token, _ in group] for answers, group in groups if answers]
+    assert [reader.decode(run).strip() for run in runs] == [
+        reader.decode(reader.encode(text, special=False)) for text in ("is here<end>", "is gone<end>")
+    ]
+    asked = {"prompt": messages[:3], "completion": messages[3:]}
+    _, marks = jsonl.marked_ids(asked, "line 1", reader)
+    assert sum(marks) == len(runs[1])
+    whole = "{{ messages | length }}" + CHATML
+    with pytest.raises(DataError, match="does not write message 2 behind those before it"):
+        jsonl.marked_ids({"messages": messages}, "line 1", templated(whole))
+
+
+def test_marks_follow_the_tokens_into_windows(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n} is ", "completion": "a number."}) + "\n" for n in range(20)))
+    options = Calibration(data=str(file), samples=4, length=16, batch_size=3)
+    path = samples.SAMPLES["sample:lm"]
+    plain, _ = text.calibration_windows(options, path)
+    marked, _ = text.calibration_windows(options, path, answers=True)
+    assert plain.answers is None and marked.answers is not None
+    assert [answer.shape for answer in marked.answers] == [batch.shape for batch in marked.batches]
+    assert all(torch.equal(one, other) for one, other in zip(plain.batches, marked.batches, strict=True))
+    share = float(torch.cat(marked.answers).float().mean())
+    assert 0.2 < share < 0.9

@@ -8,15 +8,16 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from effcli.errors import DataError, NumericsError, RecipeError, UnsupportedError
 from effcli.inputs.text import Windows
+from effcli.language import editing
 from effcli.language.sweep import sweep
-from effcli.language.training import train_language
+from effcli.language.training import TokenExamples, train_language
 from effcli.language.weights import open_weights
 from effcli.layers.input_rounding import InputRounding
 from effcli.layers.result import PassResult
@@ -31,12 +32,13 @@ def windows(count: int = 6, length: int = 12) -> Windows:
     return Windows(list(torch.randint(architectures.VOCABULARY, (count, length), generator=generator).split(4)))
 
 
-def trained(source: Path, target: Path, original: Path | None = None, **options: Any) -> PassResult:
+def trained(
+    source: Path, target: Path, original: Path | None = None, work: Path | None = None, **options: Any
+) -> PassResult:
     target.mkdir(exist_ok=True)
+    work = work or target.parent / "work"
     step = PassStep.model_validate({"finetune": {"steps": 3, **options}})
-    return train_language(
-        source, target, step, windows(), batch_size=2, original=original or source, work=target.parent / "work"
-    )
+    return train_language(source, target, step, windows(), batch_size=2, original=original or source, work=work)
 
 
 def carried_out(source: Path, target: Path, step: Any) -> Path:
@@ -129,7 +131,7 @@ def test_gradients_pass_where_compressed_layers_round_their_inputs(
 def test_experts_of_stacks_stay_and_are_told(tmp_path: Path) -> None:
     source = architectures.make("mixtral", tmp_path / "model", torch.float32)
     result = trained(source, tmp_path / "out", **PLAIN)
-    assert any("more experts of stacks stay as they are" in remark for remark in result.remarks)
+    assert any("more experts) of stacks stay as they are" in remark for remark in result.remarks)
     rows = {row.name: row.status for row in result.ledger}
     assert {status for name, status in rows.items() if ".experts." in name} == {"kept"}
     assert {status for name, status in rows.items() if name.endswith("_proj") and "experts" not in name} == {"changed"}
@@ -190,3 +192,75 @@ def test_bad_input(tmp_path: Path) -> None:
         recipe = check({"model": str(source), "passes": [name]})
         with pytest.raises(RecipeError, match="takes networks read as a graph"):
             recipe.for_language()
+
+
+def test_answers_alone_are_learned(tmp_path: Path) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.float32)
+    given = windows(4)
+    marks = torch.zeros(4, 12, dtype=torch.bool)
+    marks[:3, 7:] = True
+    marked = Windows(given.batches, answers=[marks])
+    data, remarks = TokenExamples.of(marked, answers=True)
+    assert len(data) == 3 and remarks == [
+        "1 of 4 windows hold no token that answers: left out",
+        "learned are the answers alone, 45% of the tokens: learned=all takes prompts, too",
+    ]
+    assert len(TokenExamples.of(marked, answers=False)[0]) == 4
+    step = PassStep.model_validate({"finetune": {**PLAIN, "steps": 1}})
+    (tmp_path / "out").mkdir()
+    result = train_language(
+        source, tmp_path / "out", step, marked, batch_size=3, original=source, work=tmp_path / "work"
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    chosen = torch.cat(given.batches)[:3]
+    with torch.no_grad():
+        expected = functional.cross_entropy(model(chosen).logits[:, 6:-1].flatten(0, 1), chosen[:, 7:].flatten())
+    assert result.training is not None
+    assert result.training.curve[0][1] == pytest.approx(float(expected), rel=1e-5)
+    assert result.training.errors[0][1] == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(DataError, match="holds a token that answers"):
+        TokenExamples.of(Windows(given.batches, answers=[torch.zeros_like(marks)]), answers=True)
+
+
+def test_zeros_are_kept_where_a_mask_says_so_and_told_where_they_are_filled(tmp_path: Path) -> None:
+    """A layer under a mask beside one whose zeros no mask tells of, as other tools leave them."""
+    source = architectures.make("llama", tmp_path / "model", torch.float32)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    dense, masked = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+    zeros = torch.rand(tensors[f"{dense}.weight"].shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    tensors[f"{dense}.weight"][zeros] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    rough = carried_out(source, tmp_path / "rough", {"magnitude": {"sparsity": 0.5, "ignore": ["*self_attn*"]}})
+    result = trained(rough, tmp_path / "out", **PLAIN)
+    kept, again = (open_weights(path).mask(masked) for path in (rough, tmp_path / "out"))
+    assert kept is not None and again is not None and torch.equal(kept.kept, again.kept)
+    written = open_weights(tmp_path / "out").parameter(f"{dense}.weight")
+    assert bool((written[zeros] != 0).float().mean() > 0.9)
+    filled = int((written[zeros] != 0).sum())
+    assert f"finetune filled {filled:,} weights of value zero, in {dense}" in result.remarks
+
+
+def test_a_damaged_part_of_what_is_written_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = architectures.make("llama", tmp_path / "model", torch.float32)
+    first = trained(source, tmp_path / "out", **PLAIN)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    begun: list[int] = []
+    train, join = loop.train, editing.join
+
+    def watched(*given: Any, **named: Any) -> Any:
+        return train(*given, **{**named, "progress": lambda done, total: begun.append(done)})
+
+    def killed(*given: Any) -> Any:
+        raise _Killed
+
+    work = tmp_path / "again-work"
+    monkeypatch.setattr(editing, "join", killed)
+    with pytest.raises(_Killed):
+        trained(source, tmp_path / "again", work=work, **PLAIN)
+    monkeypatch.setattr(editing, "join", join)
+    monkeypatch.setattr(loop, "train", watched)
+    (work / "written" / "journal.json").write_text("{")
+    again = trained(source, tmp_path / "again", work=work, **PLAIN)
+    assert begun == [3] and again.training == first.training
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights

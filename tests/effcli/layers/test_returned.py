@@ -20,6 +20,7 @@ from effcli.formats import Affine, Mask, NOfM
 from effcli.graphs.sweep import graph_sweep
 from effcli.graphs.training import train
 from effcli.layers.contract import (
+    AttachPass,
     CutPass,
     Group,
     Layer,
@@ -29,7 +30,6 @@ from effcli.layers.contract import (
     Outcome,
     ScalingPass,
     Statistics,
-    TrainPass,
     Transformed,
     carry_out,
 )
@@ -261,7 +261,7 @@ def test_cuts(made: Any, came: str, tmp_path: Path) -> None:
         swept(Cuts(made=made), tmp_path)
 
 
-class Trains(TrainPass):
+class Trains(AttachPass):
     """Fine-tuning to zero, of which a test changes one method."""
 
     epochs: int = 1
