@@ -127,7 +127,7 @@ def _check_needs(name: str, choices: Iterable[Choice]) -> None:
         if isinstance(config, NetworkPass) and config.needs & training:
             raise UnsupportedError(
                 f"{name} asks for labels or the network as the run found it, which only a pass that trains is given",
-                "make it a TrainPass",
+                "make it an AttachPass",
             )
         if isinstance(config, NetworkPass) and config.needs.observes:
             raise UnsupportedError(
