@@ -37,7 +37,7 @@ from effcli.reports import card
 from effcli.reports.report import Exported, Latency, Layout, Quality, Stage
 from effcli.reports.sensitivity import Varied
 from effcli.run.network import Counts, Measured
-from effcli.run.plan import Plan, make
+from effcli.run.plan import Plan, check_trainings, make
 from effcli.run.recipe import PassStep, Recipe
 from effcli.search.budget import Figure, Quantity
 from effcli.search.space import unchanging
@@ -122,6 +122,8 @@ class GraphNetwork:
         if not any(step.needs for step in self.recipe.passes):
             return ()
         self._calibration = self._inputs(self.recipe)
+        # There may be fewer than a plan takes for granted.
+        check_trainings(self.recipe, len(self._calibration))
         return self._calibration.remarks
 
     def priced(self, checkpoint: Path) -> PricedGraph:

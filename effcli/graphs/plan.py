@@ -177,10 +177,9 @@ class PlannedGraph:
         options = step.config
         if not isinstance(options, TrainPass):
             return forwards(step, choices) - self._shares(step)
-        batch = (options.batch_size or self._calibration.batch_size) * options.accumulation
         samples = self._calibration.samples
         trained, measured = samples - options.held_out(samples), options.measured_on(samples) / samples
-        per_epoch = math.ceil(trained / batch)
+        per_epoch = options.per_epoch(samples, self._calibration.batch_size)
         epochs = options.total(per_epoch) / per_epoch
         steps = epochs * trained / samples * (1 + _BACKWARD + _teachers(options))
         return steps + measured * (math.ceil(epochs) + 1) * (1 + _teachers(options))

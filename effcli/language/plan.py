@@ -211,7 +211,7 @@ class PlannedModel:
         head: int = self._skeleton.model.get_parameter(self._skeleton.embedding).shape[0]
         states = tokens * (_ALIVE * sum(map(_widths, blocks)) + (4 + 3 * teachers) * head)
         kept = 3 + options.keep_best
-        per_epoch = -(-(samples - options.held_out(samples)) // (size * options.accumulation))
+        per_epoch = options.per_epoch(samples, self._calibration.batch_size)
         seen = options.total(per_epoch) * size * options.accumulation * self.length
         measured = (-(-options.total(per_epoch) // per_epoch) + 1) * options.measured_on(samples) * self.length
         operations = 2.0 * weights * (seen * (3 + teachers) + measured * (1 + teachers))

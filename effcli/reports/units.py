@@ -98,7 +98,8 @@ def bits(value: float) -> str:
 
 def count(number: int, noun: str) -> str:
     """1 layer, 2 layers, 3 batches, 1,024 tokens."""
-    ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
+    hissed = noun.endswith(("ch", "sh", "s", "x")) and not noun.endswith("epoch")
+    ending = "es" if hissed else "s"
     return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import Field
 
+from effcli.errors import naming
 from effcli.layers.contract import Change, CutPass, Needs, TrainPass
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, choose, needs_of
@@ -190,8 +191,9 @@ class Planned(Protocol):
 def make(recipe: Recipe, network: Planned) -> Plan:
     """The plan of a recipe, the defaults of the network's kind filled in.
 
-    Raises what a run would raise over patterns and sizes.
+    Raises what a run would raise over patterns, sizes and the steps of trainings.
     """
+    check_trainings(recipe, recipe.calibration.samples)
     before = network.nbytes
     rows: list[Row] = []
     remarks: list[str] = []
@@ -244,6 +246,15 @@ def make(recipe: Recipe, network: Planned) -> Plan:
     )
 
 
+def check_trainings(recipe: Recipe, inputs: int) -> None:
+    """Raise `UserError` for a step that trains which so many calibration inputs give too few steps."""
+    for step in recipe.passes:
+        options = step.config
+        if isinstance(options, TrainPass):
+            with naming(step.name):
+                options.check_steps(options.total(options.per_epoch(inputs, recipe.calibration.batch_size)))
+
+
 def forwards(step: PassStep, choices: Mapping[str, Choice]) -> int:
     """How often the calibration data run through the network for a step that looks at layers, besides its gradients.
 
@@ -267,4 +278,16 @@ def _kept(step: str, choices: Iterable[Choice]) -> list[str]:
     return [f"{step} keeps {names[0]}{more[reason]}: {reason}" for reason, names in kept.items()]
 
 
-__all__ = ["FLOAT", "Effort", "Inspection", "Layers", "Plan", "Planned", "Row", "forwards", "make", "summary"]
+__all__ = [
+    "FLOAT",
+    "Effort",
+    "Inspection",
+    "Layers",
+    "Plan",
+    "Planned",
+    "Row",
+    "check_trainings",
+    "forwards",
+    "make",
+    "summary",
+]

@@ -109,7 +109,7 @@ def train(
 
     batch_size: where the options name none; device: cpu, cuda, cuda:N or auto; folder: for snapshots, None for none;
     key: tells this training from others whose snapshot may lie there. Raises `DataError` without inputs,
-    `NumericsError` for a loss or an error that is NaN or infinite, `UnfinishedError` for a damaged snapshot,
+    what `TrainingOptions.check_steps` raises, `NumericsError` for a loss or an error that is NaN or infinite, `UnfinishedError` for a damaged snapshot,
     `UnsupportedError` for a tracker that is not installed or does not start.
     """
     if not len(data):
@@ -163,8 +163,9 @@ class _Run:
         # Inputs of one step.
         self.window = self.batch_size * options.accumulation
         self.measured_on, self.trained_on = self._divided()
-        self.per_epoch = -(-len(self.trained_on) // self.window)
+        self.per_epoch = options.per_epoch(len(data), batch_size)
         self.total = options.total(self.per_epoch)
+        options.check_steps(self.total)
         self.stretch = -(-self.total // _POINTS)
         self.step = 0
         self.scale = 1.0

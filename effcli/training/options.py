@@ -64,6 +64,17 @@ class TrainingOptions(Options):
         """On how many of so many inputs the error is measured."""
         return self.held_out(inputs) or inputs
 
+    def per_epoch(self, inputs: int, batch_size: int) -> int:
+        """Steps in which so many inputs are seen once, but for those held out; batch_size: where the options have none.
+
+        1 or more.
+        """
+        window = (self.batch_size or batch_size) * self.accumulation
+        return max(-(-(inputs - self.held_out(inputs)) // window), 1)
+
+    def check_steps(self, steps: int) -> None:
+        """Raise `UserError` where a training of so many steps in all is too short for the pass."""
+
     def total(self, per_epoch: int) -> int:
         """Steps of the whole training, at `per_epoch` steps in an epoch."""
         return self.epochs * per_epoch if self.steps is None else self.steps

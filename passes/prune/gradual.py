@@ -15,11 +15,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from effcli.errors import RecipeError
 from effcli.formats import Mask
 from effcli.layers.contract import Attached, AttachPass, Change, Layer, Outcome
 from effcli.options import Share
 from effcli.passes.prune._pruning import largest, pruned, removals
 from effcli.passes.train._tuning import Tuning
+from effcli.reports.units import count
+
+
+# Rounds unless asked for.
+_ROUNDS = 20
 
 
 class Gradual(Tuning, AttachPass):
@@ -39,16 +45,23 @@ class Gradual(Tuning, AttachPass):
         description="Which weights compete: those of a layer, or those of all layers, each in units of the root mean "
         "square of its layer's.",
     )
-    rounds: int = Field(20, ge=1, description="How often weights are removed.")
-    until: float = Field(
-        0.75, gt=0, le=1, description="Share of the training at which the last are removed; then it is trained further."
+    rounds: int | None = Field(
+        None,
+        ge=1,
+        description="How often weights are removed; null: 20 times, or after every step where these are fewer.",
     )
-    rewind: float | None = Field(
+    until: Share = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="Share of the training at which the last are removed, 0.75 or 75%; then it is trained further.",
+    )
+    rewind: Share | None = Field(
         None,
         gt=0,
         lt=1,
-        description="When the weights are remembered, as a share of the first round. Every later round begins with "
-        "them. Without it, training goes on from where it is.",
+        description="When the weights are remembered, as a share of the first round, 0.5 or 50%. Every later "
+        "round begins with them. Without it, training goes on from where it is.",
     )
 
     @model_validator(mode="after")
@@ -56,20 +69,36 @@ class Gradual(Tuning, AttachPass):
         own = {key for options in self.layers.values() for key in options}
         if own and self.compare == "network":
             raise ValueError("no layer has a sparsity of its own where the weights of all layers compete")
-        if self.steps is not None and self.steps * self.until < self.rounds:
-            raise ValueError(
-                f"{self.rounds} rounds do not fit into {self.until:g} of {self.steps} steps: set rounds lower, "
-                "or steps higher"
-            )
+        if self.steps is not None and self._crowded(self.steps):
+            raise ValueError(f"{self._crowded(self.steps)}; set rounds lower, or steps higher")
         if self.rewind is not None and self.until == 1:
             raise ValueError("with rewind the last round needs steps to train in: set until below 1")
         if self.rewind is not None and self.schedule != "constant":
             raise ValueError("with rewind every round trains alike: set schedule to constant")
         return self
 
+    def check_steps(self, steps: int) -> None:
+        if self._crowded(steps):
+            raise RecipeError(
+                f"{self._crowded(steps)}, those of {count(self.epochs, 'epoch')}",
+                "set rounds lower or epochs higher, or take smaller batches or more calibration inputs",
+            )
+
+    def _crowded(self, steps: int) -> str:
+        """Says so where not every round that was asked for has a step of its own; else empty."""
+        # 0.29 of 100 is 28.999999999999996 in floating point.
+        if self.rounds is None or steps * self.until >= self.rounds - 1e-9:
+            return ""
+        verb = "does" if self.rounds == 1 else "do"
+        return f"{count(self.rounds, 'round')} {verb} not fit into {self.until:g} of {count(steps, 'step')}"
+
+    @property
+    def _rounds(self) -> int:
+        return _ROUNDS if self.rounds is None else self.rounds
+
     def counts(self, progress: float) -> bool:
         """Whether all rounds are done."""
-        return self._due(progress) == self.rounds
+        return self._due(progress) == self._rounds
 
     def attach(self, layer: Layer) -> nn.Module | None:
         """A floating weight under a mask; a compressed one stays, for it would come out dense."""
@@ -80,11 +109,11 @@ class Gradual(Tuning, AttachPass):
         layers = [(own, own.module) for own in attached.values() if isinstance(own.module, _Masked)]
         if self.rewind is not None:
             for own, module in layers:
-                module.remember(own, progress >= self.rewind * self.until / self.rounds)
+                module.remember(own, progress >= self.rewind * self.until / self._rounds)
         due = self._due(progress)
         if not any(module.done < due for _, module in layers):
             return False
-        rise = 1 - (1 - due / self.rounds) ** 3
+        rise = 1 - (1 - due / self._rounds) ** 3
         scores = [own.weight.abs().masked_fill(~module.kept, -torch.inf) for own, module in layers]
         if self.compare == "layer":
             shares = [module.sparsity * rise for _, module in layers]
@@ -107,7 +136,7 @@ class Gradual(Tuning, AttachPass):
 
     def _due(self, progress: float) -> int:
         """How many rounds are due."""
-        return min(int(progress / self.until * self.rounds), self.rounds)
+        return min(int(progress / self.until * self._rounds), self._rounds)
 
 
 def _least_removed(scores: Tensor, share: float) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from small_graphs import Held, chain, residual
 from torch import nn
 
-from effcli.errors import SelectionError
+from effcli.errors import RecipeError, SelectionError
 from effcli.files.checkpoint import Checkpoint
 from effcli.graphs import plan
 from effcli.graphs.graph import Builder, Facts, Graph
@@ -274,6 +274,15 @@ def test_what_is_cut_and_restored_is_planned() -> None:
     assert without == 0 and restored == decided == both > 2 * 3 * 2080
     compressed = planned(small(), {"channels": {"ratio": 0.2}}, samples=3, inputs="compressed").operations
     assert compressed == 2 * both
+
+
+def test_a_training_with_too_few_steps_is_refused_before_any_pass() -> None:
+    """64 inputs in batches of 16 are 4 steps an epoch: 20 rounds before 75 % of them take 7 epochs."""
+    prune = {"gradual": {"epochs": 7, "rounds": 20, "towards": "original"}}
+    planned(small(), prune, samples=64, batch_size=16)
+    for fewer in ({"samples": 48}, {"samples": 64, "batch_size": 32}):
+        with pytest.raises(RecipeError, match="^gradual: 20 rounds do not fit into 0.75 of"):
+            planned(small(), prune, **{"batch_size": 16, **fewer})
 
 
 def test_a_training_takes_the_disk_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

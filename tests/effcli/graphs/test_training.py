@@ -18,14 +18,15 @@ from small_graphs import Held
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effcli.errors import DataError, MachineError, UnfinishedError, UnsupportedError, UserError
+from effcli.errors import DataError, MachineError, RecipeError, UnfinishedError, UnsupportedError, UserError
 from effcli.graphs.graph import Graph
 from effcli.graphs.training import train, train_graph
 from effcli.layers import attaching
 from effcli.layers.contract import AttachPass, Layer, LayerPass, Needs, NetworkPass, Outcome, Step, Transformed
 from effcli.layers.result import PassResult
 from effcli.passes.quantize.linear import Linear
-from effcli.run.recipe import PassStep
+from effcli.run import detect
+from effcli.run.recipe import PassStep, check
 from effcli.training import loop
 
 
@@ -566,3 +567,20 @@ def test_weights_that_never_count_are_the_last(tmp_path: Path) -> None:
     made = carried_out(Never(epochs=2), tmp_path, labelled(graph), graph)
     assert made.training is not None and made.training.kept == made.training.steps
     assert {row.status for row in made.ledger} == {"changed"}
+
+
+def test_inputs_that_are_too_few_for_a_training_end_a_run_before_its_first_pass(tmp_path: Path) -> None:
+    """The plan takes as many inputs for granted as the recipe asks for; 32 in batches of 16 are 2 steps an epoch."""
+    images = np.random.default_rng(0).integers(0, 255, (32, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=np.arange(32) % 10)
+    step = {"gradual": {"epochs": 3, "rounds": 5, "towards": "original"}}
+    given = {"data": str(tmp_path / "few.npz"), "batch_size": 16}
+    recipe = check({"model": "sample:cnn", "passes": ["fold", step], "calibration": given})
+    network = detect.of_run(recipe)
+    network.plan()
+    with pytest.raises(RecipeError, match="^gradual: 5 rounds do not fit into 0.75 of 6 steps"):
+        network.calibrate()
+    fewer = check(
+        {"model": "sample:cnn", "passes": [{"gradual": step["gradual"] | {"rounds": 4}}], "calibration": given}
+    )
+    detect.of_run(fewer).calibrate()

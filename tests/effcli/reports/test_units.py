@@ -108,4 +108,5 @@ def test_the_rest() -> None:
         "3 classes",
     )
     assert units.count(1234, "token") == "1,234 tokens"
+    assert (units.count(1, "epoch"), units.count(2, "epoch")) == ("1 epoch", "2 epochs")
     assert units.shape((576, 1536)) == "576 x 1536"

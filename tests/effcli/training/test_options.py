@@ -40,6 +40,14 @@ def test_steps_take_the_place_of_epochs() -> None:
     assert TrainingOptions(epochs=3, steps=5).total(7) == 5
 
 
+def test_steps_of_an_epoch() -> None:
+    assert TrainingOptions().per_epoch(65, 8) == 9
+    assert TrainingOptions(batch_size=16).per_epoch(65, 8) == 5
+    assert TrainingOptions(accumulation=4).per_epoch(65, 8) == 3
+    assert TrainingOptions(hold_out=0.5).per_epoch(64, 8) == 4
+    assert TrainingOptions().per_epoch(1, 8) == 1
+
+
 @pytest.mark.parametrize(
     "wrong", [{"epochs": 0}, {"steps": 0}, {"learning_rate": 0}, {"clip": 0}, {"accumulation": 0}, {"warmup": -1}]
 )

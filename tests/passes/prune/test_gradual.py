@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from small_graphs import Held, chain
 from torch import Tensor, nn
 
+from effcli.errors import RecipeError
 from effcli.formats import Mask
 from effcli.graphs.graph import Graph
 from effcli.graphs.training import train
@@ -173,6 +174,48 @@ def test_a_killed_training_ends_with_the_same_weights(
 def test_options_that_contradict(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Gradual(**options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("until", "75%"), ("until", "0.5 %"), ("rewind", "10%"), ("until", "100%"), ("rewind", None)]
+)
+def test_shares_of_the_training_as_percentages(key: str, value: str | None) -> None:
+    given = {"schedule": "constant", key: value} if key == "rewind" else {key: value}
+    found = getattr(Gradual.model_validate(given), key)
+    assert found == (None if value is None else float(value.rstrip(" %")) / 100)
+
+
+@pytest.mark.parametrize("wrong", [{"until": "101%"}, {"until": "0%"}, {"rewind": "100%", "schedule": "constant"}])
+def test_percentages_outside_of_the_training(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Gradual.model_validate(wrong)
+
+
+def test_more_rounds_than_steps_are_refused_however_the_steps_come_about() -> None:
+    """5 epochs of 5 batches with until=0.8 hold 20 rounds: not one more, and not with one batch fewer."""
+    Gradual(epochs=5, rounds=20, until=0.8).check_steps(25)
+    Gradual(rounds=29, until=0.29).check_steps(100)
+    Gradual(steps=100, rounds=29, until=0.29)
+    with pytest.raises(RecipeError, match="^21 rounds do not fit into 0.8 of 25 steps, those of 5 epochs\n"):
+        Gradual(epochs=5, rounds=21, until=0.8).check_steps(25)
+    with pytest.raises(RecipeError, match="^1 round does not fit into 0.5 of 1 step, those of 1 epoch\n"):
+        Gradual(epochs=1, rounds=1, until=0.5).check_steps(1)
+    with pytest.raises(ValidationError, match="21 rounds do not fit into 0.8 of 25 steps; set rounds lower"):
+        Gradual(steps=25, rounds=21, until=0.8)
+    graph = small_graphs.separable()
+    with pytest.raises(RecipeError, match="20 rounds do not fit into 0.75 of 25 steps"):
+        trained(graph, epochs=5, rounds=20)
+    assert all(graph.mask(site.name) is None for site in graph.sites())
+
+
+def test_rounds_that_nobody_asked_for_are_as_many_as_there_are_steps() -> None:
+    graph = small_graphs.separable()
+    made = trained(graph, epochs=1, sparsity=0.7)
+    assert made.training is not None and made.training.steps == 5
+    for name in (site.name for site in graph.sites()):
+        assert made.notes[name]["sparsity"] == pytest.approx(0.7, abs=0.02)
+    again = Gradual.model_validate(Gradual(steps=3).model_dump())
+    again.check_steps(3)
 
 
 def test_labels_and_one_layer() -> None:
