@@ -24,7 +24,7 @@ _PENALTIES = 40
 _STEPS = 60
 # Positions of a group are removed in so many rounds at most, those of one round by the same scores.
 _ROUNDS = 128
-# Added to the diagonal of a Gram matrix, as a share of its mean, before it is inverted, where nothing is restored.
+# Added to the diagonal of a Gram matrix, as a share of its mean, before it is inverted.
 _DAMPING = 0.01
 # How much of the mean diagonal of a Gram matrix may be rounding of its float32 sums.
 _ROUNDING = 1e-3
@@ -122,14 +122,18 @@ def _energies(reader: Reader, count: int) -> Tensor:
 
 
 def reconstruction(group: Coupled, seen: Members, width: int) -> Tensor:
-    """In which order the positions go when each time those go whose removal costs the readers least, once restored.
+    """In which order the positions go when each time those go whose removal costs the readers least.
 
-    The error of the outputs, as a share of their energy, summed over the readers; see `Elimination`. Where they are
-    restored, their biases take in means.
+    The error of the outputs, as a share of their energy, summed over the readers: once they are restored, with biases
+    that take in means, see `Elimination`; of readers that are not to be restored as it is left, see `Omission`.
     """
     damping = seen.chosen[group.name].restoring
-    shifts, damping = damping is not None, _DAMPING if damping is None else damping
-    readers = [Elimination(reader, group.count, shifts and reader.biased, damping) for reader in _readers(group, seen)]
+    readers: list[Elimination | Omission] = [
+        Omission(_energies(reader, group.count))
+        if damping is None
+        else Elimination(reader, group.count, reader.biased, damping)
+        for reader in _readers(group, seen)
+    ]
     left = torch.ones(group.count, dtype=torch.bool)
     order = torch.full((group.count,), float(group.count), dtype=torch.float64)
     most = -(-group.count // _ROUNDS)
@@ -143,7 +147,30 @@ def reconstruction(group: Coupled, seen: Members, width: int) -> Tensor:
             reader.remove(gone)
     # Of those that stay, what it would cost to remove them next, below 1 in sum.
     cost = torch.stack([reader.costs() for reader in readers]).sum(0)
+    cost = cost.clamp(min=0)
     return torch.where(left, order + cost / (cost[left].sum() + 1), order)
+
+
+class Omission:
+    """A reader that loses positions one after the other, with nothing that makes up for them.
+
+    energies: its A, float64 (count, count). Removing p adds A_pp + 2 Σ_q A_pq to the error, over all q that are gone.
+    """
+
+    def __init__(self, energies: Tensor) -> None:
+        self.energies = energies
+        self.gone = torch.zeros(len(energies), dtype=torch.bool)
+
+    def costs(self) -> Tensor:
+        """What removing each position would add to the error, float64 (count,), below 0 where errors cancel.
+
+        0 for those that are gone.
+        """
+        return (self.energies.diagonal() + 2 * self.energies[:, self.gone].sum(1)).masked_fill(self.gone, 0)
+
+    def remove(self, positions: Tensor) -> None:
+        """Let positions go, int64 (n,)."""
+        self.gone[positions] = True
 
 
 class Elimination:

@@ -172,6 +172,42 @@ def test_the_order_of_removal_by_hand() -> None:
     assert first in (0, 2) and second == 1
 
 
+def plain_error(weight: Tensor, inputs: Tensor, gone: list[int]) -> float:
+    """‖W_R X_R‖² as a share of ‖W X‖²: what removing columns costs where nothing makes up for them."""
+    lost = weight[:, gone] @ inputs[gone]
+    return float(lost.square().sum() / (weight @ inputs).square().sum())
+
+
+def test_without_restoring_the_order_is_that_of_what_is_left() -> None:
+    """Columns 0 and 2 repeat each other and are loud: restored, one of them goes first; left alone, 1 and 3 do."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 400, generator=generator, dtype=torch.float64)
+    inputs[2] = inputs[0]
+    weight = torch.tensor([[2.0, 0.3, 2.0, 0.5]]).double()
+    group, restored = members([reader(weight, inputs)], 4)
+    _, left = members([reader(weight, inputs)], 4, restore=False, criterion="reconstruction")
+    assert _importance.reconstruction(group, restored, 3).argmin() in (0, 2)
+    assert _importance.reconstruction(group, left, 1).argsort().tolist()[:2] == [1, 3]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_restoring_each_removal_costs_what_the_outputs_then_miss(seed: int) -> None:
+    weight, inputs = mixed(seed, columns=7)
+    made = _importance.Omission(_importance._energies(reader(weight, inputs), 7))
+    gone: list[int] = []
+    for _ in range(6):
+        wanted = [plain_error(weight, inputs, [*gone, k]) - plain_error(weight, inputs, gone) for k in range(7)]
+        wanted = [0.0 if k in gone else cost for k, cost in enumerate(wanted)]
+        assert_close(made.costs(), torch.tensor(wanted).double(), rtol=1e-3, atol=1e-5)
+        gone.append(int(torch.tensor(wanted).masked_fill(made.gone, torch.inf).argmin()))
+        made.remove(torch.tensor(gone[-1:]))
+    group, seen = members([reader(weight, inputs)], 7, restore=False, criterion="reconstruction")
+    scores = _importance.reconstruction(group, seen, 3)
+    assert scores.argsort().tolist()[:4] == gone[:4] and sorted(scores.topk(3).indices.tolist()) == sorted(
+        {*range(7)} - {*gone[:4]}
+    )
+
+
 def test_several_readers_are_weighed_by_their_outputs() -> None:
     """The second reader speaks a hundred times louder and needs column 1; both count alike."""
     inputs = torch.eye(3).repeat(1, 50).double()
