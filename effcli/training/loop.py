@@ -109,8 +109,8 @@ def train(
 
     batch_size: where the options name none; device: cpu, cuda, cuda:N or auto; folder: for snapshots, None for none;
     key: tells this training from others whose snapshot may lie there. Raises `DataError` without inputs,
-    what `TrainingOptions.check_steps` raises, `NumericsError` for a loss or an error that is NaN or infinite, `UnfinishedError` for a damaged snapshot,
-    `UnsupportedError` for a tracker that is not installed or does not start.
+    what `TrainingOptions.check_steps` raises, `NumericsError` for a loss or an error that is NaN or infinite,
+    `UnfinishedError` for a damaged snapshot, `UnsupportedError` for a tracker that is not installed or does not start.
     """
     if not len(data):
         raise DataError("no calibration input reached the network", "give calibration data that is not empty")

@@ -23,7 +23,6 @@ from effcli.passes.prune._pruning import largest, pruned, removals
 from effcli.passes.train._tuning import Tuning
 from effcli.reports.units import count
 
-
 # Rounds unless asked for.
 _ROUNDS = 20
 

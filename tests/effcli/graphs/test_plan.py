@@ -281,7 +281,7 @@ def test_a_training_with_too_few_steps_is_refused_before_any_pass() -> None:
     prune = {"gradual": {"epochs": 7, "rounds": 20, "towards": "original"}}
     planned(small(), prune, samples=64, batch_size=16)
     for fewer in ({"samples": 48}, {"samples": 64, "batch_size": 32}):
-        with pytest.raises(RecipeError, match="^gradual: 20 rounds do not fit into 0.75 of"):
+        with pytest.raises(RecipeError, match=r"^gradual: 20 rounds do not fit into 0.75 of"):
             planned(small(), prune, **{"batch_size": 16, **fewer})
 
 

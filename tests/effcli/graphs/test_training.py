@@ -578,7 +578,7 @@ def test_inputs_that_are_too_few_for_a_training_end_a_run_before_its_first_pass(
     recipe = check({"model": "sample:cnn", "passes": ["fold", step], "calibration": given})
     network = detect.of_run(recipe)
     network.plan()
-    with pytest.raises(RecipeError, match="^gradual: 5 rounds do not fit into 0.75 of 6 steps"):
+    with pytest.raises(RecipeError, match=r"^gradual: 5 rounds do not fit into 0.75 of 6 steps"):
         network.calibrate()
     fewer = check(
         {"model": "sample:cnn", "passes": [{"gradual": step["gradual"] | {"rounds": 4}}], "calibration": given}

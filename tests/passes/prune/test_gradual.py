@@ -196,14 +196,14 @@ def test_more_rounds_than_steps_are_refused_however_the_steps_come_about() -> No
     Gradual(epochs=5, rounds=20, until=0.8).check_steps(25)
     Gradual(rounds=29, until=0.29).check_steps(100)
     Gradual(steps=100, rounds=29, until=0.29)
-    with pytest.raises(RecipeError, match="^21 rounds do not fit into 0.8 of 25 steps, those of 5 epochs\n"):
+    with pytest.raises(RecipeError, match=r"^21 rounds do not fit into 0.8 of 25 steps, those of 5 epochs\n"):
         Gradual(epochs=5, rounds=21, until=0.8).check_steps(25)
-    with pytest.raises(RecipeError, match="^1 round does not fit into 0.5 of 1 step, those of 1 epoch\n"):
+    with pytest.raises(RecipeError, match=r"^1 round does not fit into 0.5 of 1 step, those of 1 epoch\n"):
         Gradual(epochs=1, rounds=1, until=0.5).check_steps(1)
-    with pytest.raises(ValidationError, match="21 rounds do not fit into 0.8 of 25 steps; set rounds lower"):
+    with pytest.raises(ValidationError, match=r"21 rounds do not fit into 0.8 of 25 steps; set rounds lower"):
         Gradual(steps=25, rounds=21, until=0.8)
     graph = small_graphs.separable()
-    with pytest.raises(RecipeError, match="20 rounds do not fit into 0.75 of 25 steps"):
+    with pytest.raises(RecipeError, match=r"20 rounds do not fit into 0.75 of 25 steps"):
         trained(graph, epochs=5, rounds=20)
     assert all(graph.mask(site.name) is None for site in graph.sites())
 
