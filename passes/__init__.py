@@ -71,6 +71,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.quantize.bias_correction:BiasCorrection",
         "Undo the mean error of every channel in the biases (arXiv:1906.04721).",
     ),
+    "lora": Entry(
+        "effcli.passes.adapt.lora:Lora",
+        "Train an adapter of low rank beside the weights, packed or dense (arXiv:2106.09685).",
+    ),
     "merge": Entry(
         "effcli.passes.adapt.merge:Merge",
         "Merge a LoRA adapter, or one of its kin, into the weights (arXiv:2106.09685).",

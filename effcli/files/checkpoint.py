@@ -401,6 +401,16 @@ def _copy_tensors(file: Path, entries: dict[str, Entry]) -> None:
                     left -= len(chunk)
 
 
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint of a language model as it is: weights, config, and what `copy_companions` takes."""
+    copy_companions(source, target)
+    with writing(target):
+        for file in (source / "config.json", *source.glob("*.safetensors.index.json"), *weight_files(source)):
+            copy = target / (file.relative_to(source) if file.is_relative_to(source) else file.name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
 # What a loader, a tokenizer or a reader of the licence looks for; texts and data beside them stay behind.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
 _OURS = {"config.json", "report.json"}

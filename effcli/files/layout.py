@@ -38,6 +38,8 @@ LAYOUT_VERSION = 1
 SHARD_BYTES = 4 << 30
 OWN_TYPE = "effcli"
 _RESTORE = "restore config.json from the original checkpoint"
+# The folder of a trained adapter, beside the weights that it was trained on.
+ADAPTER = "adapter"
 
 
 class _Layer(Described):
@@ -271,6 +273,12 @@ def own_part(config: dict[str, Any]) -> Own:
             "use the effcli that wrote it",
         )
     return check_model(Own, found, "effcli in config.json", remedy=_RESTORE)
+
+
+def adapter_in(folder: Path) -> Path | None:
+    """Where the adapter beside the weights of a checkpoint is; None where there is none."""
+    found = folder / ADAPTER
+    return found if (found / "adapter_config.json").is_file() else None
 
 
 def rounds_inputs(config: dict[str, Any]) -> bool:

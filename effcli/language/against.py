@@ -37,7 +37,7 @@ def compare(
     stages: of the run between the two; empty where nothing is known of it. progress: told of each tensor.
     """
     try:
-        before, after = open_weights(source, trust_remote_code), open_weights(path, trust_remote_code)
+        before, after = (open_weights(each, trust_remote_code, base=True) for each in (source, path))
         return _Comparison(before, after, stages).run(str(source), progress)
     except EffcliError as error:
         return Against(input=str(source), problem=error.cause)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from effcli.language.editing import edited
+from effcli.adapters.adapter import Adapter
+from effcli.files.layout import adapter_in
+from effcli.language.editing import edited, takes_adapter, with_own_adapter
 from effcli.language.weights import CPU, Weights, open_weights
 from effcli.layers.editing import change
 from effcli.layers.edits import Edit
@@ -47,13 +49,23 @@ class _Beside(Weights):
         return value
 
 
+def as_it_runs(path: Path, trust_remote_code: bool = False, device: torch.device = CPU) -> Weights:
+    """The checkpoint `path` with the adapter that stands beside its weights, if one does, in float32 then."""
+    folder = adapter_in(path)
+    if folder is None:
+        return open_weights(path, trust_remote_code, device=device)
+    plain = open_weights(path, trust_remote_code, "float32", device, base=True)
+    return _Beside(plain, Adapter.open(folder).edits(plain.places()))
+
+
 def beside(source: Path, step: PassStep, trust_remote_code: bool = False, device: torch.device = CPU) -> Weights:
     """The checkpoint `source` with what `step`, a pass over parameters, makes of it, before anything is rounded.
 
     Zeros that earlier passes left are filled. Raises what the pass says of parameters that do not fit.
     """
-    plain = open_weights(source, trust_remote_code, "float32", device)
+    plain = open_weights(source, trust_remote_code, "float32", device, base=takes_adapter(step))
+    step = with_own_adapter(step, source)
     return _Beside(plain, edited(plain, step).edits)
 
 
-__all__ = ["beside"]
+__all__ = ["as_it_runs", "beside"]

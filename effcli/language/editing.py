@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from effcli.errors import UnfinishedError
+from effcli.errors import UnfinishedError, UserError
+from effcli.files.layout import adapter_in
 from effcli.language.journal import Journal
 from effcli.language.ledger import tied_row
 from effcli.language.open_block import Part, held
@@ -47,12 +48,35 @@ def edit_model(
     work: a folder for what is unfinished; when it holds unfinished work of the same request, that is continued.
     Raises what the pass says of parameters that do not fit, and `UnfinishedError` when unfinished work is damaged.
     """
-    weights = open_weights(source, trust_remote_code)
+    weights = open_weights(source, trust_remote_code, base=takes_adapter(step))
+    step = with_own_adapter(step, source)
     run = _Editing(weights, step, progress)
     journal = Journal.open(work, fingerprint(weights.checkpoint, step, None))
     if journal.damage:
         raise UnfinishedError(journal.damage)
     return run.carry_out(journal, target)
+
+
+def takes_adapter(step: PassStep) -> bool:
+    """Whether a step takes the adapter that stands beside the weights."""
+    return isinstance(step.config, ParameterPass) and step.config.takes_adapter
+
+
+def with_own_adapter(step: PassStep, source: Path) -> PassStep:
+    """A step that is to take the adapter beside the weights of `source`, with that; any other as it is.
+
+    Raises `UserError` where there is none.
+    """
+    if not takes_adapter(step):
+        return step
+    folder = adapter_in(source)
+    if folder is None:
+        raise UserError(
+            f"{step.name} names no adapter, and none stands beside the weights",
+            f"name one: {step.name}:adapter=DIR; or put a step before it that trains one",
+        )
+    assert isinstance(step.config, ParameterPass)
+    return step.model_copy(update={"config": step.config.with_adapter(folder)})
 
 
 def edited(weights: Weights, step: PassStep) -> Edited:
@@ -185,4 +209,4 @@ class _Editing:
         return held(self.weights, choice.site).row(choice.site, "kept", reason=choice.reason)
 
 
-__all__ = ["edit_model", "edited", "unties"]
+__all__ = ["edit_model", "edited", "takes_adapter", "unties", "with_own_adapter"]

@@ -24,6 +24,7 @@ from effcli.files import locate as samples
 from effcli.inputs import choices as multiple_choice
 from effcli.inputs import text
 from effcli.inputs.tokens import Reader
+from effcli.language.beside import as_it_runs
 from effcli.language.continuations import continuations
 from effcli.language.forward import TOKENS_PER_BATCH, chunks, last_hidden, logits
 from effcli.language.spool import Spool
@@ -133,7 +134,7 @@ class Evaluation:
         """
         if not self._windows and self._task is None:
             return Quality()
-        weights = open_weights(path, self.trust_remote_code, device=self.device)
+        weights = as_it_runs(path, self.trust_remote_code, self.device)
         first = path.resolve() == self.original.resolve()
         batches, blocks = len(self._batches()), len(weights.skeleton.blocks)
         total = batches * (blocks + 1)
@@ -203,7 +204,7 @@ class Evaluation:
 
     def _original_hidden(self) -> tuple[Weights, Spool]:
         if self._reference is None:
-            weights = open_weights(self.original, self.trust_remote_code, device=self.device)
+            weights = as_it_runs(self.original, self.trust_remote_code, self.device)
             with Stream(weights) as stream:
                 spool = last_hidden(stream, self._windows, self.workdir / "original.spool", self._tick)
                 self._reference = weights, spool

@@ -105,13 +105,18 @@ def prompt(path: Path, config: Any, prefill: int, decode: int, trust_remote_code
 
 
 def kernel_name(network: nn.Module, rows: int) -> str:
-    """The kernel that most layers inside `network` use for `rows` rows of activations; the output head is left out."""
+    """The kernel that most layers inside `network` use for `rows` rows of activations.
+
+    The output head is left out, and so is what an adapter has beside them.
+    """
     from transformers.pytorch_utils import Conv1D
 
     outputs: Any = getattr(network, "get_output_embeddings", None)
     head = outputs() if callable(outputs) else None
     names: Counter[str] = Counter()
-    for module in network.modules():
+    for place, module in network.named_modules():
+        if ".lora_" in place:
+            continue
         if isinstance(module, QuantizedLinear):
             names[route_name(module.packed, rows, network.dtype)] += 1  # type: ignore[arg-type]
         elif isinstance(module, nn.Linear | Conv1D) and module is not head:

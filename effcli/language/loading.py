@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from effcli.files import locate as samples
+from effcli.files.layout import adapter_in
+from effcli.language import peft_modules
 from effcli.language.modules import QuantizedExperts, QuantizedLinear
 from effcli.language.weights import Weights, open_weights, place
 from effcli.layers.layer import LayerSite
@@ -26,27 +28,31 @@ def load(
     trust_remote_code: bool = False,
     packed: bool = True,
     dtype: str | None = None,
+    base: bool = False,
 ) -> PreTrainedModel:
-    """A checkpoint as a transformers model.
+    """A checkpoint as a transformers model, with PEFT's modules where an adapter stands beside the weights.
 
-    packed: False gives a dense model with the dequantized weights, the reference that packed kernels are held against.
-    dtype: of what is dense and of the arithmetic, such as float32; the checkpoint's own unless given.
+    base: leave the adapter out. packed: False gives a dense model with the dequantized weights, the reference that
+    packed kernels are held against. dtype: of what is dense and of the arithmetic, such as float32; the checkpoint's
+    own unless given.
     """
     with restoring_verbosity():
-        return _load(Path(samples.resolve(str(model))), device, trust_remote_code, packed, dtype)
+        path = Path(samples.resolve(str(model)))
+        network, adapter = _load(path, device, trust_remote_code, packed, dtype), adapter_in(path)
+        return network if adapter is None or base else peft_modules.read(network, adapter)
 
 
 def _load(
     path: Path, device: str | torch.device, trust_remote_code: bool, packed: bool, dtype: str | None
 ) -> PreTrainedModel:
-    weights = open_weights(path, trust_remote_code, dtype)
+    weights = open_weights(path, trust_remote_code, dtype, base=True)
     skeleton = weights.skeleton
     network = skeleton.model
     for name in skeleton.parameters():
         with counted(name):
             sites = weights.sites(name)
             if packed and any(site.name in weights.stored for site in sites):
-                _replace(network, weights, name, sites, device)
+                _replace(network, weights, name, sites, device, None if dtype is None else skeleton.dtype)
                 continue
             value = weights.parameter(name)
             value = value.to(device, skeleton.dtype) if value.is_floating_point() else value.to(device)
@@ -59,9 +65,14 @@ def _load(
 
 
 def _replace(
-    network: nn.Module, weights: Weights, name: str, sites: list[LayerSite], device: str | torch.device
+    network: nn.Module,
+    weights: Weights,
+    name: str,
+    sites: list[LayerSite],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
 ) -> None:
-    """Put a packed module where the dense weight `name` would stand."""
+    """Put a packed module where the dense weight `name` would stand; dtype: that it is to be seen in."""
     if sites[0].index is None:
         owner, _, own = sites[0].name.rpartition(".")
         dense = network.get_submodule(sites[0].name)
@@ -70,7 +81,7 @@ def _replace(
             bias = bias.to(weights.skeleton.dtype)
         packed = weights.packed(sites[0].name)
         assert packed is not None
-        setattr(network.get_submodule(owner), own, QuantizedLinear(packed, bias, device))
+        setattr(network.get_submodule(owner), own, QuantizedLinear(packed, bias, device, dtype))
         return
     owner, _, own = name.rpartition(".")
     module = network.get_submodule(owner)

@@ -15,17 +15,18 @@ from effcli.inputs import text
 from effcli.inputs.text import Windows
 from effcli.inputs.tokens import longest_sequence
 from effcli.language import latency, miniature, verify
+from effcli.language.adapting import train_adapter
 from effcli.language.beside import beside
 from effcli.language.cutting import cut_model
-from effcli.language.editing import edit_model
+from effcli.language.editing import edit_model, takes_adapter
 from effcli.language.evaluate import Evaluation
 from effcli.language.plan import PlannedModel
 from effcli.language.sensitivity import PricedLanguageModel
 from effcli.language.sweep import sweep
-from effcli.language.training import train_language
+from effcli.language.training import train_language, train_weights
 from effcli.language.verify import Verification
 from effcli.language.weights import open_weights
-from effcli.layers.contract import CutPass, ParameterPass, TrainPass
+from effcli.layers.contract import AdapterPass, CutPass, ParameterPass, TrainPass
 from effcli.layers.result import PassResult, Phases, Progress, unseen
 from effcli.platform.huggingface import language_loader, load_network_config
 from effcli.platform.machine import pick_device
@@ -95,7 +96,7 @@ class LanguageModel:
 
     def plan(self, passes: Sequence[PassStep] | None = None) -> Plan:
         recipe = self.recipe if passes is None else self.recipe.model_copy(update={"passes": tuple(passes)})
-        weights = open_weights(self.source, recipe.trust_remote_code)
+        weights = open_weights(self.source, recipe.trust_remote_code, base=takes_adapter(recipe.passes[0]))
         return make(recipe, PlannedModel(weights, recipe.calibration))
 
     def miniature(self, target: Path) -> tuple[str, dict[str, float]]:
@@ -135,7 +136,7 @@ class LanguageModel:
             )
 
     def count(self, checkpoint: Path) -> Counts:
-        weights = open_weights(checkpoint, self.recipe.trust_remote_code)
+        weights = open_weights(checkpoint, self.recipe.trust_remote_code, base=True)
         sites = weights.skeleton.sites()
         routed = any(site.kind == "expert" for site in sites)
         macs = None if routed else sum(site.rows * site.columns for site in sites)
@@ -189,6 +190,7 @@ class LanguageModel:
             return self._edit(step, source, target, work, progress)
         if isinstance(step.config, TrainPass):
             return train_language(
+                train_adapter if isinstance(step.config, AdapterPass) else train_weights,
                 source,
                 target,
                 step,

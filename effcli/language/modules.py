@@ -24,15 +24,22 @@ class QuantizedLinear(nn.Module):
     """y = Ŵ (x / s) + b in place of `nn.Linear` or transformers' `Conv1D`.
 
     weight: (out, in), whose input scale s, if any, stays explicit; bias: floating (out,) or None.
-    `device` defaults to where the codes are.
+    `device` defaults to where the codes are; dtype: of `weight`, that of the codes' scales unless given.
     """
 
     bias: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, weight: Quantized, bias: Tensor | None = None, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        weight: Quantized,
+        bias: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
         self.packed = prepare(weight, device)
         for name, tensor in (("bias", bias), ("input_scale", weight.input_scale)):
             held = None if tensor is None else tensor.detach().to(self.packed.device)
@@ -43,7 +50,7 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """(out, in), dequantized for this one look, the input scale divided in: what a dense layer would hold."""
         weight = self.packed.restore()
-        return (weight if self.input_scale is None else weight.with_input_scale(self.input_scale)).effective()
+        return (weight if self.input_scale is None else weight.with_input_scale(self.input_scale)).effective(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""

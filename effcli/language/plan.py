@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from pydantic import PrivateAttr
 
 from effcli.errors import SelectionError, UserError
-from effcli.files.layout import Stored, keeping_standard
+from effcli.files.layout import Stored, adapter_in, keeping_standard
 from effcli.formats import Dense, Packing, Sparse
 from effcli.inputs import text
 from effcli.inputs.options import Calibration
 from effcli.inputs.tokens import longest_sequence
+from effcli.language.adapting import taken
 from effcli.language.coupling import coupled
 from effcli.language.depth import depth
-from effcli.language.editing import edited, unties
+from effcli.language.editing import edited, takes_adapter, unties, with_own_adapter
 from effcli.language.ledger import other_rows
 from effcli.language.training import check_trainable
 from effcli.language.weights import Weights, open_weights
-from effcli.layers.contract import CutPass, ParameterPass, TrainPass
+from effcli.layers.contract import AdapterPass, CutPass, ParameterPass, TrainPass
 from effcli.layers.cutting import offer
 from effcli.layers.editing import Edited
+from effcli.layers.edits import Edit, Place
 from effcli.layers.layer import LayerSite
 from effcli.layers.selection import Choice, Layered, needs_of
 from effcli.layers.statistics import Needs
@@ -56,6 +59,8 @@ class PlannedModel:
         self._apart = False
         # Those whose columns the last step that cuts may remove.
         self._readers: list[LayerSite] = []
+        # Numbers of the adapter that stands beside the weights, by layer.
+        self._adapter: dict[str, int] = {}
         # The last step over parameters, and what it edits.
         self._last: tuple[PassStep, Edited] | None = None
 
@@ -75,7 +80,10 @@ class PlannedModel:
     def _edited(self, step: PassStep) -> Edited:
         """What a pass over parameters edits, read once for all that is asked of a step."""
         if self._last is None or self._last[0] is not step:
-            self._last = step, edited(self._weights, step)
+            known = with_own_adapter(step, self._weights.checkpoint.path) if not self._adapter else step
+            if takes_adapter(known):
+                known = step.model_copy(update={"config": _Expected(ignore=step.config.ignore).of(self._adapter)})
+            self._last = step, edited(self._weights, known)
         return self._last[1]
 
     def take(self, step: PassStep, choices: Mapping[str, Choice]) -> None:
@@ -88,11 +96,17 @@ class PlannedModel:
             groups = [depth(self._weights, choices)] if step.config.depth else coupled(self._weights)
             offered = offer(step.name, step.config, groups, choices)
             self._readers = [site for group in offered.groups for _, site in offered.readers(group)]
+        if isinstance(step.config, AdapterPass):
+            self._trains = True
+            layers = taken(step.name, choices)
+            self._adapter = {name: own.numbers(name, choices[name].site.shape) for name, own in layers.items()}
+            return
         if isinstance(step.config, TrainPass):
             self._trains = True
             check_trainable(step.name, self._weights, [name for name, own in choices.items() if own.config is not None])
         if isinstance(step.config, ParameterPass):
             self._apart |= unties(self._weights, self._edited(step).edits)
+            self._adapter = {}
         for name, choice in choices.items():
             self._formats[name] = choice.leaves(self._formats[name], self._dense(choice.site))
             if choice.config is not None:
@@ -117,6 +131,7 @@ class PlannedModel:
                 total += sum(map(self._nbytes, sites))
             else:
                 total += state[name].numel() * weights.dtype_of(name).itemsize
+        total += FLOAT * sum(self._adapter.values())
         return total + sum(entry.nbytes for entry in weights.carried().values())
 
     def _nbytes(self, site: LayerSite) -> int:
@@ -178,6 +193,8 @@ class PlannedModel:
             raise SelectionError(f"{self._skeleton.block_path} holds no layer", "this version compresses linear layers")
         if isinstance(step.config, ParameterPass):
             return Effort(0.0, self._rewritten(step, blocks))
+        if isinstance(step.config, AdapterPass):
+            return self._adapting(step.config, blocks)
         if isinstance(step.config, TrainPass):
             return self._training(step.config, choices, blocks)
         operations, memory, disk = 0.0, self._working(step, choices, blocks), 0
@@ -196,28 +213,58 @@ class PlannedModel:
     def _training(
         self, options: TrainPass, choices: Mapping[str, Choice], blocks: Sequence[Sequence[LayerSite]]
     ) -> Effort:
-        """Of a training: the whole network in float32, and what a batch leaves behind in every block for the way back.
-
-        What is trained has a gradient, two moments of the optimizer and its best values. A token leaves the inputs and
-        outputs of each layer, and at the head its logits with what the loss makes of them.
-        """
+        """Of a training of the weights: the whole network in float32, and what `_steps` takes."""
         chosen = [choice.site for choice in choices.values() if choice.config is not None]
-        taken = _numbers(site for site in chosen if site.index is None and self._floating(site))
-        teachers = Needs.ORIGINAL in options.needs
+        trained = _numbers(site for site in chosen if site.index is None and self._floating(site))
+        held = FLOAT * (sum(map(_numbers, blocks)) + self.outer(1))
+        return self._steps(options, held, trained, Needs.ORIGINAL in options.needs, 3, blocks)
+
+    def _adapting(self, options: AdapterPass, blocks: Sequence[Sequence[LayerSite]]) -> Effort:
+        """Of the training of an adapter: packed layers as they are, the rest in float32, and what `_steps` takes."""
+        trained, held = sum(self._adapter.values()), self.outer(FLOAT)
+        for site in (site for layers in blocks for site in layers):
+            held += FLOAT * _numbers([site]) if self._floating(site) else self._nbytes(site)
+        taught = Needs.ORIGINAL in options.needs and Needs.LABELS not in options.needs
+        # Weights that stay need no gradient.
+        return self._steps(options, held + FLOAT * trained, trained, taught, 2, blocks)
+
+    def _steps(
+        self,
+        options: TrainPass,
+        held: int,
+        trained: int,
+        teachers: bool,
+        ways: int,
+        blocks: Sequence[Sequence[LayerSite]],
+    ) -> Effort:
+        """Of the steps of a training, with what a batch leaves behind in every block for the way back.
+
+        held: bytes of the network; trained: numbers, each with a gradient, two moments of the optimizer and its best
+        value; teachers: whether the original runs beside it, in float32; ways: how often a step multiplies with every
+        weight. A token leaves the inputs and outputs of each layer, and at the head its logits with what the loss makes
+        of them.
+        """
         weights = sum(map(_numbers, blocks)) + self.outer(1)
         samples = self._calibration.samples
         size = min(options.batch_size or self._calibration.batch_size, samples)
         tokens = size * self.length
         head: int = self._skeleton.model.get_parameter(self._skeleton.embedding).shape[0]
-        states = tokens * (_ALIVE * sum(map(_widths, blocks)) + (4 + 3 * teachers) * head)
-        kept = 3 + options.keep_best
+        alive = _ALIVE * sum(map(_widths, blocks))
+        if options.recomputes:
+            # The states before each block, and what is in one of them.
+            width = self.states(torch.float32) / FLOAT / max(self.tokens, 1)
+            alive = _ALIVE * max(map(_widths, blocks)) + len(blocks) * width
+        states = tokens * (alive + (4 + 3 * teachers) * head)
+        # A gradient, the best value, and the moments.
+        kept = FLOAT * (1 + options.keep_best) + options.moment_bytes
         per_epoch = options.per_epoch(samples, self._calibration.batch_size)
         seen = options.total(per_epoch) * size * options.accumulation * self.length
         measured = (-(-options.total(per_epoch) // per_epoch) + 1) * options.measured_on(samples) * self.length
-        operations = 2.0 * weights * (seen * (3 + teachers) + measured * (1 + teachers))
-        memory = FLOAT * int((1 + teachers) * weights + kept * taken + states)
+        ways += options.recomputes
+        operations = 2.0 * weights * (seen * (ways + teachers) + measured * (1 + teachers))
+        memory = held + int(FLOAT * (teachers * weights + states) + kept * trained)
         # Two snapshots, each of the weights as they are in place of their gradient.
-        return Effort(operations, memory, 2 * kept * taken * FLOAT)
+        return Effort(operations, memory, int(2 * kept * trained))
 
     def _floating(self, site: LayerSite) -> bool:
         format = self._formats[site.name]
@@ -290,6 +337,21 @@ class PlannedModel:
         return forward * (times + again) + gram * (1 + (Needs.GRAM in Survey(choices).needs))
 
 
+class _Expected(ParameterPass):
+    """An adapter that is not there yet: it changes the layers that it will be trained beside."""
+
+    untouched: ClassVar[str] = "no adapter is trained beside it"
+
+    _names: tuple[str, ...] = PrivateAttr(default=())
+
+    def of(self, names: Iterable[str]) -> _Expected:
+        self._names = tuple(names)
+        return self
+
+    def edits(self, places: Mapping[str, Place]) -> Mapping[str, Edit]:
+        return {name: Edit(lambda value: lambda rows, where: rows) for name in self._names}
+
+
 class _Gradients:
     """What gradients of the layers that a step takes add, as `effcli.language.backward.StoredGradients` makes them.
 
@@ -348,7 +410,7 @@ class _Gradients:
 
 def inspect(model: str, source: Path, trust_remote_code: bool = False) -> Inspection:
     """What the checkpoint in `source` consists of, which is called `model`."""
-    weights = open_weights(source, trust_remote_code)
+    weights = open_weights(source, trust_remote_code, base=True)
     skeleton, nbytes = weights.skeleton, weights.checkpoint.nbytes
     total = skeleton.weights()
     blocks = f"{count(len(skeleton.blocks), 'block')} ({skeleton.block_path})"
@@ -356,6 +418,8 @@ def inspect(model: str, source: Path, trust_remote_code: bool = False) -> Inspec
         f"{skeleton.config.model_type}: {count(total, 'weight')} in {blocks}",
         f"{size(nbytes)} on disk, {8 * nbytes / total:.2f} bits per weight",
     ]
+    if adapter_in(source) is not None:
+        remarks.append("an adapter stands beside the weights: `--pass merge` adds it to them")
     if skeleton.tied:
         remarks.append(f"{skeleton.head} shares its weight with the input embedding")
     rows = PlannedModel(weights, Calibration()).rows(Choice(site, None) for site in skeleton.sites())

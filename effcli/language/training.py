@@ -7,8 +7,10 @@ What is written is rounded once, to the dtype that each parameter had.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from effcli.errors import DataError, NumericsError, UnfinishedError, UnsupportedError, behind, writing
 from effcli.formats import Mask, Quantized, SparseWeight
@@ -114,6 +117,19 @@ def _learned(batch: Batch) -> Tensor:
     return batch.labels[:, 1:].flatten() != _UNLEARNED
 
 
+@contextmanager
+def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Have blocks keep their inputs alone, and compute what is in them once more on the way back."""
+    blocks = list(blocks)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 @dataclass(frozen=True)
 class TrainingRequest:
     """A step that trains a language model; see `train_language`."""
@@ -141,6 +157,11 @@ class TrainingRequest:
         model = load(path, trust_remote_code=self.trust_remote_code, packed=packed, dtype="float32")
         return model.requires_grad_(False)
 
+    def recomputing(self, model: nn.Module, weights: Weights) -> AbstractContextManager[None]:
+        """A context in which the blocks of `model` are computed again on the way back, if the options say so."""
+        wanted = self.seeded().recomputes
+        return recomputing(map(model.get_submodule, weights.skeleton.block_names) if wanted else ())
+
     def how(self, data: TokenExamples) -> dict[str, Any]:
         """What `loop.train` is told besides what is trained."""
         seed, answers = self.seeded().seed, None if data.learned is None else int(data.learned.sum())
@@ -153,8 +174,11 @@ class TrainingRequest:
         }
 
 
-def _carry_out(request: TrainingRequest) -> PassResult:
-    """Train the weights of layers; raises `UnfinishedError` for a snapshot that is damaged."""
+def train_weights(request: TrainingRequest) -> PassResult:
+    """Carry out a step that trains the weights of layers; see `train_language`.
+
+    Raises `UnfinishedError` for a snapshot that is damaged.
+    """
     step, options = request.step, request.seeded()
     assert isinstance(options, AttachPass)
     weights = open_weights(request.source, request.trust_remote_code)
@@ -166,33 +190,36 @@ def _carry_out(request: TrainingRequest) -> PassResult:
     if not sites:
         raise UnsupportedError(f"{step.name} would train experts in stacks alone", "take in other layers")
     data, remarks = TokenExamples.of(request.windows, options.learns_answers)
-    network = _TrainedModel(weights, request.load(request.source))
+    model = request.load(request.source)
+    network = _TrainedModel(weights, model)
     teachers = {}
     if Needs.ORIGINAL in options.needs:
         teachers["original"] = _TrainedModel(weights, request.load(request.original))
     attached = AttachedLayers(step.name, network, options, teachers)
-    training = attached.train(sites, chosen, data, **request.how(data))
+    with request.recomputing(model, weights):
+        training = attached.train(sites, chosen, data, **request.how(data))
     values = _values(step.name, network, attached) if training.kept else {}
     filled = _filled(weights, {name: site for name, site in sites.items() if name in values}, values)
     left = attached.remarks
     made = Trained(ignore=options.ignore)
     made.keep(values)
-    del network, teachers, attached
+    del model, network, teachers, attached
     result = _written(request, made)
     if left:
-        remarks.append(f"{left[0]}{_and_more(left, 'layer')}")
+        remarks.append(f"{left[0]}{and_more(left, 'layer')}")
     if stacked:
-        remarks.append(f"{stacked[0]}{_and_more(stacked, 'expert')} of stacks stay as they are")
+        remarks.append(f"{stacked[0]}{and_more(stacked, 'expert')} of stacks stay as they are")
     if filled:
         names = list(filled)
         zeros = count(sum(filled.values()), "weight")
-        remarks.append(f"{step.name} filled {zeros} of value zero, in {names[0]}{_and_more(names, 'layer')}")
+        remarks.append(f"{step.name} filled {zeros} of value zero, in {names[0]}{and_more(names, 'layer')}")
     result.remarks += [*remarks, told(training, options, changed=bool(values))]
     result.training = training
     return result
 
 
-def _and_more(names: Sequence[str], what: str) -> str:
+def and_more(names: Sequence[str], what: str) -> str:
+    """How many names there are behind the first one, in brackets; empty where there is none."""
     return f" (and {count(len(names) - 1, f'more {what}')})" if len(names) > 1 else ""
 
 
@@ -243,6 +270,7 @@ def _filled(weights: Weights, sites: Mapping[str, LayerSite], values: Mapping[st
 
 
 def train_language(
+    how: Callable[[TrainingRequest], PassResult],
     source: Path,
     target: Path,
     step: PassStep,
@@ -258,10 +286,11 @@ def train_language(
 ) -> PassResult:
     """Carry out a step that trains on the checkpoint `source` and write `target`, a directory that exists.
 
-    windows: to learn from; batch_size: of the recipe, in windows; original: the checkpoint before the first pass; work:
-    a folder for snapshots and what is unfinished, from which the same request goes on; seed: where the options have
-    none. Raises `DataError` without windows, `UserError` where no layer can be trained, `UnsupportedError` for an
-    output head that shares the embedding's weight, and what `loop.train` raises.
+    how: what trains, `train_weights` or `train_adapter`; windows: to learn from; batch_size: of the recipe, in windows;
+    original: the checkpoint before the first pass; work: a folder for snapshots and what is unfinished, from which the
+    same request goes on; seed: where the options have none. Raises `DataError` without windows, `UserError` where no
+    layer can be trained, `UnsupportedError` for an output head that shares the embedding's weight, and what
+    `loop.train` raises.
     """
     if windows is None:
         raise DataError(f"{step.name} trains on text", "give calibration data")
@@ -269,7 +298,7 @@ def train_language(
         source, target, step, windows, batch_size, original, work, seed, device, trust_remote_code, progress
     )
     cannot_tell("a step runs all blocks, forward and backward, and a part of them does not tell its time")
-    return anew_if_damaged(step.name, work, lambda: _carry_out(request))
+    return anew_if_damaged(step.name, work, lambda: how(request))
 
 
 class Trained(ParameterPass):
@@ -325,4 +354,14 @@ def check_trainable(step: str, weights: Weights, chosen: Collection[str]) -> Non
         )
 
 
-__all__ = ["TokenExamples", "TokenNetwork", "Trained", "TrainingRequest", "check_trainable", "train_language"]
+__all__ = [
+    "TokenExamples",
+    "TokenNetwork",
+    "Trained",
+    "TrainingRequest",
+    "and_more",
+    "check_trainable",
+    "recomputing",
+    "train_language",
+    "train_weights",
+]

@@ -23,13 +23,14 @@ from effcli.errors import EffcliError, UserError, first_line
 from effcli.files import locate as samples
 from effcli.files.checkpoint import Checkpoint, read_config
 from effcli.files.foreign import foreign_layout
-from effcli.files.layout import is_own, network_config, rounds_inputs
+from effcli.files.layout import adapter_in, is_own, network_config, rounds_inputs
 from effcli.inputs.tokens import longest_sequence, vocabulary_size
 from effcli.language import loading
 from effcli.language.against import compare
+from effcli.language.beside import as_it_runs
 from effcli.language.skeleton import counting_blocks
 from effcli.language.stream import running
-from effcli.language.weights import open_weights
+from effcli.language.weights import Weights, open_weights
 from effcli.layers.input_rounding import keep_inputs
 from effcli.layers.result import Phases, unseen
 from effcli.options import Options
@@ -102,13 +103,15 @@ class Verification(Options):
     stock: Agreement | None = Field(default=None, description="the stock loader against the reference")
     refused: bool | None = Field(default=None, description="whether the stock loader refuses, in effcli's own layout")
     packed: Agreement | None = Field(default=None, description="the packed kernels against the reference")
+    adapter: Agreement | None = Field(default=None, description="PEFT's modules against the adapter in the weights")
     against: Against | None = Field(default=None, description="its tensors next to those of its input")
     absent: str = Field(default="", description="the input that it was made from, which is not at hand")
     problem: str = Field(default="", description="what failed besides the comparison")
 
     @property
     def passed(self) -> bool:
-        agreements = [agreement for agreement in (self.stock, self.packed) if agreement is not None]
+        every = (self.stock, self.packed, self.adapter)
+        agreements = [agreement for agreement in every if agreement is not None]
         altered = self.against is not None and bool(self.against.problem)
         return (
             not self.problem and not altered and bool(agreements) and all(agreement.passed for agreement in agreements)
@@ -131,6 +134,8 @@ class Verification(Options):
             found.append(f"effcli.load reads it; {self.loader} does not know this layout and refuses it, as it must")
         if self.packed is not None:
             found.append(f"packed kernels: {self.packed}")
+        if self.adapter is not None:
+            found.append(f"the adapter beside it: {self.adapter}")
         if self.against is not None:
             found.append(str(self.against))
         if self.absent:
@@ -149,6 +154,9 @@ class Verification(Options):
         if self.packed is not None:
             text = f"effcli.load's logits {self.packed.told('unpacked weights')}"
             found.append(Check(text=text, passed=self.packed.passed, numbers=str(self.packed)))
+        if self.adapter is not None:
+            text = f"PEFT loads the adapter; its logits {self.adapter.told('the adapter added to the weights')}"
+            found.append(Check(text=text, passed=self.adapter.passed, numbers=str(self.adapter)))
         if self.against is not None:
             found.append(self.against.check)
         if self.absent:
@@ -254,6 +262,9 @@ def _ways(path: Path, trust_remote_code: bool, phases: Phases) -> tuple[Verifica
         tolerance = allowed if rounded else _PACKED.get(dtype, _PACKED[torch.float32])
         with phases("running with packed kernels"):
             findings["packed"] = _packed(path, ids, reference, tolerance, trust_remote_code)
+    if adapter_in(path) is not None:
+        with phases("running with the adapter"):
+            findings["adapter"] = _adapter(path, ids, trust_remote_code)
     try:
         wanted = {"dtype": dtype} if rounded else {}
         with phases("loading with transformers"):
@@ -276,12 +287,19 @@ def _ways(path: Path, trust_remote_code: bool, phases: Phases) -> tuple[Verifica
 def _reference(path: Path, rounded: bool, trust_remote_code: bool) -> Any:
     if rounded:
         return restored(path, "float32", trust_remote_code)
-    return loading.load(path, packed=False, trust_remote_code=trust_remote_code)
+    return loading.load(path, packed=False, trust_remote_code=trust_remote_code, base=True)
 
 
 def restored(path: Path, dtype: str, trust_remote_code: bool = False) -> Any:
-    """The network of the checkpoint `path` in `dtype`, whatever its files hold, its layers dequantized to it."""
-    weights = open_weights(path, trust_remote_code, dtype)
+    """The network of the checkpoint `path` in `dtype`, whatever its files hold, its layers dequantized to it.
+
+    Without the adapter that may stand beside them.
+    """
+    return _filled(open_weights(path, trust_remote_code, dtype, base=True))
+
+
+def _filled(weights: Weights) -> Any:
+    """The network of `weights` in memory."""
     skeleton = weights.skeleton
     weights.fill(skeleton.model, "", skeleton.parameters())
     if skeleton.tied:
@@ -293,7 +311,7 @@ def _packed(path: Path, ids: Tensor, reference: _Logits, tolerance: float, trust
     """The packed kernels for many rows of activations, as in a prompt, or for few, as in decoding: the worse."""
 
     def load() -> Any:
-        network = loading.load(path, trust_remote_code=trust_remote_code)
+        network = loading.load(path, trust_remote_code=trust_remote_code, base=True)
         return network if network.dtype == reference.dtype else network.to(reference.dtype)
 
     packed = _logits(load, ids)
@@ -302,6 +320,15 @@ def _packed(path: Path, ids: Tensor, reference: _Logits, tolerance: float, trust
         Agreement.of(packed.few, reference.few, tolerance),
     ]
     return max(agreements, key=lambda agreement: (not agreement.passed, agreement.relative))
+
+
+def _adapter(path: Path, ids: Tensor, trust_remote_code: bool) -> Agreement:
+    """The adapter as PEFT runs it beside the weights, and as it is added to them, both in float32."""
+    loaded = _logits(
+        lambda: loading.load(path, packed=False, trust_remote_code=trust_remote_code, dtype="float32"), ids
+    )
+    added = _logits(lambda: _filled(as_it_runs(path, trust_remote_code)), ids)
+    return Agreement.of(loaded.logits, added.logits, _STOCK[torch.float32])
 
 
 def tokens(config: Any) -> Tensor:

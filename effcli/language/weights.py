@@ -20,6 +20,7 @@ from effcli.files.checkpoint import DTYPES, Checkpoint, Entry
 from effcli.files.foreign import ForeignLayout, foreign_layout
 from effcli.files.layout import (
     Stored,
+    adapter_in,
     is_own,
     network_config,
     obstacles_of,
@@ -45,11 +46,19 @@ def open_weights(
     trust_remote_code: bool = False,
     dtype: str | None = None,
     device: torch.device = CPU,
+    *,
+    base: bool = False,
 ) -> Weights:
     """The network in `path`, dense or compressed, ready to be read block by block; every parameter must be there.
 
-    dtype: what it is to be read in, such as float32; its own unless given. device: where it runs.
+    dtype: what it is to be read in, such as float32; its own unless given. device: where it runs. base: read it without
+    the adapter that may stand beside it. Raises `UnsupportedError` for one with an adapter otherwise.
     """
+    if adapter_in(path) is not None and not base:
+        raise UnsupportedError(
+            f"{path} holds an adapter beside its weights, which are not all of the network",
+            "add it to the weights first: effcli compress MODEL --pass merge",
+        )
     checkpoint = Checkpoint.open(path)
     config = network_config(checkpoint.config)
     if dtype is not None:

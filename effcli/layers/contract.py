@@ -6,7 +6,8 @@ A pass is one class with its options and its mathematics:
   that several layers share;
 - a `NetworkPass` takes a network read as a graph as a whole;
 - a `CutPass` removes channels, heads or experts, with everything that goes with them;
-- a `TrainPass` trains, step by step, towards less of a loss: an `AttachPass` the layers of a network;
+- a `TrainPass` trains, step by step, towards less of a loss: an `AttachPass` the layers of a network, an `AdapterPass`
+  a few numbers beside them;
 - a `SearchPass` chooses options of another pass, layer by layer, and is carried out as that pass;
 - a `ParameterPass` gives parameters new values, whatever they belong to: layers, embeddings, norms, biases.
 
@@ -38,6 +39,7 @@ from effcli.layers.layer import Kind
 from effcli.layers.returned import Asked
 from effcli.layers.statistics import Needs, Statistics
 from effcli.options import Options
+from effcli.platform.installed import require
 from effcli.platform.rehearsal import once
 from effcli.training import tracking
 from effcli.training.options import TrainingOptions
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 class Change(enum.Flag):
     """What a pass does to a network."""
 
+    NOTHING = 0  # weights stay as they are
     VALUES = enum.auto()  # weights take other values, or other formats
     MASK = enum.auto()  # weights are removed one by one: they stay 0 in every pass that follows
     SHAPE = enum.auto()  # channels are removed: weights take other shapes
@@ -264,6 +267,16 @@ class TrainPass(TrainingOptions, Pass):
         """Whether it learns, of documents with prompts or messages, the answers alone."""
         return False
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether a language model's blocks are computed again on the way back, in place of keeping what is in them."""
+        return False
+
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of the optimizer's moments for each number that is trained, for the plan."""
+        return 8.0
+
     def require(self) -> None:
         tracking.require(self.track)
 
@@ -309,6 +322,38 @@ class AttachPass(TrainPass):
     @abstractmethod
     def finish(self, layer: Layer, trained: nn.Module) -> Outcome:
         """What becomes of one layer; trained: what `attach` returned. `layer.weight` is trained, too, where that is."""
+
+
+class AdapterPass(TrainPass):
+    """A pass that trains an adapter beside the layers of a language model, which stay as they are.
+
+    The adapter is one of PEFT, and so are the modules that run; `merge` adds it to the weights.
+    """
+
+    changes: ClassVar[Change] = Change.NOTHING
+    takes_language: ClassVar[bool] = True
+
+    def require(self) -> None:
+        super().require()
+        require("peft", "train")
+
+    @abstractmethod
+    def numbers(self, name: str, shape: tuple[int, int]) -> int:
+        """How many numbers are trained beside a layer (out, in); `SelectionError` for options it cannot have."""
+
+    @abstractmethod
+    def adapter(self, layers: Mapping[str, Self]) -> Any:
+        """The PEFT config of one adapter beside all layers; layers: the options of each by its name."""
+
+    def begin(self, beside: Mapping[str, Beside]) -> None:
+        """Change what training begins with, in place; beside: of each layer by its name."""
+
+    def finish(self, beside: Mapping[str, Beside], config: Any) -> tuple[Any, Mapping[str, Mapping[str, Tensor]]]:
+        """The config of the trained adapter, and what its tensors are where they are not those of the modules.
+
+        config: as `adapter` made it; returned tensors: by the layer's name, and then by PEFT's, such as `lora_A`.
+        """
+        return config, {}
 
 
 class SearchPass(Pass):
@@ -399,6 +444,15 @@ class ParameterPass(Pass):
     def checks(self) -> bool:
         """Whether what is written is compared with the network whose new values stand beside the old, unrounded."""
         return False
+
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether it takes the adapter that stands beside the weights of the checkpoint."""
+        return False
+
+    def with_adapter(self, folder: Path) -> Self:
+        """These options, with the adapter that stands beside the weights; folder: where it is."""
+        return self
 
     def store(self, weight: Tensor, before: Quantized) -> Quantized | Tensor:
         """How the new weight of a layer that was stored as `before` is stored; dense unless `keeps_format`.
@@ -686,6 +740,21 @@ class Attached:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A layer with an adapter beside it. module: PEFT's, around it; options: the pass, with those of that layer.
+
+    packed: whether it is stored in codes; weight: reads it, float32 (out, in), where it is dense a view of what runs;
+    original: reads that of the original network, float32 (out, in).
+    """
+
+    module: Any
+    options: Any
+    packed: bool
+    weight: Callable[[], Tensor]
+    original: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Transformed:
     """What became of a whole graph. notes: for the ledger, by layer; a layer without any was left as it was."""
 
@@ -736,9 +805,11 @@ def _outcome(options: Pass, method: str, layer: Layer, made: Any) -> Outcome:
 
 __all__ = [
     "UNSEEN",
+    "AdapterPass",
     "Apply",
     "AttachPass",
     "Attached",
+    "Beside",
     "Change",
     "CutPass",
     "Evaluator",

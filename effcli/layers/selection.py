@@ -33,6 +33,8 @@ class Choice:
             return "keep"
         if Change.SHAPE in self.config.changes:
             return "cut"
+        if not self.config.changes:
+            return "adapt"
         result = self.config.result
         floating = result is None or result.floating
         if floating and Change.MASK in self.config.changes:
@@ -45,7 +47,7 @@ class Choice:
         A pass over single layers stores what it returns; others without a format of their own keep that of the layer.
         What was removed of a weight stays removed.
         """
-        if self.config is None:
+        if self.config is None or not self.config.changes:
             return before
         if isinstance(self.config, ParameterPass):
             return before if self.config.keeps_format else dense

@@ -34,13 +34,14 @@ def model_card(
     *,
     layout: Layout = "standard",
     loaders: tuple[str, str] = LANGUAGE,
+    adapter: str = "",
 ) -> str:
     """The text of README.md.
 
     base_card: the README.md of the model that was compressed; its licence and language are taken over. layout:
     'standard' where transformers loads the directory, 'effcli' where only `effcli.load` does, 'graph' for a vision
     network, which `effcli.load` gives back as a module of tensors. loaders: the classes of transformers that load
-    it and prepare its inputs.
+    it and prepare its inputs. adapter: the folder of one that stands beside the weights, empty without.
     """
     parts = [
         f"---\n{yamls.dump(_front_matter(report, base_card, layout)).rstrip()}\n---",
@@ -51,7 +52,7 @@ def model_card(
         "\n".join(f"- {text}" for text in [*conditions(report.stages), *_machine(report)]),
         "Changes and ratios are against the input. Sizes are powers of 1000.",
         "## How to load it",
-        _loading(report, layout, loaders),
+        _loading(report, layout, loaders, adapter),
         *_exports(report),
         "## What was done",
         *(_step(stage) for stage in report.stages[1:]),
@@ -157,7 +158,7 @@ def _machine(report: Report) -> list[str]:
     return [f"machine: {markdown(report.machine)}"] if measured and report.machine else []
 
 
-def _loading(report: Report, layout: Layout, loaders: tuple[str, str]) -> str:
+def _loading(report: Report, layout: Layout, loaders: tuple[str, str], adapter: str) -> str:
     folder = json.dumps(_name(report.output) if report.output else ".")
     if layout == "graph":
         text = (
@@ -185,6 +186,14 @@ def _loading(report: Report, layout: Layout, loaders: tuple[str, str]) -> str:
             f"model = {loader}.from_pretrained({folder})\n"
             f"{name} = {companion}.from_pretrained({folder})"
         )
+    if adapter:
+        text += (
+            f" An adapter stands beside the weights, in {markdown_code(adapter)}: {markdown_code('effcli.load')} gives "
+            "the model with it, and so does PEFT. The pass `merge` adds it to the weights."
+        )
+        if layout == "standard":
+            name = json.dumps(f"{_name(report.output) if report.output else '.'}/{adapter}")
+            code = f"from peft import PeftModel\n{code}\nmodel = PeftModel.from_pretrained(model, {name})"
     return f"{text}\n\n```python\n{code}\n```"
 
 

@@ -86,6 +86,7 @@ class Training(Record):
     )
     kept: Count = Field(description="the step whose weights were kept; 0: those before training")
     measured: str = Field(default="", description="what the error is, e.g. 'loss on the calibration inputs'")
+    stopped: str = Field(default="", description="why it ended before its last step; empty where it did not")
 
 
 class ClassRow(Record):

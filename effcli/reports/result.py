@@ -50,7 +50,7 @@ def _loading(report: Report, folder: str) -> list[str]:
     if not report.loader or report.layout == "graph" or not packed:
         return [f"load it: {report.loader}({folder})"] if report.loader else []
     lines = [f"load it: effcli.load({folder})", f"  computes with packed weights; {_speed(report)}"]
-    if report.layout == "standard":
+    if report.layout == "standard" and report.loader != "effcli.load":
         lines.append(f"load it: {report.loader}({folder})")
         lines.append("  unpacks the weights: as large in memory as the input; speed not measured")
     return lines

@@ -27,6 +27,7 @@ from effcli.files import locate as samples
 from effcli.files.checkpoint import weight_files, write_text
 from effcli.files.digest import of_path
 from effcli.files.documents import read_model
+from effcli.files.layout import ADAPTER, adapter_in
 from effcli.layers.contract import Change, Pass, SearchPass
 from effcli.platform import memory
 from effcli.platform.machine import cpu_threads, device_name, pick_device
@@ -307,7 +308,9 @@ class _Run:
         with tell("counting weights"):
             counts = self.network.count(path)
         found = self.network.measure(path, first, phases=tell)
-        nbytes = sum(file.stat().st_size for file in weight_files(path))
+        adapter = adapter_in(path)
+        files = weight_files(path) + ([] if adapter is None else weight_files(adapter))
+        nbytes = sum(file.stat().st_size for file in files)
         return Stage(
             name=name,
             options=options,
@@ -372,7 +375,7 @@ class _Run:
         return report, failed
 
     def _loader(self, finished: Path) -> str:
-        if self.network.layout(finished) != "standard":
+        if self.network.layout(finished) != "standard" or adapter_in(finished) is not None:
             return "effcli.load"
         return f"transformers.{self.network.loaders(finished)[0]}.from_pretrained"
 
@@ -398,7 +401,8 @@ class _Run:
         base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
         html.write(report, folder)
         layout, loaders = self.network.layout(folder), self.network.loaders(folder)
-        card_text = card.model_card(report, base_card, layout=layout, loaders=loaders)
+        adapter = ADAPTER if adapter_in(folder) is not None else ""
+        card_text = card.model_card(report, base_card, layout=layout, loaders=loaders, adapter=adapter)
         write_text(folder / card.FILE_NAME, card_text)
 
     def _exports(self, finished: Path) -> tuple[tuple[Exported, ...], EffcliError | None]:

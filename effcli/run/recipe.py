@@ -24,6 +24,7 @@ from effcli.inputs import jsonl, tables
 from effcli.inputs.options import Calibration, Evaluate
 from effcli.inputs.preprocess import Preprocess
 from effcli.layers.contract import (
+    AdapterPass,
     Change,
     CutPass,
     LayerPass,
@@ -319,6 +320,16 @@ class Recipe(Options):
                 f"evaluate.perplexity: {self.model} reads no text", "give labelled images: evaluate.images or --eval"
             )
         for number, step in enumerate(self.passes):
+            if isinstance(step.config, AdapterPass):
+                raise RecipeError(
+                    f"passes.{number}: {step.name} trains beside the layers of language models, and {self.model} is "
+                    "none",
+                    "train the weights: finetune",
+                )
+            if isinstance(step.config, ParameterPass) and step.config.takes_adapter:
+                raise RecipeError(
+                    f"passes.{number}: {step.name} names no adapter", f"name one: {step.name}:adapter=DIR"
+                )
             if isinstance(step.config, ParameterPass) and step.config.checks:
                 raise RecipeError(
                     f"passes.{number}: check compares perplexities, and {self.model} reads no text", "leave check out"
@@ -392,6 +403,7 @@ def check(data: Any, source: str = "recipe") -> Recipe:
             if before is not None:
                 why = f"{step.name} removes channels, and {before.name} before it has compressed layers"
                 mistakes.add(f"passes.{index}", f"{why}; put {step.name} first")
+    _check_adapters(steps, bool(data.get("export")), mistakes)
     if not given and "passes" not in mistakes.found:
         mistakes.add("passes", f"name at least one pass; known: {', '.join(passes.PASSES)}")
     wanted = data.get("export", ())
@@ -405,6 +417,21 @@ def check(data: Any, source: str = "recipe") -> Recipe:
     mistakes.raise_if_any(source)
     assert recipe is not None
     return recipe
+
+
+def _check_adapters(steps: Sequence[PassStep], exports: bool, mistakes: Mistakes) -> None:
+    """Note what cannot follow a step that trains an adapter: it stands beside the weights until it is merged."""
+    beside: PassStep | None = None
+    for index, step in enumerate(steps):
+        takes = isinstance(step.config, ParameterPass) and step.config.takes_adapter
+        if beside is not None and not takes:
+            why = f"{step.name} cannot follow {beside.name}, whose adapter is not in the weights yet"
+            mistakes.add(f"passes.{index}", f"{why}; put `merge` between them")
+        if index and takes and beside is None:
+            mistakes.add(f"passes.{index}", f"{step.name} names no adapter, and {steps[index - 1].name} trains none")
+        beside = step if isinstance(step.config, AdapterPass) else None
+    if beside is not None and exports:
+        mistakes.add("export", f"the adapter of {beside.name} is not in the weights; put `merge` behind it")
 
 
 def _fixes_shapes(step: PassStep) -> bool:

@@ -108,9 +108,10 @@ def train(
     """Train `objective.module` in place, on `data`, and leave it on the CPU with the weights that are kept.
 
     batch_size: where the options name none; device: cpu, cuda, cuda:N or auto; folder: for snapshots, None for none;
-    key: tells this training from others whose snapshot may lie there. Raises `DataError` without inputs,
-    what `TrainingOptions.check_steps` raises, `NumericsError` for a loss or an error that is NaN or infinite,
-    `UnfinishedError` for a damaged snapshot, `UnsupportedError` for a tracker that is not installed or does not start.
+    key: tells this training from others whose snapshot may lie there. A loss or an error that is NaN or infinite ends
+    it with the best weights so far. Raises `DataError` without inputs, what `TrainingOptions.check_steps` raises,
+    `NumericsError` where there are no such weights, `UnfinishedError` for a damaged snapshot, `UnsupportedError` for a
+    tracker that is not installed or does not start.
     """
     if not len(data):
         raise DataError("no calibration input reached the network", "give calibration data that is not empty")
@@ -203,18 +204,26 @@ class _Run:
             self._evaluate()
         self.progress(self.step, self.total)
         begun, epochs = self.step // self.per_epoch, -(-self.total // self.per_epoch)
-        # What was killed after its last step has no epoch left, even if that one was not whole.
-        for _ in few(range(begun, epochs) if self.step < self.total else ()):
-            self._epoch()
+        stopped = ""
+        try:
+            # What was killed after its last step has no epoch left, even if that one was not whole.
+            for _ in few(range(begun, epochs) if self.step < self.total else ()):
+                self._epoch()
+        except NumericsError as error:
+            if not (self.options.keep_best and self.kept):
+                raise
+            # What was kept before is as good as it was.
+            stopped = f"{error.cause}; {error.remedy}"
         chosen = self.options.keep_best and bool(self.best)
         if chosen:
             self._restore(self.best)
         return Training(
-            steps=self.total,
+            steps=self.step if stopped else self.total,
             curve=tuple(self.curve),
             errors=tuple(self.errors),
             kept=self.kept if chosen else self.total,
             measured=self.objective.measured,
+            stopped=stopped,
         )
 
     def _epoch(self) -> None:

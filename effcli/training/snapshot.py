@@ -74,13 +74,19 @@ def load(folder: Path, key: str) -> tuple[Snapshot, dict[str, Tensor]] | None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[int, dict[str, Scalar]]]:
-    """The tensors of an optimizer by 'parameter.name', and its numbers by parameter."""
+    """The tensors of an optimizer by 'parameter.name', and its numbers by parameter.
+
+    A tensor that stands in a mapping of its own, as bitsandbytes keeps them, has the name 'parameter.mapping.name'.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[int, dict[str, Scalar]] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value
+            elif isinstance(value, dict) and all(isinstance(own, Tensor) for own in value.values()):
+                # Parameters may share them there, and a file has each for itself.
+                tensors |= {f"{index}.{name}.{own}": tensor.clone() for own, tensor in value.items()}
             elif value is None or isinstance(value, bool | int | float):
                 scalars.setdefault(index, {})[name] = value
             else:
@@ -97,8 +103,11 @@ def restore_optimizer(
     """Give a new optimizer of the same parameters the state that `optimizer_state` told."""
     state: dict[int, dict[str, Any]] = {index: dict(values) for index, values in scalars.items()}
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        index, *outer, name = key.split(".")
+        place = state.setdefault(int(index), {})
+        for each in outer:
+            place = place.setdefault(each, {})
+        place[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

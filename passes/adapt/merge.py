@@ -43,7 +43,11 @@ class Merge(ParameterPass):
     untouched: ClassVar[str] = "the adapter has nothing for it"
     rare: ClassVar[tuple[str, ...]] = ("combination", "density", "seed")
 
-    adapter: str | None = Field(None, description="A PEFT adapter directory.")
+    adapter: str | None = Field(
+        None,
+        description="A PEFT adapter directory; without one, the adapter that a step before has trained, or that stands "
+        "beside the weights.",
+    )
     adapters: tuple[Weighted, ...] = Field(
         (), description="Several, as directories or `{path: DIR, weight: number}`; the weight is 1 unless given."
     )
@@ -71,7 +75,7 @@ class Merge(ParameterPass):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
-        if (self.adapter is None) == (not self.adapters):
+        if self.adapter is not None and self.adapters:
             raise ValueError("name one adapter, or several under `adapters`")
         # A recipe that was written with all defaults has these, too.
         fields, several = type(self).model_fields, ("combination", "density", "seed")
@@ -82,6 +86,13 @@ class Merge(ParameterPass):
     @property
     def _weighted(self) -> tuple[Weighted, ...]:
         return self.adapters if self.adapter is None else (Weighted(path=self.adapter),)
+
+    @property
+    def takes_adapter(self) -> bool:
+        return not self._weighted
+
+    def with_adapter(self, folder: Path) -> Self:
+        return self.model_copy(update={"adapter": str(folder)})
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from effcli.errors import RecipeError, UnsupportedError
 from effcli.layers.contract import Needs, Step, TrainPass
+from effcli.platform.installed import require
 from effcli.training.losses import response
 
 
@@ -81,6 +83,10 @@ class Tuning(TrainPass):
         groups: list[dict[str, Any]] = [
             {"params": [own], "weight_decay": self.weight_decay if own.ndim > 1 else 0.0} for own in every
         ]
+        return self._adamw(groups)
+
+    def _adamw(self, groups: Sequence[dict[str, Any]]) -> Optimizer:
+        """The optimizer of groups of parameters."""
         return AdamW(groups, lr=self.learning_rate)
 
 
@@ -88,7 +94,7 @@ class LanguageTuning(Tuning):
     """What is learned of a text besides."""
 
     takes_language: ClassVar[bool] = True
-    rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "learned")
+    rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "learned", "checkpointing", "moments")
 
     learned: Literal["answers", "all"] = Field(
         "answers",
@@ -96,11 +102,43 @@ class LanguageTuning(Tuning):
         "says, or all tokens. Of plain texts all tokens are.",
     )
 
+    checkpointing: bool = Field(
+        False,
+        description="Keep the states between the blocks alone, and compute each block once more on the way back: less "
+        "memory, about a third more time.",
+    )
+    moments: Literal["float32", "int8"] = Field(
+        "float32",
+        description="Of the optimizer's two moments; int8 takes a quarter of their memory, by the package bitsandbytes "
+        "(arXiv:2110.02861).",
+    )
+
     @property
     def learns_answers(self) -> bool:
         return self.learned == "answers"
 
+    @property
+    def recomputes(self) -> bool:
+        return self.checkpointing
+
+    @property
+    def moment_bytes(self) -> float:
+        return 2.0 if self.moments == "int8" else super().moment_bytes
+
+    def require(self) -> None:
+        super().require()
+        if self.moments == "int8":
+            require("bitsandbytes", "train")
+
     def for_graph(self) -> Self:
-        if "learned" in self.model_fields_set:
-            raise RecipeError("`learned` is of tokens, and this network reads none", "leave it out")
+        given = sorted({"learned", "checkpointing", "moments"} & self.model_fields_set)
+        if given:
+            raise RecipeError(f"`{given[0]}` is of language models, and this network is none", "leave it out")
         return super().for_graph()
+
+    def _adamw(self, groups: Sequence[dict[str, Any]]) -> Optimizer:
+        if self.moments == "float32":
+            return super()._adamw(groups)
+        optim: Any = import_module("bitsandbytes.optim")
+        made: Optimizer = optim.AdamW8bit(groups, lr=self.learning_rate)
+        return made

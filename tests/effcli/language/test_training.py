@@ -17,7 +17,7 @@ from effcli.errors import DataError, NumericsError, RecipeError, UnsupportedErro
 from effcli.inputs.text import Windows
 from effcli.language import editing
 from effcli.language.sweep import sweep
-from effcli.language.training import TokenExamples, train_language
+from effcli.language.training import TokenExamples, train_language, train_weights
 from effcli.language.weights import open_weights
 from effcli.layers.input_rounding import InputRounding
 from effcli.layers.result import PassResult
@@ -38,7 +38,9 @@ def trained(
     target.mkdir(exist_ok=True)
     work = work or target.parent / "work"
     step = PassStep.model_validate({"finetune": {"steps": 3, **options}})
-    return train_language(source, target, step, windows(), batch_size=2, original=original or source, work=work)
+    return train_language(
+        train_weights, source, target, step, windows(), batch_size=2, original=original or source, work=work
+    )
 
 
 def carried_out(source: Path, target: Path, step: Any) -> Path:
@@ -159,6 +161,7 @@ def test_killed_and_run_again_it_writes_the_same_bytes(tmp_path: Path, monkeypat
             try:
                 results.append(
                     train_language(
+                        train_weights,
                         source,
                         folder / "out",
                         step,
@@ -181,7 +184,7 @@ def test_bad_input(tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path / "model", torch.float32)
     step = PassStep.model_validate({"finetune": {"steps": 1}})
     with pytest.raises(DataError, match="finetune trains on text"):
-        train_language(source, tmp_path, step, None, batch_size=1, original=source, work=tmp_path / "w")
+        train_language(train_weights, source, tmp_path, step, None, batch_size=1, original=source, work=tmp_path / "w")
     tied = architectures.make("llama", tmp_path / "tied", torch.float32, tie_word_embeddings=True)
     with pytest.raises(UnsupportedError, match="cannot train lm_head, whose weight is the input embedding's"):
         trained(tied, tmp_path / "tied-out", lm_head=True)
@@ -209,7 +212,7 @@ def test_answers_alone_are_learned(tmp_path: Path) -> None:
     step = PassStep.model_validate({"finetune": {**PLAIN, "steps": 1}})
     (tmp_path / "out").mkdir()
     result = train_language(
-        source, tmp_path / "out", step, marked, batch_size=3, original=source, work=tmp_path / "work"
+        train_weights, source, tmp_path / "out", step, marked, batch_size=3, original=source, work=tmp_path / "work"
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     chosen = torch.cat(given.batches)[:3]

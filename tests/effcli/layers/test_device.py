@@ -89,7 +89,8 @@ def assert_alike(found: PassResult, expected: PassResult) -> None:
 def test_a_language_model(family: str, step: Any, inputs: str, tmp_path: Path) -> None:
     source = architectures.make(family, tmp_path / "model")
     checked = PassStep.model_validate(step)
-    ids = torch.randint(100, (2, 2, 8), generator=torch.Generator().manual_seed(0))
+    # More tokens than inputs of a layer: what is fitted to fewer hangs on the last bits of their sums.
+    ids = torch.randint(100, (4, 4, 16), generator=torch.Generator().manual_seed(0))
     windows = Windows(list(ids), inputs) if checked.needs else None
     there, here = carried_out(
         tmp_path, lambda target, work, device: sweep(source, target, checked, windows, work, device=device)

@@ -16,7 +16,9 @@ from effcli.run.schema import recipe_schema
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
 # What a step needs to be valid.
-REQUIRED = {"auto": {"average_bits": 4}, "merge": {"adapter": "folder"}}
+REQUIRED = {"auto": {"average_bits": 4}}
+# What the options may need besides, to say more than one thing.
+TOGETHER = {"merge": {"adapter": "folder"}}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_every_option_of_a_pass(name: str, schema: dict[str, Any]) -> None:
     required = REQUIRED.get(name, {})
     assert both(schema, whole(name)) == (True, not required)
     assert both(schema, whole({name: required})) == (True, True)
-    options = passes.load(name)(**required).model_dump(mode="json", exclude_none=True)
+    options = passes.load(name)(**required, **TOGETHER.get(name, {})).model_dump(mode="json", exclude_none=True)
     assert both(schema, whole({name: options})) == (True, True)
     for key in options:
         assert both(schema, whole({name: {**required, f"{key}_": options[key]}})) == (False, False), key

@@ -16,6 +16,7 @@ import torch
 from small_graphs import Held
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from effcli.errors import DataError, NumericsError, UnfinishedError, UnsupportedError
 from effcli.reports.report import Training
@@ -257,6 +258,28 @@ def test_a_loss_that_is_nan(at: int, shown: int) -> None:
     with pytest.raises(NumericsError, match=f"NaN or infinite in step {shown} of 18") as raised:
         loop.train(spoilt, data(), TrainingOptions(epochs=3), batch_size=4)
     assert "learning_rate" in raised.value.remedy
+
+
+def test_after_an_epoch_that_was_better_a_nan_ends_it_with_that() -> None:
+    module = network()
+    task = objective(module)
+    steps = iter(range(99))
+    states: list[dict[str, Tensor]] = []
+
+    def loss(batch: Batch) -> Tensor:
+        number = next(steps)
+        if number == 6:
+            states.append({name: value.clone() for name, value in module.state_dict().items()})
+        return task.loss(batch) * (math.nan if number == 9 else 1)
+
+    spoilt = Objective(module, task.optimizer, loss, task.error)
+    found = loop.train(spoilt, data(), TrainingOptions(epochs=3), batch_size=4)
+    assert (found.steps, found.kept) == (9, 6)
+    assert found.stopped.startswith("the loss is NaN or infinite in step 10 of 18; take a smaller learning_rate")
+    assert_close(module.state_dict(), states[0], rtol=0, atol=0)
+    steps = iter(range(99))
+    with pytest.raises(NumericsError):
+        loop.train(spoilt, data(), TrainingOptions(epochs=3, keep_best=False), batch_size=4)
 
 
 @pytest.mark.parametrize(

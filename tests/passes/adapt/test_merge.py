@@ -386,7 +386,6 @@ def test_combinations_give_the_same_twice(combination: str, network: Make, tmp_p
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({}, "name one adapter, or several"),
         ({"adapter": "a", "adapters": ["b"]}, "name one adapter, or several"),
         ({"adapter": "a", "density": 0.5}, "are of several adapters"),
         ({"adapters": [{"path": "a", "wieght": 2}]}, "wieght"),
