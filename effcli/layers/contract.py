@@ -480,6 +480,9 @@ class Evaluator(Protocol):
     def original(self) -> float:
         """The quality of the network that came in; `DataError` where it was not measured."""
 
+    def say(self, text: str) -> None:
+        """Tell whoever waits how far the search is, in one line."""
+
     def measure(self, figure: Figure, values: Mapping[str, float]) -> float:
         """The figure of a choice that is really carried out; values: of the option, for every layer by name."""
 

@@ -100,7 +100,7 @@ def choose(network: Layered, step: PassStep) -> dict[str, Choice]:
         # A new value is stored as the old one, which nothing keeps from it.
         obstacle = "" if isinstance(config, ParameterPass) else site.obstacle
         reason = ignored(site, config) or obstacle or left_alone.get(site.name, "")
-        choices[site.name] = Choice(site, None if reason else _options(site.name, step), reason)
+        choices[site.name] = Choice(site, None if reason else options_of(site.name, step), reason)
     taken = [name for name, choice in choices.items() if choice.config is not None]
     if not taken and not isinstance(config, ParameterPass):
         remedy = "make `ignore` narrower" if choices else "the network has no convolution and no linear layer"
@@ -163,7 +163,7 @@ def ignored(site: LayerSite, config: Pass) -> str:
     return "" if pattern is None else f"ignored by {pattern!r}"
 
 
-def _options(name: str, step: PassStep) -> Pass:
+def options_of(name: str, step: PassStep) -> Pass:
     """The options of one layer: of several patterns that match, the last one's."""
     config: Pass = step.config
     for pattern, overrides in step.config.layers.items():

@@ -46,6 +46,9 @@ class _Adapting(Strategy):
                 raise self._unkept(figure, least)
         step = (left - limit) / rounds
         while left > limit:
+            # Further rounds take a step each, but for those in which no layer goes that far.
+            total = len(way) + math.ceil((left - limit) / step - 1e-9) - 1
+            self.evaluator.say(f"round {len(way)} of {total}: {figured(figure, left)}, {self.budget} wanted")
             target = max(limit, left - step)
             reaching, others = self._candidates(figure, now, ladders, target)
             if not reaching and not others:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from effcli.errors import DataError, RecipeError, UnfinishedError, behind, writi
 from effcli.files.checkpoint import weight_files
 from effcli.layers.contract import Change, SearchPass
 from effcli.layers.returned import Asked
-from effcli.layers.selection import matches
+from effcli.layers.selection import matches, options_of
 from effcli.options import Record
 from effcli.platform.rehearsal import cannot_tell
 from effcli.reports.report import Quality, Stage
@@ -162,12 +163,7 @@ def _check_limit(step: PassStep, first: Plan, last: Plan) -> None:
     option = options.option
     match options.budget.quantity:
         case "average_bits" | "average_sparsity" | "average_ratio":
-            configs: list[Any] = [candidate.config for candidate in step.candidates]
-            values = {getattr(config, option) for config in configs}
-            if own[0] == own[1]:
-                # No layer may be left to choose for: each may have a value of its own.
-                values |= {given[option] for config in configs for given in config.layers.values() if option in given}
-            check_average(step.name, option, limit, values)
+            check_average(step.name, option, limit, _choosable(step.candidates, option, own[0]))
         case "size" if option == "bits":
             # What remains of other weights is known once it is found which go.
             found = [
@@ -175,6 +171,19 @@ def _check_limit(step: PassStep, first: Plan, last: Plan) -> None:
                 for plan, rows in zip((first, last), own, strict=True)
             ]
             check_size(step.name, option, int(limit), min(found), max(found))
+
+
+def _choosable(candidates: Sequence[PassStep], option: Varied, rows: Iterable[Row]) -> list[tuple[int, set[float]]]:
+    """How many weights each layer has, and the values of `option` that it may be given; rows: of the layers."""
+    if option == "ratio":
+        # Which layers belong together, and how many weights go with them, is not known yet: as if all could be had.
+        every = {getattr(own, option) for candidate in candidates for own in candidate.configs}
+        return [(1, every)]
+    return [
+        (math.prod(row.shape), {getattr(options_of(row.name, candidate), option) for candidate in candidates})
+        for row in rows
+        if row.status != "keep"
+    ]
 
 
 def _rows(plan: Plan) -> list[Row]:
@@ -271,6 +280,9 @@ class _Running:
 
     def original(self) -> float:
         return _quality(self.name, self.network, self.position.original.quality)
+
+    def say(self, text: str) -> None:
+        self.listener.say(f"{self.name}: {text}")
 
     def measure(self, figure: Figure, values: Mapping[str, float]) -> float:
         key = hashlib.sha256(json.dumps([figure, dict(values)], sort_keys=True).encode()).hexdigest()[:16]

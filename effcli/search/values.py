@@ -9,7 +9,7 @@ bytes all the way, a better choice may have been passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from effcli.errors import RecipeError, SelectionError
 from effcli.layers.contract import Evaluator
@@ -50,14 +50,39 @@ def check_size(name: str, option: Varied, limit: int, smallest: int, largest: in
         )
 
 
-def check_average(name: str, option: Varied, average: float, values: Collection[float]) -> None:
-    """Raise `SelectionError` for an average outside of `values`, those that the search `name` chooses from."""
-    if not min(values) <= average <= max(values):
-        raise SelectionError(
-            f"{name}.average_{option}: {average:g} is outside of the {option} to choose from, "
-            f"{min(values):g} to {max(values):g}",
-            f"choose a number between them, or offer other `{option}`",
-        )
+def outside(option: Varied, average: float, values: Collection[float]) -> str:
+    """What is wrong with an average of layers that all choose from `values`; empty where a choice has it."""
+    if min(values) <= average <= max(values):
+        return ""
+    return f"{average:g} is outside of the {option} to choose from, {min(values):g} to {max(values):g}"
+
+
+def check_average(name: str, option: Varied, average: float, layers: Sequence[tuple[int, Collection[float]]]) -> None:
+    """Raise `SelectionError` for an average that no choice of the search `name` has.
+
+    layers: of each how many weights it has, and the values that it may have: one where it keeps a value of its own.
+    """
+    values = common([own for _, own in layers])
+    cause, remedy = outside(option, average, values), f"choose a number between them, or offer other `{option}`"
+    if option != "bits":
+        # What is averaged are weights that stay, whichever layers they are in.
+        weights = sum(count for count, _ in layers)
+        most, least = (sum(count * _left(end(own)) for count, own in layers) for end in (min, max))
+        if least <= _left(average) * weights <= most:
+            return
+        if any(set(own) != set(values) for _, own in layers):
+            low, high = (1 - end / (_MILLION * weights) for end in (most, least))
+            found = f"{low:.4g} to {high:.4g}, for some keep a {option} of their own"
+            cause = f"{average:g} is outside of what the layers together can have, {found}"
+            remedy = f"choose a number between them, or leave `{option}` out of `layers`"
+    if cause:
+        raise SelectionError(f"{name}.average_{option}: {cause}", remedy)
+
+
+def common(layers: Sequence[Collection[float]]) -> list[float]:
+    """The values that all layers may have, ascending; a layer with one of its own is passed over."""
+    every = {value for own in layers for value in own}
+    return sorted(value for value in every if all(value in own or len(own) == 1 for own in layers))
 
 
 def _end(option: Varied, least: bool, where: str = "") -> str:
@@ -188,20 +213,17 @@ class _Chooser(Strategy):
         return self.front[0]
 
     def _average(self, average: float) -> Assignment:
-        name, option = self.evaluator.name, self.option
-        check_average(name, option, average, self.assignments.uniform)
-        if option == "bits":
+        layers = self.costs.layers
+        check_average(
+            self.evaluator.name,
+            self.option,
+            average,
+            [(_entries(layer), [option.value for option in layer.options]) for layer in layers],
+        )
+        if self.option == "bits":
             return self.frontier.at(self.assignments.nbytes(average))
         kept = Assignments(self.costs, _kept).frontier
-        weights = sum(map(_entries, self.costs.layers))
-        limit = round((1 - average) * _MILLION) * weights
-        if not kept.smallest <= limit <= kept.largest:
-            low, high = (1 - end / (_MILLION * weights) for end in (kept.largest, kept.smallest))
-            raise SelectionError(
-                f"{name}.average_{option}: {average:g} is outside of what the layers together can have, "
-                f"{low:.4g} to {high:.4g}, for some keep a {option} of their own",
-                f"choose a number between them, or leave `{option}` out of `layers`",
-            )
+        limit = _left(average) * sum(map(_entries, layers))
         return self.frontier.choice(kept.at(limit).options)
 
     def _smallest(self, figure: Figure) -> Assignment:
@@ -271,7 +293,12 @@ def _multiplied(layer: LayerCosts, option: Option) -> int:
 
 def _kept(layer: LayerCosts, option: Option) -> int:
     """How many millionths of weights a share leaves: whole numbers with a large common divisor."""
-    return round((1 - option.value) * _MILLION) * _entries(layer)
+    return _left(option.value) * _entries(layer)
+
+
+def _left(share: float) -> int:
+    """How many millionths are left where a share goes."""
+    return round((1 - share) * _MILLION)
 
 
 class Assignments:
@@ -290,12 +317,11 @@ class Assignments:
     @property
     def uniform(self) -> dict[Value, Assignment]:
         """Every layer with the same value; a layer that has one of its own keeps it."""
-        found = {}
         places = [[option.value for option in layer.options] for layer in self._layers]
-        for value in sorted({each for own in places for each in own}):
-            if all(value in own or len(own) == 1 for own in places):
-                found[value] = self.frontier.choice([own.index(value) if value in own else 0 for own in places])
-        return found
+        return {
+            value: self.frontier.choice([own.index(value) if value in own else 0 for own in places])
+            for value in common(places)
+        }
 
     def nbytes(self, average: float) -> int:
         """The size of a value for every layer, between two that were priced interpolated; `ValueError` outside."""
@@ -326,4 +352,13 @@ def figured(figure: Figure, value: float) -> str:
     return f"{value:,.0f} multiplications" if figure == "macs" else size(int(value))
 
 
-__all__ = ["Assignments", "Strategy", "check_average", "check_size", "choose_values", "figured"]
+__all__ = [
+    "Assignments",
+    "Strategy",
+    "check_average",
+    "check_size",
+    "choose_values",
+    "common",
+    "figured",
+    "outside",
+]

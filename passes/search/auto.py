@@ -18,7 +18,7 @@ from effcli.reports.sensitivity import Search, Sensitivity, Way
 from effcli.search.budget import Budgeted
 from effcli.search.netadapt import adapt, lowers
 from effcli.search.space import SPACES, VARIED, option_of
-from effcli.search.values import choose_values
+from effcli.search.values import choose_values, outside
 
 # What every pass can be told belongs to the pass whose option is chosen.
 _PASSED_ON = ("ignore", "layers", "lm_head")
@@ -99,6 +99,13 @@ class Auto(Budgeted, SearchPass):
                 raise ValueError(
                     f"{self.using} is searched for its {self.option}; give average_{self.option}, not average_{other}"
                 )
+        if self.budget.quantity == f"average_{self.option}" and not self._has_own_values():
+            values: tuple[float, ...] = getattr(self, self.option)
+            cause = outside(self.option, self.budget.limit, values)
+            if cause:
+                raise ValueError(
+                    f"{self.budget.quantity}: {cause}; choose a number between them, or offer other `{self.option}`"
+                )
         if self.strategy == "netadapt" and not lowers(self.budget):
             raise ValueError(
                 f"netadapt lowers what is measured down to its budget, and {self.budget.quantity} is none that falls; "
@@ -109,6 +116,12 @@ class Auto(Budgeted, SearchPass):
         if self.strategy != "netadapt" and self.rounds != type(self).model_fields["rounds"].default:
             raise ValueError("`rounds` are those of netadapt; leave them out, or set strategy=netadapt")
         return self
+
+    def _has_own_values(self) -> bool:
+        """Whether layers keep a value of their own, with which more or less can be reached than without."""
+        layers = self.options.get("layers")
+        given = layers.values() if isinstance(layers, Mapping) else ()
+        return any(isinstance(own, Mapping) and self.option in own for own in given)
 
     @property
     def needs(self) -> Needs:

@@ -56,6 +56,8 @@ class Network:
         self.begin = original
         self.measured: list[dict[str, float]] = []
 
+    def say(self, text: str) -> None: ...
+
     def original(self) -> float:
         return self.begin
 
@@ -251,13 +253,45 @@ def refused(net: Path, *steps: Any) -> str:
 def test_a_size_or_an_average_that_no_choice_keeps_is_refused_with_the_plan(net: Path) -> None:
     few = {"using": "linear", "bits": [2, 4]}
     outside = "auto.average_bits: {} is outside of the bits to choose from, 2 to 4"
-    assert refused(net, {"auto": {**few, "average_bits": 1}}) == outside.format(1)
     # Bits of its own leave a layer out of the choice.
     own = {**few, "layers": {"0": {"bits": 8}}}
     assert refused(net, "fold", {"auto": {**own, "average_bits": 6}}, "int8") == outside.format(6)
+    # Where all have their own, there is nothing else to have.
+    fixed = {**few, "layers": {"*": {"bits": 8}}}
+    assert refused(net, {"auto": {**fixed, "average_bits": 3}}) == outside.replace("2 to 4", "8 to 8").format(3)
     for steps in ((), ("int8",)):
         assert "the most bits everywhere take only" in refused(net, "fold", {"auto": {**few, "size": "10MB"}}, *steps)
         assert "the fewest bits everywhere take" in refused(net, "fold", {"auto": {**few, "size": "1kB"}}, *steps)
+
+
+@pytest.mark.parametrize(
+    ("layers", "low", "high"),
+    [
+        # The layers have 36, 288, 2,048 and 64 weights.
+        ({"6": {"sparsity": 0.9}}, 2048 * 0.9 / 2436, (2048 * 0.9 + 388 * 0.5) / 2436),
+        ({"*": {"sparsity": 0}, "6": {"sparsity": "90%"}}, 2048 * 0.9 / 2436, 2048 * 0.9 / 2436),
+        ({"6": {"sparsity": 0.9}, "3": {"compare": "row"}}, 2048 * 0.9 / 2436, (2048 * 0.9 + 388 * 0.5) / 2436),
+        ({"6": {"sparsity": 0.9}, "*": {"sparsity": 0.25}}, 0.25, 0.25),
+    ],
+)
+def test_a_share_out_of_reach_of_layers_with_their_own_is_refused_with_the_plan(
+    net: Path, layers: dict[str, Any], low: float, high: float
+) -> None:
+    auto = {"using": "magnitude", "sparsity": [0, 0.5], "layers": layers}
+    for average in (low - 0.002, high + 0.002):
+        said = refused(net, {"auto": {**auto, "average_sparsity": average}})
+        assert said.startswith(f"auto.average_sparsity: {average:g} is outside of ")
+        assert f"{low:.4g} to {high:.4g}" in said
+    for average in (low + 0.001, high - 0.001) if low < high else ():
+        recipe = recipes.from_arguments(str(net), passes=[{"auto": {**auto, "average_sparsity": average}}])
+        assert "it chooses sparsity 0, 0.5" in stages.plan(detect.of_run(recipe)).remarks[-1]
+
+
+@pytest.mark.parametrize("own", [{}, {"layers": {"3": {"ratio": 0.5}}}])
+def test_an_average_of_ratios_is_refused_before_a_run(net: Path, own: dict[str, Any]) -> None:
+    step = {"auto": {"using": "channels", "average_ratio": 0.6, "ratio": [0, 0.25], **own}}
+    with pytest.raises((RecipeError, SelectionError), match=r"0.6 is outside of the ratio to choose from, 0 to 0"):
+        stages.plan(detect.of_run(recipes.from_arguments(str(net), passes=[step])))
 
 
 @pytest.mark.parametrize("bits", [[8], [2, 8]])

@@ -44,6 +44,10 @@ class Network:
     def __init__(self, quality: Figure = "accuracy") -> None:
         self.quality = quality
         self.measured: list[tuple[Figure, float, float]] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def original(self) -> float:
         return 90.0
@@ -85,9 +89,20 @@ def test_by_hand(quality: Figure, quantity: Quantity) -> None:
     assert sorted(figures) == sorted([*tried, *short, [0.5, 0.5]]) and sorted(qualities) == sorted(tried)
 
 
+def test_rounds_are_told_before_they_begin() -> None:
+    network = Network()
+    adapt(sensitivity(), Budget(quantity="macs", limit=110), network, rounds=2)
+    assert network.said == [
+        "round 1 of 2: 160 multiplications, 110 multiplications wanted",
+        "round 2 of 2: 135 multiplications, 110 multiplications wanted",
+    ]
+
+
 def test_one_round_may_not_be_enough() -> None:
     """No group alone takes 160 to 85: each goes as far as it can, the one that costs less first."""
-    found = adapt(sensitivity(), Budget(quantity="macs", limit=85), Network(), rounds=1)
+    network = Network()
+    found = adapt(sensitivity(), Budget(quantity="macs", limit=85), network, rounds=1)
+    assert [text.partition(":")[0] for text in network.said] == ["round 1 of 1", "round 2 of 2"]
     assert found.values == {"a": 0.5, "b": 0.5}
     assert [point.name for point in found.front[:2]] == ["round 2: a to ratio 0.5", "round 1: b to ratio 0.5"]
 

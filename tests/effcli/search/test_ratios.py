@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import architectures
 import pytest
@@ -13,6 +13,7 @@ from effcli.files.checkpoint import weight_files
 from effcli.reports.report import Stage
 from effcli.run import pipeline
 from effcli.run import recipe as recipes
+from effcli.run.listener import Silent
 from effcli.search import stage as stages
 
 QUICK = ["evaluate.latency=false"]
@@ -77,6 +78,23 @@ def test_netadapt(budget: str, net: Path, tmp_path: Path) -> None:
     assert (after.macs if budget.startswith("macs") else after.nbytes) == figures[0]
     assert after.quality is not None and after.quality.classification is not None
     assert found.chosen.measured == after.quality.classification.top1
+
+
+def test_the_rounds_of_netadapt_are_told(net: Path, tmp_path: Path) -> None:
+    class Heard(Silent):
+        said: ClassVar[list[str]] = []
+
+        def say(self, text: str) -> None:
+            self.said.append(text)
+
+    step = "auto:using=channels,macs=6000,strategy=netadapt,rounds=3,ratio=[0,0.25,0.5,0.75]"
+    recipe = recipes.from_arguments(str(net), passes=[step], output=str(tmp_path / "out"), overrides=QUICK)
+    found = pipeline.run(recipe, listener=Heard()).stages[-1].search
+    assert found is not None
+    told = [text for text in Heard.said if text.startswith("auto: round ")]
+    assert len(told) == len(found.front) - 1 and told[0].startswith("auto: round 1 of 3: ")
+    assert told[-1].startswith(f"auto: round {len(told)} of {len(told)}: ")
+    assert told[0].endswith(" multiplications, 6,000 multiplications wanted")
 
 
 def test_netadapt_of_bits(net: Path, tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ class Files:
         self.more = more
         self.measured: list[dict[str, float]] = []
 
+    def say(self, text: str) -> None: ...
+
     def original(self) -> float:
         return 1.0
 
@@ -146,6 +148,9 @@ def test_an_average_counts_layers_that_keep_a_sparsity_of_their_own() -> None:
     costs = sensitivity(layer("a", 20, 0, 1, 5), layer("b", 10, 0, 2, 9), fixed)
     found = choose_values(costs, Budget(quantity="average_sparsity", limit=0.5), Files())
     assert found.values == {"a": 0.5, "b": 0, "fixed": 0.9} and found.chosen.average == pytest.approx(37 / 60)
+    # More than the values that can be chosen, and still within reach.
+    found = choose_values(costs, Budget(quantity="average_sparsity", limit=0.85), Files())
+    assert found.values == {"a": 0.8, "b": 0.8, "fixed": 0.9} and found.chosen.average == pytest.approx(0.85)
     with pytest.raises(SelectionError, match=r"0\.2 is outside of what the layers together can have, 0\.45 to 0\.85"):
         choose_values(costs, Budget(quantity="average_sparsity", limit=0.2), Files())
 
@@ -235,10 +240,10 @@ def test_what_sparsity_cannot_be_limited_by(net: Path, tmp_path: Path, budget: s
         pipeline.run(given)
 
 
-def test_an_average_outside_is_refused_with_the_plan(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_average_outside_is_refused_with_the_recipe(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step = "auto:using=magnitude,sparsity=[0,0.5],average_sparsity=0.6"
     assert main(["plan", str(net), "--pass", step]) == 1
-    assert "auto.average_sparsity: 0.6 is outside of the sparsity to choose from, 0 to 0.5" in capsys.readouterr().err
+    assert "average_sparsity: 0.6 is outside of the sparsity to choose from, 0 to 0.5" in capsys.readouterr().err
     assert main(["plan", str(net), "--pass", "auto:using=magnitude,size=3kB"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "it chooses sparsity 0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8 of magnitude for each layer" in shown

@@ -116,8 +116,6 @@ def test_a_size_in_bytes_is_kept(llama: Path, tmp_path: Path, resolve: Resolve) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"average_bits": 1.5}, "outside of the bits to choose from, 2 to 8"),
-        ({"average_bits": 6, "bits": [2, 3, 4]}, "outside of the bits to choose from, 2 to 4"),
         ({"size": "10kB"}, "the fewest bits everywhere take"),
         ({"size": "9GB"}, "the most bits everywhere take only"),
         ({"average_bits": 3, "ignore": ["*.none"]}, "matches no layer"),
@@ -222,6 +220,10 @@ def test_without_a_measurement_there_is_no_such_budget(llama: Path, resolve: Res
         ("auto:average_bits=3,grup_size=4", "awq has no option 'grup_size'"),
         ("auto:average_bits=3,bits=[1,4]", "not 1"),
         ("auto:average_bits=3,bits=[]", "at least 1"),
+        ("auto:average_bits=1.5", "average_bits: 1.5 is outside of the bits to choose from, 2 to 8"),
+        ("auto:average_bits=6,bits=[4,2,3]", "6 is outside of the bits to choose from, 2 to 4"),
+        ("auto:average_bits=6,bits=[2,4],layers={'*': {symmetric: true}}", "6 is outside of the bits to choose from"),
+        ("auto:using=magnitude,average_sparsity=90%", "0.9 is outside of the sparsity to choose from, 0 to 0.8"),
         ("auto:size=4Q", "'4Q' is no size"),
         ("auto:size=1.2.3MB", "'1.2.3MB' is no size"),
         ("auto:size=0B", "greater than 0"),
