@@ -250,7 +250,11 @@ class Evaluation:
         if wanted is not None:
             classes = class_count(graph)
             inputs = open_inputs(wanted, facts.shape, facts.preprocess, classes=classes, samples=options.samples)
-            return Evaluation(graph.run, inputs, facts)
+            evaluation = Evaluation(graph.run, inputs, facts)
+            if classes is not None and inputs.labels is None:
+                why = f"{wanted} has no labels: accuracy is not measured, outputs are only compared with the original's"
+                evaluation.remarks += (f"{why}; give one folder per class, or an array or a column of class numbers",)
+            return evaluation
         if calibration is None and data is not None:
             calibration = open_inputs(data, facts.shape, facts.preprocess, samples=options.samples)
         if calibration is None:

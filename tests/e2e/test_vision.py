@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 import effcli
 from effcli.cli import main
@@ -176,6 +177,34 @@ def test_missing_packages_are_known_before_the_work_begins(
     assert "needs onnx and onnxruntime and onnxscript" in captured.err and "effcli[onnx]" in captured.err
     assert "input:" not in captured.err
     assert main(["export", str(tmp_path), "--to", "onnx"]) == 1
+
+
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_images_without_labels_measure_no_accuracy_and_that_is_told(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (12, 28, 28), dtype=np.uint8)
+    data, labelled = tmp_path / form, tmp_path / "labelled.npz"
+    if form == "npz":
+        data = tmp_path / "data.npz"
+        np.savez(data, images=images)
+    else:
+        data.mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(data / f"{number}.png")
+    np.savez(labelled, images=images, labels=np.arange(12) % 10)
+    command = ["compress", "sample:cnn", "--pass=linear:bits=8", "--set=evaluate.latency=false", "--overwrite"]
+    told = f"{data} has no labels: accuracy is not measured, outputs are only compared with the original's; give one "
+    for evaluated in (data, labelled):
+        assert main([*command, f"--eval={evaluated}", "-o", str(tmp_path / "out")]) == 0
+        first, last = Report.read(tmp_path / "out").stages
+        assert any(remark.startswith(told) for remark in first.remarks) == (evaluated == data)
+        assert not any("no labels" in remark for remark in last.remarks)
+        assert last.quality is not None and last.quality.classification is not None
+        found = last.quality.classification
+        assert (found.top1 is None) == (evaluated == data) and found.agreement is not None
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("accuracy is not measured" in shown) == (evaluated == data)
 
 
 @pytest.fixture
