@@ -40,7 +40,7 @@ from effcli.platform.registry import Registry
 from effcli.reports.sensitivity import Varied
 from effcli.run import yaml_files as yamls
 from effcli.run.overrides import apply_overrides, parse_pass, plain, set_on_only_step
-from effcli.run.validation import Mistakes, join, shown, validated
+from effcli.run.validation import Mistakes, Typed, join, shown, validated
 from effcli.search.space import SPACES, VARIED, varies
 from effcli.training.options import TrainingOptions
 
@@ -319,20 +319,17 @@ class Recipe(Options):
             raise RecipeError(
                 f"evaluate.perplexity: {self.model} reads no text", "give labelled images: evaluate.images or --eval"
             )
-        for number, step in enumerate(self.passes):
+        for step in self.passes:
             if isinstance(step.config, AdapterPass):
                 raise RecipeError(
-                    f"passes.{number}: {step.name} trains beside the layers of language models, and {self.model} is "
-                    "none",
+                    f"{step.name} trains beside the layers of language models, and {self.model} is none",
                     "train the weights: finetune",
                 )
             if isinstance(step.config, ParameterPass) and step.config.takes_adapter:
-                raise RecipeError(
-                    f"passes.{number}: {step.name} names no adapter", f"name one: {step.name}:adapter=DIR"
-                )
+                raise RecipeError(f"{step.name} names no adapter", f"name one: {step.name}:adapter=DIR")
             if isinstance(step.config, ParameterPass) and step.config.checks:
                 raise RecipeError(
-                    f"passes.{number}: check compares perplexities, and {self.model} reads no text", "leave check out"
+                    f"{step.name}.check compares perplexities, and {self.model} reads no text", "leave check out"
                 )
         return self.model_copy(
             update={
@@ -348,11 +345,11 @@ class Recipe(Options):
         given += ["evaluate.images"] if isinstance(self.evaluate.images, str) else []
         if given:
             raise RecipeError(f"{given[0]}: {self.model} is a language model", "leave the key out")
-        for number, step in enumerate(self.passes):
+        for step in self.passes:
             if not _takes_language(type(step.config)):
                 known = [name for name in passes.PASSES if _takes_language(passes.load(name))]
                 raise RecipeError(
-                    f"passes.{number}: {step.name} takes networks read as a graph; {self.model} is a language model",
+                    f"{step.name} takes networks read as a graph; {self.model} is a language model",
                     f"take {', '.join(known[:-1])} or {known[-1]}",
                 )
         return self
@@ -377,13 +374,16 @@ def _takes_language(kind: type[Pass]) -> bool:
     return not issubclass(kind, NetworkPass) and (not issubclass(kind, TrainPass) or kind.takes_language)
 
 
-def check(data: Any, source: str = "recipe") -> Recipe:
-    """A recipe from plain data (as YAML gives it); all mistakes at once in one `RecipeError` that names `source`."""
+def check(data: Any, source: str = "recipe", typed: Typed | None = None) -> Recipe:
+    """A recipe from plain data (as YAML gives it); all mistakes at once in one `RecipeError` that names `source`.
+
+    typed: what of it was typed on a command line, which is then named in its place.
+    """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source} is not a mapping of keys to values", "start with `model:` and `passes:`")
     mistakes = Mistakes()
     _check_values(data, "", mistakes)
-    mistakes.raise_if_any(source)
+    mistakes.raise_if_any(source, typed)
     given = data.get("passes", ())
     if given is not None and not isinstance(given, list | tuple):
         mistakes.add("passes", "must be a list; write each step as `- name: {option: value}`")
@@ -414,7 +414,7 @@ def check(data: Any, source: str = "recipe") -> Recipe:
             targets.append(target)
     whole = {**data, "passes": tuple(steps), "export": tuple(targets)}
     recipe = validated(Recipe, whole, "", mistakes, skip="passes")
-    mistakes.raise_if_any(source)
+    mistakes.raise_if_any(source, typed)
     assert recipe is not None
     return recipe
 
@@ -495,7 +495,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"there is no recipe {path}", _near_recipes(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {path}: {error}", "give a YAML file in UTF-8") from None
-    return check(apply_overrides(yamls.parse(text, str(path)) or {}, overrides), str(path))
+    overrides, typed = tuple(overrides), Typed()
+    data = apply_overrides(yamls.parse(text, str(path)) or {}, overrides)
+    _type_overrides(typed, overrides)
+    return check(data, str(path), typed)
 
 
 def from_arguments(
@@ -516,18 +519,23 @@ def from_arguments(
     """A recipe from the arguments of `effcli compress` or `effcli.compress`.
 
     passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass; adapter: of a first step
-    that merges it. evals: text
-    files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys of the recipe; None
-    is left out.
+    that merges it. evals: text files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys
+    of the recipe; None is left out.
     """
     if isinstance(passes, str | Mapping | Pass | PassStep):
         passes = [passes]
     steps = [parse_pass(item) if isinstance(item, str) else _plain_step(item) for item in passes]
+    overrides, typed = tuple(overrides), Typed()
+    first = 0 if adapter is None else 1
+    _type_passes(typed, passes, steps, first)
     for option, flag, value in (("bits", "--bits", bits), ("group_size", "--group-size", group_size)):
         if value is not None:
             set_on_only_step(steps, option, flag, value)
+            typed.add(f"passes.{first}.{option}", flag)
     if adapter is not None:
         steps = [{"merge": {"adapter": adapter}}, *steps]
+        for path in ("passes.0", "passes.0.adapter", "passes.0.merge.adapter"):
+            typed.add(path, "--adapter")
     data: dict[str, Any] = {"model": model, "passes": steps}
     data |= {key: value for key, value in keys.items() if value is not None}
     if output is not None:
@@ -542,7 +550,32 @@ def from_arguments(
         data["evaluate"] = _nested(data, "evaluate") | _measure(path, _nested(data, "evaluate"))
     if export:
         data["export"] = [parse_pass(item, "--export") for item in export]
-    return check(apply_overrides(data, overrides), "the request")
+        if len(export) == 1:
+            typed.add("export", f"--export {next(iter(data['export'][0]))}")
+    _type_overrides(typed, overrides)
+    return check(apply_overrides(data, overrides), "the request", typed)
+
+
+def _type_passes(typed: Typed, given: Sequence[Any], steps: Sequence[Mapping[str, Any]], first: int) -> None:
+    """Note which passes were given in chain syntax; first: the number of the first of `steps` in the recipe."""
+    names = [next(iter(step)) if isinstance(item, str) else "" for item, step in zip(given, steps, strict=True)]
+    for number, (item, name) in enumerate(zip(given, names, strict=True)):
+        if isinstance(item, str):
+            which = f" (pass {first + number + 1})" if names.count(name) > 1 else ""
+            typed.add(f"passes.{first + number}", f"--pass {name}{which}")
+            # Where values are looked at before it is known what takes them, the name is a part of the path.
+            typed.add(f"passes.{first + number}.{name}", f"--pass {name}{which}")
+
+
+def _type_overrides(typed: Typed, overrides: Iterable[str]) -> None:
+    """Note which keys were set by `KEY=VALUE`."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        typed.add(key, f"--set {key}")
+        head, *rest = key.split(".")
+        if head == "passes" and len(rest) > 2 and passes.REGISTRY.find(rest[1]) is not None:
+            # The name of a pass may stand in a key, and is no part of a path.
+            typed.add(".".join((head, rest[0], *rest[2:])), f"--set {key}")
 
 
 def dump(recipe: Recipe) -> str:

@@ -14,6 +14,27 @@ from effcli.run import yaml_files as yamls
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class Typed:
+    """What a user typed, by the key path of what it became in the recipe."""
+
+    def __init__(self) -> None:
+        self._flags: dict[str, str] = {}
+
+    def add(self, path: str, flag: str) -> None:
+        """What is at `path`, and below it, came from `flag`, and no longer from what was typed before."""
+        kept = {other: own for other, own in self._flags.items() if not _below(other, path)}
+        self._flags = {**kept, path: flag}
+
+    def name(self, path: str) -> str:
+        """What was typed, with what is left of the path; empty for what came from elsewhere."""
+        found = max((own for own in self._flags if _below(path, own)), key=len, default=None)
+        return "" if found is None else ": ".join(filter(None, (self._flags[found], path[len(found) + 1 :])))
+
+
+def _below(path: str, above: str) -> bool:
+    return path == above or path.startswith(f"{above}.")
+
+
 class Mistakes:
     """Mistakes by key path, in the order they were found."""
 
@@ -26,12 +47,13 @@ class Mistakes:
         if message not in messages:
             messages.append(message)
 
-    def raise_if_any(self, source: str) -> None:
-        """Raise one `RecipeError` that lists every mistake."""
-        lines = [f"{path}: {_joined(texts)}" if path else _joined(texts) for path, texts in self.found.items()]
+    def raise_if_any(self, source: str, typed: Typed | None = None) -> None:
+        """Raise one `RecipeError` that lists every mistake, by what was typed where that is known, else by key path."""
+        places = {path: (typed.name(path) if typed is not None else "") for path in self.found}
+        lines = [": ".join(filter(None, (places[path] or path, _joined(self.found[path])))) for path in self.found]
         if len(lines) == 1:
             cause, _, remedy = lines[0].partition("; ")
-            raise RecipeError(f"{source}: {cause}", remedy)
+            raise RecipeError(cause if any(places.values()) else f"{source}: {cause}", remedy)
         if lines:
             raise RecipeError(f"{source} has {len(lines)} mistakes:\n" + "\n".join(f"  {line}" for line in lines))
 

@@ -230,6 +230,55 @@ def test_an_unknown_key_in_an_override_gets_a_suggestion() -> None:
     assert "there is no key 'calibratoin'; did you mean 'calibration'?" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"passes": "magnitude:sparsity=2"}, "--pass magnitude: sparsity: should be less than 1, not 2"),
+        ({"passes": "awk"}, "--pass awk: there is no pass 'awk'\n"),
+        ({"passes": "awq", "bits": 9}, "--bits: should be 2, 3, 4, 5, 6 or 8, not 9"),
+        ({"passes": "awq:bits=9", "bits": 9}, "--bits: should be"),
+        ({"passes": "nf4", "group_size": 3}, "--group-size: nf4 has no option 'group_size'\n"),
+        ({"passes": "linear:layers={a: {bits: 9}}"}, "--pass linear: layers.a.bits: should be"),
+        ({"passes": ["int8", "linear"]}, "--pass linear: linear cannot follow int8"),
+        ({"passes": ["linear:bits=9"], "adapter": "folder"}, "--pass linear: bits: should be"),
+        ({"passes": f"linear:bits={2**64}"}, "--pass linear: bits: a whole number of more than 64 bits\n"),
+        ({"passes": "linear", "adapter": "a\0"}, "--adapter: holds a zero byte"),
+        ({"passes": "awq:bits=3", "overrides": ["passes.0.bits=9"]}, "--set passes.0.bits: should be"),
+        ({"passes": "awq:bits=3", "overrides": ["passes.0.awq.bits=9"]}, "--set passes.0.awq.bits: should be"),
+        ({"passes": "awq:bits=9", "overrides": ["passes.0=linera"]}, "--set passes.0: there is no pass 'linera'\n"),
+        ({"passes": "awq", "export": ["onx"]}, "--export onx: there is no export target 'onx'\n"),
+        # What was not typed has its key path.
+        ({"passes": {"awq": {"bits": 9}}}, "the request: passes.0.bits: should be"),
+        ({"passes": [{"awq": {"bits": 9}}], "group_size": 32}, "the request: passes.0.bits: should be"),
+        ({"passes": "awq", "device": "gpu"}, "the request: device: must be"),
+    ],
+)
+def test_mistakes_name_what_was_typed(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.from_arguments("m", **keys)
+    assert str(caught.value).startswith(message)
+
+
+def test_passes_of_one_name_are_told_apart() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.from_arguments("m", passes=["awq:bits=9", "linear:bits=9", "linear:bits=10", {"linear": {"bits": 11}}])
+    first, second, third, fourth = (line.strip() for line in str(caught.value).splitlines()[1:])
+    assert str(caught.value).startswith("the request has 4 mistakes:\n")
+    assert first.startswith("--pass awq: bits: ") and second.startswith("--pass linear (pass 2): bits: ")
+    assert third.startswith("--pass linear (pass 3): bits: ") and fourth.startswith("passes.3.bits: ")
+
+
+def test_an_override_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: m\npasses: [linear: {bits: 9}]\n")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(path)
+    assert caught.value.cause.startswith(f"{path}: passes.0.bits: should be")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(path, ["passes.0.bits=10"])
+    assert caught.value.cause == "--set passes.0.bits: should be 2, 3, 4, 5, 6 or 8, not 10"
+
+
 def test_from_arguments() -> None:
     made = recipe.from_arguments(
         "m",
@@ -266,7 +315,7 @@ def test_from_arguments_takes_configs_and_steps() -> None:
         ({"passes": [{}], "bits": 4}, "a step is a name"),
         ({"passes": [3], "bits": 4}, "a step is a name"),
         ({"passes": {"awq": 3}, "bits": 4}, "the options of awq must be a mapping"),
-        ({"passes": "awq:ignore=head"}, "passes.0.ignore: should be a list, not 'head'\nwrite [head]"),
+        ({"passes": "awq:ignore=head"}, "--pass awq: ignore: should be a list, not 'head'\nwrite [head]"),
     ],
 )
 def test_from_arguments_refuses(keys: dict[str, Any], message: str) -> None:
