@@ -40,7 +40,7 @@ def carried_out(options: argparse.Namespace, chain: str, seed: int, folder: Path
     common = f"steps={options.steps},batch_size={options.batch},learning_rate={options.rate},hold_out=0.05,seed={seed}"
     passes = [step.strip() for step in chain.format(rank=options.rank).split(" + ")]
     passes[-1] += ("," if ":" in passes[-1] else ":") + common
-    arguments: list[str | Path] = [options.model, "--calib", options.text, "--eval", options.held_out]
+    arguments: list[str | Path] = [options.model, "--calib", options.text]
     for step in passes:
         arguments += ["--pass", step]
     windows = f"calibration.samples={options.steps * options.batch}"
@@ -51,7 +51,7 @@ def carried_out(options: argparse.Namespace, chain: str, seed: int, folder: Path
     extra = threads_environment(options.threads)
     plan = json.loads(checked(effcli("plan", *arguments, "--json"), extra).output)
     out = folder / "out"
-    checked(effcli("compress", *arguments, "-o", out, "--overwrite"), extra)
+    checked(effcli("compress", *arguments, "--eval", options.held_out, "-o", out, "--overwrite"), extra)
     return json.loads((out / "report.json").read_text(encoding="utf-8")), plan["memory_bytes"]
 
 

@@ -36,6 +36,11 @@ from effcli.run.recipe import PassStep
 
 # Numbers that a token leaves for the way back, as a share of the inputs and outputs of all layers: as measured.
 _ALIVE = 1.2
+# Numbers of each logit at the peak: the logits, those of tokens that are learned, what the loss makes of them, and the
+# gradients of these; as measured.
+_LOGITS = 6
+# Bytes of the package peft, and of what it imports.
+_PEFT = 60_000_000
 
 
 class PlannedModel:
@@ -221,7 +226,7 @@ class PlannedModel:
 
     def _adapting(self, options: AdapterPass, blocks: Sequence[Sequence[LayerSite]]) -> Effort:
         """Of the training of an adapter: packed layers as they are, the rest in float32, and what `_steps` takes."""
-        trained, held = sum(self._adapter.values()), self.outer(FLOAT)
+        trained, held = sum(self._adapter.values()), self.outer(FLOAT) + _PEFT
         for site in (site for layers in blocks for site in layers):
             held += FLOAT * _numbers([site]) if self._floating(site) else self._nbytes(site)
         taught = Needs.ORIGINAL in options.needs and Needs.LABELS not in options.needs
@@ -254,7 +259,7 @@ class PlannedModel:
             # The states before each block, and what is in one of them.
             width = self.states(torch.float32) / FLOAT / max(self.tokens, 1)
             alive = _ALIVE * max(map(_widths, blocks)) + len(blocks) * width
-        states = tokens * (alive + (4 + 3 * teachers) * head)
+        states = tokens * (alive + (_LOGITS + 3 * teachers) * head)
         # A gradient, the best value, and the moments.
         kept = FLOAT * (1 + options.keep_best) + options.moment_bytes
         per_epoch = options.per_epoch(samples, self._calibration.batch_size)
