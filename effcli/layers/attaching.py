@@ -162,6 +162,9 @@ def told(training: Training, options: TrainPass, changed: bool, what: str = "the
     if not changed:
         lost = f"{count(training.steps, 'step')} at a learning rate of {options.learning_rate} made no error smaller"
         found = f"{what} stay as they are: {lost}"
+    if training.searched:
+        again = sum(times for _, times in training.searched)
+        found += f"; {count(len(training.searched), 'line search')} took {count(again, 'further step')}"
     if training.stopped:
         return f"{found}; it ended early with what it had at step {training.kept}: {training.stopped}"
     # Where rounds remove weights, the error before them is no measure.

@@ -273,6 +273,11 @@ class TrainPass(TrainingOptions, Pass):
         return False
 
     @property
+    def fast_forwards(self) -> int:
+        """Steps between two line searches along the last one; 0 without any."""
+        return 0
+
+    @property
     def moment_bytes(self) -> float:
         """Bytes of the optimizer's moments for each number that is trained, for the plan."""
         return 8.0

@@ -57,6 +57,7 @@ class Learning:
             beside=tuple(teacher.module for teacher in self.teachers.values()),
             advance=advance,
             counts=counts,
+            fast_forward=self.options.fast_forwards,
         )
 
     def _loss(self, batch: Batch) -> Tensor:

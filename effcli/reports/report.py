@@ -86,6 +86,9 @@ class Training(Record):
     )
     kept: Count = Field(description="the step whose weights were kept; 0: those before training")
     measured: str = Field(default="", description="what the error is, e.g. 'loss on the calibration inputs'")
+    searched: tuple[tuple[Count, Count], ...] = Field(
+        default=(), description="the step behind which a line search was made, and how often it took that step again"
+    )
     stopped: str = Field(default="", description="why it ended before its last step; empty where it did not")
 
 

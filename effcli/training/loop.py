@@ -41,6 +41,9 @@ Progress = Callable[[int, int], None]
 SNAPSHOT_SECONDS = 30.0
 # Seconds for which a rehearsal takes steps.
 _REHEARSED = 0.2
+# Inputs that a line search is made on, and how often it takes a step at most (arXiv:2409.04206).
+PROBED = 32
+_FARTHEST = 100
 # Points of a curve.
 _POINTS = 200
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -81,7 +84,7 @@ class Objective:
     over the batches of a step is taken, weighted by their inputs; error: two numbers whose sums over all inputs are
     divided; measured: what that is, for the report; beside: modules that loss and error run, too; advance: called
     after every step with the share of all steps that are done, true where the optimizer begins anew; counts: whether
-    weights may be kept at such a share.
+    weights may be kept at such a share; fast_forward: steps between two line searches, 0 for none.
     """
 
     module: nn.Module
@@ -92,6 +95,7 @@ class Objective:
     beside: tuple[nn.Module, ...] = ()
     advance: Callable[[float], bool] = lambda progress: False
     counts: Callable[[float], bool] = lambda progress: True
+    fast_forward: int = 0
 
 
 def train(
@@ -164,6 +168,7 @@ class _Run:
         # Inputs of one step.
         self.window = self.batch_size * options.accumulation
         self.measured_on, self.trained_on = self._divided()
+        self.probe = self.measured_on[:PROBED]
         self.per_epoch = options.per_epoch(len(data), batch_size)
         self.total = options.total(self.per_epoch)
         options.check_steps(self.total)
@@ -175,6 +180,7 @@ class _Run:
         self.pending, self.since = 0.0, 0
         self.curve: list[Point] = []
         self.errors: list[Point] = []
+        self.searched: list[tuple[int, int]] = []
         self.saved = time.monotonic()
         self.tracking = Tracking(accelerator, options)
 
@@ -224,6 +230,7 @@ class _Run:
             kept=self.kept if chosen else self.total,
             measured=self.objective.measured,
             stopped=stopped,
+            searched=tuple(self.searched),
         )
 
     def _epoch(self) -> None:
@@ -277,9 +284,13 @@ class _Run:
             group["lr"] = rate * factor
         if self.options.clip is not None:
             self.accelerator.clip_grad_norm_(self.trained.values(), self.options.clip)
+        searches = self.objective.fast_forward and (self.step + 1) % self.objective.fast_forward == 0
+        before = {name: value.detach().clone() for name, value in self.trained.items()} if searches else {}
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        if searches:
+            self._fast_forward(before)
         if self.objective.advance(self.step / self.total):
             self.optimizer.state.clear()
         self.pending, self.since = self.pending + loss, self.since + 1
@@ -288,6 +299,29 @@ class _Run:
             self.curve.append((self.step, self.pending / self.since))
             self.pending, self.since = 0.0, 0
 
+    def _fast_forward(self, before: Mapping[str, Tensor]) -> None:
+        """Take the last step again as long as that lowers the error on a few inputs (arXiv:2409.04206).
+
+        before: what is trained as it was before that step.
+        """
+        with torch.no_grad():
+            after = {name: value.detach().clone() for name, value in self.trained.items()}
+            least, taken = self._error(self.probe), 0
+            while taken < _FARTHEST:
+                self._along(before, after, taken + 1)
+                error = self._error(self.probe)
+                # Written so that NaN ends it.
+                if not error < least:
+                    self._along(before, after, taken)
+                    break
+                least, taken = error, taken + 1
+        self.searched.append((self.step, taken))
+
+    def _along(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], times: int) -> None:
+        """Go to where the step from `before` to `after` leads that is taken `times` more."""
+        for name, value in self.trained.items():
+            torch.lerp(before[name], after[name], float(1 + times), out=value.data)
+
     def _settle(self) -> None:
         """What is due after a step."""
         self._save()
@@ -295,14 +329,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Measure the error, and remember the weights if it is the least so far."""
-        part, whole, batches = 0.0, 0.0, 0
-        with torch.no_grad():
-            count = -(-len(self.measured_on) // self.batch_size)
-            for batch in few(self._batches(self.measured_on), count):
-                with self.accelerator.autocast():
-                    # Errors of different epochs are compared: what an error makes of these must not move.
-                    more = self.objective.error(replace(batch, progress=0.0, scale=1.0))
-                part, whole, batches = part + more[0], whole + more[1], batches + 1
+        part, whole, batches = self._sums(self.measured_on)
         if not math.isfinite(part + whole):
             if self.step:
                 raise NumericsError(f"the outputs are NaN or infinite after step {self.step} of {self.total}", _TAMER)
@@ -316,6 +343,22 @@ class _Run:
             self.least, self.kept = error, self.step
             if self.options.keep_best:
                 self.best = {name: tensor.detach().clone() for name, tensor in self._state().items()}
+
+    def _sums(self, rows: Rows) -> tuple[float, float, int]:
+        """The two numbers of the error, summed over these inputs, and how many batches they came in."""
+        part, whole, batches = 0.0, 0.0, 0
+        with torch.no_grad():
+            count = -(-len(rows) // self.batch_size)
+            for batch in few(self._batches(rows), count):
+                with self.accelerator.autocast():
+                    # Errors of different epochs are compared: what an error makes of these must not move.
+                    more = self.objective.error(replace(batch, progress=0.0, scale=1.0))
+                part, whole, batches = part + more[0], whole + more[1], batches + 1
+        return part, whole, batches
+
+    def _error(self, rows: Rows) -> float:
+        part, whole, _ = self._sums(rows)
+        return part / whole if whole > 0 else part
 
     def _restore(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -344,6 +387,7 @@ class _Run:
             since=self.since,
             curve=tuple(self.curve),
             errors=tuple(self.errors),
+            searched=tuple(self.searched),
             scalars=scalars,
             scaler={} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         )
@@ -375,7 +419,7 @@ class _Run:
         self.step, self.scale, self.kept = record.step, record.scale, record.kept
         self.least = math.inf if record.least is None else record.least
         self.pending, self.since = record.pending, record.since
-        self.curve, self.errors = list(record.curve), list(record.errors)
+        self.curve, self.errors, self.searched = list(record.curve), list(record.errors), list(record.searched)
 
     def _state(self) -> dict[str, Tensor]:
         """What a step may change: the parameters that are trained and the buffers of the module's state."""

@@ -45,6 +45,7 @@ class Snapshot(Options):
     since: int = Field(ge=0)
     curve: tuple[Point, ...]
     errors: tuple[Point, ...]
+    searched: tuple[tuple[int, int], ...] = ()
     scalars: dict[int, dict[str, Scalar]]
     scaler: dict[str, Scalar]
 

@@ -94,7 +94,7 @@ class LanguageTuning(Tuning):
     """What is learned of a text besides."""
 
     takes_language: ClassVar[bool] = True
-    rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "learned", "checkpointing", "moments")
+    rare: ClassVar[tuple[str, ...]] = (*Tuning.rare, "learned", "checkpointing", "moments", "fast_forward")
 
     learned: Literal["answers", "all"] = Field(
         "answers",
@@ -112,6 +112,23 @@ class LanguageTuning(Tuning):
         description="Of the optimizer's two moments; int8 takes a quarter of their memory, by the package bitsandbytes "
         "(arXiv:2110.02861).",
     )
+
+    fast_forward: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between two line searches: the last step is taken again as long as that lowers the error of "
+        "up to 32 inputs that are held out (Fast Forward, arXiv:2409.04206).",
+    )
+
+    @model_validator(mode="after")
+    def _searches_on_what_is_held_out(self) -> Self:
+        if self.fast_forward is not None and not self.hold_out:
+            raise ValueError("fast_forward looks at inputs that are held out: set hold_out, such as hold_out=10%")
+        return self
+
+    @property
+    def fast_forwards(self) -> int:
+        return self.fast_forward or 0
 
     @property
     def learns_answers(self) -> bool:
@@ -131,7 +148,7 @@ class LanguageTuning(Tuning):
             require("bitsandbytes", "train")
 
     def for_graph(self) -> Self:
-        given = sorted({"learned", "checkpointing", "moments"} & self.model_fields_set)
+        given = sorted({"learned", "checkpointing", "moments", "fast_forward"} & self.model_fields_set)
         if given:
             raise RecipeError(f"`{given[0]}` is of language models, and this network is none", "leave it out")
         return super().for_graph()

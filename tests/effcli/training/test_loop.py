@@ -260,6 +260,45 @@ def test_a_loss_that_is_nan(at: int, shown: int) -> None:
     assert "learning_rate" in raised.value.remedy
 
 
+def test_fast_forward_goes_on_as_long_as_it_gets_better() -> None:
+    """By hand: from 0 a step of 1 towards 10, taken again nine times; then it stands in the minimum."""
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.data.zero_()
+
+    def loss(batch: Batch) -> Tensor:
+        return (module.weight - 10).square().sum()
+
+    def error(batch: Batch) -> tuple[float, float]:
+        return float(loss(batch)) * len(batch.inputs), float(len(batch.inputs))
+
+    sgd = torch.optim.SGD(module.parameters(), lr=0.05)
+    found = Objective(module, sgd, loss, error, fast_forward=1)
+    options = TrainingOptions(steps=2, schedule="constant", hold_out=0.25, keep_best=False)
+    training = loop.train(found, data(), options, batch_size=4)
+    assert training.searched == ((1, 9), (2, 0)) and float(module.weight.detach()) == 10
+    assert training.errors[-1][1] == 0
+    # Every second step, from where the one before has led.
+    module.weight.data.zero_()
+    found = Objective(module, torch.optim.SGD(module.parameters(), lr=0.05), loss, error, fast_forward=2)
+    training = loop.train(found, data(), options, batch_size=4)
+    # 0, 1, 1.9, and then steps of 0.9: 10 is 9 of them away.
+    assert training.searched == ((2, 9),) and float(module.weight.detach()) == pytest.approx(10)
+
+
+def test_fast_forward_looks_at_few_inputs_and_no_more_than_is_held_out() -> None:
+    module = network()
+    task = objective(module)
+    seen: list[int] = []
+
+    def error(batch: Batch) -> tuple[float, float]:
+        seen.append(len(batch.inputs))
+        return task.error(batch)
+
+    found = Objective(module, task.optimizer, task.loss, error, fast_forward=1)
+    loop.train(found, data(200), TrainingOptions(steps=1, hold_out=0.5), batch_size=200)
+    assert seen[0] == seen[-1] == 100 and set(seen[1:-1]) == {32}
+
+
 def test_after_an_epoch_that_was_better_a_nan_ends_it_with_that() -> None:
     module = network()
     task = objective(module)

@@ -285,12 +285,14 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("searches", [False, True])
 def test_killed_and_run_again_it_writes_the_same_bytes(
-    network: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searches: bool, network: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "SNAPSHOT_SECONDS", 0.0)
     source = compressed(network("llama", torch.bfloat16), tmp_path / "packed", "nf4")
     results = []
+    searching = {"fast_forward": 1, "hold_out": 0.3} if searches else {}
     for number, stops in enumerate([(), (1, 2)]):
         for stop in (*stops, None):
 
@@ -298,13 +300,15 @@ def test_killed_and_run_again_it_writes_the_same_bytes(
                 if done == stop:
                     raise _Killed
 
-            options = {"steps": 4, "learning_rate": 1e-2, "dropout": 0.2, "dora": True}
+            options = {"steps": 4, "learning_rate": 1e-2, "dropout": 0.2, "dora": True, **searching}
             try:
                 results.append(trained(source, tmp_path / str(number), progress=progress, **options))
             except _Killed:
                 assert stop is not None
     whole, again = results
     assert whole.training == again.training
+    assert whole.training is not None and len(whole.training.searched) == (4 if searches else 0)
+    assert any("4 line searches took" in remark for remark in whole.remarks) == searches
     first, second = (tmp_path / str(number) / "adapter" / "adapter_model.safetensors" for number in (0, 1))
     assert first.read_bytes() == second.read_bytes()
 
@@ -494,3 +498,16 @@ def test_moments_in_8_bits(network: Make, tmp_path: Path, monkeypatch: pytest.Mo
     assert whole.training is not None and other.training is not None
     for (_, one), (_, two) in zip(whole.training.curve, other.training.curve, strict=True):
         assert one == pytest.approx(two, rel=2e-2)
+
+
+def test_fast_forward_needs_inputs_of_its_own_and_few_numbers() -> None:
+    for step, said in [
+        ({"lora": {"fast_forward": 6}}, "set hold_out, such as hold_out=10%"),
+        ({"finetune": {"fast_forward": 6, "hold_out": 0.1}}, "gains nothing where whole weights are trained"),
+    ]:
+        with pytest.raises(RecipeError, match=said):
+            check({"model": "sample:lm", "passes": [step]})
+    check({"model": "sample:lm", "passes": [{"finetune": {"fast_forward": 6, "hold_out": "10%", "force": True}}]})
+    with pytest.raises(RecipeError, match="`fast_forward` is of language models"):
+        step = {"finetune": {"fast_forward": 6, "hold_out": "10%", "force": True}}
+        check({"model": "sample:cnn", "passes": [step]}).for_graph()
