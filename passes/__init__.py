@@ -129,6 +129,19 @@ REGISTRY: Registry[Pass] = Registry(
 )
 
 
+# The folders of the passes, in the order in which they are listed.
+FAMILIES = ("quantize", "prune", "train", "adapt", "search")
+
+
+def families() -> dict[str, dict[str, Entry]]:
+    """All passes by the folder that they stand in; those of other packages, if there are any, last under no name."""
+    found: dict[str, dict[str, Entry]] = {family: {} for family in (*FAMILIES, "")}
+    for name, entry in REGISTRY.known().items():
+        folder = entry.place.removeprefix("effcli.passes.").partition(".")[0]
+        found[folder if folder in FAMILIES and not entry.package else ""][name] = entry
+    return {family: own for family, own in found.items() if own}
+
+
 def load(name: str) -> type[Pass]:
     """The class of the pass `name`; `RecipeError` with the nearest names when there is none."""
     if REGISTRY.find(name) is None:
@@ -136,4 +149,4 @@ def load(name: str) -> type[Pass]:
     return REGISTRY.load(name)
 
 
-__all__ = ["PASSES", "REGISTRY", "load"]
+__all__ = ["FAMILIES", "PASSES", "REGISTRY", "families", "load"]

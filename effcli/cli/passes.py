@@ -9,11 +9,14 @@ import typer
 from effcli import exporters
 from effcli import passes as pass_table
 from effcli.cli.flags import Debug, Json
-from effcli.cli.printing import print_json, show
+from effcli.cli.printing import print_json, say, show, to_terminal
 
 
 def passes(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
-    """List the passes, and the export targets of other packages."""
+    """List the passes by families, and the export targets of other packages.
+
+    Piped, each pass is one line: its name, its family or the package that offers it, and what it does.
+    """
     if context.invoked_subcommand is not None:
         return
     known = pass_table.REGISTRY.known()
@@ -24,7 +27,11 @@ def passes(context: typer.Context, json: Json = False, debug: Debug = False) -> 
 
     targets = {name: entry for name, entry in exporters.REGISTRY.known().items() if entry.package}
     clashes = (*pass_table.REGISTRY.clashes().values(), *exporters.REGISTRY.clashes().values())
-    show(screen.passes_table(known, targets, clashes))
+    if to_terminal():
+        show(screen.passes_table(pass_table.families(), targets, clashes))
+        return
+    for line in screen.passes_lines(pass_table.families(), targets, clashes):
+        say(line)
 
 
 def passes_show(

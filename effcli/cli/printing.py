@@ -40,6 +40,13 @@ def show(renderable: Any) -> None:
         Console().print(renderable)
 
 
+def to_terminal() -> bool:
+    """Whether a person reads what is printed, and no program."""
+    from effcli.reports.text import Console
+
+    return Console().is_terminal
+
+
 def say(line: str) -> None:
     """Print one line."""
     with _standard_output():

@@ -178,19 +178,45 @@ def forecast_table(forecast: Forecast) -> RenderableType:
     return Group(Text(), *([_table(rows, ("phase", "expected"))] if rows else []), *ended)
 
 
+_TARGETS = "export targets of other packages"
+
+
 def passes_table(
-    passes: Mapping[str, Entry], targets: Mapping[str, Entry] = MappingProxyType({}), remarks: Iterable[str] = ()
+    families: Mapping[str, Mapping[str, Entry]],
+    targets: Mapping[str, Entry] = MappingProxyType({}),
+    remarks: Iterable[str] = (),
 ) -> RenderableType:
-    """The passes, and the export targets of other packages, one line each with the package; then remarks."""
-
-    def rows(entries: Mapping[str, Entry]) -> list[tuple[str, ...]]:
+    """The passes by families, and the export targets of other packages, with their packages; then remarks."""
+    groups = {family or "of other packages": entries for family, entries in families.items()}
+    groups |= {_TARGETS: targets} if targets else {}
+    widest = max(len(name) for entries in groups.values() for name in entries)
+    parts: list[RenderableType] = []
+    for title, entries in groups.items():
         foreign = any(entry.package for entry in entries.values())
-        return [(name, entry.summary, *([entry.package] if foreign else [])) for name, entry in entries.items()]
-
-    parts: list[RenderableType] = [_table(rows(passes))]
-    if targets:
-        parts += [Text(), Text("export targets of other packages", style="bold"), _table(rows(targets))]
+        table = _table((name, entry.summary, *([entry.package] if foreign else [])) for name, entry in entries.items())
+        table.columns[0].min_width = widest
+        parts += [*([Text()] if parts else []), Text(title, style="bold"), table]
     return Group(*parts, *(Text(remark, style="yellow") for remark in remarks))
+
+
+def passes_lines(
+    families: Mapping[str, Mapping[str, Entry]],
+    targets: Mapping[str, Entry] = MappingProxyType({}),
+    remarks: Iterable[str] = (),
+) -> list[str]:
+    """As `passes_table`, one line each for programs: the name, the family or else the package, the summary."""
+    passes = [
+        (name, entry.package or family, entry.summary)
+        for family in families
+        for name, entry in families[family].items()
+    ]
+    others = [(name, entry.package, entry.summary) for name, entry in targets.items()]
+    wide, long = (max(len(row[at]) for row in (*passes, *others)) for at in (0, 1))
+    lines = [
+        [f"{name:<{wide}}  {place:<{long}}  {summary}".rstrip() for name, place, summary in own]
+        for own in (passes, others)
+    ]
+    return [*lines[0], *(["", f"{_TARGETS}:", *lines[1]] if others else []), *remarks]
 
 
 def options_table(name: str, summary: str, options: type[Pass]) -> RenderableType:

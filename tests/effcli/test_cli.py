@@ -16,6 +16,7 @@ import pytest
 from effcli import passes
 from effcli.cli import main
 from effcli.errors import MachineError, NumericsError
+from effcli.platform.registry import Entry
 from effcli.reports import terminal
 from effcli.reports.report import Check, PhaseTime, Report
 
@@ -173,10 +174,27 @@ def test_an_interrupt_says_what_stays(
 
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes"]) == 0
-    text = capsys.readouterr().out
-    assert all(name in text for name in passes.PASSES)
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert {name: summary for name, _, summary in lines} == {
+        name: entry.summary for name, entry in passes.PASSES.items()
+    }
+    for name, family, _ in lines:
+        assert passes.PASSES[name].place.startswith(f"effcli.passes.{family}.")
+    assert list(dict.fromkeys(family for _, family, _ in lines)) == ["quantize", "prune", "train", "adapt", "search"]
     assert main(["passes", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == set(passes.PASSES)
+
+
+def test_passes_are_shown_by_families(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effcli.cli.passes.to_terminal", lambda: True)
+    monkeypatch.setitem(passes.PASSES, "own", Entry("elsewhere:Own", "Does something.", package="effcli-own"))
+    assert main(["passes"]) == 0
+    groups = [group.splitlines() for group in capsys.readouterr().out.split("\n\n")]
+    assert [group[0].strip() for group in groups] == [*passes.FAMILIES, "of other packages"]
+    for title, *lines in groups[:-1]:
+        names = {name for name, entry in passes.PASSES.items() if f".{title.strip()}." in entry.place}
+        assert {line.split()[0] for line in lines if not line.startswith(" ")} == names
+    assert groups[-1][1].split() == ["own", "Does", "something.", "effcli-own"]
 
 
 @pytest.mark.parametrize("name", passes.PASSES)
