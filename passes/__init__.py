@@ -39,6 +39,10 @@ PASSES: dict[str, Entry] = {
         "effcli.passes.train.finetune:FineTune",
         "Train the weights towards labels, or towards the original network's outputs.",
     ),
+    "bitfit": Entry(
+        "effcli.passes.train.bitfit:BitFit",
+        "Train the biases of layers alone (arXiv:2106.10199).",
+    ),
     "nf4": Entry(
         "effcli.passes.quantize.nf4:NF4",
         "Round blocks of weights to quantiles of a normal distribution (arXiv:2305.14314).",

@@ -154,6 +154,10 @@ def train(
     )
     notes: dict[str, dict[str, Any]] = {}
     for each, (site, own, module) in attached.layers.items():
+        if not own.trains_weights and not any(True for _ in module.parameters()):
+            # Its bias alone was trained, in place.
+            notes |= {each: {}} if training.kept else {}
+            continue
         layer = _layer(graph, site)
         with torch.no_grad():
             same = training.kept == 0 and torch.equal(module(layer.weight), layer.weight)
@@ -210,7 +214,8 @@ def _layer(graph: Graph, site: LayerSite) -> Layer:
     if isinstance(stored, SparseWeight):
         numbers = stored.values
         stored = numbers if stored.input_scale is None else numbers.with_input_scale(stored.input_scale)
-    return Layer(site.name, site.kind, dense(graph, site).clone(), torch.float32, stored, mask)
+    biased = graph.layer(site.name).bias is not None
+    return Layer(site.name, site.kind, dense(graph, site).clone(), torch.float32, stored, mask, has_bias=biased)
 
 
 def _check_labels(name: str, graph: Graph, data: Examples) -> None:

@@ -22,7 +22,7 @@ from effcli.language.editing import edited, takes_adapter, unties, with_own_adap
 from effcli.language.ledger import other_rows
 from effcli.language.training import check_trainable
 from effcli.language.weights import Weights, open_weights
-from effcli.layers.contract import AdapterPass, CutPass, ParameterPass, TrainPass
+from effcli.layers.contract import AdapterPass, AttachPass, CutPass, ParameterPass, TrainPass
 from effcli.layers.cutting import offer
 from effcli.layers.editing import Edited
 from effcli.layers.edits import Edit, Place
@@ -220,7 +220,10 @@ class PlannedModel:
     ) -> Effort:
         """Of a training of the weights: the whole network in float32, and what `_steps` takes."""
         chosen = [choice.site for choice in choices.values() if choice.config is not None]
-        trained = _numbers(site for site in chosen if site.index is None and self._floating(site))
+        if isinstance(options, AttachPass) and not options.trains_weights:
+            trained = sum(site.rows for site in chosen)
+        else:
+            trained = _numbers(site for site in chosen if site.index is None and self._floating(site))
         held = FLOAT * (sum(map(_numbers, blocks)) + self.outer(1))
         return self._steps(options, held, trained, Needs.ORIGINAL in options.needs, 3, blocks)
 

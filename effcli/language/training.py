@@ -241,6 +241,11 @@ def _values(step: str, network: _TrainedModel, attached: AttachedLayers) -> dict
     """The new values of layers, float32 (out, in), and of their biases, by their places."""
     values: dict[str, Tensor] = {}
     for name, (site, own, module) in attached.layers.items():
+        bias = network.layer(name).bias
+        if bias is not None and own.trains_biases:
+            values[f"{name}.bias"] = bias.detach()
+        if not own.trains_weights and not any(True for _ in module.parameters()):
+            continue
         layer = network.read(site)
         outcome = finished(own, layer, module)
         if isinstance(outcome.weight, Quantized) or outcome.mask is not None:
@@ -250,9 +255,6 @@ def _values(step: str, network: _TrainedModel, attached: AttachedLayers) -> dict
             )
         Asked(own, "finish", name).check_finite(outcome.weight)
         values[name] = outcome.weight.detach()
-        bias = network.layer(name).bias
-        if bias is not None and own.trains_biases:
-            values[f"{name}.bias"] = bias.detach()
     broken = next((name for name, value in values.items() if not bool(value.isfinite().all())), None)
     if broken is not None:
         raise NumericsError(f"{broken} is NaN or infinite after the training", "lower learning_rate, or set clip")
@@ -342,7 +344,8 @@ class _TrainedModel(TokenNetwork):
         stored = stored.values if isinstance(stored, SparseWeight) else stored
         stored = None if stored is None or stored.format.floating else stored
         weight = site.view(self.layer(site.name).weight.detach()).contiguous()
-        return Layer(site.name, site.kind, weight, torch.float32, stored, self.mask(site.name))
+        biased = self.layer(site.name).bias is not None
+        return Layer(site.name, site.kind, weight, torch.float32, stored, self.mask(site.name), has_bias=biased)
 
 
 def check_trainable(step: str, weights: Weights, chosen: Collection[str]) -> None:

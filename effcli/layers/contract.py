@@ -302,7 +302,8 @@ class TrainPass(TrainingOptions, Pass):
 class AttachPass(TrainPass):
     """A pass that trains the weights of layers, or what it makes them of."""
 
-    # Whether the weights themselves are trained, beside the parameters of what `attach` returns, and the biases.
+    # Whether the weights themselves are trained, beside the parameters of what `attach` returns, and the biases. Where
+    # neither they nor what is attached are, a compressed layer stays as it is.
     trains_weights: ClassVar[bool] = True
     trains_biases: ClassVar[bool] = False
 
@@ -500,7 +501,8 @@ class Layer:
     being its patches. `dtype` is the checkpoint's: what scales and dense results are stored in. stored: the numbers as
     an earlier pass compressed them, for a pass that trains; None where they are dense. mask: what an earlier pass
     kept, None where it removed nothing; the other weights are 0, and stay 0 whatever a pass returns. biased: whether it
-    has a bias or may be given one. kernel: height and width of a convolution's kernel, (1, 1) of any other layer.
+    has a bias or may be given one; has_bias: whether it has one, for a pass that trains. kernel: height and width of a
+    convolution's kernel, (1, 1) of any other layer.
     """
 
     name: str
@@ -510,6 +512,7 @@ class Layer:
     stored: Quantized | None = None
     mask: Mask | None = None
     biased: bool = False
+    has_bias: bool = False
     kernel: tuple[int, int] = (1, 1)
 
     def parts(self, groups: int) -> list[Layer]:
