@@ -27,31 +27,21 @@ def unlike(a: Report, b: Report, runtimes: Sequence[str]) -> list[Unlike]:
 
 
 def _other_texts(a: Report, b: Report) -> list[Unlike]:
-    keys, mark = ("perplexity", "kl"), "other text"
-    one, two = quality_of(a), quality_of(b)
+    keys, one, two = ("perplexity", "kl"), quality_of(a), quality_of(b)
     if not any(getattr(one, key) is not None and getattr(two, key) is not None for key in keys):
         return []
-    if _on_other_data(a, b, "perplexity", _first_perplexities(a, b)):
-        on = f"different texts{_called(a, b, 'perplexity')}"
-    elif one.tokens != two.tokens:
-        on = f"{one.tokens:,} and {units.count(two.tokens, 'token')}"
-    else:
-        return []
-    return [Unlike(keys, mark, f"perplexity and KL were measured on {on}: not comparable")]
+    other = _on_other_data(a, b, "perplexity", _first_perplexities(a, b))
+    on = _called(a, b, "perplexity", "texts") if other else _counted(one.tokens, two.tokens, "token")
+    return _measured(keys, "other text", "perplexity and KL were", on)
 
 
 def _other_questions(a: Report, b: Report) -> list[Unlike]:
     one, two = quality_of(a), quality_of(b)
     if one.accuracy is None or two.accuracy is None:
         return []
-    if _on_other_data(a, b, "choices"):
-        on = f"different questions{_called(a, b, 'choices')}"
-    elif one.examples != two.examples:
-        on = f"{one.examples:,} and {units.count(two.examples, 'example')}"
-    else:
-        return []
-    sentence = f"accuracy was measured on {on}: not comparable"
-    return [Unlike(("accuracy",), "other questions", sentence)]
+    other = _on_other_data(a, b, "choices")
+    on = _called(a, b, "choices", "questions") if other else _counted(one.examples, two.examples, "example")
+    return _measured(("accuracy",), "other questions", "accuracy was", on)
 
 
 def _other_images(a: Report, b: Report) -> list[Unlike]:
@@ -59,14 +49,19 @@ def _other_images(a: Report, b: Report) -> list[Unlike]:
     if one is None or two is None:
         return []
     before = [quality_of(report, 0).classification or Classification(images=0) for report in (a, b)]
-    if _on_other_data(a, b, "images", (before[0].top1, before[1].top1)):
-        on = f"different images{_called(a, b, 'images')}"
-    elif one.images != two.images:
-        on = f"{one.images:,} and {units.count(two.images, 'image')}"
-    else:
-        return []
-    sentence = f"classification was measured on {on}: not comparable"
-    return [Unlike(("top1", "top5", "agreement", "sqnr"), "other images", sentence)]
+    other = _on_other_data(a, b, "images", (before[0].top1, before[1].top1))
+    on = _called(a, b, "images", "images") if other else _counted(one.images, two.images, "image")
+    return _measured(("top1", "top5", "agreement", "sqnr"), "other images", "classification was", on)
+
+
+def _measured(keys: tuple[str, ...], mark: str, what: str, on: str) -> list[Unlike]:
+    """Figures that were measured on what differs, in words; nothing where that is empty."""
+    return [Unlike(keys, mark, f"{what} measured on {on}: not comparable")] if on else []
+
+
+def _counted(one: int, two: int, noun: str) -> str:
+    """How much of the same data two runs took; empty where it is as much."""
+    return "" if one == two else f"{one:,} and {units.count(two, noun)}"
 
 
 def _other_machines(a: Report, b: Report, runtimes: Sequence[str]) -> list[Unlike]:
@@ -134,8 +129,11 @@ def _identity(report: Report, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{report.data.get(name, name)}{name[name.rfind('#') :] if '#' in name else ''}" for name in names)
 
 
-def _called(a: Report, b: Report, key: str) -> str:
-    return _both(*(", ".join(PurePath(name).name for name in _files(report, key)) for report in (a, b)))
+def _called(a: Report, b: Report, key: str, nouns: str) -> str:
+    """`different texts (a.txt and b.txt)`, by the names of the data under `evaluate.KEY`."""
+    return f"different {nouns}" + _both(
+        *(", ".join(PurePath(name).name for name in _files(report, key)) for report in (a, b))
+    )
 
 
 def _both(one: str, two: str) -> str:
