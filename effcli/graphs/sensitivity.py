@@ -235,7 +235,8 @@ def _divergences(graph: Graph, trials: Mapping[str, Trial], batches: Batches) ->
         for name, trial in trials.items():
             with _with_trial(graph.layer(name), trial):
                 sums[name] += _divergence(original, graph.run(batch), classifier)
-    return {name: max(0.0, total / whole) if whole > 0 else 0.0 for name, total in sums.items()}
+    # Outputs that are all 0 do not move relative to anything.
+    return {name: 0.0 if whole == 0 else total / whole for name, total in sums.items()}
 
 
 @contextmanager
@@ -258,7 +259,9 @@ def _divergence(original: Tensor, other: Tensor, classifier: bool) -> float:
     if not classifier:
         return float((original.double() - other.double()).square().sum())
     mine, others = original.double().log_softmax(1), other.double().log_softmax(1)
-    return float((mine.exp() * (mine - others)).sum())
+    probability = mine.exp()
+    # A class that the original rules out counts nothing, whatever the other thinks of it.
+    return float(torch.where(probability > 0, probability * (mine - others), 0.0).sum())
 
 
 def _predictions(

@@ -233,7 +233,7 @@ class _Loss(Trials):
         self.tick()
         spool.remove()
         for (costs, name, trial), total in zip(entries, sums, strict=True):
-            costs[name] = trial.costing(max(0.0, total / self.tokens))
+            costs[name] = trial.costing(total / self.tokens)
 
 
 @contextmanager

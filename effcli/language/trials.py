@@ -347,7 +347,7 @@ class Trials(ABC):
                         found.append(log_probabilities(logits(self.stream, hidden[part])))
                     total += kl(found[0], found[1])
         head.weight = original
-        return max(0.0, total / self.tokens)
+        return total / self.tokens
 
 
 def _record(k: int) -> str:

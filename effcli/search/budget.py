@@ -61,7 +61,8 @@ class Budget(Options):
         if self.quantity == "perplexity_increase":
             return found <= original * (1 + self.limit)
         if self.quantity == "accuracy_drop":
-            return found >= original - self.limit
+            # 0.8 - 0.1 is more than 0.7 in floating point.
+            return found >= original - self.limit - 1e-9
         return found <= self.limit
 
     def __str__(self) -> str:
@@ -145,7 +146,7 @@ class Budgeted(Options):
         found = float(match[1]) * _BYTES[match[2].lower()]
         if not math.isfinite(found):
             raise ValueError("is more bytes than any file has")
-        return int(found)
+        return round(found)
 
     @field_validator("latency", mode="before", json_schema_input_type=float | str | None)
     @classmethod

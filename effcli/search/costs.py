@@ -77,8 +77,11 @@ class Trial:
         return float(self.energy.sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
 
     def costing(self, cost: float) -> Cost:
-        """What it costs, which is `cost` in the unit of the measurement."""
-        return Cost(self.output_error, cost, self.nbytes, self.format)
+        """What it costs, which is `cost` in the unit of the measurement: 0 where rounding took that below.
+
+        NaN stays NaN: what breaks the network is not free.
+        """
+        return Cost(self.output_error, cost if math.isnan(cost) else max(0.0, cost), self.nbytes, self.format)
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,12 @@ def steadied(costs: Sequence[Mapping[str, Cost]], noise: float) -> list[dict[str
     Stein's estimate). Without it a choice among many layers picks those that were luckily sampled.
 
     noise: variance of log cost that sampling causes, 2 / n for n samples of a normally distributed slope. A variant
-    that changes no layer says nothing of the others. Layers without a cost or an error in one of these are left as they
-    are.
+    that changes no layer says nothing of the others. Layers without a finite cost or an error in one of these are left
+    as they are.
     """
     found = [dict(of) for of in costs]
     changing = [of for of in found if any(own.cost > 0 for own in of.values())]
-    names = [name for name in costs[0] if all(of[name].cost > 0 and of[name].output_error > 0 for of in changing)]
+    names = [name for name in costs[0] if all(_has_factor(of[name]) for of in changing)]
     if len(names) < 2 or len(changing) < 2:
         return found
     logs = torch.tensor(
@@ -122,6 +125,10 @@ def steadied(costs: Sequence[Mapping[str, Cost]], noise: float) -> list[dict[str
         for of, factor in zip(changing, own, strict=True):
             of[name] = replace(of[name], cost=of[name].output_error * factor)
     return found
+
+
+def _has_factor(cost: Cost) -> bool:
+    return 0 < cost.cost < math.inf and 0 < cost.output_error < math.inf
 
 
 class Probe:

@@ -87,7 +87,9 @@ class _Alternative:
             if (member.parameter, member.axis) in gone:
                 # A layer that reads several groups costs each as much as that has in what it loses.
                 lost = gone[member.parameter, member.axis]
-                share = int((lost & ~kept[member.position] & (member.position >= 0)).sum()) / int(lost.sum())
+                mine = lost & ~kept[member.position] & (member.position >= 0)
+                # What reads a part of a group may lose nothing where others do.
+                share = int(mine.sum()) / max(int(lost.sum()), 1)
                 found.append((share, costs[site.name]))
         return Option(
             value=value,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effcli.errors import NumericsError
 from effcli.formats import Packing
 from effcli.layers.contract import CutPass
 from effcli.layers.result import Progress
-from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Value, Varied, Way
+from effcli.reports.sensitivity import LayerCosts, Option, Sensitivity, Value, Varied, Way, valued
 from effcli.search.cuts import group_costs
 from effcli.search.journal import SearchJournal
 
@@ -45,6 +47,7 @@ def sensitivity(
     way = way or ("loss" if priced.weights < SMALL else "fisher")
     price = group_costs if option == "ratio" else _layer_costs
     layers = price(priced, steps, option, way, work, progress, journal)
+    _check(steps[0].name, option, layers)
     remarks = list(priced.remarks)
     if way != "gram" and priced.samples > 1 and any(map(_fits, steps)):
         remarks.append(f"{steps[0].name} was fitted to one half of the calibration data, and measured on the other")
@@ -64,6 +67,18 @@ def sensitivity(
     if journal is not None:
         journal.record("sensitivity", made)
     return made
+
+
+def _check(name: str, option: Varied, layers: Iterable[LayerCosts]) -> None:
+    """Raise `NumericsError` for a layer that breaks the outputs where the pass `name` changes it alone."""
+    for layer in layers:
+        for own in layer.options:
+            if not math.isfinite(own.cost):
+                changed = f"{layer.name} alone changed by {name} to {valued(option, own.value)}"
+                raise NumericsError(
+                    f"{changed} makes outputs NaN or infinite",
+                    f"`ignore` the layer, or offer other `{option}`",
+                )
 
 
 def _fits(step: PassStep) -> bool:

@@ -212,7 +212,7 @@ def carry_out(network: RunNetwork, position: Position, folder: Path, listener: L
             # The journal may be whole: the same command reads it once the machine does.
             raise failure from error
         listener.say(f"beginning the search of {position.step.name} anew, for its journal is damaged: {error.cause}")
-        journal.begin()
+        search.begin_anew()
         return search.carry_out()
 
 
@@ -247,6 +247,11 @@ class _Running:
             found = found.model_copy(update={"name": self.name, "fixed_bytes": fixed})
             self.journal.record("found", found)
         return with_values(self.steps[0], found.sensitivity.option, found.values), found
+
+    def begin_anew(self) -> None:
+        """Throw away what the journal's folder holds."""
+        self.journal.begin()
+        self._trial = None
 
     @property
     def costs(self) -> Sensitivity:

@@ -197,6 +197,9 @@ class _Chooser(Strategy):
     def _sized(self, limit: int) -> Assignment:
         """The cheapest choice whose weight files take `limit` bytes at most."""
         name, fixed = self.evaluator.name, self.evaluator.fixed_bytes
+        if self.figure is not None and limit < self.frontier.smallest + fixed:
+            # Headers may take less than was counted for them: so much that the files tell.
+            fixed = int(self.measure(self.figure, self.front[0])) - self.front[0].nbytes
         smallest, largest = self.frontier.smallest + fixed, self.frontier.largest + fixed
         check_size(name, self.option, limit, smallest, largest)
         if self.figure is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effcli.formats import AffineWeight
 from effcli.graphs.graph import Graph, class_count
-from effcli.graphs.sensitivity import layer_costs
+from effcli.graphs.sensitivity import _divergence, layer_costs
 from effcli.layers.contract import Layer, Statistics, carry_out
 from effcli.layers.restoring import Removal, Restoring
 from effcli.layers.selection import choose
@@ -98,6 +98,19 @@ def test_what_is_fitted_to_inputs_is_measured_on_others(tmp_path: Path, size: in
     (found,) = layer_costs(tmp_path, variants, lambda: iter(inputs.split(size)), "loss")
     assert class_count(graph) is not None
     assert found["layer0"].cost == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-3)
+
+
+def test_classes_that_the_network_rules_out_cost_nothing(tmp_path: Path) -> None:
+    """A logit of -inf has a probability of 0 before and after."""
+    graph = small_graphs.chain((6,), nn.Linear(6, 5))
+    with torch.no_grad():
+        graph.layer("layer0").bias[0] = -torch.inf  # type: ignore[index]
+    values = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    ruled = values.clone()
+    ruled[:, 0] = -torch.inf
+    other = ruled + torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    expected = _divergence(ruled[:, 1:], other[:, 1:], True)
+    assert expected > 0 and _divergence(ruled, other, True) == pytest.approx(expected)
 
 
 def test_a_single_input_serves_for_both(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import architectures
 import pytest
 
 from effcli.cli import main
-from effcli.errors import DataError, RecipeError, SelectionError
+from effcli.errors import DataError, NumericsError, RecipeError, SelectionError
 from effcli.exporters.c import C
 from effcli.graphs.network import GraphNetwork
 from effcli.reports.report import Report, Speed
@@ -171,6 +171,17 @@ def test_every_quantity_is_an_option_of_its_own() -> None:
         assert config.budget.quantity == quantity
 
 
+@pytest.mark.parametrize(("before", "drop", "after"), [(0.8, 0.1, 0.7), (0.93, 0.02, 0.91), (0.3, 0.2, 0.1)])
+def test_a_drop_of_just_the_budget_is_kept(before: float, drop: float, after: float) -> None:
+    budget = Budget(quantity="accuracy_drop", limit=drop)
+    assert budget.keeps(after, before) and not budget.keeps(after - 1e-4, before)
+
+
+def test_bytes_are_rounded_and_not_cut_off() -> None:
+    for text, nbytes in (("1.005kB", 1005), ("16.1kB", 16100), ("0.3 MB", 300_000)):
+        assert PassStep.model_validate({"auto": {"size": text}}).config.size == nbytes  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -198,6 +209,24 @@ def graph_run(net: Path, output: Path, *steps: str, **keys: Any) -> Report:
     small = ["calibration.samples=16", *([] if keys.get("no_eval") else ["evaluate.latency=false"])]
     recipe = recipes.from_arguments(str(net), passes=steps, output=str(output), overrides=small, **keys)
     return pipeline.run(recipe)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_layer_that_breaks_the_outputs_is_named_and_not_free(
+    net: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: float
+) -> None:
+    monkeypatch.setattr("effcli.graphs.sensitivity._divergence", lambda original, other, classifier: broken)
+    said = "^0 alone changed by linear to 2 bits makes outputs NaN or infinite\n`ignore` the layer"
+    with pytest.raises(NumericsError, match=said):
+        graph_run(net, tmp_path / "graph", "auto:using=linear,by=loss,size=4600", no_eval=True)
+    monkeypatch.setattr("effcli.language.sensitivity.kl", lambda original, other: broken)
+    small = ["calibration.samples=2", "calibration.length=16"]
+    step = "auto:using=linear,group_size=32,by=loss,average_bits=4"
+    given = recipes.from_arguments(
+        str(llama), passes=[step], output=str(tmp_path / "text"), overrides=small, no_eval=True
+    )
+    with pytest.raises(NumericsError, match=r"q_proj alone changed by linear to 2 bits makes outputs NaN or infinite"):
+        pipeline.run(given)
 
 
 def test_flash_is_that_of_the_c_code(net: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effcli.layers.contract import UNSEEN, Layer, LayerPass, Needs, Outcome, Statistics
 from effcli.run.recipe import PassStep
-from effcli.search.costs import Cost, Probe, Slopes, energies, steadied
+from effcli.search.costs import Cost, Probe, Slopes, Trial, energies, steadied
 
 
 def gram(inputs: Tensor) -> Statistics:
@@ -208,3 +208,18 @@ def test_what_cannot_be_steadied_stays() -> None:
     assert [of["0"] for of in steadied(costs, 0.1)] == [of["0"] for of in costs]
     assert steadied(costs[:1], 0.1) == costs[:1]
     assert steadied([{}, {}], 0.1) == [{}, {}]
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_cost_that_is_no_number_spoils_no_other(broken: float) -> None:
+    seen = as_costs(torch.ones(3, 2), torch.tensor([[4.0, 1.0], [1.0, 4.0], [1.0, broken]]))
+    found = steadied(seen, 2 * math.log(2) ** 2)
+    assert [of["2"] for of in found] == [of["2"] for of in seen]
+    sound = [{name: of[name] for name in "01"} for of in seen]
+    assert [{name: of[name] for name in "01"} for of in found] == steadied(sound, 2 * math.log(2) ** 2)
+
+
+def test_a_cost_is_0_or_more_and_what_is_no_number_is_not_free() -> None:
+    trial = Trial(None, None, None)
+    assert [trial.costing(cost).cost for cost in (0.5, 0.0, -1e-12)] == [0.5, 0.0, 0.0]
+    assert math.isnan(trial.costing(math.nan).cost) and trial.costing(math.inf).cost == math.inf

@@ -116,6 +116,24 @@ def test_a_layer_that_reads_two_groups_divides_its_cost(tmp_path: Path) -> None:
     assert first.cost + second.cost == pytest.approx(first.output_error)
 
 
+def test_a_layer_that_reads_nothing_of_what_goes_costs_nothing(tmp_path: Path) -> None:
+    """`part` reads the first two of four channels, and `whole` all of them: the last two are small and go."""
+    builder = small_graphs.Builder()
+    made = builder.module("first", small_graphs.seeded(nn.Linear(3, 4), 0), builder.input())
+    part = builder.module(
+        "part", small_graphs.seeded(nn.Linear(2, 5), 1), builder.call("aten.slice.Tensor", made, 1, 0, 2)
+    )
+    whole = builder.module("whole", small_graphs.seeded(nn.Linear(4, 5), 2), made)
+    graph = builder.finish(builder.call("aten.add.Tensor", part, whole), Facts(origin="test", shape=(3,)))
+    with torch.no_grad():
+        graph.layer("first").weight[2:] /= 100  # type: ignore[operator]
+        graph.layer("whole").weight[:, 2:] /= 100  # type: ignore[index]
+    found = costs(graph, tmp_path, "gram", steps(0.0, 0.5, 0.75, criterion="magnitude", restore=False))
+    none, half, most = found["first"].options
+    assert (none.cost, half.format, most.format) == (0, "2 of 4", "1 of 4")
+    assert 0 < half.cost < 1e-3 < most.cost
+
+
 def test_a_ratio_of_its_own_stays(tmp_path: Path) -> None:
     found = costs(
         small_graphs.residual(), tmp_path, "gram", steps(0.0, 0.25, 0.5, layers={"block.a": {"ratio": 0.125}})

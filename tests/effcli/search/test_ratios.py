@@ -126,6 +126,33 @@ def test_a_killed_search_measures_nothing_twice(net: Path, tmp_path: Path, monke
     assert len([own for own in sweeps if sweeps.count(own) > 1]) <= 2
 
 
+def test_a_search_whose_journal_is_damaged_begins_anew_with_nothing_of_before(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first choice has been carried out again by then, and what it left is thrown away with the journal."""
+    step = "auto:using=channels,macs=6000,strategy=netadapt,rounds=3,ratio=[0,0.25,0.5,0.75]"
+    _, whole, _ = searched(net, tmp_path / "whole", step)
+    sweep, done = stages._Running._sweep, []
+
+    def dying(self: Any, step: Any, source: Path, name: str) -> Path:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(name)
+        return sweep(self, step, source, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages._Running, "_sweep", dying)
+        with pytest.raises(KeyboardInterrupt):
+            searched(net, tmp_path / "killed", step)
+    (journal,) = (tmp_path / "killed").glob(".out.effcli/search-1")
+    for file in journal.glob("accuracy-*.json"):
+        file.unlink()
+    for file in journal.glob("macs-*.json"):
+        file.write_text("{")
+    _, again, _ = searched(net, tmp_path / "killed", step)
+    assert again.search is not None and again.search.values == whole.search.values  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("budget", ["average_ratio=0.25", "macs=110000", "size=700000", "perplexity_increase=50%"])
 def test_a_language_model(budget: str, tmp_path: Path) -> None:
     source = architectures.make("llama", tmp_path / "llama")

@@ -171,6 +171,19 @@ def test_a_size_that_was_guessed_too_low_is_corrected() -> None:
         choose_values(costs, Budget(quantity="size", limit=1101), Files(more=7))
 
 
+@pytest.mark.parametrize(("limit", "values"), [(900, {"a": 0.8, "b": 0.8}), (910, {"a": 0.8, "b": 0.5}), (899, None)])
+def test_a_size_that_was_guessed_too_high_is_not_refused(limit: int, values: dict[str, float] | None) -> None:
+    """The files take 200 bytes less than headers may: 900 with the highest sparsity everywhere, not 1100."""
+    costs, less = sensitivity(layer("a", 10, 0, 1, 5), layer("b", 10, 0, 2, 9)), Files(more=-200)
+    budget = Budget(quantity="size", limit=limit)
+    if values is None:
+        with pytest.raises(SelectionError, match="the highest sparsity everywhere takes 900 B"):
+            choose_values(costs, budget, less)
+    else:
+        found = choose_values(costs, budget, less)
+        assert found.values == values and found.chosen.limited == limit
+
+
 @pytest.mark.parametrize("way", ["gram", "fisher", "loss"])
 @pytest.mark.parametrize("name", ["wanda", "taylor"])
 def test_language_models(llama: Path, way: str, name: str, tmp_path: Path) -> None:
