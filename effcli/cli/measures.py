@@ -103,18 +103,16 @@ def _sensitivity(
     json: bool,
 ) -> None:
     from effcli.run import recipe
-    from effcli.run.overrides import parse_pass, set_on_only_step
 
     option, values = _values(step, given)
     if by not in (None, "gram", "fisher", "loss"):
         raise RecipeError(f"--by {by}: there is no such way", did_you_mean(by, ("gram", "fisher", "loss")))
     if output is not None and output.suffix not in (".html", ".json"):
         raise RecipeError(f"--output {output}: neither .html nor .json", "name a file with one of these endings")
-    recipes = []
-    for value in values:
-        steps: list[Any] = [parse_pass(step)]
-        set_on_only_step(steps, option, f"--{option}", value)
-        recipes.append(recipe.from_arguments(model, passes=steps, calib=calib, overrides=overrides, **keys))
+    recipes = [
+        recipe.from_arguments(model, passes=[step], varied=(option, value), calib=calib, overrides=overrides, **keys)
+        for value in values
+    ]
     from effcli.reports import screen
     from effcli.reports.html_sensitivity import write
     from effcli.reports.sensitivity import Way

@@ -509,6 +509,7 @@ def from_arguments(
     adapter: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    varied: tuple[str, Any] | None = None,
     calib: str | None = None,
     evals: Sequence[str] = (),
     no_eval: bool = False,
@@ -519,8 +520,9 @@ def from_arguments(
     """A recipe from the arguments of `effcli compress` or `effcli.compress`.
 
     passes: one or several, each in chain syntax, as `{name: {option: value}}`, or as a pass; adapter: of a first step
-    that merges it. evals: text files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys
-    of the recipe; None is left out.
+    that merges it. bits, group_size, varied: options of the only step, the last by its name; each has a flag. evals:
+    text files for perplexity and `.jsonl` files of texts or of questions. keys: any other keys of the recipe; None is
+    left out.
     """
     if isinstance(passes, str | Mapping | Pass | PassStep):
         passes = [passes]
@@ -528,8 +530,9 @@ def from_arguments(
     overrides, typed = tuple(overrides), Typed()
     first = 0 if adapter is None else 1
     _type_passes(typed, passes, steps, first)
-    for option, flag, value in (("bits", "--bits", bits), ("group_size", "--group-size", group_size)):
+    for option, value in (("bits", bits), ("group_size", group_size), varied or ("", None)):
         if value is not None:
+            flag = f"--{option.replace('_', '-')}"
             set_on_only_step(steps, option, flag, value)
             typed.add(f"passes.{first}.{option}", flag)
     if adapter is not None:
