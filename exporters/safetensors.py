@@ -9,25 +9,31 @@ image classifier loads again as one, any other with `load_state_dict` of its own
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from effcli.errors import UnsupportedError, writing
+from effcli.errors import UnsupportedError
 from effcli.exporters._classifier import write_classifier
 from effcli.exporters._obstacles import by_reason, some
 from effcli.exporters._packed import write_tensors
 from effcli.exporters._target import replacing
-from effcli.files.checkpoint import STOCK_STEM, Checkpoint, copy_companions, weight_files, write_shard, write_text
+from effcli.files.checkpoint import (
+    STOCK_STEM,
+    Checkpoint,
+    copy_checkpoint,
+    copy_companions,
+    weight_files,
+    write_shard,
+    write_text,
+)
 from effcli.files.exporter import Exporter
-from effcli.files.layout import check_uniform, is_own, network_config, stored_layers
+from effcli.files.layout import check_alone, check_uniform, is_own, network_config, stored_layers
 from effcli.graphs.graph import Graph, is_graph
 from effcli.graphs.integer import is_integer
 from effcli.language.weights import open_weights
-from effcli.platform.steps import expect, tick
 from effcli.reports.report import Exported
 
 
@@ -47,17 +53,18 @@ class Safetensors(Exporter):
             raise UnsupportedError(f"{source} is an integer network, which has no float weights", "export it to onnx")
         if is_graph(source):
             return _export_graph(source, target, self, overwrite)
+        check_alone(source)
         checkpoint = Checkpoint.open(source)
         own = is_own(checkpoint.config)
         check_uniform(checkpoint.config)
         if own and not self.dequantize:
             raise _no_place(checkpoint)
         with replacing(source, target, overwrite) as folder:
-            copy_companions(source, folder)
             if self.dequantize and (own or "quantization_config" in checkpoint.config):
+                copy_companions(source, folder)
                 _write_dense(checkpoint, folder)
             else:
-                _copy(checkpoint, folder)
+                copy_checkpoint(source, folder)
         return Exported(target="safetensors", nbytes=sum(file.stat().st_size for file in weight_files(target)))
 
 
@@ -103,16 +110,6 @@ def _no_place(checkpoint: Checkpoint) -> UnsupportedError:
         f"the standard format has no place for {by_reason(obstacles) or 'this layout'}",
         "--dequantize writes dense weights that any loader reads; effcli.load reads the checkpoint as it is",
     )
-
-
-def _copy(checkpoint: Checkpoint, folder: Path) -> None:
-    files = [checkpoint.path / "config.json", *weight_files(checkpoint.path)]
-    files += checkpoint.path.glob("*.safetensors.index.json")
-    expect(len(files))
-    with writing(folder):
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-            tick()
 
 
 def _write_dense(checkpoint: Checkpoint, folder: Path) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from effcli.errors import CheckpointError, MachineError, at_fault, behind, first_line, writing
 from effcli.files.documents import check_model, parse_json, read_model, read_object
 from effcli.platform.rehearsal import counted
+from effcli.platform.steps import expect, tick
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -402,13 +403,16 @@ def _copy_tensors(file: Path, entries: dict[str, Entry]) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint of a language model as it is: weights, config, and what `copy_companions` takes."""
+    """Copy a checkpoint of a language model as it is, a step for each file of its own, and what makes it usable."""
     copy_companions(source, target)
+    files = [source / "config.json", *source.glob("*.safetensors.index.json"), *weight_files(source)]
+    expect(len(files))
     with writing(target):
-        for file in (source / "config.json", *source.glob("*.safetensors.index.json"), *weight_files(source)):
-            copy = target / (file.relative_to(source) if file.is_relative_to(source) else file.name)
+        for file in files:
+            copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
+            tick()
 
 
 # What a loader, a tokenizer or a reader of the licence looks for; texts and data beside them stay behind.

@@ -281,6 +281,15 @@ def adapter_in(folder: Path) -> Path | None:
     return found if (found / "adapter_config.json").is_file() else None
 
 
+def check_alone(folder: Path) -> None:
+    """Raise `UnsupportedError` for a checkpoint with an adapter beside its weights."""
+    if adapter_in(folder) is not None:
+        raise UnsupportedError(
+            f"{folder} holds an adapter beside its weights, which are not all of the network",
+            "add it to the weights first: effcli compress MODEL --pass merge",
+        )
+
+
 def rounds_inputs(config: dict[str, Any]) -> bool:
     """Whether the inputs of some layers of a language model's checkpoint become int8."""
     if is_own(config):

@@ -20,7 +20,7 @@ from effcli.files.checkpoint import DTYPES, Checkpoint, Entry
 from effcli.files.foreign import ForeignLayout, foreign_layout
 from effcli.files.layout import (
     Stored,
-    adapter_in,
+    check_alone,
     is_own,
     network_config,
     obstacles_of,
@@ -54,11 +54,8 @@ def open_weights(
     dtype: what it is to be read in, such as float32; its own unless given. device: where it runs. base: read it without
     the adapter that may stand beside it. Raises `UnsupportedError` for one with an adapter otherwise.
     """
-    if adapter_in(path) is not None and not base:
-        raise UnsupportedError(
-            f"{path} holds an adapter beside its weights, which are not all of the network",
-            "add it to the weights first: effcli compress MODEL --pass merge",
-        )
+    if not base:
+        check_alone(path)
     checkpoint = Checkpoint.open(path)
     config = network_config(checkpoint.config)
     if dtype is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def test_a_disk_that_fails_leaves_nothing_behind(
     def fail(*_: Any) -> None:
         raise OSError(number, "the disk")
 
-    monkeypatch.setattr(exporter.shutil, "copyfile", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     with pytest.raises(OutputError, match=message):
         exporter.Safetensors().export(source, target, overwrite=True)
     assert files(target) == before

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import effcli
+from effcli import exporters
 from effcli.errors import NumericsError, RecipeError, SelectionError, UnsupportedError, UserError
 from effcli.inputs.text import Windows
 from effcli.language.adapting import train_adapter
@@ -344,6 +345,9 @@ def test_a_checkpoint_with_its_adapter(tmp_path: Path) -> None:
     for step in ("linear", lora, {"merge": {"adapter": str(out / "adapter")}}):
         with pytest.raises(UnsupportedError, match="holds an adapter beside its weights"):
             effcli.compress(out, step, tmp_path / "no", evaluate=False)
+    for target in ("safetensors", "bitsandbytes"):
+        with pytest.raises(UnsupportedError, match="holds an adapter beside its weights"):
+            exporters.load(target)().export(out, tmp_path / "export")
     merged = effcli.compress(out, "merge", tmp_path / "merged", evaluate=evaluate)
     before, after = (stage.quality.perplexity for stage in merged.stages if stage.quality is not None)
     assert before == pytest.approx(after, rel=2e-3)
