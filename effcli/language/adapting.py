@@ -59,7 +59,7 @@ def train_adapter(request: TrainingRequest) -> PassResult:
     network: Any = request.load(request.source, packed=True)
     with loop.seeded(options.seed or 0), peft_modules.quiet():
         config = options.adapter(layers)
-        _note_storage(config, [choices[name].site for name in layers])
+        _note_storage(config, [choices[name].site for name in layers], weights)
         model = peft_modules.attach(network, config)
     before = None
     if Needs.ORIGINAL in options.needs:
@@ -85,7 +85,7 @@ def train_adapter(request: TrainingRequest) -> PassResult:
         training = loop.train(objective, data, options, **request.how(data))
     with torch.no_grad(), peft_modules.quiet():
         config, tensors = options.finish(beside, config)
-        _note_storage(config, [choices[name].site for name in layers])
+        _note_storage(config, [choices[name].site for name in layers], weights)
     copy_checkpoint(request.source, request.target)
     peft_modules.save(model, config, tensors, request.target / ADAPTER)
     trained = sum(own.numbers(name, choices[name].site.shape) for name, own in layers.items())
@@ -102,10 +102,10 @@ def train_adapter(request: TrainingRequest) -> PassResult:
     return result
 
 
-def _note_storage(config: Any, sites: list[LayerSite]) -> None:
-    """Tell PEFT of weights that are stored (in, out)."""
+def _note_storage(config: Any, sites: list[LayerSite], weights: Weights) -> None:
+    """Tell PEFT of weights that are stored (in, out), which packed ones never are."""
     if hasattr(config, "fan_in_fan_out"):
-        config.fan_in_fan_out = all(site.transposed for site in sites)
+        config.fan_in_fan_out = all(site.transposed and site.name not in weights.stored for site in sites)
 
 
 def _beside(site: LayerSite, options: AdapterPass, module: Any, packed: bool, before: Weights | None) -> Beside:

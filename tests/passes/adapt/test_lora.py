@@ -160,11 +160,12 @@ def test_three_steps_are_those_of_a_plain_loop(kind: str, network: Make, tmp_pat
     assert_close(adapters.logits(adapters.loaded(tmp_path / "merged")), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["qlora", "qdora"])
 def test_beside_packed_layers_it_learns_what_it_learns_beside_their_weights(
-    options: dict[str, Any], network: Make, tmp_path: Path
+    options: dict[str, Any], name: str, network: Make, tmp_path: Path
 ) -> None:
-    source = network("llama", torch.bfloat16)
+    source = network(name, torch.bfloat16)
     packed = compressed(source, tmp_path / "packed", {"nf4": {"block_size": 32, "double": True}})
     result = trained(packed, tmp_path / "out", **PLAIN, **options)
     dense = tmp_path / "dense"
