@@ -39,8 +39,8 @@ _ALIVE = 1.2
 # Numbers of each logit at the peak: the logits, those of tokens that are learned, what the loss makes of them, and the
 # gradients of these; as measured.
 _LOGITS = 6
-# Bytes of the package peft, and of what it imports.
-_PEFT = 60_000_000
+# Bytes of the package peft, of what it imports, and of what freed memory leaves in pieces: as measured.
+_PEFT = 100_000_000
 
 
 class PlannedModel:
@@ -234,7 +234,7 @@ class PlannedModel:
             held += FLOAT * _numbers([site]) if self._floating(site) else self._nbytes(site)
         taught = Needs.ORIGINAL in options.needs and Needs.LABELS not in options.needs
         # Weights that stay need no gradient.
-        return self._steps(options, held + FLOAT * trained, trained, taught, 2, blocks)
+        return self._steps(options, held + FLOAT * trained, trained, taught, 2, blocks, 1 + options.alive)
 
     def _steps(
         self,
@@ -244,24 +244,25 @@ class PlannedModel:
         teachers: bool,
         ways: int,
         blocks: Sequence[Sequence[LayerSite]],
+        beside: float = 1.0,
     ) -> Effort:
         """Of the steps of a training, with what a batch leaves behind in every block for the way back.
 
         held: bytes of the network; trained: numbers, each with a gradient, two moments of the optimizer and its best
         value; teachers: whether the original runs beside it, in float32; ways: how often a step multiplies with every
-        weight. A token leaves the inputs and outputs of each layer, and at the head its logits with what the loss makes
-        of them.
+        weight; beside: what a token leaves in layers and beside them, as a multiple of what it leaves in layers. These
+        are their inputs and outputs, and at the head its logits with what the loss makes of them.
         """
         weights = sum(map(_numbers, blocks)) + self.outer(1)
         samples = self._calibration.samples
         size = min(options.batch_size or self._calibration.batch_size, samples)
         tokens = size * self.length
         head: int = self._skeleton.model.get_parameter(self._skeleton.embedding).shape[0]
-        alive = _ALIVE * sum(map(_widths, blocks))
+        left = [_ALIVE * beside * _widths(sites) for sites in blocks]
+        alive = sum(left)
         if options.recomputes:
             # The states before each block, and what is in one of them.
-            width = self.states(torch.float32) / FLOAT / max(self.tokens, 1)
-            alive = _ALIVE * max(map(_widths, blocks)) + len(blocks) * width
+            alive = max(left) + len(blocks) * self.states(torch.float32) / FLOAT / max(self.tokens, 1)
         states = tokens * (alive + (_LOGITS + 3 * teachers) * head)
         # A gradient, the best value, and the moments.
         kept = FLOAT * (1 + options.keep_best) + options.moment_bytes

@@ -347,6 +347,11 @@ class AdapterPass(TrainPass):
     def numbers(self, name: str, shape: tuple[int, int]) -> int:
         """How many numbers are trained beside a layer (out, in); `SelectionError` for options it cannot have."""
 
+    @property
+    def alive(self) -> float:
+        """Numbers that a token leaves beside a layer for the way back, as a share of those that it leaves there."""
+        return 0.0
+
     @abstractmethod
     def adapter(self, layers: Mapping[str, Self]) -> Any:
         """The PEFT config of one adapter beside all layers; layers: the options of each by its name."""
