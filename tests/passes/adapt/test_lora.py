@@ -51,20 +51,6 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Small networks by architecture, each made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
-        key = f"{name} {dtype} {more}"
-        if key not in made:
-            made[key] = architectures.make(name, tmp_path_factory.mktemp(name) / "model", dtype, **more)
-        return made[key]
-
-    return make
-
-
 def windows(count: int = 6, length: int = 12) -> Windows:
     generator = torch.Generator().manual_seed(3)
     return Windows(list(torch.randint(architectures.VOCABULARY, (count, length), generator=generator).split(4)))

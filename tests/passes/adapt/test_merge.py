@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import adapters
-import architectures
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel
@@ -38,20 +37,6 @@ from effcli.run import recipe
 from effcli.run.recipe import PassStep
 
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Small networks by architecture, each made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
-        key = f"{name} {dtype} {more}"
-        if key not in made:
-            made[key] = architectures.make(name, tmp_path_factory.mktemp(name) / "model", dtype, **more)
-        return made[key]
-
-    return make
 
 
 ALL = "all-linear"
