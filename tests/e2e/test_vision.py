@@ -233,8 +233,8 @@ def test_bad_requests(refuses: Callable[..., str], tmp_path: Path) -> None:
     assert "put it after the step that compresses the weights" in refuses("--pass=fold", "--pass=bias_correction")
     assert "is a language model" in refuses("--pass=linear", "--set=evaluate.images=x.npz", model="sample:lm")
     known = (
-        "take linear, awq, smoothquant, kmeans, finetune, nf4, binary, ternary, gptq, adaround, lora, merge, channels, "
-        "blocks, auto, magnitude, wanda, taylor, sparsegpt or alps"
+        "take linear, awq, smoothquant, kmeans, finetune, bitfit, nf4, binary, ternary, gptq, adaround, lora, merge, "
+        "channels, blocks, auto, magnitude, wanda, taylor, sparsegpt or alps"
     )
     assert known in refuses("--pass=linear", "--pass=fold", model="sample:lm")
 
